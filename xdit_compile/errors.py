@@ -1,0 +1,43 @@
+"""Every exception this package raises on purpose; all of them are `XditError`."""
+
+from __future__ import annotations
+
+
+class XditError(RuntimeError):
+    """Base class; raised directly only where no narrower class below fits."""
+
+
+class SpecError(XditError, ValueError):
+    """Raised when the requested parallel layout is malformed or does not fit the model or the ranks."""
+
+
+class CaptureError(XditError):
+    """Raised when a model cannot be captured as one graph."""
+
+
+class PlanError(XditError):
+    """Raised when the internal verifier finds that a rewritten program is not sound."""
+
+
+class RankMismatch(XditError):
+    """Raised on every rank when ranks of one group hold different inputs, plans or specs."""
+
+
+class RankFailure(XditError):
+    """Raised on the surviving ranks when another rank failed, died or stopped responding.
+
+    `rank` is the global rank at fault (-1 when it could not be determined), `reason` what happened to it.
+    """
+
+    def __init__(self, rank: int, reason: str) -> None:
+        super().__init__(f"rank {rank} {reason}" if rank >= 0 else reason)
+        self.rank = rank
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[RankFailure], tuple[int, str]]:
+        # RuntimeError would rebuild from the one-part message and lose both attributes across processes.
+        return type(self), (self.rank, self.reason)
+
+
+class LaunchError(XditError):
+    """Raised when ranks cannot be started, or when one of the ranks started by `launch` fails."""

@@ -1,0 +1,170 @@
+"""Identical blocks are captured once: repeated modules are stood in for by one opaque operator.
+
+First the model runs on fake tensors, and each distinct (module fingerprint, inputs) pair is recorded with the
+shapes it returns. Then, while the model is exported, every call of a recorded kind becomes one
+``xdit_compile::block`` node; each kind is exported once, on its own, and put in its place afterwards. A block
+that changes its inputs or itself, or takes what is no tensor, constant or container, is left inside the model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from xdit_compile.frontend.fingerprint import fingerprint, meta
+from xdit_compile.structure import CONSTANTS, TENSOR, Structure, flatten
+
+_library = torch.library.Library("xdit_compile", "FRAGMENT")
+_library.define("block(str kind, str path, Tensor[] inputs) -> Tensor[]")
+BLOCK = torch.ops.xdit_compile.block.default
+
+_results: dict[str, list[Hashable]] = {}
+"""What each block kind returns, for the operator's fake kernel while an export is under way."""
+
+
+@torch.library.register_fake("xdit_compile::block", lib=_library)
+def _block(kind: str, path: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [torch.empty_strided(shape, stride, dtype=dtype, device=device)  # type: ignore[misc]
+            for shape, stride, dtype, device in _results[kind]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of repeated block: an example of it, how it is called and what it returns."""
+
+    name: str
+    path: str
+    module: nn.Module
+    inputs: Structure
+    examples: tuple[torch.Tensor, ...]
+    outputs: Structure
+    results: tuple[int | torch.Tensor, ...]
+    """Per output tensor: the index of the input it simply is, or what it looks like."""
+
+    @property
+    def fresh(self) -> list[torch.Tensor]:
+        return [r for r in self.results if isinstance(r, torch.Tensor)]
+
+
+def repeated(model: nn.Module) -> dict[str, Hashable]:
+    """Path and fingerprint of every outermost module that has an identical sibling in the same container."""
+    found: dict[str, Hashable] = {}
+
+    def visit(module: nn.Module, path: str) -> None:
+        children = {name: child for name, child in module.named_children() if next(child.children(), None)}
+        many: dict[str, Hashable] = {}
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+            prints = {name: fingerprint(child) for name, child in children.items()}
+            counts = Counter(prints.values())
+            many = {name: p for name, p in prints.items() if counts[p] > 1}
+        for name, child in children.items():
+            if name in many:
+                found[path + name] = many[name]
+            else:
+                visit(child, f"{path}{name}.")
+
+    visit(model, "")
+    return found
+
+
+class Outliner:
+    """Stands in for the repeated blocks of a model, first to record them, then to export around them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._prints = repeated(model)
+        self._modules = {path: model.get_submodule(path) for path in self._prints}
+        self.kinds: dict[Hashable, Kind | None] = {}
+        """By (fingerprint, inputs); None for a block that has to stay inside the model."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(self._prints)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Within: run the model on fake tensors once."""
+        with self._replaced(self._record):
+            yield
+
+    @contextmanager
+    def exporting(self) -> Iterator[None]:
+        """Within: export the model."""
+        _results.update({k.name: [meta(t) for t in k.fresh] for k in self.kinds.values() if k})
+        try:
+            with self._replaced(self._emit):
+                yield
+        finally:
+            _results.clear()
+
+    @contextmanager
+    def _replaced(self, stand_in: Callable[..., Any]) -> Iterator[None]:
+        def bind(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *args, **kwargs: stand_in(path, forward, args, kwargs)
+
+        # An instance attribute hides the class's forward and leaves hooks, which run around it, in place.
+        free = [(p, m) for p, m in self._modules.items() if "forward" not in vars(m)]
+        for path, module in free:
+            vars(module)["forward"] = bind(path, module.forward)
+        try:
+            yield
+        finally:
+            for _, module in free:
+                del vars(module)["forward"]
+
+    def _key(self, path: str, tensors: list[torch.Tensor], structure: Structure) -> Hashable:
+        # Strides are left out: canonical programs reshape, they do not view, so any strides are right.
+        return self._prints[path], structure.key(), tuple((t.shape, t.dtype, t.device) for t in tensors)
+
+    def _record(self, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        tensors, structure = flatten((args, kwargs))
+        if not _plain(structure):
+            return forward(*args, **kwargs)
+        key = self._key(path, tensors, structure)
+        kind = self.kinds.get(key)
+        if kind:
+            results = [tensors[r] if isinstance(r, int) else torch.empty_strided(
+                r.shape, r.stride(), dtype=r.dtype, device=r.device) for r in kind.results]
+            return kind.outputs.build(results)
+        versions = [t._version for t in tensors]
+        before = self._state(path)
+        out = forward(*args, **kwargs)
+        made, outputs = flatten(out)
+        pure = versions == [t._version for t in tensors] and before == self._state(path) and _plain(outputs)
+        self.kinds[key] = Kind(
+            self._name(path), path, self._modules[path], structure, tuple(tensors), outputs,
+            tuple(next((i for i, t in enumerate(tensors) if t is m), m) for m in made),
+        ) if pure else None
+        return out
+
+    def _name(self, path: str) -> str:
+        """After the container: ``transformer_blocks``, then ``transformer_blocks_1`` for its second kind."""
+        base = path.rpartition(".")[0].replace(".", "_")
+        taken = sum(k is not None and k.name.startswith(base) for k in self.kinds.values())
+        return f"{base}_{taken}" if taken else base
+
+    def _state(self, path: str) -> Hashable:
+        """The block's fingerprint without our own stand-in on it."""
+        module = self._modules[path]
+        forward = vars(module).pop("forward")
+        try:
+            return fingerprint(module)
+        finally:
+            vars(module)["forward"] = forward
+
+    def _emit(self, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        tensors, structure = flatten((args, kwargs))
+        kind = self.kinds.get(self._key(path, tensors, structure)) if _plain(structure) else None
+        if kind is None:
+            return forward(*args, **kwargs)
+        fresh = iter(BLOCK(kind.name, path, tensors) if kind.fresh else [])
+        return kind.outputs.build([tensors[r] if isinstance(r, int) else next(fresh) for r in kind.results])
+
+
+def _plain(structure: Structure) -> bool:
+    return all(c is TENSOR or isinstance(c, CONSTANTS) for c in structure.constants)

@@ -1,0 +1,257 @@
+"""Any module's forward as a Program: functional ATen with attention, linear, convolutions and norms whole.
+
+``torch.export`` in non-strict mode, then ``run_decompositions({})``, which makes the graph functional and takes
+nothing apart that we have a rule for. Shapes are static. Nothing is computed and no weight is copied, so a model
+on the meta device is captured the same way. Repeated blocks are exported once (``blocks.py``).
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from xdit_compile.errors import CaptureError
+from xdit_compile.frontend.blocks import BLOCK, Kind, Outliner
+from xdit_compile.program import Input, Program, output_args, source_of
+from xdit_compile.structure import Structure, flatten
+
+log = logging.getLogger(__name__)
+
+ROOT = "model"
+
+
+class _Root(nn.Module):
+    """A module as a function of its tensor arguments, flat in and flat out."""
+
+    def __init__(self, module: nn.Module, inputs: Structure) -> None:
+        super().__init__()
+        self.model = module
+        self._inputs = inputs
+        self.outputs: Structure | None = None
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        args, kwargs = self._inputs.build(tensors)
+        made, self.outputs = flatten(self.model(*args, **kwargs))
+        return tuple(made)
+
+
+def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Program:
+    """Capture ``model(*args, **kwargs)``; what is no tensor among the inputs is baked into the program.
+
+    Raises:
+        CaptureError: naming the line of the model that stands in the way and what to do about it.
+    """
+    tensors, inputs = flatten((tuple(args), dict(kwargs or {})))
+    root = _Root(model, inputs)
+    with torch.no_grad(), _unchanged(model):
+        try:
+            outliner = Outliner(model)
+            if outliner.paths:
+                with outliner.recording():
+                    _run_fake(root, tensors)
+                _forget_fakes(model)
+            return _assemble(root, tensors, outliner)
+        except CaptureError:
+            raise
+        except Exception as error:
+            # Outlining leans on more of the model than plain export does; without it the same model may pass.
+            log.info("capturing %s again, block by block no more, after: %s", type(model).__name__, error)
+        _forget_fakes(model)
+        try:
+            return _assemble(root, tensors, None)
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise _explained(error, model) from error
+
+
+def _run_fake(root: _Root, tensors: list[torch.Tensor]) -> None:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    state = {n: mode.from_tensor(t) for n, t in [*root.named_parameters(), *root.named_buffers()]}
+    with mode:
+        torch.func.functional_call(root, state, tuple(mode.from_tensor(t) for t in tensors))
+
+
+def _assemble(root: _Root, tensors: Sequence[torch.Tensor], outliner: Outliner | None) -> Program:
+    if outliner is None:
+        exported, kinds = _export(root, tensors), {}
+    else:
+        with outliner.exporting():
+            exported = _export(root, tensors)
+        _forget_fakes(root.model)
+        kinds = {kind.name: kind for kind in outliner.kinds.values() if kind}
+    assert root.outputs is not None
+    outputs = root.outputs
+    constants: dict[str, torch.Tensor] = {}
+    blocks = {name: _block(kind, constants) for name, kind in kinds.items()}
+    main, inputs = _main(exported, blocks, constants)
+    return Program(main, tuple(inputs), constants, outputs)
+
+
+def _export(root: nn.Module, tensors: Sequence[torch.Tensor]) -> ExportedProgram:
+    exported = torch.export.export(root, tuple(tensors), strict=False).run_decompositions({})
+    signature = exported.graph_signature
+    written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    if written:
+        raise CaptureError(
+            f"the forward writes into {', '.join(sorted(written))}; a program has no state. Return the new value "
+            "instead, or move the write out of forward"
+        )
+    for node in exported.graph.nodes:
+        if node.op == "call_function" and _random(node):
+            raise CaptureError(
+                f"{node.target} at {source_of(node)} draws random numbers, which every rank would draw "
+                "differently. Call model.eval() to switch dropout off, or pass the noise in as an input"
+            )
+    return exported
+
+
+def _random(node: fx.Node) -> bool:
+    """Whether the node draws random numbers; attention and dropout do only when told to."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
+    named = {a.name: given.get(a.name, a.default_value) for a in node.target._schema.arguments}
+    return named.get("dropout_p", named.get("p")) != 0 and named.get("train", True)
+
+
+class _Copier:
+    """Copies exported nodes into a new graph and knows what its placeholders stand for."""
+
+    def __init__(self, exported: ExportedProgram, prefix: str, constants: dict[str, torch.Tensor]) -> None:
+        self.exported, self.prefix, self.constants = exported, prefix, constants
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.inputs: list[Input] = []
+        self.nodes: dict[Input, fx.Node] = {}
+
+    def placeholders(self) -> None:
+        specs = {s.arg.name: s for s in self.exported.graph_signature.input_specs}
+        for node in self.exported.graph.find_nodes(op="placeholder"):
+            found = self._input(specs[node.name])
+            if found.kind == "argument" or node.users:
+                self.env[node] = self.placeholder(found, node.meta["val"])
+
+    def placeholder(self, what: Input, value: torch.Tensor) -> fx.Node:
+        if what not in self.nodes:
+            node = self.graph.placeholder(what.name.replace(".", "_"))
+            node.meta["val"] = value
+            self.nodes[what] = node
+            self.inputs.append(what)
+        return self.nodes[what]
+
+    def _input(self, spec: Any) -> Input:
+        if spec.kind is InputKind.USER_INPUT:
+            return Input("argument", f"arg_{sum(i.kind == 'argument' for i in self.inputs)}")
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            return Input("parameter", self.prefix + spec.target.removeprefix(f"{ROOT}."))
+        if spec.kind is InputKind.CONSTANT_TENSOR:
+            # A constant's name is unique within one export only.
+            name = f"{self.prefix}{spec.target}".replace(".", "_")
+            self.constants[name] = self.exported.constants[spec.target]
+            return Input("constant", name)
+        raise CaptureError(f"the forward takes {spec.target} ({spec.kind.name.lower()}), which no program can hold")
+
+    def copy(self, node: fx.Node) -> fx.Node:
+        new = self.graph.node_copy(node, lambda n: self.env[n])
+        new.meta = {k: node.meta[k] for k in ("val", "stack_trace") if k in node.meta}
+        new.meta["nn_module_stack"] = {
+            key: (self.prefix + path.removeprefix(ROOT).removeprefix("."), cls)
+            for key, (path, cls) in node.meta.get("nn_module_stack", {}).items() if path
+        }
+        self.env[node] = new
+        return new
+
+
+def _block(kind: Kind, constants: dict[str, torch.Tensor]) -> tuple[fx.GraphModule, list[Input]]:
+    """A block kind as a function of its parameters, then its inputs; it returns what its inputs are not."""
+    exported = _export(_Root(kind.module, kind.inputs), kind.examples)
+    copier = _Copier(exported, f"{kind.path}.", constants)
+    copier.placeholders()
+    for node in exported.graph.nodes:
+        if node.op == "call_function":
+            copier.copy(node)
+    made = output_args(exported.graph)
+    fresh = [copier.env[made[i]] for i, r in enumerate(kind.results) if not isinstance(r, int)]
+    copier.graph.output(tuple(fresh)).meta["val"] = tuple(n.meta["val"] for n in fresh)
+    inputs = [Input(i.kind, i.name.removeprefix(f"{kind.path}.")) if i.kind == "parameter" else i
+              for i in copier.inputs]
+    return fx.GraphModule({}, copier.graph, kind.name), inputs
+
+
+def _main(exported: ExportedProgram, blocks: Mapping[str, tuple[fx.GraphModule, list[Input]]],
+          constants: dict[str, torch.Tensor]) -> tuple[fx.GraphModule, list[Input]]:
+    copier = _Copier(exported, "", constants)
+    copier.placeholders()
+    calls: dict[fx.Node, list[Input]] = {}
+    for node in exported.graph.find_nodes(op="call_function", target=BLOCK):
+        name, path, _ = node.args
+        module, inputs = blocks[name]
+        calls[node] = [Input(i.kind, f"{path}.{i.name}") if i.kind == "parameter" else i for i in inputs]
+        for what, holder in zip(calls[node], module.graph.find_nodes(op="placeholder"), strict=True):
+            if what.kind != "argument":
+                copier.placeholder(what, holder.meta["val"])
+    for node in exported.graph.nodes:
+        if node in calls:
+            name, path, tensors = node.args
+            given = iter(copier.env[t] for t in tensors)
+            args = tuple(next(given) if i.kind == "argument" else copier.nodes[i] for i in calls[node])
+            call = copier.graph.call_module(name, args)
+            call.meta = {"val": blocks[name][0].graph.output_node().meta["val"], "nn_module_stack": {
+                path: (path, name)}, "stack_trace": node.meta.get("stack_trace", "")}
+            copier.env[node] = call
+        elif node.op == "call_function":
+            copier.copy(node)
+    made = tuple(copier.env[n] for n in output_args(exported.graph))
+    copier.graph.output(made).meta["val"] = tuple(n.meta["val"] for n in made)
+    return fx.GraphModule({n: m for n, (m, _) in blocks.items()}, copier.graph, "main"), copier.inputs
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Whatever tracing leaves on the model (a cached table of fake tensors) is taken off again."""
+    before = {m: dict(vars(m)) for m in model.modules()}
+    try:
+        yield
+    finally:
+        for module, attributes in before.items():
+            vars(module).clear()
+            vars(module).update(attributes)
+        _forget_fakes(model)
+
+
+def _forget_fakes(model: nn.Module) -> None:
+    """Empty caches that now hold fake tensors: eager calls would find them there."""
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, dict) and value is not vars(module).get("_parameters"):
+                for key in [k for k, v in value.items() if isinstance(v, FakeTensor)]:
+                    del value[key]
+    for cls in {c for m in model.modules() for c in type(m).__mro__}:
+        for member in vars(cls).values():
+            clear = getattr(member, "cache_clear", None)
+            if clear is not None:
+                clear()
+
+
+def _explained(error: Exception, model: nn.Module) -> CaptureError:
+    """The model's own line in the traceback, with what to do about it."""
+    root = type(model).__module__.partition(".")[0]
+    frames = [f for f in traceback.extract_tb(error.__traceback__)
+              if f"/{root}/" in f.filename or f.filename.endswith(f"{root}.py")]
+    where = f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return CaptureError(
+        f"{type(model).__name__} cannot be captured as one graph{where}\n  {type(error).__name__}: {first}\n"
+        "  A line that reads a tensor's value into Python (.item(), if on a tensor, a slice bounded by one) has "
+        "no place in a graph: compute that value outside and pass it as a Python number."
+    )

@@ -1,0 +1,28 @@
+"""FlashAttention-2 from the `flash-attn` package (Dao 2023, arXiv:2307.08691)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .base import Kernel, flash_problem, package_problem
+
+
+def problem() -> str | None:
+    """None if `flash-attn` can be imported, else the reason."""
+    return package_problem("flash_attn", "flash_attn_func", "flash-attn")
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """See `Kernel.forward`; the package's layout is (B, S, H, D) and its log-sum-exp (B, H, Sq), natural."""
+    from flash_attn import flash_attn_func
+
+    # With no dropout `return_attn_probs` materialises no probabilities: it only lets the log-sum-exp out.
+    out, lse, _ = flash_attn_func(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), softmax_scale=scale, return_attn_probs=True
+    )
+    return out.transpose(1, 2), lse
+
+
+KERNEL = Kernel("flash_attn", problem, flash_problem, forward)

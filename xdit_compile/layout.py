@@ -1,0 +1,234 @@
+"""How a global tensor is spread over ranks: segments make dimensions, dimensions make layouts.
+
+A dimension is a list of **segments** in order. A segment is *replicated* (every rank holds all of it) or
+*sharded* over one mesh axis (rank ``i`` of the axis holds ``offsets[i] .. offsets[i+1]``, uneven allowed).
+Joint attention over text and image, each split, is a dimension of two sharded segments::
+
+    [text 512 | image 4096] on 4 ranks  ->  512/4 + 4096/4
+
+A rank's local tensor is its pieces of all segments, in order. Everything here is pure arithmetic on those
+lists: no tensors, no devices, no processes. The notation is printed by ``str``: ``7`` replicated, ``8/2``
+sharded evenly over two ranks, ``7/(4,3)`` unevenly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+Position = Mapping[str, int]
+"""Where a rank stands: its index along each mesh axis."""
+
+SEQUENCE = "sequence"
+"""The mesh axis of sequence parallelism (ring x Ulysses, Ulysses innermost)."""
+
+MAX_SEGMENTS = 4096
+"""Beyond this a merged dimension is gathered instead: the bookkeeping would cost more than the data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of indices: replicated (``axis`` is None, ``offsets`` = (0, length)) or one slice per rank of ``axis``."""
+
+    offsets: tuple[int, ...]
+    axis: str | None = None
+
+    @property
+    def length(self) -> int:
+        return self.offsets[-1]
+
+    def bounds(self, position: Position) -> tuple[int, int]:
+        """The part of this segment that the rank at ``position`` holds."""
+        if self.axis is None:
+            return 0, self.length
+        index = position[self.axis]
+        return self.offsets[index], self.offsets[index + 1]
+
+    def map(self, transform) -> Segment:
+        return Segment(tuple(transform(o) for o in self.offsets), self.axis)
+
+    def __str__(self) -> str:
+        if self.axis is None:
+            return str(self.length)
+        sizes = [b - a for a, b in pairwise(self.offsets)]
+        even = len(set(sizes)) == 1
+        return f"{self.length}/{len(sizes)}" if even else f"{self.length}/({','.join(map(str, sizes))})"
+
+
+@dataclass(frozen=True, slots=True)
+class Dim:
+    """One dimension of a tensor: its segments, in order, with neighbouring replicated ones joined."""
+
+    segments: tuple[Segment, ...]
+
+    @staticmethod
+    def of(segments: Iterable[Segment]) -> Dim:
+        joined: list[Segment] = []
+        for segment in segments:
+            if segment.length == 0:
+                continue
+            if segment.axis is None and joined and joined[-1].axis is None:
+                joined[-1] = Segment((0, joined[-1].length + segment.length))
+            else:
+                joined.append(segment)
+        return Dim(tuple(joined))
+
+    @staticmethod
+    def replicated(length: int) -> Dim:
+        return Dim.of([Segment((0, length))])
+
+    @staticmethod
+    def even(length: int, parts: int, axis: str = SEQUENCE) -> Dim:
+        """Split over ``parts`` ranks as evenly as whole numbers allow, larger shares first."""
+        share, extra = divmod(length, parts)
+        sizes = [share + (i < extra) for i in range(parts)]
+        return Dim.of([Segment((0, *accumulate(sizes)), axis)])
+
+    @property
+    def size(self) -> int:
+        return sum(s.length for s in self.segments)
+
+    @property
+    def axes(self) -> frozenset[str]:
+        return frozenset(s.axis for s in self.segments if s.axis is not None)
+
+    @property
+    def sharded(self) -> bool:
+        return any(s.axis is not None for s in self.segments)
+
+    def local_size(self, position: Position) -> int:
+        return sum(stop - start for start, stop in (s.bounds(position) for s in self.segments))
+
+    def spans(self, position: Position) -> list[tuple[int, int]]:
+        """The global index ranges the rank at ``position`` holds, in the order of its local tensor."""
+        spans: list[tuple[int, int]] = []
+        base = 0
+        for segment in self.segments:
+            start, stop = (base + b for b in segment.bounds(position))
+            base += segment.length
+            if start == stop:
+                continue
+            if spans and spans[-1][1] == start:
+                spans[-1] = (spans[-1][0], stop)
+            else:
+                spans.append((start, stop))
+        return spans
+
+    def slice(self, start: int, stop: int, step: int = 1) -> Dim:
+        """The indices ``start:stop:step``; a segment keeps its owner, so shares may become uneven or empty."""
+        parts, base = [], 0
+        for segment in self.segments:
+            # The number of selected indices below a border: where that border lies in the slice.
+            lo, hi = max(start, base), min(stop, base + segment.length)
+            first = -(-(lo - start) // step)
+
+            def below(offset: int, base: int = base, first: int = first) -> int:
+                clipped = min(max(base + offset, start), stop)
+                return max(-(-(clipped - start) // step) - first, 0)
+
+            if hi > lo:
+                parts.append(segment.map(below))
+            base += segment.length
+        return Dim.of(parts)
+
+    def repeat(self, times: int) -> Dim:
+        """The whole dimension ``times`` times over, as when a replicated outer dimension is merged with it."""
+        return Dim.of(self.segments * times) if self.sharded else Dim.replicated(self.size * times)
+
+    def scale(self, factor: int) -> Dim:
+        """Each index becomes ``factor`` consecutive ones, as when a replicated inner dimension is merged with it."""
+        return Dim.of(s.map(lambda o: o * factor) for s in self.segments)
+
+    def split(self, outer: int, inner: int) -> tuple[Dim, Dim] | None:
+        """View as (outer, inner): None when a shard border would cut through both."""
+        if not self.sharded:
+            return Dim.replicated(outer), Dim.replicated(inner)
+        borders = accumulate((s.length for s in self.segments), initial=0)
+        cuts = {base + o for base, s in zip(borders, self.segments, strict=False) for o in s.offsets}
+        if all(cut % inner == 0 for cut in cuts):
+            return Dim.of(s.map(lambda o: o // inner) for s in self.segments), Dim.replicated(inner)
+        rows = {self.slice(i * inner, (i + 1) * inner) for i in range(outer)}
+        return (Dim.replicated(outer), rows.pop()) if len(rows) == 1 else None
+
+    def __str__(self) -> str:
+        return " + ".join(map(str, self.segments)) if len(self.segments) <= 8 else (
+            f"{' + '.join(map(str, self.segments[:3]))} + ... ({len(self.segments)} segments)"
+        ) if self.segments else "0"
+
+
+def concatenate(dims: Iterable[Dim]) -> Dim:
+    return Dim.of(s for d in dims for s in d.segments)
+
+
+def merge(dims: Sequence[Dim]) -> Dim | None:
+    """Flatten neighbouring dimensions into one: None when two of them are sharded or the list would explode."""
+    sharded = [i for i, d in enumerate(dims) if d.sharded]
+    if not sharded:
+        return Dim.replicated(math.prod(d.size for d in dims))
+    at = sharded[0]
+    outer = math.prod(d.size for d in dims[:at])
+    if len(sharded) > 1 or outer * len(dims[at].segments) > MAX_SEGMENTS:
+        return None
+    return dims[at].scale(math.prod(d.size for d in dims[at + 1 :])).repeat(outer)
+
+
+def reshape(dims: Sequence[Dim], shape: Sequence[int]) -> tuple[Dim, ...] | None:
+    """The dimensions after a view to ``shape``, or None when a sharded dimension cannot be followed through it.
+
+    Both shapes fall into the smallest groups of equal product; within a group the dimensions are merged, then
+    split. Dimensions of size one carry nothing and are put back at the end.
+    """
+    if 0 in shape:
+        return None if any(d.sharded for d in dims) else tuple(Dim.replicated(n) for n in shape)
+    inputs, sizes = [d for d in dims if d.size != 1], [n for n in shape if n != 1]
+    result: list[Dim] = []
+    while inputs or sizes:
+        group, targets = [inputs.pop(0)], [sizes.pop(0)]
+        while (have := math.prod(d.size for d in group)) != (want := math.prod(targets)):
+            if have < want:
+                group.append(inputs.pop(0))
+            else:
+                targets.append(sizes.pop(0))
+        rest = merge(group)
+        for i, size in enumerate(targets):
+            parts = rest.split(size, math.prod(targets[i + 1 :])) if rest else None
+            if parts is None:
+                return None
+            result.append(parts[0])
+            rest = parts[1]
+    queue = iter(result)
+    return tuple(Dim.replicated(1) if n == 1 else next(queue) for n in shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A tensor's dimensions. ``partial`` names a mesh axis whose ranks hold summands of the true value."""
+
+    dims: tuple[Dim, ...]
+    partial: str | None = None
+
+    @staticmethod
+    def replicated(shape: Sequence[int]) -> Layout:
+        return Layout(tuple(Dim.replicated(n) for n in shape))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(d.size for d in self.dims)
+
+    @property
+    def sharded(self) -> bool:
+        return self.partial is not None or any(d.sharded for d in self.dims)
+
+    def local_shape(self, position: Position) -> tuple[int, ...]:
+        return tuple(d.local_size(position) for d in self.dims)
+
+    def replace(self, dim: int, new: Dim) -> Layout:
+        dims = list(self.dims)
+        dims[dim] = new
+        return Layout(tuple(dims), self.partial)
+
+    def __str__(self) -> str:
+        body = ", ".join(map(str, self.dims))
+        return f"[{body}]" + (f" partial({self.partial})" if self.partial else "")

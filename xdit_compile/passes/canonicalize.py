@@ -1,0 +1,51 @@
+"""One way of writing each thing: what tracing leaves behind is removed, manual attention becomes attention.
+
+Assertions and copies mean nothing in a functional graph of static shapes. Views become reshapes, because a
+rank's piece need not have the strides the whole tensor had. Softmax(q k^T) v written by hand becomes one
+attention node (``manual_attention.py``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from xdit_compile.passes.manual_attention import fuse_attention
+from xdit_compile.program import Note, Program, drop_unused
+
+aten = torch.ops.aten
+
+CHECKS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg}
+COPIES = {aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default,
+          aten.lift_fresh_copy.default}
+VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+
+
+def canonicalize(program: Program) -> Program:
+    """Needs a captured program; guarantees no views, copies or checks, and whole attention nodes."""
+    notes: list[Note] = []
+    functions = {}
+    for name, module in program.functions():
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(module.graph, {})).meta.update(module.graph.output_node().meta)
+        _clean(graph)
+        notes += fuse_attention(graph, name)
+        drop_unused(graph)
+        functions[name] = graph
+    children = {n: fx.GraphModule({}, g, n) for n, g in functions.items() if n != "main"}
+    return program.having("canonical", main=fx.GraphModule(children, functions["main"], "main"),
+                          notes=program.notes + tuple(notes))
+
+
+def _clean(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if node.target in CHECKS:
+            graph.erase_node(node)
+        elif node.target in COPIES:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.target in VIEWS:
+            node.target = aten.reshape.default
+            node.args = (node.args[0], list(node.meta["val"].shape))
+        elif node.target is aten.expand.default:
+            node.args = (node.args[0], list(node.meta["val"].shape))

@@ -1,0 +1,61 @@
+"""Operators that see one dimension whole and treat the others as a batch."""
+
+from __future__ import annotations
+
+import torch
+
+from xdit_compile.layout import Dim, Layout
+from xdit_compile.passes.rules import rule
+
+aten = torch.ops.aten
+
+
+@rule({
+    aten.softmax.int: lambda r: (r.tensor(2, 6, 4), r.pick(1, -1)),
+    aten._softmax.default: lambda r: (r.tensor(2, 6, 4), r.pick(1, -1), False),
+    aten.log_softmax.int: lambda r: (r.tensor(2, 6, 4), r.pick(1, -1)),
+    aten.cumsum.default: lambda r: (r.tensor(2, 6, 4), r.pick(0, 1, -1)),
+    aten.glu.default: lambda r: (r.tensor(2, 6, 4), r.pick(1, -1)),
+    aten.argmax.default: lambda r: (r.tensor(2, 6, 4), r.pick(1, -1)),
+})
+def along(s, x, dim, *args, **kwargs):
+    """The dimension is gathered; its new size is whatever the operator makes of it."""
+    dim %= x.ndim
+    x = s.whole(x, dim)
+    shape = s.node.meta["val"].shape
+    dims = list(x.dims)
+    if len(shape) < x.ndim:
+        del dims[dim]
+    else:
+        dims[dim] = Dim.replicated(shape[dim])
+    return s.emit(Layout(tuple(dims)), x, dim, *args, **kwargs)
+
+
+@rule({
+    aten.sort.default: lambda r: (r.tensor(2, 6, 4), r.pick(1, -1)),
+    aten.max.dim: lambda r: (r.tensor(2, 6, 4), r.pick(1, -1)),
+    aten.min.dim: lambda r: (r.tensor(2, 6, 4), r.pick(1, -1), True),
+})
+def along_many(s, x, dim=-1, *args, **kwargs):
+    dim %= x.ndim
+    x = s.whole(x, dim)
+    layouts = []
+    for out in s.node.meta["val"]:
+        dims = list(x.dims)
+        if len(out.shape) < x.ndim:
+            del dims[dim]
+        else:
+            dims[dim] = Dim.replicated(out.shape[dim])
+        layouts.append(Layout(tuple(dims)))
+    return s.emit_many(layouts, x, dim, *args, **kwargs)
+
+
+@rule({
+    aten.flip.default: lambda r: (r.tensor(2, 6, 4), [r.pick(0, 1, -1)]),
+    aten.roll.default: lambda r: (r.tensor(2, 6, 4), [2], [r.pick(0, 1)]),
+})
+def reordered(s, x, *args):
+    """The reordered dimensions are gathered, the others stay as they are."""
+    dims = args[-1] if len(args) > (s.node.target is aten.roll.default) else range(x.ndim)
+    x = s.whole(x, *dims)
+    return s.emit(x.layout, x, *args)

@@ -1,0 +1,84 @@
+"""Attention: local where its keys are whole or its batch is what is sharded, distributed otherwise."""
+
+from __future__ import annotations
+
+import torch
+
+from xdit_compile.layout import Dim, Layout
+from xdit_compile.passes.attention import plan_attention, sharded_attention
+from xdit_compile.passes.rules import rule
+
+aten = torch.ops.aten
+
+
+def _example(r):
+    q = r.tensor(2, 4, 6, 8)
+    k, v = r.pick((r.tensor(2, 4, 6, 8), r.tensor(2, 4, 6, 8)), (r.tensor(2, 4, 5, 8), r.tensor(2, 4, 5, 8)))
+    n = k.shape[2]
+    mask = r.pick(None, r.tensor(6, n), r.tensor(2, 1, 1, n), r.tensor(2, 4, 6, n), r.tensor(2, 1, 6, n) > -1)
+    return q, k, v, mask, 0.0, mask is None and n == 6 and r.pick(False, True)
+
+
+@rule({aten.scaled_dot_product_attention.default: _example})
+def attention(s, q, k, v, mask=None, dropout=0.0, is_causal=False, *, scale=None, enable_gqa=False):
+    """softmax(q k^T * scale + mask) v over tensors (..., heads, tokens, width)."""
+    q, k, v = s.whole(q, -1), s.whole(k, -1), s.whole(v, -1)
+    for i in range(-q.ndim, -2):
+        if q.shape[i] == k.shape[i] == v.shape[i]:
+            dim = next((x.dims[i] for x in (q, k, v) if x.dims[i].sharded), q.dims[i])
+            q, k, v = s.lay(q, i, dim), s.lay(k, i, dim), s.lay(v, i, dim)
+        else:
+            q, k, v = s.whole(q, i), s.whole(k, i), s.whole(v, i)
+    batch_axes = {a for d in q.dims[:-2] for a in d.axes}
+    tokens = next((x.dims[-2] for x in (k, v) if x.dims[-2].sharded), k.dims[-2])
+    if tokens.axes & batch_axes:
+        tokens = Dim.replicated(tokens.size)
+    k, v = s.lay(k, -2, tokens), s.lay(v, -2, tokens)
+    if q.dims[-2].axes & batch_axes:
+        q = s.whole(q, -2)
+    heads = q.shape[-3] if q.ndim > 2 else 1
+    if tokens.sharded:
+        parts = max(len(seg.offsets) - 1 for seg in tokens.segments if seg.axis)
+        if heads < s.spec.ulysses_degree:
+            s.note("attention", f"{heads} heads are fewer than ulysses_degree={s.spec.ulysses_degree}: "
+                   "keys and values are gathered")
+            k, v = s.whole(k, -2), s.whole(v, -2)
+        elif not q.dims[-2].sharded:
+            if q.shape[-2] >= parts:
+                q = s.lay(q, -2, Dim.even(q.shape[-2], parts, *tokens.axes))
+            else:
+                k, v = s.whole(k, -2), s.whole(v, -2)
+    if is_causal and (q.dims[-2].sharded or k.dims[-2].sharded):
+        mask, is_causal = _causal(s, q, k), False
+    out = Layout((*q.dims[:-1], v.dims[-1]))
+    if k.dims[-2].sharded:
+        return _distributed(s, q, k, v, mask, scale, out)
+    if mask is not None:
+        rows = (*q.dims[:-1], k.dims[-2])
+        for i in range(-mask.ndim, 0):
+            mask = s.lay(mask, i, rows[i]) if mask.shape[i] != 1 else mask
+    if q.dims[-2].sharded:
+        s.note("attention", f"local: queries [{q.dims[-2]}] attend to whole keys [{k.dims[-2]}]")
+    return s.emit(out, q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def _distributed(s, q, k, v, mask, scale, out):
+    if mask is not None:
+        # The mask is cut by token order of the exchanged keys later, so its token dimensions are whole here.
+        mask = s.whole(mask, *range(-min(mask.ndim, 2), 0))
+        for i in range(-mask.ndim, -2):
+            mask = s.lay(mask, i, q.dims[i]) if mask.shape[i] != 1 else mask
+    plan = plan_attention(q, k, v, s.spec)
+    s.attend(plan)
+    value = s.emit(out, q, k, v, mask, scale, target=sharded_attention)
+    if value.node is not None:
+        value.node.meta["attention"] = plan
+    return value
+
+
+def _causal(s, q, k):
+    """The triangle that ``is_causal`` means, as a mask: positions must survive the re-ordering of tokens."""
+    shape = (q.shape[-2], k.shape[-2])
+    whole = Layout.replicated(shape)
+    ones = s.emit(whole, q, list(shape), 1, dtype=torch.bool, target=aten.new_full.default)
+    return s.emit(whole, ones, target=aten.tril.default)

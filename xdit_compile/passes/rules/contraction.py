@@ -1,0 +1,100 @@
+"""Matrix products: free dimensions keep their layouts; over a sharded contraction each rank has a summand."""
+
+from __future__ import annotations
+
+import torch
+
+from xdit_compile.layout import Layout
+from xdit_compile.passes.rules import rule
+
+aten = torch.ops.aten
+
+
+def contract(s, a, b, at):
+    """Lay out ``a``'s last and ``b``'s ``at`` dimension alike; returns them and the axis a sum is pending over.
+
+    Both sharded alike: a partial sum. One sharded: the other is sliced to it if replicated. A mixed dimension
+    (replicated text beside sharded image) is gathered, or its replicated part would be summed once per rank.
+    """
+    for x, i in ((a, -1), (b, at)):
+        dim = x.dims[i]
+        if dim.sharded and not all(seg.axis for seg in dim.segments):
+            a, b = s.whole(a, -1), s.whole(b, at)
+    dim = a.dims[-1] if a.dims[-1].sharded else b.dims[at]
+    free = {axis for d in (*a.dims[:-1], *(d for i, d in enumerate(b.dims) if i != at % b.ndim)) for axis in d.axes}
+    if len(dim.axes) > 1 or dim.axes & free:
+        return s.whole(a, -1), s.whole(b, at), None
+    return s.lay(a, -1, dim), s.lay(b, at, dim), next(iter(dim.axes), None)
+
+
+@rule({aten.linear.default: lambda r: (r.tensor(2, 6, 4), r.tensor(3, 4), r.pick(None, r.tensor(3)))})
+def linear(s, x, weight, bias=None):
+    x, weight = s.whole(x, -1), s.whole(weight, 1)
+    if set().union(*(d.axes for d in x.dims)) & weight.dims[0].axes:
+        weight = s.whole(weight, 0)
+    bias = bias and s.lay(bias, 0, weight.dims[0])
+    return s.emit(Layout((*x.dims[:-1], weight.dims[0])), x, weight, bias)
+
+
+@rule({aten.mm.default: lambda r: (r.tensor(6, 4), r.tensor(4, 3))})
+def mm(s, a, b):
+    return matmul(s, a, b)
+
+
+@rule({aten.addmm.default: lambda r: (r.tensor(3), r.tensor(6, 4), r.tensor(4, 3))})
+def addmm(s, bias, a, b, **kwargs):
+    a, b = s.whole(a, -1), s.whole(b, 0)
+    out = _free(s, a, b)
+    if out is None:
+        b = s.whole(b)
+        out = (a.dims[0], b.dims[1])
+    for i in range(bias.ndim):
+        if bias.shape[i - bias.ndim] != 1:
+            bias = s.lay(bias, i - bias.ndim, out[i - bias.ndim])
+    return s.emit(Layout(out), bias, a, b, **kwargs)
+
+
+@rule({aten.bmm.default: lambda r: (r.tensor(2, 6, 4), r.tensor(2, 4, 3)),
+       aten.matmul.default: lambda r: (r.tensor(2, 5, 6, 4), r.pick(r.tensor(4, 3), r.tensor(2, 5, 4, 3)))})
+def matmul(s, a, b):
+    if b.ndim == 1 or a.ndim == 1:
+        a, b = s.whole(a), s.whole(b)
+        return s.emit(Layout.replicated(s.node.meta["val"].shape), a, b)
+    a, b, partial = contract(s, a, b, -2)
+    batch = max(a.ndim, b.ndim) - 2
+    for i in range(-batch - 2, -2):
+        if -i <= a.ndim and -i <= b.ndim and a.shape[i] == b.shape[i]:
+            dim = a.dims[i] if a.dims[i].sharded else b.dims[i]
+            a, b = s.lay(a, i, dim), s.lay(b, i, dim)
+    if a.dims[-2].axes & {x for d in b.dims for x in d.axes}:
+        # Both free dimensions are sharded alike (scores of tokens by tokens): the second one is needed whole.
+        b = s.whole(b, -1)
+    longer = a if a.ndim >= b.ndim else b
+    outer = [next((x.dims[i] for x in (a, b) if -i <= x.ndim and x.shape[i] != 1), longer.dims[i])
+             for i in range(-batch - 2, -2)]
+    return s.emit(Layout((*outer, a.dims[-2], b.dims[-1]), partial), a, b)
+
+
+def _free(s, a, b):
+    return None if a.dims[0].axes & b.dims[1].axes else (a.dims[0], b.dims[1])
+
+
+@rule({aten.baddbmm.default: lambda r: (r.tensor(2, 6, 3), r.tensor(2, 6, 4), r.tensor(2, 4, 3))})
+def baddbmm(s, bias, a, b, *, beta=1, alpha=1):
+    a, b = s.whole(a, -1), s.whole(b, -2)
+    if a.dims[-2].axes & b.dims[-1].axes:
+        b = s.whole(b, -1)
+    dim = a.dims[0] if a.dims[0].sharded else b.dims[0]
+    a, b = s.lay(a, 0, dim), s.lay(b, 0, dim)
+    out = (dim, a.dims[1], b.dims[2])
+    for i in range(bias.ndim):
+        if bias.shape[i - bias.ndim] != 1:
+            bias = s.lay(bias, i - bias.ndim, out[i - bias.ndim])
+    return s.emit(Layout(out), bias, a, b, beta=beta, alpha=alpha)
+
+
+@rule({aten.outer.default: lambda r: (r.tensor(5), r.tensor(4))})
+def outer(s, a, b):
+    if a.dims[0].axes & b.dims[0].axes:
+        b = s.whole(b)
+    return s.emit(Layout((a.dims[0], b.dims[0])), a, b)

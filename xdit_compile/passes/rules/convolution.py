@@ -1,0 +1,85 @@
+"""Convolutions: channels whole, the batch free; over sharded space each rank fetches the border it is missing."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+
+from xdit_compile.layout import Dim, Layout, Segment
+from xdit_compile.passes.rules import rule
+from xdit_compile.passes.values import NoRule, Value
+
+aten = torch.ops.aten
+
+
+def _examples(n):
+    side = [9, 6, 5][:n]
+    return lambda r: (r.tensor(2, 2, *side), r.tensor(4, 2, *[r.pick(1, 2, 3)] * n), r.pick(None, r.tensor(4)),
+                      [r.pick(1, 2)] * n, [r.pick(0, 1)] * n, [1] * n, 1)
+
+
+@rule({aten.conv1d.default: _examples(1), aten.conv2d.default: _examples(2), aten.conv3d.default: _examples(3)})
+def convolution(s, x, weight, bias=None, stride=(1,), padding=(0,), dilation=(1,), groups=1):
+    """The window of output o reads inputs o * stride - padding + k * dilation. Kernel = stride on aligned shares
+    (patch embedding) needs nothing from neighbours; else the missing rows are exchanged and only the ends of the
+    whole tensor are padded."""
+    n = weight.ndim - 2
+    if x.ndim != n + 2:
+        raise NoRule("a convolution without a batch dimension")
+    stride, padding, dilation = (list(v) * n if len(v) == 1 else list(v) for v in (stride, padding, dilation))
+    x, weight, bias = s.whole(x, 1), s.whole(weight), bias and s.whole(bias)
+    dims, source = [x.dims[0], Dim.replicated(weight.shape[0])], x
+    for i in range(n):
+        reach = dilation[i] * (weight.shape[2 + i] - 1) + 1
+        size = (x.shape[2 + i] + 2 * padding[i] - reach) // stride[i] + 1
+        dim = x.dims[2 + i]
+        if not dim.sharded:
+            dims.append(Dim.replicated(size))
+            continue
+        out = _shares(dim, size, stride[i])
+        if out is None or source is not x:
+            raise NoRule(f"space laid out as {x.layout}")
+        dims.append(out)
+        source = _with_halo(s, x, 2 + i, out, stride[i], padding[i], reach)
+        padding[i] = 0
+    return s.emit(Layout(tuple(dims)), source, weight, bias, stride, padding, dilation, groups)
+
+
+def _shares(dim, size, stride):
+    """Who computes which outputs: those whose window starts in its share."""
+    if len(dim.segments) != 1:
+        return None
+    (segment,) = dim.segments
+    cuts = [min(-(-o // stride), size) for o in segment.offsets]
+    cuts[-1] = size
+    # A rank without outputs would convolve nothing, which PyTorch refuses.
+    return Dim.of([Segment(tuple(cuts), segment.axis)]) if all(a < b for a, b in pairwise(cuts)) else None
+
+
+def _with_halo(s, x, i, out, stride, padding, reach):
+    """The rows of dimension ``i`` that this rank's outputs read, with the tensor's own zero padding at its ends."""
+    (axis,) = out.axes
+    windows = []
+    for rank in range(s.sizes[axis]):
+        spans = out.spans({**s.position, axis: rank})
+        windows.append([(a * stride - padding, (b - 1) * stride - padding + reach) for a, b in spans])
+    inside = [[(max(a, 0), min(b, x.shape[i])) for a, b in w] for w in windows]
+    held = [x.dims[i].spans({**s.position, axis: r}) for r in range(s.sizes[axis])]
+    if all(_covers(h, w) for h, w in zip(held, inside, strict=True)):
+        mine = inside[s.position[axis]]
+        start = held[s.position[axis]][0][0] if mine else 0
+        a, b = mine[0] if mine else (0, 0)
+        node = s.local(aten.slice.Tensor, x, i, a - start, b - start)
+    else:
+        node = s.windows(x, i, inside, f"border of a convolution reading {reach} with stride {stride}")
+    (low, high), = windows[s.position[axis]] or [(0, 0)]
+    before, after = max(-low, 0), max(high - x.shape[i], 0)
+    if node is not None and (before or after):
+        pads = [0, 0] * (x.ndim - 1 - i) + [before, after]
+        node = s.local(aten.constant_pad_nd.default, node, pads)
+    return Value(node, x.layout, x.dtype)
+
+
+def _covers(held, wanted):
+    return all(any(a <= c and d <= b for a, b in held) for c, d in wanted)

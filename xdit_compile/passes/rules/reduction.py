@@ -1,0 +1,99 @@
+"""Reductions: over whole dimensions they are local, over sharded ones each rank has a summand."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from xdit_compile.layout import Dim, Layout
+from xdit_compile.passes.rules import rule
+
+aten = torch.ops.aten
+
+
+def _dims(x, dims):
+    return sorted(range(x.ndim) if dims is None or dims == [] else
+                  (d % x.ndim for d in (dims if isinstance(dims, (list, tuple)) else [dims])))
+
+
+def _reduced(x, dims, keepdim):
+    kept = [Dim.replicated(1) if i in dims else d for i, d in enumerate(x.dims) if keepdim or i not in dims]
+    return tuple(kept)
+
+
+@rule({aten.sum.dim_IntList: lambda r: (r.tensor(2, 6, 4), [r.pick(0, 1, -1)], r.pick(False, True)),
+       aten.mean.dim: lambda r: (r.tensor(2, 6, 4), r.pick([1], [-1], [0, 1]), r.pick(False, True))})
+def sums(s, x, dims=None, keepdim=False, *, dtype=None):
+    over = _dims(x, dims)
+    axes = {a for i in over for a in x.dims[i].axes}
+    if len(axes) > 1 or any(x.dims[i].sharded and not all(seg.axis for seg in x.dims[i].segments) for i in over):
+        x, axes = s.whole(x, *over), set()
+    out = Layout(_reduced(x, over, keepdim), next(iter(axes), None))
+    if not axes or s.node.target is aten.sum.dim_IntList:
+        return s.emit(out, x, over, keepdim, dtype=dtype)
+    # The mean divides by the global count, which no rank's own mean knows.
+    total = s.emit(out, x, over, keepdim, dtype=dtype, target=aten.sum.dim_IntList)
+    return s.emit(out, total, math.prod(x.shape[i] for i in over), target=aten.div.Tensor)
+
+
+@rule({aten.amax.default: lambda r: (r.tensor(2, 6, 4), [1], r.pick(False, True)),
+       aten.amin.default: lambda r: (r.tensor(2, 6, 4), [-1], r.pick(False, True)),
+       aten.any.dim: lambda r: (r.tensor(2, 6, 4) > 0, 1, r.pick(False, True)),
+       aten.linalg_vector_norm.default: lambda r: (r.tensor(2, 6, 4), 2.0, [-1], True)})
+def whole_reduction(s, x, *args, **kwargs):
+    """Reductions that no sum can finish: the reduced dimensions are gathered."""
+    norm = s.node.target is aten.linalg_vector_norm.default
+    order, rest = (args[:1], args[1:]) if norm else ((), args)
+    dims, keepdim = [*rest, None, False][:2] if len(rest) < 2 else rest[:2]
+    over = _dims(x, dims)
+    x = s.whole(x, *over)
+    return s.emit(Layout(_reduced(x, over, keepdim)), x, *order, *rest, **kwargs)
+
+
+@rule({aten.layer_norm.default: lambda r: (r.tensor(2, 6, 4), [4], r.tensor(4), r.tensor(4)),
+       aten.rms_norm.default: lambda r: (r.tensor(2, 6, 4), [4], r.pick(None, r.tensor(4)), 1e-6)})
+def last_dims_norm(s, x, shape, *rest):
+    x = s.whole(x, *range(x.ndim - len(shape), x.ndim))
+    return s.emit(x.layout, x, shape, *rest)
+
+
+@rule({aten.group_norm.default: lambda r: (
+    r.tensor(2, 4, 6, 3), 2, r.pick(None, r.tensor(4)), r.pick(None, r.tensor(4)), 1e-5)})
+def group_norm(s, x, groups, weight=None, bias=None, eps=1e-5, cudnn=True):
+    """Over sharded space the moments are summed over ranks: mean first, then squares about it (no cancellation)."""
+    x = s.whole(x, 1)
+    axes = {a for d in x.dims[2:] for a in d.axes}
+    mixed = any(d.sharded and not all(seg.axis for seg in d.segments) for d in x.dims)
+    if not axes:
+        return s.emit(x.layout, x, groups, weight, bias, eps, cudnn)
+    if len(axes) > 1 or mixed:
+        x = s.whole(x, *range(2, x.ndim))
+        return s.emit(x.layout, x, groups, weight, bias, eps, cudnn)
+    batch, channels, *space = x.dims
+    per = channels.size // groups
+    grouped = (batch, Dim.replicated(groups), Dim.replicated(per), *space)
+    local = [d.local_size(s.position) for d in grouped]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = s.emit(x.layout, x, dtype=wide, target=aten._to_copy.default)
+    y = s.emit(Layout(grouped), y, local, target=aten.reshape.default)
+    over, count = list(range(2, len(grouped))), per * math.prod(d.size for d in space)
+    flat = Layout((*grouped[:2], *[Dim.replicated(1)] * len(over)), next(iter(axes)))
+
+    def mean(v):
+        total = s.summed(s.emit(flat, v, over, True, target=aten.sum.dim_IntList))
+        return s.emit(total.layout, total, count, target=aten.div.Tensor)
+
+    y = s.emit(y.layout, y, mean(y), target=aten.sub.Tensor)
+    scale = mean(s.emit(y.layout, y, y, target=aten.mul.Tensor))
+    scale = s.emit(scale.layout, scale, eps, target=aten.add.Tensor)
+    scale = s.emit(scale.layout, scale, target=aten.rsqrt.default)
+    y = s.emit(y.layout, y, scale, target=aten.mul.Tensor)
+    y = s.emit(x.layout, y, [d.local_size(s.position) for d in x.dims], target=aten.reshape.default)
+    for parameter, op in ((weight, aten.mul.Tensor), (bias, aten.add.Tensor)):
+        if parameter is not None:
+            column = [-1, *[1] * len(space)]
+            shaped = Layout((channels, *[Dim.replicated(1)] * len(space)))
+            column = s.emit(shaped, parameter, column, target=aten.reshape.default)
+            y = s.emit(y.layout, y, column, target=op)
+    return s.emit(x.layout, y, dtype=x.dtype, target=aten._to_copy.default)

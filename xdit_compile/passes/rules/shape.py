@@ -1,0 +1,200 @@
+"""Operators that move, cut and join dimensions: the layout moves with them."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from xdit_compile.layout import Dim, Layout, concatenate, reshape
+from xdit_compile.passes.rules import rule
+from xdit_compile.passes.values import NoRule
+
+aten = torch.ops.aten
+
+
+@rule({aten.reshape.default: lambda r: r.pick(
+    (r.tensor(2, 6, 4), [12, 4]), (r.tensor(12, 4), [2, 6, 2, 2]), (r.tensor(6, 4), [4, 6]), (r.tensor(1, 8), [8, 1]))})
+def reshape_(s, x, shape):
+    dims = reshape(x.dims, shape)
+    if dims is None:
+        # Some dimension cannot be followed: gather the innermost sharded ones until the rest can.
+        for i in reversed([i for i, d in enumerate(x.dims) if d.sharded]):
+            x = s.whole(x, i)
+            dims = reshape(x.dims, shape)
+            if dims is not None:
+                break
+    assert dims is not None
+    return s.emit(Layout(dims), x, [d.local_size(s.position) for d in dims])
+
+
+@rule({aten.permute.default: lambda r: (r.tensor(2, 3, 4), r.pick([2, 0, 1], [0, -1, 1]))})
+def permute(s, x, order):
+    return s.emit(Layout(tuple(x.dims[i] for i in order)), x, order)
+
+
+@rule({aten.transpose.int: lambda r: (r.tensor(2, 3, 4), 0, r.pick(1, -1))})
+def transpose(s, x, a, b):
+    dims = list(x.dims)
+    dims[a], dims[b] = dims[b], dims[a]
+    return s.emit(Layout(tuple(dims)), x, a, b)
+
+
+@rule({aten.t.default: lambda r: (r.tensor(3, 4),)})
+def t(s, x):
+    return s.emit(Layout(x.dims[::-1]), x)
+
+
+@rule({aten.unsqueeze.default: lambda r: (r.tensor(3, 4), r.pick(0, 1, -1))})
+def unsqueeze(s, x, dim):
+    dims = list(x.dims)
+    dims.insert(dim % (x.ndim + 1), Dim.replicated(1))
+    return s.emit(Layout(tuple(dims)), x, dim)
+
+
+@rule({aten.squeeze.dim: lambda r: (r.tensor(3, 1, 4), r.pick(0, 1)),
+       aten.squeeze.dims: lambda r: (r.tensor(3, 1, 4, 1), [1, 3]),
+       aten.squeeze.default: lambda r: (r.tensor(3, 1, 4, 1),)})
+def squeeze(s, x, dims=None):
+    # Named dimensions only, and only those of global size one: a share of one is no dimension of one.
+    named = range(x.ndim) if dims is None else dims if isinstance(dims, (list, tuple)) else [dims]
+    gone = [d % x.ndim for d in named if x.shape[d] == 1]
+    return s.emit(Layout(tuple(d for i, d in enumerate(x.dims) if i not in gone)), x, gone, target=aten.squeeze.dims)
+
+
+@rule({aten.expand.default: lambda r: (r.tensor(3, 1, 4), [2, 3, 5, 4])})
+def expand(s, x, sizes, **kwargs):
+    new = [Dim.replicated(n) for n in sizes[: len(sizes) - x.ndim]]
+    dims = new + [d if d.size != 1 or n == -1 else Dim.replicated(n)
+                  for d, n in zip(x.dims, sizes[len(new):], strict=True)]
+    return s.emit(Layout(tuple(dims)), x, [d.local_size(s.position) for d in dims])
+
+
+@rule({aten.repeat.default: lambda r: (r.tensor(3, 4), r.pick([2, 1], [2, 2, 3]))})
+def repeat(s, x, times):
+    dims = [Dim.replicated(1)] * (len(times) - x.ndim) + list(x.dims)
+    return s.emit(Layout(tuple(d.repeat(n) for d, n in zip(dims, times, strict=True))), x, times)
+
+
+@rule({aten.repeat_interleave.self_int: lambda r: (r.tensor(3, 4), 2, r.pick(0, 1))})
+def repeat_interleave(s, x, times, dim=None, output_size=None):
+    if dim is None:
+        raise NoRule("repeat_interleave of the flattened tensor")
+    return s.emit(Layout(x.layout.replace(dim, x.dims[dim].scale(times)).dims), x, times, dim)
+
+
+@rule({aten.cat.default: lambda r: ([r.tensor(2, 3, 4), r.tensor(2, 5, 4)], r.pick(1, -2))})
+def cat(s, tensors, dim=0):
+    tensors = [x for x in tensors if x.shape != (0,)]
+    dim %= tensors[0].ndim
+    # Along other dimensions the parts agree; along the joined one every part keeps its own layout.
+    largest = max((x for x in tensors if x.sharded), key=lambda x: max(x.shape))
+    axes = {a for x in tensors for a in x.dims[dim].axes}
+    dims = [Dim.replicated(d.size) if d.axes & axes else d for d in largest.dims]
+    laid = [s.like(x, [d for i, d in enumerate(dims) if i != dim], [i for i in range(x.ndim) if i != dim])
+            for x in tensors]
+    dims[dim] = concatenate(x.dims[dim] for x in laid)
+    return s.emit(Layout(tuple(dims)), laid, dim, target=aten.cat.default)
+
+
+@rule({aten.stack.default: lambda r: ([r.tensor(2, 3), r.tensor(2, 3)], r.pick(0, 1, -1))})
+def stack(s, tensors, dim=0):
+    laid, dims = s.broadcast(*tensors)
+    new = list(dims)
+    new.insert(dim % (len(dims) + 1), Dim.replicated(len(tensors)))
+    return s.emit(Layout(tuple(new)), laid, dim)
+
+
+@rule({aten.slice.Tensor: lambda r: (r.tensor(2, 9), 1, r.size(0, 4), r.pick(-1, 7, sys.maxsize), r.pick(1, 1, 2))})
+def slice_(s, x, dim=0, start=None, stop=None, step=1):
+    old = x.dims[dim]
+    start, stop, step = slice(start, stop, step).indices(old.size)
+    stop = max(start, stop)
+    if not old.sharded:
+        out = x.layout.replace(dim, Dim.replicated(len(range(start, stop, step))))
+        return s.emit(out, x, dim, start, stop, step, target=aten.slice.Tensor)
+    if step != 1 and len(old.segments) > 1:
+        x = s.whole(x, dim)
+        return slice_(s, x, dim, start, stop, step)
+    # What this rank holds of the range is one run of its piece, because pieces are in global order.
+    counts = [len(range(a, b)) for a, b in _below(old.spans(s.position), start)]
+    first = sum(counts)
+    held = old.slice(start, stop).local_size(s.position)
+    if step != 1:
+        (a, _), = old.spans(s.position) or [(0, 0)]
+        lead = -(max(a, start) - start) % step
+        first, last = first + min(lead, held), first + held
+    else:
+        last = first + held
+    out = x.layout.replace(dim, old.slice(start, stop, step))
+    return s.emit(out, x, dim, first, last, step, target=aten.slice.Tensor)
+
+
+def _below(spans, limit):
+    return [(a, min(b, limit)) for a, b in spans if a < limit]
+
+
+@rule({aten.split_with_sizes.default: lambda r: (r.tensor(2, 9), [2, 4, 3], r.pick(1, -1)),
+       aten.split.Tensor: lambda r: (r.tensor(2, 9), 4, 1)})
+def split(s, x, sizes, dim=0):
+    old = x.dims[dim]
+    if isinstance(sizes, int):
+        sizes = [min(sizes, old.size - at) for at in range(0, old.size, sizes)]
+    parts, at = [], 0
+    for n in sizes:
+        parts.append(old.slice(at, at + n))
+        at += n
+    local = [p.local_size(s.position) for p in parts]
+    return s.emit_many([x.layout.replace(dim, p) for p in parts], x, local, dim,
+                       target=aten.split_with_sizes.default)
+
+
+@rule({aten.unbind.int: lambda r: (r.tensor(2, 3, 4), r.pick(0, 1, -1))})
+def unbind(s, x, dim=0):
+    dim %= x.ndim
+    x = s.whole(x, dim)
+    layout = Layout(x.dims[:dim] + x.dims[dim + 1 :])
+    return s.emit_many([layout] * x.shape[dim], x, dim)
+
+
+@rule({aten.select.int: lambda r: (r.tensor(2, 3, 4), r.pick(0, 1, -1), r.pick(0, 1, -1))})
+def select(s, x, dim, index):
+    dim %= x.ndim
+    index %= x.shape[dim]
+    # Only the one slice that is asked for travels.
+    one = s.whole(slice_(s, x, dim, index, index + 1), dim)
+    return s.emit(Layout(x.dims[:dim] + x.dims[dim + 1 :]), one, dim, 0)
+
+
+@rule({aten.constant_pad_nd.default: lambda r: (
+    r.tensor(2, 5, 4), r.pick([1, 0], [0, 0, 0, 3], [0, 0, 2, 1], [-1, 0, 0, 1]), 0.5)})
+def pad(s, x, pads, value=0):
+    """Padding joins constant segments before and after; a sharded dimension is padded by concatenation."""
+    pads = list(pads) + [0] * (2 * x.ndim - len(pads))
+    free = [0 if x.dims[x.ndim - 1 - i // 2].sharded else p for i, p in enumerate(pads)]
+    sizes = [d if d.sharded else Dim.replicated(d.size + sum(free[2 * (x.ndim - 1 - i) :][:2]))
+             for i, d in enumerate(x.dims)]
+    out = s.emit(Layout(tuple(sizes)), x, free, value) if any(free) else x
+    for i, d in enumerate(x.dims):
+        before, after = pads[2 * (x.ndim - 1 - i) :][:2]
+        if d.sharded and (before or after):
+            if min(before, after) < 0:
+                raise NoRule("negative padding of a sharded dimension")
+            ends = []
+            for n in (before, after):
+                shape = Layout(out.dims).replace(i, Dim.replicated(n))
+                size = list(shape.local_shape(s.position))
+                ends.append(s.emit(shape, out, size, value, target=aten.new_full.default))
+            out = cat(s, [ends[0], out, ends[1]], i)
+    return out
+
+
+@rule({aten.view_as_complex.default: lambda r: (r.tensor(3, 4, 2),)})
+def view_as_complex(s, x):
+    x = s.whole(x, -1)
+    return s.emit(Layout(x.dims[:-1]), x)
+
+
+@rule({aten.view_as_real.default: lambda r: (torch.view_as_complex(r.tensor(3, 4, 2)),)})
+def view_as_real(s, x):
+    return s.emit(Layout((*x.dims, Dim.replicated(2))), x)

@@ -1,0 +1,392 @@
+"""Sharding is interpretation: walk the global graph once; the rule of each operator says what a rank computes.
+
+Like JAX's batching rules (``jax/_src/interpreters/batching.py``): a rule takes arguments with layouts, emits the
+local operator and returns the result's layout, so propagation and rewriting cannot disagree. An operator none of
+whose arguments is sharded is copied. One without a rule, or whose rule gives up, gets its arguments gathered, is
+computed whole, and is noted by name. Without an emitter the same walk only counts what it would cost.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from xdit_compile.costs import flops
+from xdit_compile.layout import SEQUENCE, Dim, Layout, Position
+from xdit_compile.mesh import position_of
+from xdit_compile.passes.attention import AttentionPlan
+from xdit_compile.passes.emit import Emitter
+from xdit_compile.passes.rules import find_rule
+from xdit_compile.passes.values import NoRule, Value
+from xdit_compile.program import Note, Program, module_of, output_args, source_of
+
+Result = Value | tuple[Any, ...] | None
+Seeds = Mapping[str, tuple[int, Dim]]
+"""Where to begin: the name of a node of ``main``, the dimension to shard and how."""
+
+
+@dataclass
+class Tally:
+    """What the walk met so far: work and traffic of one rank, and the decisions behind them."""
+
+    flops: int = 0
+    sent: int = 0
+    moved: int = 0
+    attentions: int = 0
+    notes: list[Note] = field(default_factory=list)
+
+    def add(self, other: Tally) -> None:
+        self.flops += other.flops
+        self.sent += other.sent
+        self.moved += other.moved
+        self.attentions += other.attentions
+
+
+class Sharder:
+    """Interprets one function of the program for one rank. Rules call its public methods."""
+
+    def __init__(self, walk: Walk, emitter: Emitter | None, function: str) -> None:
+        self.walk, self.emitter, self.function = walk, emitter, function
+        self.spec, self.position, self.sizes = walk.spec, walk.position, walk.sizes
+        self.tally = Tally()
+        self.node: fx.Node
+        self._relaid: dict[tuple[int, Layout], Value] = {}
+        self._keep: list[Value] = []
+
+    # For rules
+
+    def emit(self, layout: Layout, *args: Any, target: Any = None, **kwargs: Any) -> Value:
+        """The operator (the current one unless ``target``) on local pieces; the result is laid out as said."""
+        target = target or self.node.target
+        made = self.local(target, *args, **kwargs)
+        if made is not None:
+            made.meta["layout"] = layout
+        example = (made or self.node).meta["val"]
+        value = Value(made, layout, (example if isinstance(example, torch.Tensor) else example[0]).dtype)
+        self._count(target, args, value)
+        return value
+
+    def emit_many(self, layouts: Sequence[Layout], *args: Any, target: Any = None, **kwargs: Any) -> tuple[Value, ...]:
+        """As ``emit``, for an operator that returns several tensors."""
+        made = self.local(target or self.node.target, *args, **kwargs)
+        values = []
+        for i, (layout, example) in enumerate(zip(layouts, self.node.meta["val"], strict=True)):
+            piece = self.local(operator.getitem, made, i)
+            if piece is not None:
+                piece.meta["layout"] = layout
+            values.append(Value(piece, layout, example.dtype))
+            self._count(None, (), values[-1])
+        return tuple(values)
+
+    def local(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node | None:
+        """A node that is no whole value of the global program (a slice of a piece, a raw collective)."""
+        if self.emitter is None:
+            return None
+        strip = (lambda a: a.node if isinstance(a, Value) else a)
+        args, kwargs = _map(strip, args), _map(strip, kwargs)
+        return self.emitter.call(target, *args, **kwargs)
+
+    def lay(self, value: Value, dim: int, new: Dim) -> Value:
+        """``value`` with dimension ``dim`` laid out as ``new``: sliced for free, gathered, or exchanged."""
+        dim %= value.ndim
+        old, layout = value.dims[dim], value.layout.replace(dim, new)
+        if old == new:
+            return value
+        key = (id(value), layout)
+        if key not in self._relaid:
+            if not old.sharded:
+                node = None if self.emitter is None else self.emitter.take(
+                    self._node(value), dim, new.spans(self.position))
+            elif not new.sharded:
+                node = self._gather(value, dim)
+            elif old.axes == new.axes:
+                (axis,) = new.axes
+                spans = [new.spans({**self.position, axis: i}) for i in range(self.sizes[axis])]
+                node = self.windows(value, dim, spans, f"re-laid from {old} to {new}")
+            else:
+                return self.lay(self.lay(value, dim, Dim.replicated(old.size)), dim, new)
+            if node is not None:
+                node.meta["layout"] = layout
+            self._relaid[key] = Value(node, layout, value.dtype)
+            self._keep.append(value)
+        return self._relaid[key]
+
+    def whole(self, value: Value, *dims: int) -> Value:
+        """``value`` with these dimensions (all if none is named) on every rank, and no sum pending."""
+        value = self.summed(value)
+        for dim in dims or range(value.ndim):
+            value = self.lay(value, dim, Dim.replicated(value.shape[dim]))
+        return value
+
+    def summed(self, value: Value) -> Value:
+        """``value`` with a pending sum over ranks carried out."""
+        axis = value.layout.partial
+        if axis is None:
+            return value
+        layout = Layout(value.dims)
+        key = (id(value), layout)
+        if key not in self._relaid:
+            size = value.local_bytes(self.position)
+            self._traffic("all_reduce", 2 * size * (self.sizes[axis] - 1) // self.sizes[axis], "sum of partial results")
+            node = None if self.emitter is None else self.emitter.all_reduce(self._node(value), axis)
+            if node is not None:
+                node.meta["layout"] = layout
+            self._relaid[key] = Value(node, layout, value.dtype)
+            self._keep.append(value)
+        return self._relaid[key]
+
+    def windows(self, value: Value, dim: int, spans: Sequence[Sequence[tuple[int, int]]], why: str) -> fx.Node | None:
+        """Ranges ``spans[i]`` of ``dim`` on rank i of its axis, each fetched from whoever holds it."""
+        old = value.dims[dim]
+        (axis,) = old.axes
+        me = self.position[axis]
+        mine = old.spans(self.position)
+        missing = sum(max(min(b, d) - max(a, c), 0) for i, wanted in enumerate(spans) if i != me
+                      for a, b in mine for c, d in wanted)
+        row = value.local_bytes(self.position) // max(old.local_size(self.position), 1)
+        self._traffic("all_to_all", missing * row, why)
+        return None if self.emitter is None else self.emitter.windows(value, dim, spans)
+
+    def broadcast(self, *values: Value) -> tuple[list[Value], tuple[Dim, ...]]:
+        """Lay out operands of an element-wise operator alike; returns them and the result's dimensions.
+
+        The largest operand that is sharded decides each dimension; others are sliced (free) or exchanged.
+        """
+        shape = torch.broadcast_shapes(*(v.shape for v in values))
+        values = tuple(self.summed(v) for v in values)
+        dims: list[Dim] = []
+        for i, size in enumerate(shape):
+            held = [(v, v.dims[i - len(shape)]) for v in values if len(shape) - i <= v.ndim]
+            sharded = [(math.prod(v.shape), d) for v, d in held if d.sharded and d.size == size]
+            taken = {a for d in dims for a in d.axes}
+            choice = max(sharded, key=lambda item: item[0])[1] if sharded else Dim.replicated(size)
+            dims.append(Dim.replicated(size) if choice.axes & taken else choice)
+        laid = []
+        for value in values:
+            for i in range(value.ndim):
+                at = i - value.ndim
+                if value.shape[at] != 1 or shape[at] == 1:
+                    value = self.lay(value, at, dims[at])
+            laid.append(value)
+        return laid, tuple(dims)
+
+    def like(self, value: Value, dims: Sequence[Dim], at: Sequence[int]) -> Value:
+        """``value`` with its dimensions ``at`` laid out as ``dims``."""
+        for i, dim in zip(at, dims, strict=True):
+            value = self.lay(value, i, dim)
+        return value
+
+    def attend(self, plan: AttentionPlan) -> None:
+        """Count a distributed attention and say how it is done."""
+        self.tally.attentions += 1
+        self.tally.flops += plan.flops(self.position)
+        self.tally.sent += plan.sent(self.position)
+        self.note("attention", str(plan))
+
+    def note(self, kind: Any, text: str) -> None:
+        self.tally.notes.append(Note(kind, self.node.name, text, module_of(self.node), source_of(self.node),
+                                     self.function))
+
+    # The walk
+
+    def run(self, graph: fx.Graph, arguments: Sequence[Value], seeds: Seeds) -> list[Value]:
+        """Interpret ``graph``; returns its outputs."""
+        env: dict[fx.Node, Result] = {}
+        given = iter(arguments)
+        outputs: list[Value] = []
+        for node in graph.nodes:
+            self.node = node
+            if node.op == "output":
+                outputs = [env[n] for n in node.args[0]]  # type: ignore[misc]
+                continue
+            if node.op == "placeholder":
+                env[node] = next(given)
+            else:
+                env[node] = self._interpret(node, env)
+            if node.name in seeds:
+                dim, new = seeds[node.name]
+                value = env[node]
+                assert isinstance(value, Value)
+                self.note("seed", f"dimension {dim} of {list(value.shape)} is sharded as {new}")
+                env[node] = self._standing(node, lambda v=value, d=dim, n=new: self.lay(v, d, n))
+        return outputs
+
+    def _interpret(self, node: fx.Node, env: Mapping[fx.Node, Result]) -> Result:
+        args = fx.map_arg(node.args, lambda n: env[n])
+        kwargs = fx.map_arg(node.kwargs, lambda n: env[n])
+        if node.op == "call_module":
+            return self._standing(node, lambda: self._call(node, args))
+        if node.target is operator.getitem:
+            return args[0][args[1]]
+        values = [a for a in _leaves((args, kwargs)) if isinstance(a, Value)]
+        if not any(v.sharded for v in values):
+            return self._standing(node, lambda: self._whole(args, kwargs))
+        return self._standing(node, lambda: self._apply(node, args, kwargs))
+
+    def _standing(self, node: fx.Node, body: Callable[[], Result]) -> Result:
+        if self.emitter is None:
+            return body()
+        with self.emitter.standing_for(node):
+            return body()
+
+    def _apply(self, node: fx.Node, args: Any, kwargs: Any) -> Result:
+        rule = find_rule(node.target)
+        reason = "no rule for this operator"
+        if rule is not None:
+            summed = (lambda a: self.summed(a) if isinstance(a, Value) else a)
+            args, kwargs = _map(summed, args), _map(summed, kwargs)
+            try:
+                return rule(self, *args, **kwargs)
+            except NoRule as refusal:
+                reason = str(refusal)
+        size = sum(v.local_bytes(self.position) for v in _leaves((args, kwargs)) if isinstance(v, Value) and v.sharded)
+        self.note("fallback", f"{node.target} computed whole: {reason} ({size} bytes of arguments gathered)")
+        whole = (lambda a: self.whole(a) if isinstance(a, Value) else a)
+        return self._whole(_map(whole, args), _map(whole, kwargs))
+
+    def _whole(self, args: Any, kwargs: Any) -> Result:
+        """The current operator on whole arguments."""
+        meta = self.node.meta["val"]
+        if isinstance(meta, torch.Tensor):
+            return self.emit(Layout.replicated(meta.shape), *args, **kwargs)
+        if isinstance(meta, (tuple, list)):
+            return self.emit_many([Layout.replicated(m.shape) for m in meta], *args, **kwargs)
+        raise NoRule(f"{self.node.target} returns {type(meta).__name__}")
+
+    def _call(self, node: fx.Node, args: Sequence[Value]) -> tuple[Value, ...]:
+        args = [self.summed(a) for a in args]
+        name, layouts, tally = self.walk.function(str(node.target), tuple(a.layout for a in args))
+        self.tally.add(tally)
+        dtypes = [m.dtype for m in node.meta["val"]]
+        if self.emitter is None:
+            return tuple(Value(None, lay, t) for lay, t in zip(layouts, dtypes, strict=True))
+        results = self.walk.results[name]
+        call = self.emitter.call_function_module(name, [self._node(a) for a in args], results)
+        pieces = []
+        for i, (layout, dtype) in enumerate(zip(layouts, dtypes, strict=True)):
+            piece = self.emitter.call(operator.getitem, call, i)
+            piece.meta["layout"] = layout
+            pieces.append(Value(piece, layout, dtype))
+        return tuple(pieces)
+
+    # Counting
+
+    def _count(self, target: Any, args: Sequence[Any], out: Value) -> None:
+        shape = out.local_shape(self.position)
+        self.tally.moved += math.prod(shape) * out.dtype.itemsize
+        shapes = [a.local_shape(self.position) if isinstance(a, Value) else a for a in args]
+        self.tally.flops += flops(target, shapes, shape)
+
+    def _traffic(self, kind: str, size: int, why: str) -> None:
+        self.tally.sent += size
+        self.note("collective", f"{kind}, {size} bytes sent per rank: {why}")
+
+    def _gather(self, value: Value, dim: int) -> fx.Node | None:
+        old = value.dims[dim]
+        (axis,) = old.axes
+        row = value.local_bytes(self.position) // max(old.local_size(self.position), 1)
+        held = max(sum(b - a for a, b in Emitter._sharded_spans(old, {**self.position, axis: i}))
+                   for i in range(self.sizes[axis]))
+        self._traffic("all_gather", held * row * (self.sizes[axis] - 1),
+                      f"dimension {dim} of {value.layout} is needed whole")
+        return None if self.emitter is None else self.emitter.gather(value, dim)
+
+    @staticmethod
+    def _node(value: Value) -> fx.Node:
+        assert value.node is not None
+        return value.node
+
+
+class Walk:
+    """One interpretation of a whole program: ``main`` and its block functions, each once per layout of inputs."""
+
+    def __init__(self, program: Program, seeds: Seeds, position: Position, sizes: Mapping[str, int],
+                 mode: Any = None) -> None:
+        assert program.spec is not None
+        self.program, self.seeds, self.spec = program, seeds, program.spec
+        self.position, self.sizes, self.mode = position, dict(sizes), mode
+        self.notes: list[Note] = []
+        self.functions: dict[str, fx.GraphModule] = {}
+        self.results: dict[str, tuple[Any, ...]] = {}
+        self._done: dict[tuple[str, tuple[Layout, ...]], tuple[str, tuple[Layout, ...], Tally]] = {}
+        self._graphs = dict(program.functions())
+
+    def main(self) -> Tally:
+        """Interpret ``main``; its arguments and results are whole on every rank."""
+        graph = self._graphs["main"].graph
+        arguments = tuple(Layout.replicated(n.meta["val"].shape) for n in graph.find_nodes(op="placeholder"))
+        return self._interpret("main", "main", arguments, self.seeds)[1]
+
+    def function(self, name: str, layouts: tuple[Layout, ...]) -> tuple[str, tuple[Layout, ...], Tally]:
+        """The local form of block function ``name`` for inputs laid out like this, made once."""
+        key = (name, layouts)
+        if key not in self._done:
+            count = sum(n == name for n, _ in self._done)
+            local = f"{name}_as_{count}" if count else name
+            outputs, tally = self._interpret(name, local, layouts, {})
+            self._done[key] = (local, outputs, tally)
+        return self._done[key]
+
+    def _interpret(self, name: str, local: str, layouts: Sequence[Layout],
+                   seeds: Seeds) -> tuple[tuple[Layout, ...], Tally]:
+        graph = self._graphs[name].graph
+        emitter = Emitter(self.mode, self.position, self.sizes) if self.mode is not None else None
+        sharder = Sharder(self, emitter, local)
+        arguments = []
+        for node, layout in zip(graph.find_nodes(op="placeholder"), layouts, strict=True):
+            example = node.meta["val"]
+            holder = None
+            if emitter:
+                holder = emitter.placeholder(node.name, example, layout.local_shape(self.position))
+                holder.meta["layout"] = layout
+            arguments.append(Value(holder, layout, example.dtype))
+        outputs = sharder.run(graph, arguments, seeds)
+        if local == "main":
+            outputs = [sharder.whole(v) for v in outputs]
+        else:
+            outputs = [sharder.summed(v) for v in outputs]
+        if emitter:
+            self.notes += sharder.tally.notes
+            out = emitter.graph.output(tuple(sharder._node(v) for v in outputs))
+            out.meta["val"] = tuple(sharder._node(v).meta["val"] for v in outputs)
+            self.results[local] = out.meta["val"]
+            self.functions[local] = fx.GraphModule(
+                {n: m for n, m in self.functions.items()} if local == "main" else {}, emitter.graph, local)
+        return tuple(v.layout for v in outputs), sharder.tally
+
+
+def shard(program: Program, seeds: Seeds, position: Position, sizes: Mapping[str, int], mode: Any) -> Program:
+    """The local program of one rank: needs a canonical program with a spec, guarantees a layout on every value."""
+    walk = Walk(program, seeds, position, sizes, mode)
+    walk.main()
+    return program.having("sharded", main=walk.functions["main"], position=dict(position),
+                           notes=program.notes + tuple(walk.notes))
+
+
+def estimate(program: Program, seeds: Seeds, sizes: Mapping[str, int]) -> Tally:
+    """What ``shard`` would cost the busier of the first and the last rank, which hold the largest remainders."""
+    ends = [position_of(rank, program.spec) for rank in {0, sizes[SEQUENCE] - 1}]
+    return max((Walk(program, seeds, end, sizes).main() for end in ends), key=lambda tally: tally.flops)
+
+
+def _map(f: Callable[[Any], Any], tree: Any) -> Any:
+    if isinstance(tree, (list, tuple)):
+        mapped = [_map(f, t) for t in tree]
+        return mapped if isinstance(tree, list) else tuple(mapped)
+    if isinstance(tree, dict):
+        return {k: _map(f, v) for k, v in tree.items()}
+    return f(tree)
+
+
+def _leaves(tree: Any) -> list[Any]:
+    if isinstance(tree, (list, tuple)):
+        return [x for t in tree for x in _leaves(t)]
+    if isinstance(tree, dict):
+        return [x for t in tree.values() for x in _leaves(t)]
+    return [tree]

@@ -1,0 +1,20 @@
+"""Tidy the local graphs: equal nodes become one, unused ones go."""
+
+from __future__ import annotations
+
+from torch import fx
+from torch.fx.passes.dialect.common.cse_pass import CSEPass
+
+from xdit_compile.program import Program, drop_unused
+
+
+def simplify(program: Program) -> Program:
+    """Needs nothing; guarantees that no function computes the same thing twice (a table sliced for every use, a
+    value gathered for two consumers) or something nobody reads."""
+    functions = {}
+    for name, module in program.functions():
+        graph = CSEPass()(fx.GraphModule(dict(module.named_children()), module.graph)).graph_module.graph
+        drop_unused(graph)
+        functions[name] = graph
+    children = {n: fx.GraphModule({}, g, n) for n, g in functions.items() if n != "main"}
+    return program.having(main=fx.GraphModule(children, functions["main"], "main"))

@@ -1,0 +1,124 @@
+"""The program: a captured forward as a graph of ATen operators, with its parameters by reference.
+
+``main`` is the model's forward. Where a model runs structurally identical blocks, ``main`` calls one shared
+**block function** for all of them (a ``call_module`` node whose arguments are that block's parameters and
+inputs), so that every later step (search, rewriting, printing, compiling) looks at each kind of block once.
+A program's graphs are never edited after it is made; a pass builds new ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from xdit_compile.structure import Structure
+from xdit_compile.spec import ShardingSpec
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a placeholder of ``main`` stands for: a parameter or buffer by its name in the model, a constant made
+    inside forward, or the n-th tensor among the flattened arguments of the call."""
+
+    kind: Literal["parameter", "constant", "argument"]
+    name: str
+
+
+@dataclass(frozen=True)
+class Note:
+    """One thing a pass decided, for the report and for the check that all ranks decided the same."""
+
+    kind: Literal["seed", "attention", "gather", "fallback", "collective", "canonical"]
+    node: str
+    text: str
+    module: str = ""
+    source: str = ""
+    function: str = "main"
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.function}.{self.node}: {self.text}"
+
+
+@dataclass(frozen=True)
+class Program:
+    """A forward pass: graphs, what their inputs are, and what passes have established about them.
+
+    Attributes:
+        main: the forward; block functions are its children, called with ``call_module``.
+        inputs: one per placeholder of ``main``, in order.
+        constants: tensors made inside forward that are not part of the model's state.
+        outputs: how the flat outputs become the object the model returns.
+        facts: what holds of the graphs (``captured``, ``canonical``, ``sharded``, ``lowered``).
+        spec, position: for which sharding spec and rank this is the local program; None for the global one.
+        notes: what the passes decided, in order.
+    """
+
+    main: fx.GraphModule
+    inputs: tuple[Input, ...]
+    constants: Mapping[str, torch.Tensor]
+    outputs: Structure
+    facts: frozenset[str] = frozenset({"captured"})
+    spec: ShardingSpec | None = None
+    position: Mapping[str, int] | None = None
+    notes: tuple[Note, ...] = field(default=(), repr=False)
+
+    def functions(self) -> Iterator[tuple[str, fx.GraphModule]]:
+        """``main`` and each block function, by name."""
+        yield "main", self.main
+        for name, child in self.main.named_children():
+            if isinstance(child, fx.GraphModule):
+                yield name, child
+
+    def calls(self) -> dict[str, int]:
+        """How many times each function runs in one forward."""
+        counts = {name: 0 for name, _ in self.functions()} | {"main": 1}
+        for node in self.main.graph.nodes:
+            if node.op == "call_module":
+                counts[node.target] += 1
+        return counts
+
+    def having(self, *facts: str, **changes: Any) -> Program:
+        """A copy of which ``facts`` hold too."""
+        return replace(self, facts=self.facts | set(facts), **changes)
+
+    def print_readable(self, print_output: bool = True) -> str:
+        """The program as Python source: shapes in the annotations, one comment per module. Also returned."""
+        parts = []
+        for name, module in self.functions():
+            children = {n: m for n, m in module.named_children() if isinstance(m, fx.GraphModule)}
+            flat = fx.GraphModule({n: torch.nn.Module() for n in children}, module.graph, name)
+            parts.append(flat.print_readable(print_output=False, colored=False))
+        text = "\n\n".join(parts)
+        if print_output:
+            print(text)
+        return text
+
+
+def output_args(graph: fx.Graph) -> tuple[Any, ...]:
+    """What a graph returns, as the tuple it was built with."""
+    return tuple(next(n for n in reversed(graph.nodes) if n.op == "output").args[0])
+
+
+def drop_unused(graph: fx.Graph) -> None:
+    """Remove what nobody reads. Collectives count as impure for PyTorch, but what is unused on one rank is
+    unused on all."""
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+
+
+def module_of(node: fx.Node) -> str:
+    """The path of the innermost module whose forward made ``node``, as in ``transformer_blocks.0.attn``."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return list(stack.values())[-1][0] if stack else ""
+
+
+def source_of(node: fx.Node) -> str:
+    """``file.py:123`` of the innermost model line that made ``node``."""
+    lines = [ln.strip() for ln in (node.meta.get("stack_trace") or "").splitlines() if ln.strip().startswith("File ")]
+    if not lines:
+        return ""
+    path, _, rest = lines[-1].removeprefix('File "').partition('", line ')
+    return f"{path.rsplit('/', 1)[-1]}:{rest.split(',')[0]}"

@@ -1,0 +1,107 @@
+"""The sharding spec: how many devices, split in which way. A value that parses, prints and checks itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from xdit_compile.errors import SpecError
+
+BACKENDS = ("eager", "inductor")
+KERNELS = ("auto", "torch", "flash_attn", "yunchang")
+PLANNED = ("cfg_degree", "data_degree", "pipefusion_degree", "num_patches", "warmup_steps")
+"""Words of the field whose methods are not built yet: refused by name, never ignored."""
+
+
+@dataclass(frozen=True)
+class ShardingSpec:
+    """Degrees of each kind of parallelism; their product is the number of processes.
+
+    Args:
+        ulysses_degree: ranks that exchange attention heads for tokens by all-to-all (arXiv 2309.14509). At most
+            the number of attention heads; put it on the fastest links.
+        ring_degree: groups of such ranks that pass keys and values around a ring (arXiv 2310.01889). The product
+            of both is unified sequence parallelism (USP, arXiv 2405.07719).
+        backend: ``eager`` runs the rewritten graph as it is, ``inductor`` compiles it with torch.compile.
+        attention_kernel: ``auto`` takes flash-attn where it is installed and fits, PyTorch's kernels otherwise;
+            a kernel asked for by name is used or refused, never replaced.
+
+    Raises:
+        SpecError: a degree is not a positive whole number, or a word is unknown.
+    """
+
+    ulysses_degree: int = 1
+    ring_degree: int = 1
+    backend: str = "eager"
+    attention_kernel: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("ulysses_degree", "ring_degree"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise SpecError(f"{name} must be a whole number of at least 1, got {value!r}")
+        for name, allowed in (("backend", BACKENDS), ("attention_kernel", KERNELS)):
+            if getattr(self, name) not in allowed:
+                raise SpecError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+    @property
+    def world_size(self) -> int:
+        return self.ulysses_degree * self.ring_degree
+
+    @staticmethod
+    def parse(spec: str | Mapping[str, object] | ShardingSpec) -> ShardingSpec:
+        """From ``"ulysses=2,ring=2"``, a mapping with the same words, or a spec. Short and full words both work.
+
+        Raises:
+            SpecError: an unknown or repeated word, a value that is no number, a method that is not built yet.
+        """
+        if isinstance(spec, ShardingSpec):
+            return spec
+        pairs = _pairs(spec) if isinstance(spec, str) else [(str(k), v) for k, v in spec.items()]
+        known = {f.name: f.name for f in fields(ShardingSpec)}
+        known |= {name.removesuffix("_degree"): name for name in known} | {"kernel": "attention_kernel"}
+        values: dict[str, object] = {}
+        for word, value in pairs:
+            if word in PLANNED or f"{word}_degree" in PLANNED or word in ("patches", "warmup"):
+                raise SpecError(f"{word!r} is not supported yet; today's words are {', '.join(known)}")
+            if word not in known:
+                raise SpecError(f"unknown word {word!r} in the sharding spec; known words are {', '.join(known)}")
+            name = known[word]
+            if name in values:
+                raise SpecError(f"{name} is given twice in the sharding spec")
+            values[name] = _number(word, value) if name.endswith("_degree") else value
+        return ShardingSpec(**values)  # type: ignore[arg-type]
+
+    def check_world(self, world_size: int) -> None:
+        """Raise SpecError unless the degrees multiply to ``world_size``, naming degrees that would."""
+        if self.world_size == world_size:
+            return
+        fits = [f"ulysses={u},ring={world_size // u}" for u in range(1, world_size + 1) if world_size % u == 0]
+        raise SpecError(
+            f"{self} needs {self.ulysses_degree} x {self.ring_degree} = {self.world_size} processes, but "
+            f"{world_size} {'is' if world_size == 1 else 'are'} running; degrees that fit: {'; '.join(fits)}"
+        )
+
+    def __str__(self) -> str:
+        words = [f"{f.name.removesuffix('_degree')}={getattr(self, f.name)}" for f in fields(self)
+                 if getattr(self, f.name) != f.default]
+        return ",".join(words) or "ulysses=1"
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    pairs = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        word, equals, value = (piece.strip() for piece in item.partition("="))
+        if not equals or not value:
+            raise SpecError(f"cannot read {item!r} in the sharding spec {text!r}; write word=value, as in ulysses=2")
+        pairs.append((word, value))
+    return pairs
+
+
+def _number(word: str, value: object) -> object:
+    if isinstance(value, str):
+        try:
+            return int(value)
+        except ValueError:
+            raise SpecError(f"{word} must be a whole number, got {value!r}") from None
+    return value
