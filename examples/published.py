@@ -5,8 +5,8 @@ published checkpoint, and the keyword arguments of its forward at the checkpoint
 (classifier-free guidance doubles it).  All of it lives on the meta device, so a model of 20 billion
 parameters takes seconds to build and no memory: enough to capture and to plan with, though not to compute.
 
-``faked`` turns such an example into one of fake tensors that claim to be on a real device, for models whose code
-asks for the device type: Mochi enters ``torch.autocast`` with it, which refuses ``meta``.
+``faked`` turns such an example into one of fake tensors that claim to be on a real device, for models whose
+code asks for the device type: Mochi enters ``torch.autocast`` with it, which refuses ``meta``.
 """
 
 from __future__ import annotations
@@ -57,19 +57,21 @@ def _meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 
 def faked(example: Example, device: str = "cpu") -> Example:
-    """The example, its model changed in place, with fake tensors of the same shapes and dtypes on a device."""
+    """The example, its model changed in place, with fake tensors of the same shapes on a device.
+
+    Tables kept as plain attributes become real zeros: export would not accept fake ones of another mode.
+    """
 
     def move(tensor: Tensor) -> Tensor:
         return torch.empty_like(tensor, device=device)
 
     model, kwargs = example
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Tensor):
+                setattr(module, name, torch.zeros_like(value, device=device))
     with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
-        model.to_empty(device=device)
-        for module in model.modules():  # tables kept as plain attributes, which to_empty does not see
-            for name, value in list(vars(module).items()):
-                if isinstance(value, Tensor):
-                    setattr(module, name, move(value))
-        return model, tree_map_only(Tensor, move, kwargs)
+        return model.to_empty(device=device), tree_map_only(Tensor, move, kwargs)
 
 
 def flux_dev() -> Example:

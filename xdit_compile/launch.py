@@ -131,8 +131,8 @@ def pack_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
             except (pickle.PicklingError, AttributeError, TypeError) as error:
                 raise LaunchError(f"the arguments of {name} cannot be pickled: {error}") from error
     raise LaunchError(
-        f"{name} cannot be sent to another process: {why}. Every rank imports the function by name: define it "
-        "at the top level of a .py file and import it from there; no lambda, no function in a function."
+        f"{name} cannot be sent to another process: {why}. Every rank imports the function by name: define "
+        "it at the top level of a .py file and import it from there; no lambda, no function in a function."
     )
 
 

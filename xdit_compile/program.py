@@ -38,6 +38,8 @@ class Note:
     module: str = ""
     source: str = ""
     function: str = "main"
+    size: int = 0
+    """Bytes sent by this rank, where the note is about traffic; ranks may differ in it."""
 
     def __str__(self) -> str:
         return f"{self.kind} {self.function}.{self.node}: {self.text}"

@@ -24,6 +24,9 @@ def check(program: Program) -> None:
                 want, have = layout.local_shape(program.position), tuple(node.meta["val"].shape)
                 if want != have:
                     raise PlanError(f"{where} is laid out as {layout}, which is {want} here, but holds {have}")
+            axes = [axis for dim in layout.dims for axis in dim.axes] if layout else []
+            if len(set(axes)) < len(axes):
+                raise PlanError(f"{where} is laid out as {layout}: one mesh axis cuts two dimensions")
             if node.target is sharded_attention and "lowered" in program.facts:
                 raise PlanError(f"{where} is still a distributed attention after lowering")
     if "sharded" in program.facts:

@@ -95,6 +95,10 @@ class Sharder:
     def lay(self, value: Value, dim: int, new: Dim) -> Value:
         """``value`` with dimension ``dim`` laid out as ``new``: sliced for free, gathered, or exchanged."""
         dim %= value.ndim
+        for other, held in enumerate(value.dims):
+            # One axis cuts one dimension: two cut by it would leave pieces that no rank holds.
+            if other != dim and held.axes & new.axes:
+                value = self.lay(value, other, Dim.replicated(held.size))
         old, layout = value.dims[dim], value.layout.replace(dim, new)
         if old == new:
             return value
@@ -187,11 +191,13 @@ class Sharder:
         self.tally.attentions += 1
         self.tally.flops += plan.flops(self.position)
         self.tally.sent += plan.sent(self.position)
-        self.note("attention", str(plan))
+        self.note("attention", str(plan), plan.sent(self.position))
 
-    def note(self, kind: Any, text: str) -> None:
-        self.tally.notes.append(Note(kind, self.node.name, text, module_of(self.node), source_of(self.node),
-                                     self.function))
+    def note(self, kind: Any, text: str, size: int = 0) -> None:
+        """Say what was decided here; the text must be the same on every rank."""
+        if self.emitter is not None:
+            self.tally.notes.append(Note(kind, self.node.name, text, module_of(self.node), source_of(self.node),
+                                         self.function, size))
 
     # The walk
 
@@ -245,8 +251,7 @@ class Sharder:
                 return rule(self, *args, **kwargs)
             except NoRule as refusal:
                 reason = str(refusal)
-        size = sum(v.local_bytes(self.position) for v in _leaves((args, kwargs)) if isinstance(v, Value) and v.sharded)
-        self.note("fallback", f"{node.target} computed whole: {reason} ({size} bytes of arguments gathered)")
+        self.note("fallback", f"{node.target} computed whole: {reason}")
         whole = (lambda a: self.whole(a) if isinstance(a, Value) else a)
         return self._whole(_map(whole, args), _map(whole, kwargs))
 
@@ -285,7 +290,7 @@ class Sharder:
 
     def _traffic(self, kind: str, size: int, why: str) -> None:
         self.tally.sent += size
-        self.note("collective", f"{kind}, {size} bytes sent per rank: {why}")
+        self.note("collective", f"{kind}: {why}", size)
 
     def _gather(self, value: Value, dim: int) -> fx.Node | None:
         old = value.dims[dim]

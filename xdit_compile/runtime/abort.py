@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import stat
 import struct
 import sys
 from collections.abc import Iterator, Sequence
@@ -98,9 +99,11 @@ def _open_sockets() -> Iterator[socket.socket]:
     folder = "/proc/self/fd" if sys.platform == "linux" else "/dev/fd"
     for name in os.listdir(folder) if os.path.isdir(folder) else ():
         try:
+            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                continue
             found = socket.socket(fileno=os.dup(int(name)))
         except OSError:
-            continue  # not a socket, or closed meanwhile
+            continue  # closed meanwhile
         if found.family in (socket.AF_INET, socket.AF_INET6):
             yield found
         else:

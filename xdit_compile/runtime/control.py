@@ -51,14 +51,15 @@ class Control:
         # Its own connection: someone else's long wait on the default store must not hold up the heartbeat.
         default: Any = dist.distributed_c10d._get_default_store()
         store = default.clone()
+        host = None if _launcher_hosts_store() else 0
         store.set_timeout(_STORE_TIMEOUT)
         name = f"xdit/{'-'.join(map(str, self.ranks))}"
         # Counted in the store, not in this process, so that the count starts anew with a new default group.
         store = PrefixStore(f"{name}/{store.add(f'{name}/made{self.rank}', 1)}", store)
         peers = [rank for rank in self.ranks if rank != self.rank]
-        heart = Heartbeat(PrefixStore("heart", store), self.rank, peers, timeout)
+        heart = Heartbeat(PrefixStore("heart", store), self.rank, peers, timeout, host)
         # Also runs at the end of the process, while torch still works.
-        self._close = weakref.finalize(self, _leave, heart)
+        self._close = weakref.finalize(self, _leave, heart, default)
         self._heart = heart
         self._connect(PrefixStore("gloo", store))
 
@@ -95,14 +96,14 @@ class Control:
             yield
             return
         self._check()
-        for group in groups:
-            if group not in self._watched:
-                self._watched[group] = Connections(group)
-                heart.connections.append(self._watched[group])
         heart.label = label
         start = time.monotonic()
         heart.waiting = True
         try:
+            for group in groups:
+                if group not in self._watched:
+                    self._watched[group] = Connections(group)
+                    heart.connections.append(self._watched[group])
             yield
         except (RankFailure, RankMismatch):
             raise
@@ -145,9 +146,8 @@ class Control:
             self._close()
             raise RankFailure(*verdict) from error
         self._heart.connections.append(Connections.of_gloo(store, len(self.ranks)))
-        self._mine = torch.empty(_DIGEST, dtype=torch.uint8)
-        self._all = torch.empty(len(self.ranks), _DIGEST, dtype=torch.uint8)
-        self._rows = list(self._all)
+        self._sent = torch.empty(len(self.ranks), _DIGEST, dtype=torch.uint8)
+        self._got = torch.empty_like(self._sent)
 
     def _check(self) -> None:
         assert self._heart is not None
@@ -159,9 +159,10 @@ class Control:
     def _compare(self, what: str, mine: Mapping[str, str]) -> None:
         text = json.dumps(dict(mine), sort_keys=True).encode()
         digest = hashlib.blake2b(text, digest_size=_DIGEST).digest()
-        self._mine.numpy()[:] = memoryview(digest)
-        self._gloo.allgather([self._rows], [self._mine]).wait()
-        if self._all.numpy().tobytes() == digest * len(self.ranks):
+        self._sent.numpy()[:] = memoryview(digest)
+        # An all-to-all of copies, because gloo's all-gather is a ring: as many steps as there are peers.
+        self._gloo.alltoall_base(self._got, self._sent, [], []).wait()
+        if self._got.numpy().tobytes() == digest * len(self.ranks):
             return
         raise RankMismatch(_differences(what, [json.loads(one) for one in self._exchange(text)], self.ranks))
 
@@ -196,7 +197,9 @@ class Control:
         if verdict:
             return verdict
         if heart.store_lost:
-            return _store_lost(self.rank, label, waited)
+            if heart.host is None:
+                return Verdict(-1, f"the launcher, which hosts the rendezvous store, is gone during {label}")
+            return Verdict(heart.host, f"{silent(label, waited)}; it hosts the store, which is gone")
         if quiet:
             return heart.convict(quiet[0], silent(label, waited + SILENCE))
         for rank, beat in now.items():
@@ -206,17 +209,16 @@ class Control:
         return heart.convict(-1, f"{label} failed although every rank answers: {error}")
 
 
-def _leave(heart: Heartbeat) -> None:
+def _leave(heart: Heartbeat, store: object) -> None:
+    """Say good-bye; holds on to `store` until then, for this process may host its server."""
     heart.stop()
     # The control group's connections are the first; peers that wait on it for this rank wake.
     abort(heart.connections[:1])
 
 
-def _store_lost(rank: int, label: str, waited: float) -> Verdict:
-    """Who hosted the store: the launcher where it says so, else rank 0."""
-    if rank == 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return Verdict(-1, f"the launcher, which hosts the rendezvous store, is gone during {label}")
-    return Verdict(0, f"{silent(label, waited)} and the store on it is gone")
+def _launcher_hosts_store() -> bool:
+    # How torchrun and our launch() tell torch the same; without a launcher rank 0 hosts it.
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _differences(what: str, held: Sequence[Mapping[str, str]], ranks: Sequence[int]) -> str:

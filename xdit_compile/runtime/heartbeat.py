@@ -43,8 +43,14 @@ class Heartbeat:
     the store. When the store is lost (`store_lost`) it ends quietly: a job may end in any order.
     """
 
-    def __init__(self, store: Store, rank: int, peers: Sequence[int], timeout: float) -> None:
-        """Beat on `store`, which no one else uses; a peer silent for `timeout` s in `waiting` is given up."""
+    def __init__(
+        self, store: Store, rank: int, peers: Sequence[int], timeout: float, host: int | None
+    ) -> None:
+        """Beat on `store`, which no one else uses; a peer silent for `timeout` s in `waiting` is given up.
+
+        `host` is the rank whose process hosts the store, None when no rank does.
+        """
+        self.host = host
         self.store_lost = False
         self.call, self.label = 0, "start"
         self.waiting = False  # this rank is inside a parallel call
@@ -65,6 +71,13 @@ class Heartbeat:
         self._stop.set()
         self._thread.join()
         self._try(self._beat)
+        # The store ends with its host. The peers first get the time to see it leave: torch's store client
+        # writes a warning with a stack trace for every request that finds no server.
+        deadline = time.monotonic() + 2 * BEAT
+        while self.host == self._rank and time.monotonic() < deadline:
+            if all(beat.left for beat in self.peers().values()):
+                break
+            time.sleep(BEAT / 10)
 
     def verdict(self) -> Verdict | None:
         """Why the group failed, if that is known; None also when the store is lost."""
@@ -90,6 +103,8 @@ class Heartbeat:
     def _run(self) -> None:
         while not self.store_lost and not self._stop.wait(BEAT):
             self._try(self._beat)
+            if self.host in self._peers and (beats := self.peers()) and beats[self.host].left:
+                self.store_lost = True
             if self.verdict() or (self.waiting and self._give_up()):
                 abort(self.connections)
                 return

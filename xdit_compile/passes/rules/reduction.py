@@ -8,6 +8,7 @@ import torch
 
 from xdit_compile.layout import Dim, Layout
 from xdit_compile.passes.rules import rule
+from xdit_compile.passes.values import Value
 
 aten = torch.ops.aten
 
@@ -55,14 +56,14 @@ def whole_reduction(s, x, *args, **kwargs):
        aten.rms_norm.default: lambda r: (r.tensor(2, 6, 4), [4], r.pick(None, r.tensor(4)), 1e-6)})
 def last_dims_norm(s, x, shape, *rest):
     x = s.whole(x, *range(x.ndim - len(shape), x.ndim))
-    return s.emit(x.layout, x, shape, *rest)
+    return s.emit(x.layout, x, shape, *(s.whole(r) if isinstance(r, Value) else r for r in rest))
 
 
 @rule({aten.group_norm.default: lambda r: (
     r.tensor(2, 4, 6, 3), 2, r.pick(None, r.tensor(4)), r.pick(None, r.tensor(4)), 1e-5)})
 def group_norm(s, x, groups, weight=None, bias=None, eps=1e-5, cudnn=True):
     """Over sharded space the moments are summed over ranks: mean first, then squares about it (no cancellation)."""
-    x = s.whole(x, 1)
+    x, weight, bias = s.whole(x, 1), weight and s.whole(weight), bias and s.whole(bias)
     axes = {a for d in x.dims[2:] for a in d.axes}
     mixed = any(d.sharded and not all(seg.axis for seg in d.segments) for d in x.dims)
     if not axes:

@@ -1,0 +1,284 @@
+"""The control plane, on real processes: agreeing, and failing together in every way a rank can fail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from pool import Pool, RemoteError
+
+from xdit_compile.errors import RankFailure, RankMismatch
+from xdit_compile.launch import launch
+from xdit_compile.runtime.control import Control
+from xdit_compile.runtime.digest import digest, digests
+
+RANKS = (0, 1, 2)
+TIMEOUT = 3.0
+
+
+def exchange(group: dist.ProcessGroup) -> None:
+    """A collective as captured programs run it; blocks until all of RANKS call it."""
+    ones = [1] * len(RANKS)
+    funcol.wait_tensor(funcol.all_to_all_single(torch.arange(float(len(RANKS))), ones, ones, group))
+
+
+def bare_group(control: Control) -> dist.ProcessGroup:
+    """A data group of RANKS. All ranks of the pool make it, whoever runs the case."""
+    control.agree("group", {})
+    return dist.new_group(RANKS, backend="gloo", use_local_synchronization=True)
+
+
+def test_digest_sees_every_difference() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.complex64, torch.uint8):
+        one = torch.arange(24).to(dtype).view(2, 3, 4)
+        swapped = one.clone()
+        swapped[0, 0, 1], swapped[1, 2, 3] = one[1, 2, 3], one[0, 0, 1]
+        assert digest(one) == digest(one.clone())
+        assert digest(one) == digest(one.transpose(0, 2).contiguous().transpose(0, 2))
+        assert digest(one) != digest(swapped)
+        for bit in range(8 * one.element_size()):
+            flipped = one.clone()
+            flipped.view(torch.uint8)[1, 1, bit // 8] ^= 1 << bit % 8
+            assert digest(one) != digest(flipped)
+    assert digest(torch.zeros(2, 3)).startswith("float32[2,3] ")
+    assert digest(torch.zeros(2, 3)) != digest(torch.zeros(3, 2))
+    assert digest(torch.zeros(6)) != digest(torch.zeros(6, dtype=torch.int32))
+
+
+def test_digest_of_odd_tensors() -> None:
+    odd = {
+        "nan": torch.tensor([float("nan"), 1.0]),
+        "scalar": torch.tensor(3.0),
+        "empty": torch.empty(0, 4),
+        "bool": torch.tensor([True, False]),
+        "conj": torch.tensor([1 + 2j]).conj(),
+        "expanded": torch.ones(1, 3).expand(2, 3),
+        "float8": torch.ones(5).to(torch.float8_e4m3fn),
+        "grad": torch.ones(2, requires_grad=True),
+        "unaligned": torch.ones(9, dtype=torch.uint8)[1:],
+    }
+    assert digests(odd) == digests({name: tensor.detach().clone() for name, tensor in odd.items()})
+    assert len({text.split()[1] for text in digests(odd).values()}) >= len(odd) - 1
+    assert digest(torch.tensor([1 + 2j]).conj()) == digest(torch.tensor([1 - 2j]))
+
+
+def test_device_sum_sees_every_difference() -> None:
+    from xdit_compile.runtime.digest import _sum, _words
+
+    for base in (torch.randn(64), torch.randn(64).double(), torch.randn(64).bfloat16()):
+        words = _words(base)
+        plain = int(_sum(words))
+        for bit in range(8 * words.element_size()):
+            flipped = words.clone()
+            flipped.view(torch.uint8)[bit // 8] ^= 1 << bit % 8
+            assert int(_sum(flipped)) != plain
+        opposite = base.clone()
+        opposite[5], opposite[6] = -base[5], -base[6]
+        assert int(_sum(_words(opposite))) != plain
+        assert int(_sum(_words(base.flip(0)))) != plain
+    assert int(_sum(_words(torch.empty(0)))) == 0
+
+
+def single() -> None:
+    control = Control([dist.get_rank()])
+    control.agree("forward", {"x": str(dist.get_rank())})
+    with control.guard("forward"):
+        pass
+    control.close()
+
+
+def test_a_group_of_one_needs_nothing(pool: Pool) -> None:
+    single_rank = Control([0])
+    single_rank.agree("forward", {"x": "1"})
+    with pytest.raises(ValueError, match="own"), single_rank.guard("forward"):
+        raise ValueError("own")
+    pool.run(single)
+
+
+def mismatches() -> tuple[list[str], int]:
+    rank = dist.get_rank()
+    everyone, control = Control(range(4), TIMEOUT), Control(RANKS, TIMEOUT) if rank in RANKS else None
+    said = []
+    everyone.agree("forward", {"x": "same", "y": "same"})
+    for mine in ({"x": f"value{rank == 1}", "y": "same"}, {"x": "same", **({"z": "1"} if rank == 2 else {})}):
+        try:
+            everyone.agree("forward", mine)
+        except RankMismatch as error:
+            said.append(str(error))
+    # Nothing is broken by a mismatch.
+    everyone.agree("forward", {"x": "same"})
+    if control:
+        control.agree("forward", {"x": "long" * 1000})
+        control.close()
+    everyone.close()
+    return said, sum(thread.name == "xdit-heartbeat" for thread in threading.enumerate())
+
+
+def test_mismatch_names_keys_and_ranks_on_every_rank(pool: Pool) -> None:
+    answers = pool.run(mismatches)
+    for (values, keys), threads in answers:
+        assert "ranks do not agree on forward" in values
+        assert "x: ranks 0,2,3 have valueFalse; ranks 1 have valueTrue" in values
+        assert "y" not in values.splitlines()[1]
+        assert "z: ranks 0,1,3 do not have it; ranks 2 have 1" in keys
+        assert threads == 0
+
+
+def overhead() -> tuple[float, float]:
+    control = Control((0, 1), TIMEOUT)
+    group = dist.new_group((0, 1), backend="gloo", use_local_synchronization=True)
+
+    def guarded() -> None:
+        with control.guard("forward", (group,)):
+            pass
+
+    def best(call: object) -> float:
+        times = []
+        for _ in range(300):
+            start = time.perf_counter()
+            call()  # type: ignore[operator]
+            times.append(time.perf_counter() - start)
+        return sorted(times)[30]
+
+    mine = {"hidden_states": "float32[1,15,8] 0123456789abcdef", "timestep": "float32[1] 0123456789abcdef"}
+    seconds = best(lambda: control.agree("forward", mine)), best(guarded)
+    control.close()
+    dist.destroy_process_group(group)
+    return seconds
+
+
+def test_a_call_costs_little(pool: Pool) -> None:
+    agree, guard = pool.run(overhead, ranks=(0, 1))[0]
+    assert agree < 2e-3 and guard < 2e-4, (agree, guard)
+
+
+def failing(how: str) -> tuple[float, RankFailure, str, RankFailure]:
+    """Rank 1 fails as `how` says; what the others see: after how long, which error, from what, and again."""
+    control = Control(RANKS, TIMEOUT)
+    group = bare_group(control)
+    with control.guard("warm-up", (group,)):
+        exchange(group)
+    rank = dist.get_rank()
+    start = time.monotonic()
+    if how == "absent" and rank == 1:
+        time.sleep(TIMEOUT + 2)
+    elif how == "left" and rank == 1:
+        control.close()
+        time.sleep(1)
+    try:
+        if how != "left" or rank != 1:
+            control.agree("forward", {"x": "1"})
+        with control.guard("forward", (group,)):
+            if rank == 1:
+                time.sleep(0.5)
+                if how == "raises":
+                    raise ValueError("bad weather")
+                if how == "exits":
+                    raise SystemExit(3)
+                if how == "dies":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if how == "stops":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+            exchange(group)
+    except BaseException as error:
+        first, seconds = error, time.monotonic() - start
+    try:
+        control.agree("again", {})
+    except Exception as error:
+        again = error
+    control.close()
+    return seconds, first, type(first.__cause__).__name__, again
+
+
+def observed(how: str, folder: str) -> None:
+    """`failing`, leaving behind what this rank saw where the others cannot answer any more."""
+    seconds, first, cause, again = failing(how)
+    text = f"{seconds:.2f}|{type(first).__name__}|{getattr(first, 'rank', '')}|{first}|{cause}|{again}"
+    Path(folder, str(dist.get_rank())).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("how", "own", "reason"),
+    [
+        ("raises", "ValueError", "rank 1 failed: ValueError: bad weather"),
+        ("exits", "SystemExit", "rank 1 failed: SystemExit: 3"),
+        ("absent", "RankFailure", "rank 1 did not come to forward; no answer for 3.0 s"),
+        ("left", "XditError", "rank 1 left (process ended, or Control closed) before forward"),
+    ],
+)
+def test_peers_of_a_failed_rank_wake_and_name_it(pool: Pool, how: str, own: str, reason: str) -> None:
+    answers = pool.run(failing, how, ranks=RANKS)
+    assert type(answers[1][1]).__name__ == own
+    for rank in (0, 2):
+        seconds, first, cause, again = answers[rank]
+        assert isinstance(first, RankFailure) and first.rank == 1
+        assert str(first).startswith(reason) and cause == "RuntimeError"
+        assert seconds < (TIMEOUT + 1.5 if how == "absent" else 2.0)
+        assert isinstance(again, RankFailure) and str(again) == str(first)
+
+
+@pytest.mark.parametrize(("how", "limit"), [("dies", 0.5 + 3), ("stops", 0.5 + TIMEOUT + 2)])
+def test_peers_of_a_lost_process_wake_and_name_it(pool: Pool, how: str, limit: float, tmp_path: Path) -> None:
+    with pytest.raises(RemoteError):
+        pool.run(observed, how, str(tmp_path), ranks=RANKS, timeout=limit + 3)
+    for rank in (0, 2):
+        seconds, kind, culprit, text, cause, _ = (tmp_path / str(rank)).read_text().split("|")
+        assert (kind, culprit, cause) == ("RankFailure", "1", "RuntimeError")
+        assert text.startswith("rank 1 stopped responding (process gone?) during forward; no answer for ")
+        assert float(seconds) < limit
+
+
+def constructs_late() -> str:
+    if dist.get_rank() == 1:
+        time.sleep(3)
+        return ""
+    try:
+        Control(RANKS, 1.0)
+    except RankFailure as error:
+        return str(error)
+    return "constructed"
+
+
+def test_a_rank_that_never_constructs_is_named(pool: Pool) -> None:
+    for text in pool.run(constructs_late, ranks=RANKS)[::2]:
+        assert text.startswith("rank 1 did not construct its Control")
+
+
+def with_store_on_rank_0(folder: str) -> None:
+    """`observed` in a job whose rank 0 hosts the store, and dies."""
+    rank = dist.get_rank()
+    launcher = dist.distributed_c10d._get_default_store()
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
+    if store:
+        launcher.set("port", str(store.port))
+    port = int(launcher.get("port"))
+    dist.destroy_process_group()
+    del os.environ["TORCHELASTIC_USE_AGENT_STORE"]
+    mine = store or dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=mine, rank=rank, world_size=len(RANKS))
+    control = Control(RANKS, TIMEOUT)
+    group = bare_group(control)
+    start = time.monotonic()
+    try:
+        with control.guard("forward", (group,)):
+            if rank == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            exchange(group)
+    except RankFailure as error:
+        Path(folder, str(rank)).write_text(f"{time.monotonic() - start:.2f}|{error}")
+
+
+def test_the_host_of_the_store_dies(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="rank 0 was killed by signal SIGKILL"):
+        launch(with_store_on_rank_0, str(tmp_path), world_size=3, timeout=30)
+    for rank in (1, 2):
+        seconds, text = (tmp_path / str(rank)).read_text().split("|")
+        assert text.startswith("rank 0 stopped responding (process gone?) during forward")
+        assert float(seconds) < 3

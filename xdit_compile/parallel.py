@@ -1,0 +1,122 @@
+"""A model that runs on many devices: it stands where the model stood and shares its parameters."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from xdit_compile.compiler import Compiled, Dump, compile_call
+from xdit_compile.errors import SpecError, XditError
+from xdit_compile.frontend.state import state_token
+from xdit_compile.launch import init_from_env
+from xdit_compile.runtime.control import Control
+from xdit_compile.runtime.digest import digests
+from xdit_compile.runtime.executor import Executor
+from xdit_compile.runtime.groups import Groups
+from xdit_compile.spec import ShardingSpec
+from xdit_compile.structure import flatten
+
+
+class Runner:
+    """The state behind a parallel model: its groups, and a program for each kind of call seen so far."""
+
+    def __init__(self, model: nn.Module, spec: ShardingSpec, ranks: Sequence[int], timeout: float,
+                 check_inputs: bool, dump: Dump | None) -> None:
+        self.model, self.spec, self.check_inputs, self.dump = model, spec, check_inputs, dump
+        self.control = Control(ranks, timeout)
+        self.control.agree("parallelize", {"spec": str(spec), "model": type(model).__qualname__})
+        self.groups = Groups(spec, ranks, timeout)
+        self.programs: dict[Any, tuple[Compiled, Executor]] = {}
+        self._signature = inspect.signature(type(model).forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self._signature.bind(self.model, *args, **kwargs)
+        args, kwargs = bound.args[1:], bound.kwargs
+        tensors, structure = flatten((args, kwargs))
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            raise XditError("a parallel model computes no gradients, but an input requires them; "
+                            "call it under torch.no_grad() or detach the input")
+        names = [f"tensor {i}" for i in range(len(tensors))]
+        with self.control.guard("the forward pass", self.groups.all):
+            if self.check_inputs:
+                facts = digests(dict(zip(names, tensors, strict=True)))
+                self.control.agree("the call's inputs", facts | {"arguments": str(structure.constants)})
+            compiled, executor = self._program(args, kwargs, tensors, structure)
+            self.groups.bind()
+            results = executor(tensors)
+        return compiled.whole.outputs.build(results)
+
+    def _program(self, args: Any, kwargs: Any, tensors: Any, structure: Any) -> tuple[Compiled, Executor]:
+        key = (structure.key(), tuple((t.shape, t.dtype, t.device) for t in tensors), state_token(self.model))
+        if key not in self.programs:
+            compiled = compile_call(self.model, self.spec, args, kwargs, self.groups.rank, self.dump)
+            self.control.agree("the plan", compiled.digest())
+            self.programs[key] = compiled, Executor(compiled.local, self.model)
+        return self.programs[key]
+
+
+def parallelize(model: nn.Module, spec: str | dict | ShardingSpec, *, ranks: Sequence[int] | None = None,
+                timeout: float = 600.0, check_inputs: bool = True, dump: Dump | None = None) -> Any:
+    """Make ``model`` run on many devices. Every process calls this with the same model and spec.
+
+    The result is called as the model was and returns what the model returned, on every rank. It shares the
+    model's parameters and modules, so ``.to()``, loading weights and editing them act on both; the model itself
+    stays as it was. Each new kind of call (shapes, dtypes, Python arguments, module structure) is captured once.
+
+    Args:
+        model: any DiT as a torch.nn.Module, in eval mode. Every rank holds the same weights.
+        spec: ``"ulysses=2,ring=2"``, the same as a mapping, or a ShardingSpec.
+        ranks: the global ranks that take part; all of them by default.
+        timeout: seconds to wait for another rank before giving up with its name.
+        check_inputs: compare the inputs of all ranks before each call (a checksum of each tensor, exchanged in one
+            small message).
+        dump: called with the name of each pass and the program it made.
+
+    Raises:
+        SpecError: the spec does not fit the processes or the model. CaptureError: the model cannot be captured.
+        RankMismatch, RankFailure: another rank holds something else, or is gone.
+    """
+    spec = ShardingSpec.parse(spec)
+    if isinstance(model, Parallel):
+        raise SpecError("the model is parallel already; call parallelize on the original")
+    if spec.world_size > 1 and not dist.is_initialized():
+        init_from_env(timeout=timeout)
+    chosen = list(ranks) if ranks is not None else list(range(dist.get_world_size() if dist.is_initialized() else 1))
+    spec.check_world(len(chosen))
+    return _stand_in(model, Runner(model, spec, chosen, timeout, check_inputs, dump))
+
+
+class Parallel:
+    """Marks a parallel model. ``runner`` holds its groups and programs."""
+
+    runner: Runner
+
+
+def _stand_in(model: nn.Module, runner: Runner) -> Any:
+    """An instance of a subclass of the model's class that shares everything but forward.
+
+    A subclass, because callers test for the class and read its attributes; an instance of its own, because the
+    caller's model must keep its forward.
+    """
+    cls = type(model)
+
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.runner(*args, **kwargs)
+
+    made = type(cls.__name__, (Parallel, cls), {"forward": forward, "__module__": cls.__module__,
+                                                "__doc__": cls.__doc__})
+    stand_in = made.__new__(made)
+    vars(stand_in).update(vars(model))
+    # A hook that replaced forward on the instance would hide ours.
+    vars(stand_in).pop("forward", None)
+    object.__setattr__(stand_in, "runner", runner)
+    return stand_in
+
+

@@ -1,0 +1,62 @@
+"""Process groups under the logical names that graphs call them by.
+
+A graph says ``xdit_compile.ulysses.2x1``; which processes that means is decided here, when the program is about
+to run, so that one program serves any ranks of the right shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import _register_process_group
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _get_default_store, _new_process_group_helper, _world
+
+from xdit_compile.layout import SEQUENCE
+from xdit_compile.mesh import RING, ULYSSES, axis_sizes, group_name, members
+from xdit_compile.spec import ShardingSpec
+
+_made: dict[tuple[ProcessGroup, str, tuple[int, ...]], ProcessGroup] = {}
+_bound: dict[str, ProcessGroup] = {}
+
+
+class Groups:
+    """The groups of one spec on ``ranks`` (global ranks, in the order of the spec's mesh)."""
+
+    def __init__(self, spec: ShardingSpec, ranks: Sequence[int], timeout: float) -> None:
+        self.rank = 0 if len(ranks) == 1 else list(ranks).index(dist.get_rank())
+        self._groups: dict[str, ProcessGroup] = {}
+        sizes = axis_sizes(spec)
+        for axis in (SEQUENCE, ULYSSES, RING):
+            if sizes[axis] > 1:
+                peers = tuple(ranks[i] for i in members(axis, self.rank, spec))
+                self._groups[group_name(axis, sizes)] = _group(f"{group_name(axis, sizes)}", peers, timeout)
+
+    def bind(self) -> None:
+        """Let the logical names mean these groups."""
+        for name, group in self._groups.items():
+            if _bound.get(name) is not group:
+                _register_process_group(name, group)
+                _bound[name] = group
+
+    @property
+    def all(self) -> tuple[ProcessGroup, ...]:
+        return tuple(self._groups.values())
+
+
+def _group(name: str, ranks: tuple[int, ...], timeout: float) -> ProcessGroup:
+    """One group per name and ranks. Not ``dist.new_group``: it names groups by how many a process has made, and
+    ranks that differ in that wait for each other in vain; and it wants every rank of the job to take part."""
+    world = dist.group.WORLD
+    assert world is not None
+    key = (world, name, ranks)
+    if key not in _made:
+        unique = f"{name}.{'-'.join(map(str, ranks))}"
+        group, _ = _new_process_group_helper(
+            len(ranks), ranks.index(dist.get_rank()), list(ranks), dist.get_backend(), _get_default_store(), unique,
+            timeout=timedelta(seconds=timeout), group_desc=name)
+        _world.pg_group_ranks[group] = {r: i for i, r in enumerate(ranks)}
+        _made[key] = group
+    return _made[key]
