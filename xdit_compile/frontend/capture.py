@@ -29,6 +29,12 @@ log = logging.getLogger(__name__)
 ROOT = "model"
 
 
+class _Seen:
+    """What a traced forward returned; an object of its own, because export takes back what is set on a module."""
+
+    outputs: Structure
+
+
 class _Root(nn.Module):
     """A module as a function of its tensor arguments, flat in and flat out."""
 
@@ -36,12 +42,18 @@ class _Root(nn.Module):
         super().__init__()
         self.model = module
         self._inputs = inputs
-        self.outputs: Structure | None = None
+        self._seen = _Seen()
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         args, kwargs = self._inputs.build(tensors)
-        made, self.outputs = flatten(self.model(*args, **kwargs))
+        made, outputs = flatten(self.model(*args, **kwargs))
+        self._seen.outputs = outputs
         return tuple(made)
+
+    @property
+    def outputs(self) -> Structure:
+        """How the flat results become what the module returns; known once it has run."""
+        return self._seen.outputs
 
 
 def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Program:
@@ -89,12 +101,10 @@ def _assemble(root: _Root, tensors: Sequence[torch.Tensor], outliner: Outliner |
             exported = _export(root, tensors)
         _forget_fakes(root.model)
         kinds = {kind.name: kind for kind in outliner.kinds.values() if kind}
-    assert root.outputs is not None
-    outputs = root.outputs
     constants: dict[str, torch.Tensor] = {}
     blocks = {name: _block(kind, constants) for name, kind in kinds.items()}
     main, inputs = _main(exported, blocks, constants)
-    return Program(main, tuple(inputs), constants, outputs)
+    return Program(main, tuple(inputs), constants, root.outputs)
 
 
 def _export(root: nn.Module, tensors: Sequence[torch.Tensor]) -> ExportedProgram:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from xdit_compile.passes.einsum import expand_einsum
 from xdit_compile.passes.manual_attention import fuse_attention
 from xdit_compile.program import Note, Program, drop_unused
 
@@ -29,6 +30,7 @@ def canonicalize(program: Program) -> Program:
         graph = fx.Graph()
         graph.output(graph.graph_copy(module.graph, {})).meta.update(module.graph.output_node().meta)
         _clean(graph)
+        expand_einsum(graph)
         notes += fuse_attention(graph, name)
         drop_unused(graph)
         functions[name] = graph

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from xdit_compile.passes.edit import Editor, val
 from xdit_compile.program import Note, drop_unused, module_of, source_of
 
 aten = torch.ops.aten
 
 PRODUCTS = {aten.bmm.default, aten.matmul.default}
 SOFTMAX = {aten.softmax.int, aten._softmax.default}
-SHAPES = {aten.reshape.default, aten.expand.default}
+SHAPES = {aten.reshape.default, aten.expand.default, aten.permute.default}
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,14 @@ class ManualAttention:
     v: fx.Node
     mask: fx.Node | None
     scale: float
+    batch: list[int]
+    """The batch dimensions of the scores where the softmax sees them, of which the mask speaks."""
     result: fx.Node
 
 
 def find(graph: fx.Graph) -> Iterator[ManualAttention]:
     for node in graph.nodes:
-        if node.op == "call_function" and node.target in SOFTMAX and node.args[1] in (-1, _val(node).ndim - 1):
+        if node.op == "call_function" and node.target in SOFTMAX and node.args[1] in (-1, val(node).ndim - 1):
             match = _match(node)
             if match is not None:
                 yield match
@@ -62,14 +65,10 @@ def _match(softmax: fx.Node) -> ManualAttention | None:
     if len(scores.users) != 1 or scores.target not in PRODUCTS:
         return None
     q, k_t, v = scores.args[0], scores.args[1], product.args[1]
-    if not (_val(q).ndim == _val(k_t).ndim == _val(v).ndim and _val(q).shape[:-2] == _val(k_t).shape[:-2]
-            == _val(v).shape[:-2]) or _val(q).ndim < 3:
+    if not (val(q).ndim == val(k_t).ndim == val(v).ndim and val(q).shape[:-2] == val(k_t).shape[:-2]
+            == val(v).shape[:-2]) or val(q).ndim < 3:
         return None
-    if mask is not None and _val(mask).ndim > 2 and _val(softmax).shape != _val(scores).shape:
-        # The mask speaks of the scores' own batch dimensions, the products of merged ones.
-        lead = _val(softmax).shape[:-2]
-        return ManualAttention(q, k_t, v, mask, scale, product) if len(lead) >= 1 else None
-    return ManualAttention(q, k_t, v, mask, scale, product)
+    return ManualAttention(q, k_t, v, mask, scale, list(val(softmax).shape[:-2]), product)
 
 
 def _down(softmax: fx.Node) -> tuple[fx.Node, fx.Node | None]:
@@ -87,12 +86,14 @@ def _down(softmax: fx.Node) -> tuple[fx.Node, fx.Node | None]:
 
 def _is_mask(add: fx.Node) -> bool:
     return len(add.args) == 2 and not add.kwargs and isinstance(add.args[1], fx.Node) and (
-        _val(add.args[0]).shape == _val(add).shape and _val(add.args[0]).dtype == _val(add.args[1]).dtype)
+        val(add.args[0]).shape == val(add).shape and val(add.args[0]).dtype == val(add.args[1]).dtype)
 
 
 def _keeps_rows(node: fx.Node) -> bool:
-    """Whether a reshape or expansion leaves the two last dimensions and the element count alone."""
-    before, after = _val(node.args[0]), _val(node)
+    """Whether a node leaves the two last dimensions and the element count alone."""
+    before, after = val(node.args[0]), val(node)
+    if node.target is aten.permute.default:
+        return list(node.args[1]) == list(range(before.ndim))
     return before.shape[-2:] == after.shape[-2:] and before.numel() == after.numel()
 
 
@@ -100,35 +101,14 @@ def fuse_attention(graph: fx.Graph, function: str) -> list[Note]:
     """Replace every match by ``scaled_dot_product_attention``; returns a note for each."""
     notes = []
     for match in list(find(graph)):
-        softmax_shape = next(n for n in _between(match) if n.target in SOFTMAX).meta["val"].shape
-        with graph.inserting_before(match.result):
-            def add(target, *args, like=match.result, **kwargs):
-                node = graph.call_function(target, args, kwargs)
-                node.meta = {k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace")}
-                values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-                node.meta["val"] = target(*values[0], **values[1])
-                return node
-
-            lead = list(softmax_shape[:-2])
-            q, k, v = match.q, add(aten.transpose.int, match.k_t, -2, -1), match.v
-            if len(lead) < 2:
-                lead = [1, *lead]
-            shaped = [add(aten.reshape.default, x, [*lead, *_val(x).shape[-2:]]) for x in (q, k, v)]
-            out = add(aten.scaled_dot_product_attention.default, *shaped, match.mask, 0.0, False, scale=match.scale)
-            out = add(aten.reshape.default, out, list(_val(match.result).shape))
-        match.result.replace_all_uses_with(out)
+        edit = Editor(match.result)
+        lead = match.batch if len(match.batch) > 1 else [1, *match.batch]
+        q, k, v = (edit.call(aten.reshape.default, x, [*lead, *val(x).shape[-2:]]) for x in (
+            match.q, edit.call(aten.transpose.int, match.k_t, -2, -1), match.v))
+        out = edit.call(aten.scaled_dot_product_attention.default, q, k, v, match.mask, 0.0, False, scale=match.scale)
+        out = edit.call(aten.reshape.default, out, list(val(match.result).shape))
+        edit.replace_with(out)
         notes.append(Note("canonical", out.name, "softmax(q k^T) v written by hand is one attention",
                           module_of(match.result), source_of(match.result), function))
     drop_unused(graph)
     return notes
-
-
-def _between(match: ManualAttention) -> Iterator[fx.Node]:
-    node = match.result.args[0]
-    while node.target not in PRODUCTS:
-        yield node
-        node = node.args[0]
-
-
-def _val(node: fx.Node) -> torch.Tensor:
-    return node.meta["val"]

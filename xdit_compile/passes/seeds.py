@@ -22,8 +22,10 @@ from xdit_compile.program import Program, module_of
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
-TRAFFIC_WEIGHT = 0.5
-"""A byte sent against a byte computed, both relative to the whole model's: only settles near ties in work."""
+TRAFFIC_WEIGHT = 4.0
+"""Bytes sent over all bytes the model computes, against its share of the model's operations. Set so that a
+projection of some hundred text tokens is rather computed on every rank than paid for with two more exchanges per
+block; relative to the model, so that a small model is sharded as its large sibling is."""
 
 WORTH = 0.999
 """A further seed must lower the cost below this fraction, or it only adds slices."""
@@ -46,17 +48,17 @@ def choose_seeds(program: Program, sizes: Mapping[str, int]) -> Seeds:
 
     options = [{node.name: (dim, Dim.even(size, parts, SEQUENCE))} for node in candidates(program)
                for dim, size in enumerate(node.meta["val"].shape) if size >= parts]
-    tried = [(cost(tally), i, tally.attentions) for i, seed in enumerate(options)
-             for tally in [estimate(program, seed, sizes)]]
-    starts = [t for t in tried if t[2]]
-    if not starts:
+    # A dimension over which no attention is distributed is a batch or a width, no axis of tokens.
+    tried = sorted((cost(tally), i) for i, seed in enumerate(options)
+                   for tally in [estimate(program, seed, sizes)] if tally.attentions)
+    if not tried:
         raise SpecError(
             f"{program.spec} cannot be honoured: no dimension of what enters the model's blocks can be split into "
             f"{parts} parts so that attention is distributed. Use fewer processes, or one."
         )
-    best, first, _ = min(starts)
+    best, first = tried[0]
     chosen = options[first]
-    for _, i, _ in sorted(tried):
+    for _, i in tried[1:]:
         if not chosen.keys() & options[i].keys():
             trial = chosen | options[i]
             found = cost(estimate(program, trial, sizes))
