@@ -62,7 +62,7 @@ def _meet(waiting: dict[int, tuple[fx.Node, tuple]], world: int) -> dict[int, An
         if all(p in waiting for p in peers):
             calls = [waiting[p] for p in peers]
             assert all(n.target is node.target and a[-1] == args[-1] for n, a in calls), "different collectives meet"
-            answers[i] = _result(node.target, [a for _, a in calls], peers.index(i))
+            answers[i] = _result(node.target, [a for _, a in calls], peers.index(i), node)
     return answers
 
 
@@ -77,7 +77,7 @@ def _peers(name: str, rank: int, world: int) -> list[int]:
     return [r for r in range(world) if r % ulysses == rank % ulysses]
 
 
-def _result(target: Any, calls: list[tuple], me: int) -> torch.Tensor:
+def _result(target: Any, calls: list[tuple], me: int, node: fx.Node) -> torch.Tensor:
     inputs = [a[0] for a in calls]
     if target is c10d.all_reduce.default:
         return torch.stack(inputs).sum(0)
@@ -85,5 +85,6 @@ def _result(target: Any, calls: list[tuple], me: int) -> torch.Tensor:
         assert len({x.shape for x in inputs}) == 1 and all(x.is_contiguous() for x in inputs)
         return torch.cat(inputs)
     parts = [x.split(list(a[2]))[me] for x, a in zip(inputs, calls, strict=True)]
-    assert [len(p) for p in parts] == list(calls[me][1]), "sent and expected sizes differ"
+    sizes = [len(p) for p in parts]
+    assert sizes == list(calls[me][1]), f"{node.format_node()} is sent {sizes}, expects {calls[me][1]}"
     return torch.cat(parts)

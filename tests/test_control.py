@@ -19,20 +19,17 @@ from xdit_compile.launch import launch
 from xdit_compile.runtime.control import Control
 from xdit_compile.runtime.digest import digest, digests
 
-RANKS = (0, 1, 2)
-TIMEOUT = 3.0
+RANKS = (0, 1, 2, 3)
+TIMEOUT = 2.0
+# A wake-up takes milliseconds, or 2 s where silence has to tell; the rest is for a busy machine. The timeout
+# of the data groups themselves, which would end every wait too, is half an hour.
+SLACK = 8.0
 
 
 def exchange(group: dist.ProcessGroup) -> None:
-    """A collective as captured programs run it; blocks until all of RANKS call it."""
-    ones = [1] * len(RANKS)
-    funcol.wait_tensor(funcol.all_to_all_single(torch.arange(float(len(RANKS))), ones, ones, group))
-
-
-def bare_group(control: Control) -> dist.ProcessGroup:
-    """A data group of RANKS. All ranks of the pool make it, whoever runs the case."""
-    control.agree("group", {})
-    return dist.new_group(RANKS, backend="gloo", use_local_synchronization=True)
+    """A collective as captured programs run it; blocks until all ranks call it."""
+    ones = [1] * group.size()
+    funcol.wait_tensor(funcol.all_to_all_single(torch.arange(float(group.size())), ones, ones, group))
 
 
 def test_digest_sees_every_difference() -> None:
@@ -104,7 +101,7 @@ def test_a_group_of_one_needs_nothing(pool: Pool) -> None:
 
 def mismatches() -> tuple[list[str], int]:
     rank = dist.get_rank()
-    everyone, control = Control(range(4), TIMEOUT), Control(RANKS, TIMEOUT) if rank in RANKS else None
+    everyone, some = Control(RANKS, TIMEOUT), Control((0, 2), TIMEOUT) if rank in (0, 2) else None
     said = []
     everyone.agree("forward", {"x": "same", "y": "same"})
     for mine in ({"x": f"value{rank == 1}", "y": "same"}, {"x": "same", **({"z": "1"} if rank == 2 else {})}):
@@ -114,9 +111,9 @@ def mismatches() -> tuple[list[str], int]:
             said.append(str(error))
     # Nothing is broken by a mismatch.
     everyone.agree("forward", {"x": "same"})
-    if control:
-        control.agree("forward", {"x": "long" * 1000})
-        control.close()
+    if some:
+        some.agree("forward", {"x": "long" * 1000})
+        some.close()
     everyone.close()
     return said, sum(thread.name == "xdit-heartbeat" for thread in threading.enumerate())
 
@@ -133,10 +130,9 @@ def test_mismatch_names_keys_and_ranks_on_every_rank(pool: Pool) -> None:
 
 def overhead() -> tuple[float, float]:
     control = Control((0, 1), TIMEOUT)
-    group = dist.new_group((0, 1), backend="gloo", use_local_synchronization=True)
 
     def guarded() -> None:
-        with control.guard("forward", (group,)):
+        with control.guard("forward", (dist.group.WORLD,)):
             pass
 
     def best(call: object) -> float:
@@ -150,7 +146,6 @@ def overhead() -> tuple[float, float]:
     mine = {"hidden_states": "float32[1,15,8] 0123456789abcdef", "timestep": "float32[1] 0123456789abcdef"}
     seconds = best(lambda: control.agree("forward", mine)), best(guarded)
     control.close()
-    dist.destroy_process_group(group)
     return seconds
 
 
@@ -162,7 +157,7 @@ def test_a_call_costs_little(pool: Pool) -> None:
 def failing(how: str) -> tuple[float, RankFailure, str, RankFailure]:
     """Rank 1 fails as `how` says; what the others see: after how long, which error, from what, and again."""
     control = Control(RANKS, TIMEOUT)
-    group = bare_group(control)
+    group = dist.new_group()
     with control.guard("warm-up", (group,)):
         exchange(group)
     rank = dist.get_rank()
@@ -198,10 +193,13 @@ def failing(how: str) -> tuple[float, RankFailure, str, RankFailure]:
 
 
 def observed(how: str, folder: str) -> None:
-    """`failing`, leaving behind what this rank saw where the others cannot answer any more."""
+    """`failing`, leaving what this rank saw in a file: the pool reports only that rank 1 is lost."""
+    Path(folder, f"pid{dist.get_rank()}").write_text(str(os.getpid()))
     seconds, first, cause, again = failing(how)
     text = f"{seconds:.2f}|{type(first).__name__}|{getattr(first, 'rank', '')}|{first}|{cause}|{again}"
     Path(folder, str(dist.get_rank())).write_text(text)
+    if how == "stops" and all(Path(folder, name).exists() for name in "023"):
+        os.kill(int(Path(folder, "pid1").read_text()), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
@@ -209,35 +207,35 @@ def observed(how: str, folder: str) -> None:
     [
         ("raises", "ValueError", "rank 1 failed: ValueError: bad weather"),
         ("exits", "SystemExit", "rank 1 failed: SystemExit: 3"),
-        ("absent", "RankFailure", "rank 1 did not come to forward; no answer for 3.0 s"),
+        ("absent", "RankFailure", "rank 1 did not come to forward; no answer for 2.0 s"),
         ("left", "XditError", "rank 1 left (process ended, or Control closed) before forward"),
     ],
 )
 def test_peers_of_a_failed_rank_wake_and_name_it(pool: Pool, how: str, own: str, reason: str) -> None:
-    answers = pool.run(failing, how, ranks=RANKS)
+    answers = pool.run(failing, how)
     assert type(answers[1][1]).__name__ == own
-    for rank in (0, 2):
+    for rank in (0, 2, 3):
         seconds, first, cause, again = answers[rank]
         assert isinstance(first, RankFailure) and first.rank == 1
         assert str(first).startswith(reason) and cause == "RuntimeError"
-        assert seconds < (TIMEOUT + 1.5 if how == "absent" else 2.0)
+        assert seconds < (TIMEOUT + SLACK if how == "absent" else SLACK)
         assert isinstance(again, RankFailure) and str(again) == str(first)
 
 
-@pytest.mark.parametrize(("how", "limit"), [("dies", 0.5 + 3), ("stops", 0.5 + TIMEOUT + 2)])
-def test_peers_of_a_lost_process_wake_and_name_it(pool: Pool, how: str, limit: float, tmp_path: Path) -> None:
-    with pytest.raises(RemoteError):
-        pool.run(observed, how, str(tmp_path), ranks=RANKS, timeout=limit + 3)
-    for rank in (0, 2):
+@pytest.mark.parametrize("how", ["dies", "stops"])
+def test_peers_of_a_lost_process_wake_and_name_it(pool: Pool, how: str, tmp_path: Path) -> None:
+    with pytest.raises(RemoteError, match=r"the worker died \(exit code -9\)"):
+        pool.run(observed, how, str(tmp_path), timeout=30)
+    for rank in (0, 2, 3):
         seconds, kind, culprit, text, cause, _ = (tmp_path / str(rank)).read_text().split("|")
         assert (kind, culprit, cause) == ("RankFailure", "1", "RuntimeError")
         assert text.startswith("rank 1 stopped responding (process gone?) during forward; no answer for ")
-        assert float(seconds) < limit
+        assert float(seconds) < TIMEOUT + SLACK
 
 
 def constructs_late() -> str:
     if dist.get_rank() == 1:
-        time.sleep(3)
+        time.sleep(2)
         return ""
     try:
         Control(RANKS, 1.0)
@@ -247,7 +245,7 @@ def constructs_late() -> str:
 
 
 def test_a_rank_that_never_constructs_is_named(pool: Pool) -> None:
-    for text in pool.run(constructs_late, ranks=RANKS)[::2]:
+    for text in pool.run(constructs_late)[::2]:
         assert text.startswith("rank 1 did not construct its Control")
 
 
@@ -262,9 +260,12 @@ def with_store_on_rank_0(folder: str) -> None:
     dist.destroy_process_group()
     del os.environ["TORCHELASTIC_USE_AGENT_STORE"]
     mine = store or dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group("gloo", store=mine, rank=rank, world_size=len(RANKS))
-    control = Control(RANKS, TIMEOUT)
-    group = bare_group(control)
+    dist.init_process_group("gloo", store=mine, rank=rank, world_size=3)
+    control = Control(range(3), TIMEOUT)
+    group = dist.new_group()
+    with control.guard("warm-up", (group,)):
+        exchange(group)
+    control.agree("forward", {})
     start = time.monotonic()
     try:
         with control.guard("forward", (group,)):
@@ -281,4 +282,4 @@ def test_the_host_of_the_store_dies(tmp_path: Path) -> None:
     for rank in (1, 2):
         seconds, text = (tmp_path / str(rank)).read_text().split("|")
         assert text.startswith("rank 0 stopped responding (process gone?) during forward")
-        assert float(seconds) < 3
+        assert float(seconds) < SLACK

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from xdit_compile.compiler import Compiled, Dump, compile_call
-from xdit_compile.errors import SpecError, XditError
+from xdit_compile.errors import RankMismatch, SpecError, XditError
 from xdit_compile.frontend.state import state_token
 from xdit_compile.launch import init_from_env
 from xdit_compile.runtime.control import Control
@@ -33,6 +34,7 @@ class Runner:
         self.control.agree("parallelize", {"spec": str(spec), "model": type(model).__qualname__})
         self.groups = Groups(spec, ranks, timeout)
         self.programs: dict[Any, tuple[Compiled, Executor]] = {}
+        self._reads: dict[Any, tuple[int, ...]] = {}
         self._signature = inspect.signature(type(model).forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -42,23 +44,39 @@ class Runner:
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise XditError("a parallel model computes no gradients, but an input requires them; "
                             "call it under torch.no_grad() or detach the input")
-        names = [f"tensor {i}" for i in range(len(tensors))]
-        with self.control.guard("the forward pass", self.groups.all):
+        with self._failing_together():
             if self.check_inputs:
-                facts = digests(dict(zip(names, tensors, strict=True)))
+                facts = digests({f"tensor {i}": t for i, t in enumerate(tensors)})
                 self.control.agree("the call's inputs", facts | {"arguments": str(structure.constants)})
             compiled, executor = self._program(args, kwargs, tensors, structure)
             self.groups.bind()
             results = executor(tensors)
         return compiled.whole.outputs.build(results)
 
+    @contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        try:
+            with self.control.guard("the forward pass", self.groups.all):
+                yield
+        except RankMismatch:
+            raise
+        except BaseException:
+            self.groups.forget()
+            raise
+
     def _program(self, args: Any, kwargs: Any, tensors: Any, structure: Any) -> tuple[Compiled, Executor]:
         key = (structure.key(), tuple((t.shape, t.dtype, t.device) for t in tensors), state_token(self.model))
-        if key not in self.programs:
+
+        def values(reads: Sequence[int]) -> Any:
+            return tuple(sorted(digests({str(i): tensors[i] for i in reads}).items()))
+
+        known = self._reads.get(key)
+        if known is None or (key, values(known)) not in self.programs:
             compiled = compile_call(self.model, self.spec, args, kwargs, self.groups.rank, self.dump)
             self.control.agree("the plan", compiled.digest())
-            self.programs[key] = compiled, Executor(compiled.local, self.model)
-        return self.programs[key]
+            self._reads[key] = known = compiled.whole.reads
+            self.programs[key, values(known)] = compiled, Executor(compiled.local, self.model)
+        return self.programs[key, values(known)]
 
 
 def parallelize(model: nn.Module, spec: str | dict | ShardingSpec, *, ranks: Sequence[int] | None = None,

@@ -54,6 +54,7 @@ class Program:
         inputs: one per placeholder of ``main``, in order.
         constants: tensors made inside forward that are not part of the model's state.
         outputs: how the flat outputs become the object the model returns.
+        reads: arguments whose values were read while tracing; other values need another program.
         facts: what holds of the graphs (``captured``, ``canonical``, ``sharded``, ``lowered``).
         spec, position: for which sharding spec and rank this is the local program; None for the global one.
         notes: what the passes decided, in order.
@@ -67,6 +68,7 @@ class Program:
     spec: ShardingSpec | None = None
     position: Mapping[str, int] | None = None
     notes: tuple[Note, ...] = field(default=(), repr=False)
+    reads: tuple[int, ...] = ()
 
     def functions(self) -> Iterator[tuple[str, fx.GraphModule]]:
         """``main`` and each block function, by name."""
@@ -106,9 +108,13 @@ def output_args(graph: fx.Graph) -> tuple[Any, ...]:
 
 
 def drop_unused(graph: fx.Graph) -> None:
-    """Remove what nobody reads. Collectives count as impure for PyTorch, but what is unused on one rank is
-    unused on all."""
-    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    """Remove what nobody reads, except collectives: a rank to which nothing is sent reads no result, but the others
+    wait for it all the same."""
+    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or is_collective(n))
+
+
+def is_collective(node: fx.Node) -> bool:
+    return getattr(node.target, "namespace", "") == "_c10d_functional"
 
 
 def module_of(node: fx.Node) -> str:

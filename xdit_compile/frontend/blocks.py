@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from xdit_compile.frontend.fingerprint import fingerprint, meta
+from xdit_compile.frontend.known import Known, Value
 from xdit_compile.structure import CONSTANTS, TENSOR, Structure, flatten
 
 _library = torch.library.Library("xdit_compile", "FRAGMENT")
@@ -43,6 +44,8 @@ class Kind:
     module: nn.Module
     inputs: Structure
     examples: tuple[torch.Tensor, ...]
+    values: tuple[Value | None, ...]
+    """Of each example, what is known of its value."""
     outputs: Structure
     results: tuple[int | torch.Tensor, ...]
     """Per output tensor: the index of the input it simply is, or what it looks like."""
@@ -76,7 +79,8 @@ def repeated(model: nn.Module) -> dict[str, Hashable]:
 class Outliner:
     """Stands in for the repeated blocks of a model, first to record them, then to export around them."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, known: Known) -> None:
+        self._known = known
         self._prints = repeated(model)
         self._modules = {path: model.get_submodule(path) for path in self._prints}
         self.kinds: dict[Hashable, Kind | None] = {}
@@ -119,7 +123,8 @@ class Outliner:
 
     def _key(self, path: str, tensors: list[torch.Tensor], structure: Structure) -> Hashable:
         # Strides are left out: canonical programs reshape, they do not view, so any strides are right.
-        return self._prints[path], structure.key(), tuple((t.shape, t.dtype, t.device) for t in tensors)
+        return self._prints[path], structure.key(), tuple(
+            (t.shape, t.dtype, t.device, self._known.digest(t)) for t in tensors)
 
     def _record(self, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         tensors, structure = flatten((args, kwargs))
@@ -137,7 +142,8 @@ class Outliner:
         made, outputs = flatten(out)
         pure = versions == [t._version for t in tensors] and before == self._state(path) and _plain(outputs)
         self.kinds[key] = Kind(
-            self._name(path), path, self._modules[path], structure, tuple(tensors), outputs,
+            self._name(path), path, self._modules[path], structure, tuple(tensors),
+            tuple(self._known.value(t) for t in tensors), outputs,
             tuple(next((i for i, t in enumerate(tensors) if t is m), m) for m in made),
         ) if pure else None
         return out

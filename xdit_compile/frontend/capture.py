@@ -15,12 +15,15 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.nn.utils.stateless import _reparametrize_module
 
 from xdit_compile.errors import CaptureError
 from xdit_compile.frontend.blocks import BLOCK, Kind, Outliner
+from xdit_compile.frontend.known import Known, Value, of_inputs
 from xdit_compile.program import Input, Program, output_args, source_of
 from xdit_compile.structure import Structure, flatten
 
@@ -38,13 +41,16 @@ class _Seen:
 class _Root(nn.Module):
     """A module as a function of its tensor arguments, flat in and flat out."""
 
-    def __init__(self, module: nn.Module, inputs: Structure) -> None:
+    def __init__(self, module: nn.Module, inputs: Structure, known: Known,
+                 values: Sequence[Value | None]) -> None:
         super().__init__()
         self.model = module
-        self._inputs = inputs
+        self._inputs, self._known, self._values = inputs, known, values
         self._seen = _Seen()
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        for tensor, value in zip(tensors, self._values, strict=True):
+            self._known.assign(tensor, value)
         args, kwargs = self._inputs.build(tensors)
         made, outputs = flatten(self.model(*args, **kwargs))
         self._seen.outputs = outputs
@@ -63,15 +69,16 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
         CaptureError: naming the line of the model that stands in the way and what to do about it.
     """
     tensors, inputs = flatten((tuple(args), dict(kwargs or {})))
-    root = _Root(model, inputs)
-    with torch.no_grad(), _unchanged(model):
+    known = Known()
+    root = _Root(model, inputs, known, of_inputs(tensors))
+    with torch.no_grad(), _unchanged(model), _without_meta(root, tensors) as tensors:
         try:
-            outliner = Outliner(model)
+            outliner = Outliner(model, known)
             if outliner.paths:
                 with outliner.recording():
-                    _run_fake(root, tensors)
+                    _run_fake(root, tensors, known)
                 _forget_fakes(model)
-            return _assemble(root, tensors, outliner)
+            return _assemble(root, tensors, outliner, known)
         except CaptureError:
             raise
         except Exception as error:
@@ -79,36 +86,40 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
             log.info("capturing %s again, block by block no more, after: %s", type(model).__name__, error)
         _forget_fakes(model)
         try:
-            return _assemble(root, tensors, None)
+            return _assemble(root, tensors, None, known)
         except CaptureError:
             raise
         except Exception as error:
             raise _explained(error, model) from error
 
 
-def _run_fake(root: _Root, tensors: list[torch.Tensor]) -> None:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    state = {n: mode.from_tensor(t) for n, t in [*root.named_parameters(), *root.named_buffers()]}
-    with mode:
-        torch.func.functional_call(root, state, tuple(mode.from_tensor(t) for t in tensors))
+def _run_fake(root: _Root, tensors: Sequence[torch.Tensor], known: Known) -> None:
+    mode = detect_fake_mode(tensors) or FakeTensorMode(allow_non_fake_inputs=True)
+    state = {n: t if isinstance(t, FakeTensor) else mode.from_tensor(t)
+             for n, t in [*root.named_parameters(), *root.named_buffers()]}
+    with mode, known:
+        torch.func.functional_call(root, state, tuple(
+            t if isinstance(t, FakeTensor) else mode.from_tensor(t) for t in tensors))
 
 
-def _assemble(root: _Root, tensors: Sequence[torch.Tensor], outliner: Outliner | None) -> Program:
+def _assemble(root: _Root, tensors: Sequence[torch.Tensor], outliner: Outliner | None, known: Known) -> Program:
     if outliner is None:
-        exported, kinds = _export(root, tensors), {}
+        exported, kinds = _export(root, tensors, known), {}
     else:
         with outliner.exporting():
-            exported = _export(root, tensors)
+            exported = _export(root, tensors, known)
         _forget_fakes(root.model)
         kinds = {kind.name: kind for kind in outliner.kinds.values() if kind}
     constants: dict[str, torch.Tensor] = {}
-    blocks = {name: _block(kind, constants) for name, kind in kinds.items()}
+    blocks = {name: _block(kind, known, constants) for name, kind in kinds.items()}
     main, inputs = _main(exported, blocks, constants)
-    return Program(main, tuple(inputs), constants, root.outputs)
+    return Program(main, tuple(inputs), constants, root.outputs, reads=tuple(sorted(known.read)))
 
 
-def _export(root: nn.Module, tensors: Sequence[torch.Tensor]) -> ExportedProgram:
-    exported = torch.export.export(root, tuple(tensors), strict=False).run_decompositions({})
+def _export(root: nn.Module, tensors: Sequence[torch.Tensor], known: Known) -> ExportedProgram:
+    with known:
+        traced = torch.export.export(root, tuple(tensors), strict=False)
+    exported = traced.run_decompositions({})
     signature = exported.graph_signature
     written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     if written:
@@ -122,7 +133,35 @@ def _export(root: nn.Module, tensors: Sequence[torch.Tensor]) -> ExportedProgram
                 f"{node.target} at {source_of(node)} draws random numbers, which every rank would draw "
                 "differently. Call model.eval() to switch dropout off, or pass the noise in as an input"
             )
+        if isinstance(node.meta.get("val"), torch.Tensor) and any(
+                not isinstance(n, int) for n in node.meta["val"].shape):
+            raise CaptureError(
+                f"{node.target} at {source_of(node)} makes a tensor whose size depends on values that cannot be "
+                "known while the model is captured; compute them outside and pass them as Python numbers"
+            )
     return exported
+
+
+@contextmanager
+def _without_meta(root: _Root, tensors: Sequence[torch.Tensor]) -> Iterator[Sequence[torch.Tensor]]:
+    """Within, a model on the meta device is a model of fake CPU tensors: some operations (autocast, masks read by
+    the model) refuse the meta device. Yields the inputs to capture with."""
+    if not any(t.is_meta for t in [*root.parameters(), *root.buffers()]):
+        yield tensors
+        return
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fake(t: torch.Tensor) -> torch.Tensor:
+        with mode:
+            return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
+
+    for module in root.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and value.is_meta:
+                vars(module)[name] = torch.zeros_like(value, device="cpu")
+    state = {n: fake(t) for n, t in [*root.named_parameters(), *root.named_buffers()]}
+    with _reparametrize_module(root, state, tie_weights=False):
+        yield [fake(t) for t in tensors]
 
 
 def _random(node: fx.Node) -> bool:
@@ -182,9 +221,10 @@ class _Copier:
         return new
 
 
-def _block(kind: Kind, constants: dict[str, torch.Tensor]) -> tuple[fx.GraphModule, list[Input]]:
+def _block(kind: Kind, known: Known, constants: dict[str, torch.Tensor]) -> tuple[fx.GraphModule, list[Input]]:
     """A block kind as a function of its parameters, then its inputs; it returns what its inputs are not."""
-    exported = _export(_Root(kind.module, kind.inputs), kind.examples)
+    root = _Root(kind.module, kind.inputs, known, kind.values)
+    exported = _export(root, kind.examples, known)
     copier = _Copier(exported, f"{kind.path}.", constants)
     copier.placeholders()
     for node in exported.graph.nodes:
@@ -248,9 +288,11 @@ def _forget_fakes(model: nn.Module) -> None:
                     del value[key]
     for cls in {c for m in model.modules() for c in type(m).__mro__}:
         for member in vars(cls).values():
-            clear = getattr(member, "cache_clear", None)
-            if clear is not None:
-                clear()
+            # A decorator of the model's library may keep the cache inside a closure.
+            inside = [c.cell_contents for c in getattr(member, "__closure__", None) or ()]
+            for cached in (member, *inside):
+                if hasattr(cached, "cache_clear"):
+                    cached.cache_clear()
 
 
 def _explained(error: Exception, model: nn.Module) -> CaptureError:

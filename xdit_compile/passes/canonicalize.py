@@ -1,7 +1,7 @@
 """One way of writing each thing: what tracing leaves behind is removed, manual attention becomes attention.
 
 Assertions and copies mean nothing in a functional graph of static shapes. Views become reshapes, because a
-rank's piece need not have the strides the whole tensor had. Softmax(q k^T) v written by hand becomes one
+rank's piece need not have the strides the whole tensor had. Writes into ranges become concatenations. Softmax(q k^T) v written by hand becomes one
 attention node (``manual_attention.py``).
 """
 
@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from xdit_compile.passes.einsum import expand_einsum
+from xdit_compile.passes.writes import expand_writes
 from xdit_compile.passes.manual_attention import fuse_attention
 from xdit_compile.program import Note, Program, drop_unused
 
@@ -19,6 +20,9 @@ aten = torch.ops.aten
 CHECKS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg}
 COPIES = {aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default,
           aten.lift_fresh_copy.default}
+UNSET = {aten.empty_like.default: aten.zeros_like.default, aten.new_empty.default: aten.new_zeros.default,
+         aten.empty.memory_format: aten.zeros.default}
+"""Uninitialised memory is made zero: what ranks hold of it would differ."""
 VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 
 
@@ -30,6 +34,7 @@ def canonicalize(program: Program) -> Program:
         graph = fx.Graph()
         graph.output(graph.graph_copy(module.graph, {})).meta.update(module.graph.output_node().meta)
         _clean(graph)
+        expand_writes(graph)
         expand_einsum(graph)
         notes += fuse_attention(graph, name)
         drop_unused(graph)
@@ -46,8 +51,16 @@ def _clean(graph: fx.Graph) -> None:
         elif node.target in COPIES:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif node.target in UNSET:
+            node.target = UNSET[node.target]
         elif node.target in VIEWS:
             node.target = aten.reshape.default
             node.args = (node.args[0], list(node.meta["val"].shape))
         elif node.target is aten.expand.default:
             node.args = (node.args[0], list(node.meta["val"].shape))
+        elif node.target is aten.type_as.default:
+            node.target, node.args, node.kwargs = aten._to_copy.default, node.args[:1], {"dtype": node.meta["val"].dtype}
+        elif node.target is aten.pad.default and (len(node.args) < 3 or node.args[2] == "constant"):
+            given = {"value": node.args[3] if len(node.args) > 3 else None} | node.kwargs
+            node.target, node.kwargs = aten.constant_pad_nd.default, {}
+            node.args = (*node.args[:2], given["value"] or 0)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import fx
-from torch.fx.passes.dialect.common.cse_pass import CSEPass
+from torch.fx.passes.dialect.common.cse_pass import CSEPass, get_CSE_banned_ops
 
-from xdit_compile.program import Program, drop_unused
+from xdit_compile.program import Program, drop_unused, is_collective
 
 
 def simplify(program: Program) -> Program:
@@ -13,8 +13,13 @@ def simplify(program: Program) -> Program:
     value gathered for two consumers) or something nobody reads."""
     functions = {}
     for name, module in program.functions():
-        graph = CSEPass()(fx.GraphModule(dict(module.named_children()), module.graph)).graph_module.graph
+        graph = CSEPass(banned_ops=collectives(module))(fx.GraphModule(dict(module.named_children()), module.graph)).graph_module.graph
         drop_unused(graph)
         functions[name] = graph
     children = {n: fx.GraphModule({}, g, n) for n, g in functions.items() if n != "main"}
     return program.having(main=fx.GraphModule(children, functions["main"], "main"))
+
+
+def collectives(module: fx.GraphModule) -> set:
+    """What must stay apart: two exchanges that look alike on one rank may differ on another."""
+    return get_CSE_banned_ops() | {n.target for n in module.graph.nodes if is_collective(n)}

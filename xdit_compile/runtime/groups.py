@@ -32,7 +32,7 @@ class Groups:
         for axis in (SEQUENCE, ULYSSES, RING):
             if sizes[axis] > 1:
                 peers = tuple(ranks[i] for i in members(axis, self.rank, spec))
-                self._groups[group_name(axis, sizes)] = _group(f"{group_name(axis, sizes)}", peers, timeout)
+                self._groups[group_name(axis, sizes)] = _group(group_name(axis, sizes), peers, timeout)
 
     def bind(self) -> None:
         """Let the logical names mean these groups."""
@@ -40,6 +40,11 @@ class Groups:
             if _bound.get(name) is not group:
                 _register_process_group(name, group)
                 _bound[name] = group
+
+    def forget(self) -> None:
+        """Use none of these groups again: a collective on them failed, and nobody knows what is still in flight."""
+        for key in [k for k, g in _made.items() if g in self._groups.values()]:
+            del _made[key]
 
     @property
     def all(self) -> tuple[ProcessGroup, ...]:
@@ -53,9 +58,11 @@ def _group(name: str, ranks: tuple[int, ...], timeout: float) -> ProcessGroup:
     assert world is not None
     key = (world, name, ranks)
     if key not in _made:
-        unique = f"{name}.{'-'.join(map(str, ranks))}"
+        unique, store, me = f"{name}.{'-'.join(map(str, ranks))}", _get_default_store(), dist.get_rank()
+        # Counted in the store by every rank for itself: a group made again after a failure is a new one.
+        unique += f".{store.add(f'{unique}.{me}', 1)}"
         group, _ = _new_process_group_helper(
-            len(ranks), ranks.index(dist.get_rank()), list(ranks), dist.get_backend(), _get_default_store(), unique,
+            len(ranks), ranks.index(me), list(ranks), dist.get_backend(), store, unique,
             timeout=timedelta(seconds=timeout), group_desc=name)
         _world.pg_group_ranks[group] = {r: i for i, r in enumerate(ranks)}
         _made[key] = group

@@ -24,6 +24,7 @@ def _two(r):
     aten.full_like.default: lambda r: (r.tensor(2, 6), 3.0),
     aten.zeros_like.default: lambda r: (r.tensor(2, 6),),
     aten.ones_like.default: lambda r: (r.tensor(2, 6),),
+    aten.masked_fill.Scalar: lambda r: (r.tensor(2, 6), r.tensor(6) > 0, 0.5),
 })
 def pointwise(s, *args, **kwargs):
     """Any operator tagged element-wise; non-tensor arguments are passed on."""

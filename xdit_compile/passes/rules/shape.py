@@ -130,6 +130,17 @@ def slice_(s, x, dim=0, start=None, stop=None, step=1):
     return s.emit(out, x, dim, first, last, step, target=aten.slice.Tensor)
 
 
+@rule({aten.slice_scatter.default: lambda r: (r.tensor(2, 5, 8), r.tensor(2, 5, 4), -1, r.pick(0, 1), 8, 2)})
+def slice_scatter(s, x, part, dim, *where):
+    """A strided write (others are concatenations by now): whole along the written dimension, alike elsewhere."""
+    x, part = s.whole(x, dim), s.whole(part, dim)
+    for i in range(x.ndim):
+        if i != dim % x.ndim:
+            best = next((v.dims[i] for v in (part, x) if v.dims[i].sharded), x.dims[i])
+            x, part = s.lay(x, i, best), s.lay(part, i, best)
+    return s.emit(x.layout, x, part, dim, *where)
+
+
 def _below(spans, limit):
     return [(a, min(b, limit)) for a, b in spans if a < limit]
 

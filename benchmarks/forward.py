@@ -1,0 +1,121 @@
+"""How many times as fast is one forward of a random Flux on several processes of this machine?
+
+Every way to split it runs on the same weights and inputs in the same processes, in turns: one thread per
+process, the plain model in one process while the others wait without using their cores.
+
+    python -m benchmarks.forward
+    python -m benchmarks.forward --rounds 15 --json forward.json
+    python -m benchmarks.forward --tokens 256 --text 64 --hidden 256 --double 1 --single 2
+    python -m benchmarks.forward --contestants single ulysses ulysses-inductor diffusers
+
+"seconds" is the median over the rounds of the slowest rank, "times as fast" the median of the plain model
+divided by it, "at best" the same of the fastest rounds. "CPU s" are the seconds of CPU time that all ranks
+together use for one forward. Bytes are those that one rank gives to others in one forward, FLOPs those of
+one rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import flux, rounds
+from benchmarks.contestants import CONTESTANTS, DEFAULT
+from xdit_compile.launch import launch
+
+
+def main() -> None:
+    options = _options()
+    size = flux.Size(options.tokens, options.text, options.hidden, options.double, options.single)
+    names = list(dict.fromkeys(["single", *options.contestants]))
+    ranks = launch(rounds.run, size, names, options.rounds, options.warmup, world_size=options.world_size)
+    figures = {name: summary(name, [rank[name] for rank in ranks]) for name in names}
+    for figure in figures.values():
+        compare(figure, figures["single"])
+    show(size, options.world_size, options.rounds, figures)
+    if options.json:
+        report = {"size": vars(size), "world_size": options.world_size, "rounds": options.rounds,
+                  "torch": torch.__version__, "machine": platform.machine(), "contestants": figures}
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def summary(name: str, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """One contestant's results on all ranks as one: a round takes as long as its slowest rank."""
+    if ranks[0]["problem"]:
+        return {"problem": ranks[0]["problem"]}
+    working = ranks if CONTESTANTS[name].build else ranks[:1]
+    slowest = [max(of_round) for of_round in zip(*(r["seconds"] for r in working), strict=True)]
+    cpu = [sum(of_round) for of_round in zip(*(r["cpu_seconds"] for r in working), strict=True)]
+    return {
+        "about": CONTESTANTS[name].about,
+        "median_seconds": statistics.median(slowest),
+        "best_seconds": min(slowest),
+        "seconds": slowest,
+        "cpu_seconds": statistics.median(cpu),
+        "first_call_seconds": max(r["first_call"] for r in working),
+        "max_difference": max(r["error"] for r in working),
+        "flops_per_rank": max(r["flops"] for r in working),
+        "collectives": working[0]["collectives"],
+        "bytes_per_rank": max(r["bytes"] for r in working),
+        "control_bytes_per_rank": max(r["control_bytes"] for r in working),
+    }
+
+
+def compare(figure: dict[str, Any], single: dict[str, Any]) -> None:
+    """Add how many times as fast as the plain model it is."""
+    if "problem" not in figure:
+        figure["times_as_fast"] = single["median_seconds"] / figure["median_seconds"]
+        figure["times_as_fast_at_best"] = single["best_seconds"] / figure["best_seconds"]
+
+
+def show(size: flux.Size, world_size: int, count: int, figures: dict[str, dict[str, Any]]) -> None:
+    """The table."""
+    title = (f"one forward of Flux, {size.tokens} + {size.text} tokens, hidden {size.hidden}, {size.double} + "
+             f"{size.single} blocks, float32: {world_size} processes with one thread each, {count} rounds")
+    table = Table(title=title)
+    for heading in ("", "seconds", "times as fast", "at best", "CPU s", "max difference", "GFLOP per rank",
+                    "collectives", "MB sent per rank"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, f in figures.items():
+        if "problem" in f:
+            table.add_row(name, f"[yellow]{f['problem'].splitlines()[0]}[/yellow]")
+            continue
+        table.add_row(
+            name, f"{f['median_seconds']:.3f}", f"{f['times_as_fast']:.2f}", f"{f['times_as_fast_at_best']:.2f}",
+            f"{f['cpu_seconds']:.3f}", f"{f['max_difference']:.1e}", f"{f['flops_per_rank'] / 1e9:.2f}",
+            str(sum(f["collectives"].values())), f"{f['bytes_per_rank'] / 1e6:.2f}")
+    # Where the output is a file, rich would fold the table to 80 columns.
+    console = Console()
+    Console(width=console.width if console.is_terminal else 150).print(table)
+
+
+def _options() -> argparse.Namespace:
+    assert __doc__ is not None
+    about = "\n".join(f"  {c.name:18}{c.about}" for c in CONTESTANTS.values())
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.forward", description=__doc__,
+                                     epilog=f"contestants:\n{about}",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1024, help="image tokens (1024)")
+    parser.add_argument("--text", type=int, default=256, help="text tokens (256)")
+    parser.add_argument("--hidden", type=int, default=512, help="width, heads of 64 (512)")
+    parser.add_argument("--double", type=int, default=4, help="double-stream blocks (4)")
+    parser.add_argument("--single", type=int, default=8, help="single-stream blocks (8)")
+    parser.add_argument("--world-size", type=int, default=2, help="processes (2)")
+    parser.add_argument("--rounds", type=int, default=9, help="measured rounds (9)")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before those (2)")
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=DEFAULT, metavar="NAME",
+                        help=f"which to run, 'single' always ({' '.join(DEFAULT)})")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures there")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""What runs on every rank of the forward benchmark: build the contestants, check them, time them in turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from tqdm import tqdm, trange
+
+from benchmarks import flux
+from benchmarks.contestants import CONTESTANTS, Absent, Builder, Contestant, Forward
+from benchmarks.traffic import counting
+
+FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            lambda q, k, v, *rest, **named: sdpa_flop_count(q, k, v)}
+"""What torch 2.13's flop counter does not know: attention on CPU."""
+
+
+@dataclass
+class Result:
+    """One contestant on one rank; ``problem`` says why there are no figures."""
+
+    problem: str = ""
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    first_call: float = 0.0
+    error: float = 0.0
+    flops: int = 0
+    collectives: dict[str, int] = field(default_factory=dict)
+    bytes: int = 0
+    control_bytes: int = 0
+
+
+def run(size: flux.Size, names: Sequence[str], rounds: int, warmup: int) -> dict[str, dict[str, Any]]:
+    """The results of this rank, by contestant. Runs on every rank of an initialised group."""
+    model, inputs = flux.model(size), flux.inputs(size)
+    chosen = [CONTESTANTS[name] for name in names]
+    builder = Builder(model, dist.get_world_size())
+    results = {name: Result() for name in names}
+    quiet = dist.get_rank() != 0
+    with torch.no_grad():
+        (reference,) = model(**inputs)
+        forwards: dict[str, Forward] = {}
+        for contestant in tqdm(chosen, "building", disable=quiet):
+            forward = _build(builder, contestant, inputs, reference, results[contestant.name])
+            if forward is not None:
+                forwards[contestant.name] = forward
+            elif contestant.build is None:
+                raise RuntimeError(f"the plain model fails: {results[contestant.name].problem}")
+        order = [*forwards]
+        for number in trange(warmup + rounds, desc="rounds", disable=quiet):
+            order.append(order.pop(0))  # so that none always begins
+            for name in order:
+                taken = _time(forwards[name], inputs, alone=CONTESTANTS[name].build is None)
+                if number >= warmup:
+                    results[name].seconds.append(taken[0])
+                    results[name].cpu_seconds.append(taken[1])
+    return {name: asdict(result) for name, result in results.items()}
+
+
+def _build(builder: Builder, contestant: Contestant, inputs: dict[str, Any], reference: Tensor,
+           result: Result) -> Forward | None:
+    """Build, call once, compare and count; None, with the reason in ``result``, if that fails on any rank."""
+    forward = None
+    try:
+        start = time.perf_counter()
+        forward = builder.build(contestant)
+        (made,) = forward(**inputs)
+        result.first_call = time.perf_counter() - start
+        result.error = (made - reference).abs().max().item()
+        with counting() as traffic, FlopCounterMode(display=False, custom_mapping=FORMULAS) as flops:
+            forward(**inputs)
+        result.flops = flops.get_total_flops()
+        result.collectives, result.bytes = dict(traffic.collectives), traffic.bytes.total()
+        result.control_bytes = traffic.control
+    except Absent as error:
+        result.problem = str(error)
+    except Exception as error:  # a contestant that fails is reported, the others go on
+        result.problem = f"{type(error).__name__}: {error}"
+    problems: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(problems, result.problem)
+    result.problem = next(filter(None, problems), "")
+    return None if result.problem else forward
+
+
+def _time(forward: Forward, inputs: dict[str, Any], alone: bool) -> tuple[float, float]:
+    """Seconds and CPU seconds of one forward on this rank; of all its threads, those of gloo too."""
+    # gloo's barrier blocks on a condition variable: a rank that waits leaves its core to others.
+    dist.barrier()
+    start, cpu = time.perf_counter(), time.process_time()
+    if not alone or dist.get_rank() == 0:
+        forward(**inputs)
+    taken = time.perf_counter() - start, time.process_time() - cpu
+    dist.barrier()
+    return taken

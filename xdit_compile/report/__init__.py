@@ -1,0 +1,1 @@
+"""What a compiled program costs and why: counted from its graphs, so that nothing has to run."""
