@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from xdit_compile.frontend.capture import capture
+from xdit_compile.frontend.cache import captured
 from xdit_compile.passes import localize, plan
 from xdit_compile.passes.shard import Seeds
 from xdit_compile.program import Program
@@ -20,8 +20,10 @@ Dump = Callable[[str, Program], None]
 
 @dataclass(frozen=True)
 class Compiled:
-    """One captured call under one spec: the global program, where sharding begins, and one rank's program."""
+    """One captured call under one spec: the program as captured, in canonical form, where sharding begins, and one
+    rank's program."""
 
+    captured: Program
     whole: Program
     seeds: Seeds
     local: Program
@@ -37,8 +39,13 @@ class Compiled:
         }
 
 
+def compile_program(captured: Program, spec: ShardingSpec, rank: int = 0, dump: Dump | None = None) -> Compiled:
+    """Rank ``rank``'s program for ``spec``; ``dump`` is called with each pass's name and result."""
+    whole, seeds = plan(captured, spec)
+    return Compiled(captured, whole, seeds, localize(whole, seeds, rank, dump))
+
+
 def compile_call(model: nn.Module, spec: ShardingSpec, args: Sequence[Any], kwargs: Mapping[str, Any], rank: int = 0,
                  dump: Dump | None = None) -> Compiled:
-    """Capture ``model(*args, **kwargs)`` and make rank ``rank``'s program for ``spec``."""
-    whole, seeds = plan(capture(model, args, kwargs), spec)
-    return Compiled(whole, seeds, localize(whole, seeds, rank, dump))
+    """Capture ``model(*args, **kwargs)``, unless that was done before, and compile it."""
+    return compile_program(captured(model, args, kwargs), spec, rank, dump)

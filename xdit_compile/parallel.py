@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from xdit_compile.compiler import Compiled, Dump, compile_call
+from xdit_compile.compiler import Compiled, Dump, compile_program
 from xdit_compile.errors import RankMismatch, SpecError, XditError
-from xdit_compile.frontend.state import state_token
+from xdit_compile.frontend.cache import captured
 from xdit_compile.launch import init_from_env
 from xdit_compile.runtime.control import Control
 from xdit_compile.runtime.digest import digests
@@ -33,8 +33,8 @@ class Runner:
         self.control = Control(ranks, timeout)
         self.control.agree("parallelize", {"spec": str(spec), "model": type(model).__qualname__})
         self.groups = Groups(spec, ranks, timeout)
-        self.programs: dict[Any, tuple[Compiled, Executor]] = {}
-        self._reads: dict[Any, tuple[int, ...]] = {}
+        self.programs: dict[int, tuple[Compiled, Executor]] = {}
+        """By the identity of the captured program, which ``Compiled`` keeps alive."""
         self._signature = inspect.signature(type(model).forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -48,7 +48,7 @@ class Runner:
             if self.check_inputs:
                 facts = digests({f"tensor {i}": t for i, t in enumerate(tensors)})
                 self.control.agree("the call's inputs", facts | {"arguments": str(structure.constants)})
-            compiled, executor = self._program(args, kwargs, tensors, structure)
+            compiled, executor = self._program(args, kwargs)
             self.groups.bind()
             results = executor(tensors)
         return compiled.whole.outputs.build(results)
@@ -64,19 +64,13 @@ class Runner:
             self.groups.forget()
             raise
 
-    def _program(self, args: Any, kwargs: Any, tensors: Any, structure: Any) -> tuple[Compiled, Executor]:
-        key = (structure.key(), tuple((t.shape, t.dtype, t.device) for t in tensors), state_token(self.model))
-
-        def values(reads: Sequence[int]) -> Any:
-            return tuple(sorted(digests({str(i): tensors[i] for i in reads}).items()))
-
-        known = self._reads.get(key)
-        if known is None or (key, values(known)) not in self.programs:
-            compiled = compile_call(self.model, self.spec, args, kwargs, self.groups.rank, self.dump)
+    def _program(self, args: Any, kwargs: Any) -> tuple[Compiled, Executor]:
+        whole = captured(self.model, args, kwargs)
+        if id(whole) not in self.programs:
+            compiled = compile_program(whole, self.spec, self.groups.rank, self.dump)
             self.control.agree("the plan", compiled.digest())
-            self._reads[key] = known = compiled.whole.reads
-            self.programs[key, values(known)] = compiled, Executor(compiled.local, self.model)
-        return self.programs[key, values(known)]
+            self.programs[id(whole)] = compiled, Executor(compiled.local, self.model)
+        return self.programs[id(whole)]
 
 
 def parallelize(model: nn.Module, spec: str | dict | ShardingSpec, *, ranks: Sequence[int] | None = None,

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from rich.console import RenderableType
-from torch import fx, nn
+from torch import nn
 
 from xdit_compile.compiler import Compiled
 from xdit_compile.errors import XditError
 from xdit_compile.parallel import Runner, parallelize
-from xdit_compile.program import Program, module_of, source_of
+from xdit_compile.report.blame import NodeDifference, Pair, arguments_of, first_differences
 from xdit_compile.report.difference import Difference, difference
 from xdit_compile.report.inputs import Inputs, call_arguments
 from xdit_compile.report.plain import jsonable, plain
-from xdit_compile.report.side_by_side import OUTPUT, Finding, arguments_of_call, findings, steps
 from xdit_compile.report.tables import summary_of_verification, verification_table
 from xdit_compile.spec import ShardingSpec
 from xdit_compile.structure import flatten
-
-MOST = 5
-"""How many differing nodes are named: the first is to blame, the next show how the error spreads."""
 
 Cause = Literal["", "capture", "rewriting", "execution"]
 
@@ -41,33 +38,14 @@ class OutputDifference:
 
 
 @dataclass(frozen=True)
-class NodeDifference:
-    """A value of the global program of which the piece of some ``ranks`` is wrong.
-
-    ``function`` is the graph it stands in; for a block function, ``module`` is inside the block that was called.
-    """
-
-    function: str
-    node: str
-    operator: str
-    module: str
-    source: str
-    layout: str
-    absolute: float
-    relative: float
-    ranks: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Verification:
     """What comparing found; the same on every rank.
 
     Attributes:
         outputs: every tensor among the results.
-        cause: where a difference comes from. ``capture``: the captured program is not the model; ``rewriting``:
-            ``nodes`` are the first values that ranks hold wrongly; ``execution``: every node is right when run
-            one by one, so it is what the backend makes of the program.
-        compared: how many values of the program were compared to find it.
+        cause: where a difference comes from. ``capture``: the captured program is not the model;
+            ``rewriting``: ``nodes`` are the first values that ranks hold wrongly; ``execution``: every value
+            is right when nodes run one by one, so it is what the backend makes of the program.
     """
 
     model: str
@@ -76,7 +54,6 @@ class Verification:
     outputs: tuple[OutputDifference, ...]
     cause: Cause = ""
     nodes: tuple[NodeDifference, ...] = ()
-    compared: int = 0
 
     @property
     def ok(self) -> bool:
@@ -124,13 +101,12 @@ def verify(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, in
         raise XditError("verify computes with the model, but its parameters are on the meta device; "
                         "xdit_compile.explain needs no values")
     args, kwargs = call_arguments(inputs)
-    parallel = parallelize(model, spec, ranks=ranks)
+    parallel = parallelize(model, ShardingSpec.parse(spec), ranks=ranks)
     runner: Runner = parallel.runner
     with torch.no_grad():
         expected, _ = flatten(model(*args, **kwargs))
         actual, _ = flatten(parallel(*args, **kwargs))
     (compiled, _), = runner.programs.values()
-    tensors, _ = flatten((args, kwargs))
     with runner.control.guard("the verification", runner.groups.all), torch.no_grad():
         everyone = _gather(runner, [difference(a, b) for a, b in zip(actual, expected, strict=True)])
         outputs = tuple(
@@ -138,32 +114,32 @@ def verify(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, in
                              max(d.absolute for d in found), max(d.relative for d in found))
             for i, (x, found) in enumerate(zip(expected, zip(*everyone, strict=True), strict=True)))
         result = Verification(type(model).__name__, runner.spec, tolerance, outputs)
-        return result if result.ok else _Search(runner, compiled, model, tensors, tolerance).run(result, expected)
+        if result.ok:
+            return result
+        tensors, _ = flatten((args, kwargs))
+        state = {**dict(model.named_parameters(remove_duplicate=False)),
+                 **dict(model.named_buffers(remove_duplicate=False))}
+        whole, local = compiled.whole, compiled.local
+        main = Pair("main", whole.main, local.main,
+                    arguments_of(whole, state, tensors), arguments_of(local, state, tensors))
+        return _explained(result, runner, compiled, main, expected)
 
 
-class _Search:
-    """Looks for where two programs part. Every rank runs the same collectives, whatever it finds by itself."""
+def _explained(result: Verification, runner: Runner, compiled: Compiled, main: Pair,
+               expected: Sequence[torch.Tensor]) -> Verification:
+    """``result`` with the cause of its differences, and the nodes to blame."""
+    captured = [difference(a, b) for a, b in zip(main.whole(*main.whole_arguments), expected, strict=True)]
+    if any(d.exceeds(result.tolerance) for theirs in _gather(runner, captured) for d in theirs):
+        return replace(result, cause="capture")
+    assert compiled.local.position is not None
+    nodes = first_differences(main, compiled.local.position, result.tolerance, partial(_gather, runner))
+    return replace(result, cause="rewriting" if nodes else "execution", nodes=nodes)
 
-    def __init__(self, runner: Runner, compiled: Compiled, model: nn.Module, tensors: Sequence[torch.Tensor],
-                 tolerance: float) -> None:
-        self.runner, self.tolerance = runner, tolerance
-        self.whole, self.local = compiled.whole, compiled.local
-        self.whole_arguments = _arguments(compiled.whole, model, tensors)
-        self.local_arguments = _arguments(compiled.local, model, tensors)
-        self.compared = 0
 
-    def run(self, result: Verification, expected: Sequence[torch.Tensor]) -> Verification:
-        """``result`` with the cause and the nodes to blame."""
-        *_, end = steps(self.whole.main, self.whole_arguments)
-        captured = [difference(a, b) for a, b in zip(end.value, expected, strict=True)]
-        if any(d.exceeds(self.tolerance) for d in captured):
-            return _with(result, "capture")
-        nodes = self._nodes()
-        return _with(result, "rewriting" if nodes else "execution", nodes, self.compared)
-
-    def _nodes(self) -> tuple[NodeDifference, ...]:
-        found = self._compare(self.whole.main, self.local.main, self.whole_arguments, self.local_arguments)
-        first = next((n for n in self.whole.main.graph.nodes if found and n.name == found[0].node), None)
-        if first is not None and first.op == "call_module":
-            return self._inside(first) or tuple(found[:MOST])
-        return tuple(found[:MOST])
+def _gather(runner: Runner, mine: Any) -> list[Any]:
+    """What every rank holds, in rank order."""
+    if not runner.groups.all:
+        return [mine]
+    everyone: list[Any] = [None] * runner.spec.world_size
+    dist.all_gather_object(everyone, mine, group=runner.groups.all[0])
+    return everyone

@@ -70,11 +70,7 @@ class Known(TorchFunctionMode):
     def digest(self, tensor: Tensor) -> Hashable:
         """Equal for tensors known to be equal; None if nothing is known."""
         value = self.value(tensor)
-        if value is None:
-            return None
-        with _plain():
-            return value.tensor.dtype, hashlib.sha1(value.tensor.cpu().contiguous().view(-1).view(
-                torch.uint8).numpy().tobytes()).digest()
+        return None if value is None else digest(value.tensor)
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -135,6 +131,13 @@ _REPEATS = {torch.repeat_interleave, Tensor.repeat_interleave}
 def _writes(func: Callable[..., Any]) -> bool:
     name = getattr(func, "__name__", "")
     return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+
+
+def digest(tensor: Tensor) -> Hashable:
+    """Equal for tensors of equal dtype, shape and bits."""
+    with _plain():
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        return tensor.dtype, tensor.shape, hashlib.sha1(flat.numpy().data, usedforsecurity=False).digest()
 
 
 @contextmanager

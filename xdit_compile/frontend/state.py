@@ -20,7 +20,7 @@ def state_token(model: nn.Module) -> Hashable:
 
 
 def _of_module(module: nn.Module) -> Hashable:
-    tensors = [(name, t.shape, t.dtype, t.device) for group in (module._parameters, module._buffers)
+    tensors = [(name, t.shape, t.dtype, "cpu" if t.is_meta else t.device.type) for group in (module._parameters, module._buffers)
                for name, t in group.items() if t is not None]
     rest = [(k, _of_value(v)) for k, v in vars(module).items() if k not in _INTERNAL]
     return id(module), type(module), tuple(tensors), tuple(rest)

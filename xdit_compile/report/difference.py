@@ -25,8 +25,8 @@ class Difference:
 
 
 def difference(actual: torch.Tensor, expected: torch.Tensor, scale: float | None = None) -> Difference:
-    """How far ``actual`` is from ``expected``, relative to ``scale``, by default the magnitude of ``expected``.
-    Infinities and NaN are equal to themselves and infinitely far from all else."""
+    """How far ``actual`` is from ``expected``, relative to ``scale`` (its own magnitude by default).
+    Infinities and NaN equal themselves and are infinitely far from all else."""
     scale = magnitude(expected) if scale is None else scale
     if not expected.numel():
         return Difference(0.0, 0.0)
@@ -53,7 +53,7 @@ def piece_of(x: torch.Tensor, layout: Layout, position: Position) -> torch.Tenso
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    """In a type that subtracts without rounding on top: halves in single precision, whole numbers in double."""
+    """In a type that can tell them apart: halves in single precision, whole numbers in double."""
     if x.is_complex():
         return torch.view_as_real(x.resolve_conj())
     if x.is_floating_point():

@@ -23,6 +23,6 @@ def plain(report: RenderableType) -> str:
 
 
 def jsonable(report: Any) -> dict[str, Any]:
-    """A dataclass as the dicts, lists, texts and numbers that reading its JSON gives. Infinities become texts:
-    JSON has no word for them."""
+    """A dataclass as the dicts, lists, texts and numbers that reading its JSON gives. Infinities become
+    texts, as JSON has no word for them."""
     return json.loads(json.dumps(asdict(report)), parse_constant=str)

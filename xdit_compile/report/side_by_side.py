@@ -28,7 +28,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Finding:
-    """A value of which this rank's piece was compared: ``node`` of the global graph, the ``order``-th there."""
+    """A value whose piece on this rank was compared: ``node`` of the global graph, the ``order``-th there."""
 
     order: int
     node: str
@@ -91,6 +91,7 @@ def findings(whole: fx.GraphModule, local: fx.GraphModule, whole_arguments: Sequ
                 del expected[piece.origin]
 
 
-def arguments_of_call(module: fx.GraphModule, arguments: Sequence[Any], call: fx.Node) -> Sequence[torch.Tensor]:
+def arguments_of_call(module: fx.GraphModule, arguments: Sequence[Any],
+                      call: fx.Node) -> Sequence[torch.Tensor]:
     """What a call of a block function is given; ``module`` runs up to and including it."""
     return next(step.args for step in steps(module, arguments) if step.node is call)

@@ -14,6 +14,7 @@ from xdit_compile.report.units import plural, size, work
 
 if TYPE_CHECKING:
     from xdit_compile.explain import Explanation, Row
+    from xdit_compile.verify import Verification
 
 def table(title: str, *columns: str) -> Table:
     """An empty table; a column whose name begins with ``>`` holds numbers."""
@@ -102,3 +103,37 @@ def _replicated(e: Explanation) -> Table | None:
         made.add_row(name(row.function, row.node), place(row.module, row.source), row.text, str(row.times),
                      f"{row.flops / max(e.local.flops, 1):.2%}")
     return made if made.row_count else None
+
+
+def summary_of_verification(v: Verification) -> str:
+    where = f"{v.model} under {v.spec} on {plural(v.spec.world_size, 'rank')}"
+    if v.ok:
+        return (f"{where}: {plural(len(v.outputs), 'output')} equal to one device's within {v.tolerance:g} "
+                f"(largest relative difference {v.worst:.2g})")
+    return f"{where}: DIFFERS by {v.worst:.2g} (tolerance {v.tolerance:g}). {_blame(v)}"
+
+
+def verification_table(v: Verification) -> RenderableType:
+    """All of a verification."""
+    outputs = table("Outputs", "output", "type", ">absolute", ">relative")
+    for o in v.outputs:
+        outputs.add_row(str(o.index), f"{o.dtype} {list(o.shape)}", f"{o.absolute:.3g}", f"{o.relative:.3g}")
+    nodes = table("The first values that differ, in order", "node", "where", "layout", "ranks", ">absolute",
+                  ">relative")
+    for n in v.nodes:
+        nodes.add_row(name(n.function, f"{n.node} = {n.operator}"), place(n.module, n.source), n.layout,
+                      ",".join(map(str, n.ranks)), f"{n.absolute:.3g}", f"{n.relative:.3g}")
+    return sections(Text(summary_of_verification(v)), outputs, nodes if v.nodes else None)
+
+
+def _blame(v: Verification) -> str:
+    if v.cause == "capture":
+        return ("The captured program already differs from the model on one device: its forward depends on "
+                "something that is no input, such as a Python value that changes between calls, or draws "
+                "random numbers.")
+    if v.cause == "execution":
+        return f"Run node by node every value is right: the difference is made by backend={v.spec.backend}."
+    first = v.nodes[0]
+    ranks = f"rank{'' if len(first.ranks) == 1 else 's'} {','.join(map(str, first.ranks))}"
+    where = ", ".join(filter(None, (first.module, first.source, ranks)))
+    return f"First at {first.function}.{first.node} ({first.operator}): {where}."

@@ -1,0 +1,31 @@
+# Each target sets up what it needs: a virtual environment in .venv with the pinned versions.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := OMP_NUM_THREADS=1 $(BIN)/python
+
+.PHONY: demo test lint published benchmark clean
+
+demo: .venv/ready
+	$(BIN)/python examples/demo.py
+
+test: .venv/ready
+	$(RUN) -m pytest tests
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+published: .venv/ready
+	$(RUN) benchmarks/published.py --output docs/published.md
+
+benchmark: .venv/ready
+	$(RUN) benchmarks/forward.py
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv demo-output
