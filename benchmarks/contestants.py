@@ -1,9 +1,9 @@
 """The ways to run one forward on several processes that the benchmark compares.
 
-Each contestant makes, from the same model and on every rank, a function that runs the forward. Libraries that
-replace parts of diffusers for the whole process (cache-dit puts its own functions into diffusers' table of
-attention backends) are kept apart: a contestant's forward always runs with the tables as they were right after
-it was built, and contestants of another library are built on untouched ones.
+Each contestant makes, from the same model and on every rank, a function that runs the forward. Libraries
+that replace parts of diffusers for the whole process (cache-dit puts its own functions into diffusers' table
+of attention backends) are kept apart: a contestant's forward always runs with the tables as they were right
+after it was built, and contestants of another library are built on untouched ones.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
-Forward = Callable[..., Any]
+Forward = Callable[..., tuple[Tensor]]
 
 INSTALL = "pip install -r benchmarks/requirements.txt"
 
@@ -32,7 +33,7 @@ class Absent(Exception):
 
 @dataclass(frozen=True)
 class Contestant:
-    """``build(model, world_size)`` runs on every rank; None marks the plain model, which one rank runs alone."""
+    """``build(model, world_size)`` runs on every rank; None is the plain model, which one rank runs alone."""
 
     name: str
     library: str
@@ -50,8 +51,8 @@ def _ours(spec: str) -> Callable[[nn.Module, int], nn.Module]:
 
 
 def _diffusers(model: nn.Module, world_size: int) -> nn.Module:
-    """The native attention backend supports context parallelism on CPU, but the rank's device is looked up among
-    accelerators, of which there are none: one is reported, the index of ``cpu:0``."""
+    """With the native attention backend, which supports context parallelism on CPU. But the rank's device is
+    looked up among accelerators, of which there are none: one is reported, for ``cpu:0``."""
     from diffusers import ContextParallelConfig
     from diffusers.utils import logging
 
@@ -69,29 +70,39 @@ def _cache_dit(**config: Any) -> Callable[[nn.Module, int], nn.Module]:
         import cache_dit
 
         return cache_dit.enable_cache(
-            model, parallelism_config=cache_dit.ParallelismConfig(ulysses_size=world_size, **config))
+            model, parallelism_config=cache_dit.ParallelismConfig(ulysses_size=world_size, **config)
+        )
 
     return build
 
 
 CONTESTANTS: dict[str, Contestant] = {
-    c.name: c for c in (
+    c.name: c
+    for c in (
         Contestant("single", "torch", None, "the plain model in one process, the others waiting"),
         Contestant("ulysses", "xdit_compile", _ours("ulysses={n}"), "ours, heads exchanged for tokens"),
         Contestant("ring", "xdit_compile", _ours("ring={n}"), "ours, keys and values around a ring"),
-        Contestant("ulysses-inductor", "xdit_compile", _ours("ulysses={n},backend=inductor"),
-                   "ours, compiled by inductor"),
+        Contestant(
+            "ulysses-inductor",
+            "xdit_compile",
+            _ours("ulysses={n},backend=inductor"),
+            "ours, compiled by inductor",
+        ),
         Contestant("diffusers", "diffusers", _diffusers, "diffusers' context parallelism, ulysses"),
         Contestant("cache-dit", "cache_dit", _cache_dit(), "cache-dit's context parallelism, ulysses"),
-        Contestant("cache-dit-async", "cache_dit", _cache_dit(ulysses_async=True),
-                   "the same, exchange and work overlapping"),
+        Contestant(
+            "cache-dit-async",
+            "cache_dit",
+            _cache_dit(ulysses_async=True),
+            "the same, exchange and work overlapping",
+        ),
     )
 }
 DEFAULT = ("single", "ulysses", "ring", "diffusers", "cache-dit", "cache-dit-async")
 
 
 class Builder:
-    """Builds contestants from one model. Libraries that patch once per process find their own patches again."""
+    """Builds contestants from one model. A library that patches once per process finds its patches again."""
 
     def __init__(self, model: nn.Module, world_size: int) -> None:
         self.model, self.world_size = model, world_size
@@ -105,15 +116,17 @@ class Builder:
             Absent: its package is not installed.
         """
         if contestant.build is None:
-            return self.model
+            return self.model  # type: ignore[return-value]
         shared = {id(t): t for t in chain(self.model.parameters(), self.model.buffers())}
         with _swapped(self._left.get(contestant.library, self._untouched)):
             made = contestant.build(copy.deepcopy(self.model, shared), self.world_size)
             after = self._left[contestant.library] = _tables()
 
-        def forward(**kwargs: Any) -> Any:
+        def forward(**kwargs: Any) -> tuple[Tensor]:
             with _swapped(after):
-                return made(**kwargs)
+                (output,) = made(**kwargs)
+            # diffusers and cache-dit return before their last all-gather is done.
+            return (output.wait(),) if isinstance(output, AsyncCollectiveTensor) else (output,)
 
         return forward
 
@@ -126,8 +139,10 @@ def _tables() -> Tables:
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry
     from diffusers.models.transformers import transformer_flux as flux
 
-    registry = {name: copy.copy(getattr(_AttentionBackendRegistry, name)) for name in (
-        "_backends", "_constraints", "_supported_arg_names", "_supports_context_parallel")}
+    registry = {
+        name: copy.copy(getattr(_AttentionBackendRegistry, name))
+        for name in ("_backends", "_constraints", "_supported_arg_names", "_supports_context_parallel")
+    }
     return [
         (_AttentionBackendRegistry, registry),
         (flux.FluxAttnProcessor, {"__call__": flux.FluxAttnProcessor.__call__}),

@@ -31,20 +31,38 @@ from benchmarks import flux, rounds
 from benchmarks.contestants import CONTESTANTS, DEFAULT
 from xdit_compile.launch import launch
 
+DISTURBED = 0.05
+"""The share of CPU taken by other processes from which on wall-clock times are not to be trusted."""
+
 
 def main() -> None:
     options = _options()
     size = flux.Size(options.tokens, options.text, options.hidden, options.double, options.single)
     names = list(dict.fromkeys(["single", *options.contestants]))
     ranks = launch(rounds.run, size, names, options.rounds, options.warmup, world_size=options.world_size)
-    figures = {name: summary(name, [rank[name] for rank in ranks]) for name in names}
+    figures = {name: summary(name, [rank["contestants"][name] for rank in ranks]) for name in names}
+    others = other_work(ranks)
     for figure in figures.values():
         compare(figure, figures["single"])
-    show(size, options.world_size, options.rounds, figures)
+    show(size, options.world_size, options.rounds, figures, others)
     if options.json:
-        report = {"size": vars(size), "world_size": options.world_size, "rounds": options.rounds,
-                  "torch": torch.__version__, "machine": platform.machine(), "contestants": figures}
+        report = {
+            "size": vars(size),
+            "world_size": options.world_size,
+            "rounds": options.rounds,
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "other_work": others,
+            "contestants": figures,
+        }
         options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def other_work(ranks: list[dict[str, Any]]) -> float | None:
+    """The share of this machine's CPU that other processes took during the rounds; None where not known."""
+    if not ranks[0]["whole"]:
+        return None
+    return max(0.0, ranks[0]["machine"] - sum(rank["own"] for rank in ranks)) / ranks[0]["whole"]
 
 
 def summary(name: str, ranks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -76,33 +94,63 @@ def compare(figure: dict[str, Any], single: dict[str, Any]) -> None:
         figure["times_as_fast_at_best"] = single["best_seconds"] / figure["best_seconds"]
 
 
-def show(size: flux.Size, world_size: int, count: int, figures: dict[str, dict[str, Any]]) -> None:
+def show(
+    size: flux.Size, world_size: int, count: int, figures: dict[str, dict[str, Any]], others: float | None
+) -> None:
     """The table."""
-    title = (f"one forward of Flux, {size.tokens} + {size.text} tokens, hidden {size.hidden}, {size.double} + "
-             f"{size.single} blocks, float32: {world_size} processes with one thread each, {count} rounds")
-    table = Table(title=title)
-    for heading in ("", "seconds", "times as fast", "at best", "CPU s", "max difference", "GFLOP per rank",
-                    "collectives", "MB sent per rank"):
+    title = (
+        f"one forward of Flux, {size.tokens} + {size.text} tokens, hidden {size.hidden}, {size.double} + "
+        f"{size.single} blocks, float32: {world_size} processes with one thread each, {count} rounds"
+    )
+    caption = None if others is None else f"other processes took {others:.0%} of this machine's CPU meanwhile"
+    if others is not None and others > DISTURBED:
+        caption = f"[bold yellow]{caption}: the seconds say little, run again when it is idle"
+    problems: list[str] = []
+    table = Table(title=title, caption=caption)
+    for heading in (
+        "",
+        "seconds",
+        "times as fast",
+        "at best",
+        "CPU s",
+        "max difference",
+        "GFLOP per rank",
+        "collectives",
+        "MB sent per rank",
+    ):
         table.add_column(heading, justify="right" if heading else "left")
     for name, f in figures.items():
         if "problem" in f:
-            table.add_row(name, f"[yellow]{f['problem'].splitlines()[0]}[/yellow]")
+            problems.append(f"{name}: {f['problem']}")
+            table.add_row(name, "-")
             continue
         table.add_row(
-            name, f"{f['median_seconds']:.3f}", f"{f['times_as_fast']:.2f}", f"{f['times_as_fast_at_best']:.2f}",
-            f"{f['cpu_seconds']:.3f}", f"{f['max_difference']:.1e}", f"{f['flops_per_rank'] / 1e9:.2f}",
-            str(sum(f["collectives"].values())), f"{f['bytes_per_rank'] / 1e6:.2f}")
-    # Where the output is a file, rich would fold the table to 80 columns.
+            name,
+            f"{f['median_seconds']:.3f}",
+            f"{f['times_as_fast']:.2f}",
+            f"{f['times_as_fast_at_best']:.2f}",
+            f"{f['cpu_seconds']:.3f}",
+            f"{f['max_difference']:.1e}",
+            f"{f['flops_per_rank'] / 1e9:.2f}",
+            str(sum(f["collectives"].values())),
+            f"{f['bytes_per_rank'] / 1e6:.2f}",
+        )
     console = Console()
+    # Where the output is a file, rich would fold the table to 80 columns.
     Console(width=console.width if console.is_terminal else 150).print(table)
+    for problem in problems:
+        console.print(f"did not run: {problem}", style="yellow", markup=False)
 
 
 def _options() -> argparse.Namespace:
     assert __doc__ is not None
     about = "\n".join(f"  {c.name:18}{c.about}" for c in CONTESTANTS.values())
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.forward", description=__doc__,
-                                     epilog=f"contestants:\n{about}",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.forward",
+        description=__doc__,
+        epilog=f"contestants:\n{about}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--tokens", type=int, default=1024, help="image tokens (1024)")
     parser.add_argument("--text", type=int, default=256, help="text tokens (256)")
     parser.add_argument("--hidden", type=int, default=512, help="width, heads of 64 (512)")
@@ -111,8 +159,14 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--world-size", type=int, default=2, help="processes (2)")
     parser.add_argument("--rounds", type=int, default=9, help="measured rounds (9)")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before those (2)")
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=DEFAULT, metavar="NAME",
-                        help=f"which to run, 'single' always ({' '.join(DEFAULT)})")
+    parser.add_argument(
+        "--contestants",
+        nargs="+",
+        choices=CONTESTANTS,
+        default=DEFAULT,
+        metavar="NAME",
+        help=f"which to run, 'single' always ({' '.join(DEFAULT)})",
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures there")
     return parser.parse_args()
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,8 +18,11 @@ from benchmarks import flux
 from benchmarks.contestants import CONTESTANTS, Absent, Builder, Contestant, Forward
 from benchmarks.traffic import counting
 
-FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-            lambda q, k, v, *rest, **named: sdpa_flop_count(q, k, v)}
+FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **named: (
+        sdpa_flop_count(q, k, v)
+    )
+}
 """What torch 2.13's flop counter does not know: attention on CPU."""
 
 
@@ -37,8 +41,12 @@ class Result:
     control_bytes: int = 0
 
 
-def run(size: flux.Size, names: Sequence[str], rounds: int, warmup: int) -> dict[str, dict[str, Any]]:
-    """The results of this rank, by contestant. Runs on every rank of an initialised group."""
+def run(size: flux.Size, names: Sequence[str], rounds: int, warmup: int) -> dict[str, Any]:
+    """The results of this rank: by contestant, and how busy this machine was during the rounds.
+
+    That is in CPU seconds of this process, of all of them, and what the cores could have done; 0 where that is
+    not known. Runs on every rank of an initialised group.
+    """
     model, inputs = flux.model(size), flux.inputs(size)
     chosen = [CONTESTANTS[name] for name in names]
     builder = Builder(model, dist.get_world_size())
@@ -54,6 +62,7 @@ def run(size: flux.Size, names: Sequence[str], rounds: int, warmup: int) -> dict
             elif contestant.build is None:
                 raise RuntimeError(f"the plain model fails: {results[contestant.name].problem}")
         order = [*forwards]
+        begin = _cpu_seconds()
         for number in trange(warmup + rounds, desc="rounds", disable=quiet):
             order.append(order.pop(0))  # so that none always begins
             for name in order:
@@ -61,11 +70,35 @@ def run(size: flux.Size, names: Sequence[str], rounds: int, warmup: int) -> dict
                 if number >= warmup:
                     results[name].seconds.append(taken[0])
                     results[name].cpu_seconds.append(taken[1])
-    return {name: asdict(result) for name, result in results.items()}
+        end = _cpu_seconds()
+    return {
+        "contestants": {name: asdict(result) for name, result in results.items()},
+        "own": end.own - begin.own,
+        "machine": end.machine - begin.machine,
+        "whole": end.whole - begin.whole,
+    }
 
 
-def _build(builder: Builder, contestant: Contestant, inputs: dict[str, Any], reference: Tensor,
-           result: Result) -> Forward | None:
+class Clock(NamedTuple):
+    """CPU seconds so far: of this process, of all on this machine, and what its cores could have done."""
+
+    own: float
+    machine: float
+    whole: float
+
+
+def _cpu_seconds() -> Clock:
+    if not os.path.exists("/proc/stat"):
+        return Clock(0.0, 0.0, 0.0)
+    with open("/proc/stat") as file:
+        user, nice, system, idle, waiting, irq, softirq, steal, *_ = map(int, file.readline().split()[1:])
+    busy, tick = user + nice + system + irq + softirq + steal, os.sysconf("SC_CLK_TCK")
+    return Clock(time.process_time(), busy / tick, (busy + idle + waiting) / tick)
+
+
+def _build(
+    builder: Builder, contestant: Contestant, inputs: dict[str, Any], reference: Tensor, result: Result
+) -> Forward | None:
     """Build, call once, compare and count; None, with the reason in ``result``, if that fails on any rank."""
     forward = None
     try:
@@ -74,7 +107,9 @@ def _build(builder: Builder, contestant: Contestant, inputs: dict[str, Any], ref
         (made,) = forward(**inputs)
         result.first_call = time.perf_counter() - start
         result.error = (made - reference).abs().max().item()
-        with counting() as traffic, FlopCounterMode(display=False, custom_mapping=FORMULAS) as flops:
+        # Compiled code cannot be looked into: what is counted is the program that was compiled.
+        flops = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+        with torch.compiler.set_stance("force_eager"), counting() as traffic, flops:
             forward(**inputs)
         result.flops = flops.get_total_flops()
         result.collectives, result.bytes = dict(traffic.collectives), traffic.bytes.total()

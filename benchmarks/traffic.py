@@ -1,4 +1,4 @@
-"""An exact account of the collectives a piece of code runs: how many, and the bytes this rank gives to others.
+"""An exact account of the collectives some code runs: how many, and the bytes this rank gives to others.
 
 One counter for every contestant, below all of them: PyTorch's dispatcher sees functional and non-functional
 collectives alike, with their sizes. What an algorithm inside a backend relays is not counted, only what the
@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -22,8 +21,16 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 
 NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "c10d_functional")
-SILENT = ("wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier_", "check_for_nan", "recv_",
-          "recv_any_source_", "irecv")
+SILENT = (
+    "wait_tensor",
+    "_wrap_tensor_autograd",
+    "barrier",
+    "monitored_barrier_",
+    "check_for_nan",
+    "recv_",
+    "recv_any_source_",
+    "irecv",
+)
 """Of those namespaces: what gives no tensor of this rank to another."""
 
 
@@ -43,7 +50,7 @@ class Traffic:
 
 
 class Count(TorchDispatchMode):
-    """Within: every collective of this thread is added to ``traffic``. An unknown one is an error, not a zero."""
+    """Within: every collective of this thread is added to ``traffic``. An unknown one is an error, not 0."""
 
     def __init__(self, traffic: Traffic) -> None:
         super().__init__()
@@ -108,10 +115,6 @@ def _share(given: Any, group: Any) -> float:
 
 def _broadcast(given: Any, group: Any, root: int) -> int:
     return _to_all(given, group) if _group(group).rank() == root else 0
-
-
-def _by_ranks(rule: Callable[[Any, int], float]) -> Callable[..., float]:
-    return lambda given, *rest: rule(given, rest[-1])
 
 
 # An all-reduce is a reduce-scatter and an all-gather of the shares.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 
@@ -92,8 +92,8 @@ class Pool:
             pipe.send_bytes(call)
         deadline = time.monotonic() + timeout
         while waiting and (left := deadline - time.monotonic()) > 0:
-            for pipe in wait(list(waiting), left):
-                assert isinstance(pipe, Connection)
+            for ready in wait(list(waiting), left):
+                pipe = cast(Connection, ready)
                 rank = waiting.pop(pipe)
                 try:
                     answers[rank] = pickle.loads(pipe.recv_bytes())

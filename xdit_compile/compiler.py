@@ -34,7 +34,7 @@ class Compiled:
         return {
             "spec": str(self.whole.spec),
             "seeds": "; ".join(f"{name} dim {dim}: {new}" for name, (dim, new) in self.seeds.items()),
-            "operators": str(sum(len(m.graph.nodes) for _, m in self.whole.functions())),
+            "operators": ", ".join(f"{name} {len(m.graph.nodes)}" for name, m in self.whole.functions()),
             "decisions": hashlib.blake2b(notes.encode(), digest_size=16).hexdigest(),
         }
 

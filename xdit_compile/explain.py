@@ -11,11 +11,10 @@ from typing import Any
 from rich.console import RenderableType
 from torch import fx, nn
 
-from xdit_compile.compiler import Dump
+from xdit_compile.compiler import Dump, compile_program
 from xdit_compile.costs import FORMULAS
 from xdit_compile.errors import SpecError
-from xdit_compile.frontend.capture import capture
-from xdit_compile.passes import localize, plan
+from xdit_compile.frontend.cache import captured
 from xdit_compile.program import Note, Program, module_of, source_of
 from xdit_compile.report.costs import Costs, costs_of
 from xdit_compile.report.inputs import Inputs, call_arguments
@@ -75,7 +74,8 @@ class Explanation:
         functions: how often each function of the program runs in one forward; ``main`` is the forward itself,
             the others are blocks captured once.
         operators: how many nodes of each operator were captured.
-        capture_seconds, passes_seconds: how long it took to make the program.
+        capture_seconds, passes_seconds: how long it took to make the program; a call of a kind that was captured
+            before is not captured again.
         seeds: where the token axes start.
         attentions, convolutions: each of them, and what became of it.
         traffic: the collectives, largest first.
@@ -150,18 +150,18 @@ def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, i
     spec = ShardingSpec.parse(spec)
     if not 0 <= rank < spec.world_size:
         raise SpecError(f"rank {rank} is none of the {spec.world_size} ranks of {spec}")
-    args, kwargs = call_arguments(inputs)
+    args, kwargs = call_arguments(model, inputs)
     start = time.perf_counter()
-    captured = capture(model, args, kwargs)
+    program = captured(model, args, kwargs)
     middle = time.perf_counter()
-    whole, seeds = plan(captured, spec)
-    local = localize(whole, seeds, rank, dump)
+    compiled = compile_program(program, spec, rank, dump)
     end = time.perf_counter()
+    whole, local = compiled.whole, compiled.local
     costs = costs_of(local)
     notes, calls = local.notes, local.calls()
     replicated = sorted(_replicated(local), key=lambda row: -row.flops) if spec.world_size > 1 else []
     return Explanation(
-        type(model).__name__, spec, rank, calls, _operators(captured), middle - start, end - middle,
+        type(model).__name__, spec, rank, calls, _operators(program), middle - start, end - middle,
         tuple(_row(n, calls) for n in notes if n.kind == "seed"),
         tuple(_rewritten(whole, local, costs, "scaled_dot_product_attention")),
         tuple(_rewritten(whole, local, costs, "conv")),

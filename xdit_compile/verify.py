@@ -100,7 +100,7 @@ def verify(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, in
     if any(p.is_meta for p in model.parameters()):
         raise XditError("verify computes with the model, but its parameters are on the meta device; "
                         "xdit_compile.explain needs no values")
-    args, kwargs = call_arguments(inputs)
+    args, kwargs = call_arguments(model, inputs)
     parallel = parallelize(model, ShardingSpec.parse(spec), ranks=ranks)
     runner: Runner = parallel.runner
     with torch.no_grad():

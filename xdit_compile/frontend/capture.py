@@ -159,7 +159,8 @@ def _without_meta(root: _Root, tensors: Sequence[torch.Tensor]) -> Iterator[Sequ
         for name, value in vars(module).items():
             if isinstance(value, torch.Tensor) and value.is_meta:
                 vars(module)[name] = torch.zeros_like(value, device="cpu")
-    state = {n: fake(t) for n, t in [*root.named_parameters(), *root.named_buffers()]}
+    state = {n: nn.Parameter(fake(p), requires_grad=False) for n, p in root.named_parameters()} | {
+        n: fake(b) for n, b in root.named_buffers()}
     with _reparametrize_module(root, state, tie_weights=False):
         yield [fake(t) for t in tensors]
 
@@ -282,8 +283,8 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
 def _forget_fakes(model: nn.Module) -> None:
     """Empty caches that now hold fake tensors: eager calls would find them there."""
     for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, dict) and value is not vars(module).get("_parameters"):
+        for attribute, value in vars(module).items():
+            if isinstance(value, dict) and attribute not in ("_parameters", "_buffers"):
                 for key in [k for k, v in value.items() if isinstance(v, FakeTensor)]:
                     del value[key]
     for cls in {c for m in model.modules() for c in type(m).__mro__}:

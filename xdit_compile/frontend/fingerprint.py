@@ -25,14 +25,15 @@ def meta(tensor: torch.Tensor) -> Hashable:
     return tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device
 
 
-def _describe(value: Any, seen: dict[int, int]) -> Hashable:
+def _describe(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable:
     if isinstance(value, CONSTANTS):
         return type(value), value
     if isinstance(value, torch.Tensor) or callable(value) and not isinstance(value, torch.nn.Module):
         return type(value), id(value)
     if id(value) in seen:
-        return "seen", seen[id(value)]
-    seen[id(value)] = len(seen)
+        return "seen", seen[id(value)][0]
+    # The object is kept with its number: once freed, another could have its id.
+    seen[id(value)] = len(seen), value
     if isinstance(value, torch.nn.Module):
         state = [(n, meta(t)) for group in (value._parameters, value._buffers) for n, t in group.items()
                  if t is not None]

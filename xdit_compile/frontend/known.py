@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.weak import WeakTensorKeyDictionary
 
 LARGEST = 1 << 20
 """Elements up to which a derived value is followed."""
@@ -56,16 +55,16 @@ class Known(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._values = WeakTensorKeyDictionary()
-        self._made: list[Tensor] = []
+        # Keeps the tensors too: a traced tensor's Python object may else be dropped and made anew, unknown.
+        self._values: dict[int, tuple[Tensor, Value]] = {}
         self.read: set[int] = set()
 
     def assign(self, tensor: Tensor, value: Value | None) -> None:
         if value is not None:
-            self._values[tensor] = value
+            self._values[id(tensor)] = tensor, value
 
     def value(self, tensor: Tensor) -> Value | None:
-        return self._values.get(tensor)
+        return self._values.get(id(tensor), (None, None))[1]
 
     def digest(self, tensor: Tensor) -> Hashable:
         """Equal for tensors known to be equal; None if nothing is known."""
@@ -75,7 +74,7 @@ class Known(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        values = [self._values.get(t) for t in tensors]
+        values = [self.value(t) for t in tensors]
         if func is Tensor.__getitem__ and any(v is not None for v in values[1:]):
             return func(args[0], self._by_position(args[1]))
         if not tensors or any(v is None for v in values):
@@ -91,11 +90,11 @@ class Known(TorchFunctionMode):
         if isinstance(result, Tensor) and result.numel() <= LARGEST:
             real = self._compute(func, args, kwargs)
             if isinstance(real, Tensor):
-                self._values[result] = Value(real, sources)
+                self.assign(result, Value(real, sources))
         return result
 
     def _compute(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        real_args, real_kwargs = tree_map_only(Tensor, lambda t: self._values[t].tensor, (args, kwargs))
+        real_args, real_kwargs = tree_map_only(Tensor, lambda t: self._values[id(t)][1].tensor, (args, kwargs))
         with _plain():
             return func(*real_args, **real_kwargs)
 
@@ -103,8 +102,7 @@ class Known(TorchFunctionMode):
         """The answer to a read: Python objects as they are, tensors as constants of the program."""
         def constant(t: Tensor) -> Tensor:
             made = torch.tensor(t.tolist(), dtype=t.dtype, device=like.device).reshape(t.shape)
-            self._values[made] = Value(t, sources)
-            self._made.append(made)
+            self.assign(made, Value(t, sources))
             return made
 
         return tree_map_only(Tensor, constant, answer)
@@ -112,7 +110,7 @@ class Known(TorchFunctionMode):
     def _by_position(self, index: Any) -> Any:
         """An index with known boolean masks turned into positions."""
         def positions(t: Any) -> Sequence[Any]:
-            value = self._values.get(t) if isinstance(t, Tensor) and t.dtype is torch.bool and t.ndim else None
+            value = self.value(t) if isinstance(t, Tensor) and t.dtype is torch.bool and t.ndim else None
             if value is None:
                 return (t,)
             self.read |= value.sources

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import nn
 
 from xdit_compile.errors import XditError
 
@@ -11,11 +14,18 @@ Inputs = Mapping[str, Any] | Sequence[Any]
 """Keyword arguments by name, or positional arguments in order."""
 
 
-def call_arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of the call that ``inputs`` describe."""
+def call_arguments(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of the call that ``inputs`` describe, in the order of the signature, as a
+    parallel model sees them."""
     if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if isinstance(inputs, (tuple, list)):
-        return tuple(inputs), {}
-    raise XditError(f"inputs must be a dict of keyword arguments or a tuple of positional ones, got a "
-                    f"{type(inputs).__name__}")
+        args, kwargs = (), dict(inputs)
+    elif isinstance(inputs, (tuple, list)):
+        args, kwargs = tuple(inputs), {}
+    else:
+        raise XditError(f"inputs must be a dict of keyword arguments or a tuple of positional ones, got a "
+                        f"{type(inputs).__name__}")
+    try:
+        bound = inspect.signature(type(model).forward).bind(model, *args, **kwargs)
+    except TypeError as error:
+        raise XditError(f"the inputs do not fit {type(model).__name__}.forward: {error}") from error
+    return bound.args[1:], bound.kwargs

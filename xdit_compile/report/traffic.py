@@ -96,7 +96,7 @@ def sent(found: Iterable[Collective]) -> int:
 
 
 class _Purposes:
-    """What notes say a collective is for. A node may need several of one kind; notes keep the graph's order."""
+    """What notes say a collective is for. A node may need several of a kind; notes keep the graph's order."""
 
     def __init__(self, notes: Iterable[Note]) -> None:
         self._said: dict[tuple[str, str, str], list[str]] = defaultdict(list)

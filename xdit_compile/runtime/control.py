@@ -133,11 +133,9 @@ class Control:
         # groups each process has, and ranks that differ in this wait for each other in vain.
         assert self._heart is not None
         start = time.monotonic()
-        self._index = self.ranks.index(self.rank)
+        index, limit = self.ranks.index(self.rank), timedelta(seconds=self.timeout)
         try:
-            self._gloo: Any = dist.ProcessGroupGloo(
-                store, self._index, len(self.ranks), timedelta(seconds=self.timeout)
-            )
+            self._gloo: Any = dist.ProcessGroupGloo(store, index, len(self.ranks), limit)
         except RuntimeError as error:
             waited = time.monotonic() - start
             absent = self._heart.absent()
@@ -198,8 +196,9 @@ class Control:
             return verdict
         if heart.store_lost:
             if heart.host is None:
-                return Verdict(-1, f"the launcher, which hosts the rendezvous store, is gone during {label}")
-            return Verdict(heart.host, f"{silent(label, waited)}; it hosts the store, which is gone")
+                lost = f"the launcher, which hosts the rendezvous store, is gone during {label}"
+                return heart.convict(-1, lost)
+            return heart.convict(heart.host, f"{silent(label, waited)}; it hosts the store, which is gone")
         if quiet:
             return heart.convict(quiet[0], silent(label, waited + SILENCE))
         for rank, beat in now.items():
