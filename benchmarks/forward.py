@@ -3,15 +3,16 @@
 Every way to split it runs on the same weights and inputs in the same processes, in turns: one thread per
 process, the plain model in one process while the others wait without using their cores.
 
-    python -m benchmarks.forward
-    python -m benchmarks.forward --rounds 15 --json forward.json
-    python -m benchmarks.forward --tokens 256 --text 64 --hidden 256 --double 1 --single 2
-    python -m benchmarks.forward --contestants single ulysses ulysses-inductor diffusers
+    python benchmarks/forward.py
+    python benchmarks/forward.py --rounds 15 --json forward.json
+    python benchmarks/forward.py --tokens 256 --text 64 --hidden 256 --double 2 --single 2
+    python benchmarks/forward.py --contestants single ulysses ulysses-inductor diffusers
 
 "seconds" is the median over the rounds of the slowest rank, "times as fast" the median of the plain model
 divided by it, "at best" the same of the fastest rounds. "CPU s" are the seconds of CPU time that all ranks
-together use for one forward. Bytes are those that one rank gives to others in one forward, FLOPs those of
-one rank.
+together use for one forward, "by CPU" how many times as fast it would be if nothing else counted: a figure
+that other work on the machine hardly disturbs, though it leaves out every wait. Bytes are those that one rank
+gives to others in one forward, FLOPs those of one rank.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import flux
+import rounds
 import torch
+from contestants import CONTESTANTS, DEFAULT
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import flux, rounds
-from benchmarks.contestants import CONTESTANTS, DEFAULT
 from xdit_compile.launch import launch
 
 DISTURBED = 0.05
@@ -73,6 +75,7 @@ def summary(name: str, ranks: list[dict[str, Any]]) -> dict[str, Any]:
     slowest = [max(of_round) for of_round in zip(*(r["seconds"] for r in working), strict=True)]
     cpu = [sum(of_round) for of_round in zip(*(r["cpu_seconds"] for r in working), strict=True)]
     return {
+        "ranks": len(working),
         "about": CONTESTANTS[name].about,
         "median_seconds": statistics.median(slowest),
         "best_seconds": min(slowest),
@@ -92,6 +95,7 @@ def compare(figure: dict[str, Any], single: dict[str, Any]) -> None:
     if "problem" not in figure:
         figure["times_as_fast"] = single["median_seconds"] / figure["median_seconds"]
         figure["times_as_fast_at_best"] = single["best_seconds"] / figure["best_seconds"]
+        figure["times_as_fast_by_cpu"] = single["cpu_seconds"] / figure["cpu_seconds"] * figure["ranks"]
 
 
 def show(
@@ -113,6 +117,7 @@ def show(
         "times as fast",
         "at best",
         "CPU s",
+        "by CPU",
         "max difference",
         "GFLOP per rank",
         "collectives",
@@ -130,6 +135,7 @@ def show(
             f"{f['times_as_fast']:.2f}",
             f"{f['times_as_fast_at_best']:.2f}",
             f"{f['cpu_seconds']:.3f}",
+            f"{f['times_as_fast_by_cpu']:.2f}",
             f"{f['max_difference']:.1e}",
             f"{f['flops_per_rank'] / 1e9:.2f}",
             str(sum(f["collectives"].values())),
@@ -146,7 +152,7 @@ def _options() -> argparse.Namespace:
     assert __doc__ is not None
     about = "\n".join(f"  {c.name:18}{c.about}" for c in CONTESTANTS.values())
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.forward",
+        prog="python benchmarks/forward.py",
         description=__doc__,
         epilog=f"contestants:\n{about}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -8,15 +8,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+import flux
 import torch
 import torch.distributed as dist
+from contestants import CONTESTANTS, Absent, Builder, Contestant, Forward
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm, trange
-
-from benchmarks import flux
-from benchmarks.contestants import CONTESTANTS, Absent, Builder, Contestant, Forward
-from benchmarks.traffic import counting
+from traffic import counting
 
 FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **named: (
@@ -44,8 +43,8 @@ class Result:
 def run(size: flux.Size, names: Sequence[str], rounds: int, warmup: int) -> dict[str, Any]:
     """The results of this rank: by contestant, and how busy this machine was during the rounds.
 
-    That is in CPU seconds of this process, of all of them, and what the cores could have done; 0 where that is
-    not known. Runs on every rank of an initialised group.
+    That is in CPU seconds of this process, of all of them, and what the cores could have done; 0 where that
+    is not known. Runs on every rank of an initialised group.
     """
     model, inputs = flux.model(size), flux.inputs(size)
     chosen = [CONTESTANTS[name] for name in names]

@@ -190,7 +190,7 @@ def mochi_480p() -> Example:
         "hidden_states": _meta(1, 12, 28, 60, 106),
         "encoder_hidden_states": _meta(1, 256, 4096),
         "timestep": _meta(1),
-        "encoder_attention_mask": _meta(1, 256, dtype=torch.bool),
+        "encoder_attention_mask": torch.ones(1, 256, dtype=torch.bool),
     }
 
 

@@ -74,8 +74,8 @@ class Explanation:
         functions: how often each function of the program runs in one forward; ``main`` is the forward itself,
             the others are blocks captured once.
         operators: how many nodes of each operator were captured.
-        capture_seconds, passes_seconds: how long it took to make the program; a call of a kind that was captured
-            before is not captured again.
+        capture_seconds, passes_seconds: how long it took to make the program; what was captured before is not
+            captured again.
         seeds: where the token axes start.
         attentions, convolutions: each of them, and what became of it.
         traffic: the collectives, largest first.

@@ -8,6 +8,7 @@ be compared by value counts by identity, so that doubt makes modules different, 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -28,8 +29,10 @@ def meta(tensor: torch.Tensor) -> Hashable:
 def _describe(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable:
     if isinstance(value, CONSTANTS):
         return type(value), value
-    if isinstance(value, torch.Tensor) or callable(value) and not isinstance(value, torch.nn.Module):
+    if isinstance(value, (torch.Tensor, type, FunctionType, BuiltinFunctionType)):
         return type(value), id(value)
+    if isinstance(value, MethodType):
+        return value.__func__, _describe(value.__self__, seen)
     if id(value) in seen:
         return "seen", seen[id(value)][0]
     # The object is kept with its number: once freed, another could have its id.

@@ -15,8 +15,8 @@ Inputs = Mapping[str, Any] | Sequence[Any]
 
 
 def call_arguments(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of the call that ``inputs`` describe, in the order of the signature, as a
-    parallel model sees them."""
+    """Positional and keyword arguments of the call that ``inputs`` describe, ordered as the signature says and
+    a parallel model sees them."""
     if isinstance(inputs, Mapping):
         args, kwargs = (), dict(inputs)
     elif isinstance(inputs, (tuple, list)):

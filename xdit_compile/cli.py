@@ -1,0 +1,178 @@
+"""The command line: explain what parallelising a model would do, or verify that it is right."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch.utils import _pytree as pytree
+
+from xdit_compile.errors import LaunchError, XditError
+from xdit_compile.explain import Explanation, explain
+from xdit_compile.launch import init_from_env, launch
+from xdit_compile.program import Program
+from xdit_compile.report.plain import plain
+from xdit_compile.report.target import build, load
+from xdit_compile.spec import ShardingSpec
+from xdit_compile.verify import Verification, verify
+
+TARGET = "file.py:function or package.module:function; the function takes nothing and returns (model, kwargs)"
+SPEC = "how to shard, as in ulysses=2,ring=2"
+
+EXPLAIN = """\
+Say what parallelising one call of a model would do: no processes, no weights, any number of ranks.
+
+examples:
+  xdit-compile explain examples/published.py:flux_dev --spec ulysses=8
+  xdit-compile explain my_package.models:example --spec ulysses=4,ring=2 --json > report.json
+  xdit-compile explain model.py:example --spec ulysses=2 --rank 1 --dump programs/
+"""
+
+VERIFY = """\
+Run a model as it is and in parallel, compare, and name the operator at which they part. Starts one process
+for each rank, or takes part in the job that torchrun started it for.
+
+examples:
+  xdit-compile verify model.py:example --spec ulysses=2,ring=2
+  xdit-compile verify model.py:example --spec ulysses=4 --device cpu --tolerance 1e-4 --json
+  torchrun --nproc-per-node 8 -m xdit_compile.cli verify model.py:example --spec ulysses=8
+
+exit status: 0 if every output is within the tolerance, 1 if not, 2 if there was no comparison.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    _quieten()
+    try:
+        spec = ShardingSpec.parse(options.spec)
+        report = _explain(options, spec) if options.command == "explain" else _verify(options, spec)
+    except XditError as error:
+        cause = error.__cause__ if isinstance(error, LaunchError) and isinstance(
+            error.__cause__, XditError) else error
+        print(f"xdit-compile: {cause}", file=sys.stderr)
+        return 2
+    except Exception:
+        # The target's own fault, or ours: to be seen whole, and told from a verification that failed.
+        traceback.print_exc()
+        return 2
+    if _first():
+        _show(report, options.json)
+    return 0 if isinstance(report, Explanation) or report.ok else 1
+
+
+def verify_target(target: str, spec: ShardingSpec, tolerance: float, device: str | None) -> Verification:
+    """What one rank of a verification does. Every rank draws the target's weights from the same seed."""
+    _quieten()
+    if dist.is_initialized():
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    if spec.world_size > 1:
+        place = init_from_env(device)
+    else:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch.manual_seed(0)
+    model, inputs = build(load(target))
+    if place.type != "cpu" and not any(p.is_meta for p in model.parameters()):
+        model, inputs = model.to(place), pytree.tree_map_only(torch.Tensor, lambda t: t.to(place), inputs)
+    return verify(model, spec, inputs, tolerance=tolerance)
+
+
+def _quieten() -> None:
+    # PyTorch's exporter uses what it deprecates itself.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
+
+
+def _explain(options: argparse.Namespace, spec: ShardingSpec) -> Explanation:
+    function = load(options.target)
+    with _progress(f"capturing {options.target}"):
+        model, inputs = build(function)
+        dump = _Dump(Path(options.dump)) if options.dump else None
+        return explain(model, spec, inputs, rank=options.rank, dump=dump)
+
+
+def _verify(options: argparse.Namespace, spec: ShardingSpec) -> Verification:
+    task = (options.target, spec, options.tolerance, options.device)
+    with _progress(f"verifying {options.target} on {spec.world_size} ranks"):
+        if "RANK" in os.environ:
+            return verify_target(*task)
+        spec.check_world(options.world_size or spec.world_size)
+        if spec.world_size == 1:
+            return verify_target(*task)
+        # Before any process is started: a target that is not there is told at once.
+        load(options.target)
+        return launch(verify_target, *task, world_size=spec.world_size, device=options.device)[0]
+
+
+class _Dump:
+    """Writes the program after each pass, as ``00-canonicalize.py``; a file is there whole or not at all."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.count = folder, 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, name: str, program: Program) -> None:
+        path = self.folder / f"{self.count:02}-{name}.py"
+        partial = path.with_suffix(".partial")
+        partial.write_text(program.print_readable(print_output=False))
+        partial.replace(path)
+        self.count += 1
+
+
+def _show(report: Explanation | Verification, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    elif sys.stdout.isatty():
+        Console().print(report)
+    else:
+        print(plain(report))
+
+
+def _first() -> bool:
+    """Whether this is the process that speaks to the user."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[None]:
+    """A spinner on the terminal's error stream; nothing anywhere else."""
+    if sys.stderr.isatty() and _first():
+        with Console(stderr=True).status(what):
+            yield
+    else:
+        yield
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="xdit-compile", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in (("explain", EXPLAIN), ("verify", VERIFY)):
+        command = commands.add_parser(name, help=text.partition("\n")[0], description=text,
+                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+        command.add_argument("target", metavar="TARGET", help=TARGET)
+        command.add_argument("--spec", required=True, help=SPEC)
+        command.add_argument("--json", action="store_true", help="print the report as JSON")
+        if name == "explain":
+            command.add_argument("--rank", type=int, default=0, help="whose program is described (default 0)")
+            command.add_argument("--dump", metavar="DIR", help="write the program after each pass there")
+        else:
+            command.add_argument("--world-size", type=int, metavar="N",
+                                 help="processes to start (default: what the spec needs)")
+            command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if it fits")
+            command.add_argument("--tolerance", type=float, default=1e-5,
+                                 help="largest difference over the largest value (default 1e-5)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
