@@ -84,3 +84,70 @@ def test_explanation_reads_well_and_survives_json(joint):
     assert "\n" not in explained.summary() and "ulysses=2,ring=2" in explained.summary()
     assert json.loads(json.dumps(said)) == said
     assert said["costs"]["bytes_sent"] == sum(c["times"] * c["size"] for c in said["collectives"])
+
+
+class Block(nn.Module):
+    """Self attention, cross attention to a text, and an operator nobody has a rule for."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.q, self.kv = nn.Linear(width, 3 * width), nn.Linear(width, width), nn.Linear(width, 2 * width)
+
+    def _split(self, x: torch.Tensor, parts: int) -> Sequence[torch.Tensor]:
+        return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        x = x + F.scaled_dot_product_attention(*self._split(self.qkv(x), 3)).transpose(1, 2).flatten(2)
+        (q,), (k, v) = self._split(self.q(x), 1), self._split(self.kv(text), 2)
+        return x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Painter(nn.Module):
+    """Patches of an image in, blocks, a convolution over the image out."""
+
+    def __init__(self, width: int = 16, heads: int = 4) -> None:
+        super().__init__()
+        self.patchify = nn.Conv2d(3, width, 2, stride=2)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(2))
+        self.smooth = nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        x = self.patchify(image)
+        shape = x.shape
+        x = x.flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x, text)
+        x = torch.linalg.vector_norm(x, 3, dim=1, keepdim=True) + x
+        return self.smooth(x.transpose(1, 2).reshape(shape))
+
+
+@pytest.fixture(scope="module")
+def painter() -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    return Painter().eval(), {"text": torch.randn(2, 5, 16), "image": torch.randn(2, 3, 16, 12)}
+
+
+def _compiled(model: nn.Module, inputs: dict[str, Any], spec: str) -> tuple[Program, list[Program], list[torch.Tensor]]:
+    """The global program, every rank's, and the tensors of the call."""
+    args, kwargs = call_arguments(model, inputs)
+    parsed = ShardingSpec.parse(spec)
+    ranks = [compile_program(captured(model, args, kwargs), parsed, rank) for rank in range(parsed.world_size)]
+    return ranks[0].whole, [r.local for r in ranks], flatten((args, kwargs))[0]
+
+
+def _counted(run: Any) -> int:
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("spec", ["ulysses=2,ring=2", "ulysses=3"])
+def test_operations_are_those_that_run(painter, spec):
+    """PyTorch's counter, on the global program and on all ranks' programs as they run in lock step."""
+    model, inputs = painter
+    whole, ranks, tensors = _compiled(model, inputs, spec)
+    state = dict(model.named_parameters())
+    assert program_flops(whole) == _counted(lambda: whole.main(*arguments_of(whole, state, tensors)))
+    given = [arguments_of(r, state, tensors) for r in ranks]
+    assert sum(map(program_flops, ranks)) == _counted(lambda: lockstep.run([r.main for r in ranks], given))

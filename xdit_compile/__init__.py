@@ -1,7 +1,33 @@
 """xdit_compile: a compiler that runs any Diffusion Transformer on many devices, with the answer of one."""
 
-from xdit_compile.launch import launch
-from xdit_compile.parallel import parallelize
+from xdit_compile.errors import (
+    CaptureError,
+    LaunchError,
+    PlanError,
+    RankFailure,
+    RankMismatch,
+    SpecError,
+    XditError,
+)
+from xdit_compile.explain import explain
+from xdit_compile.launch import init_from_env, launch
+from xdit_compile.parallel import capture, parallelize
 from xdit_compile.spec import ShardingSpec
+from xdit_compile.verify import verify
 
-__all__ = ["ShardingSpec", "launch", "parallelize"]
+__all__ = [
+    "CaptureError",
+    "LaunchError",
+    "PlanError",
+    "RankFailure",
+    "RankMismatch",
+    "ShardingSpec",
+    "SpecError",
+    "XditError",
+    "capture",
+    "explain",
+    "init_from_env",
+    "launch",
+    "parallelize",
+    "verify",
+]

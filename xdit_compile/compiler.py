@@ -33,7 +33,7 @@ class Compiled:
         notes = "\n".join(str(n) for n in self.local.notes)
         return {
             "spec": str(self.whole.spec),
-            "seeds": "; ".join(f"{name} dim {dim}: {new}" for name, (dim, new) in self.seeds.items()),
+            "seeds": "; ".join(f"{name} {layout}" for name, layout in self.seeds.items()),
             "operators": ", ".join(f"{name} {len(m.graph.nodes)}" for name, m in self.whole.functions()),
             "decisions": hashlib.blake2b(notes.encode(), digest_size=16).hexdigest(),
         }

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +12,10 @@ import torch.distributed as dist
 from torch import nn
 
 from xdit_compile.compiler import Compiled, Dump, compile_program
-from xdit_compile.errors import RankMismatch, SpecError, XditError
+from xdit_compile.errors import SpecError, XditError
 from xdit_compile.frontend.cache import captured
 from xdit_compile.launch import init_from_env
+from xdit_compile.program import Program
 from xdit_compile.runtime.control import Control
 from xdit_compile.runtime.digest import digests
 from xdit_compile.runtime.executor import Executor
@@ -35,42 +35,61 @@ class Runner:
         self.groups = Groups(spec, ranks, timeout)
         self.programs: dict[int, tuple[Compiled, Executor]] = {}
         """By the identity of the captured program, which ``Compiled`` keeps alive."""
-        self._signature = inspect.signature(type(model).forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        bound = self._signature.bind(self.model, *args, **kwargs)
-        args, kwargs = bound.args[1:], bound.kwargs
+        args, kwargs = bind_call(self.model, args, kwargs)
         tensors, structure = flatten((args, kwargs))
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise XditError("a parallel model computes no gradients, but an input requires them; "
                             "call it under torch.no_grad() or detach the input")
-        with self._failing_together():
-            if self.check_inputs:
-                facts = digests({f"tensor {i}": t for i, t in enumerate(tensors)})
-                self.control.agree("the call's inputs", facts | {"arguments": str(structure.constants)})
-            compiled, executor = self._program(args, kwargs)
-            self.groups.bind()
-            results = executor(tensors)
-        return compiled.whole.outputs.build(results)
-
-    @contextmanager
-    def _failing_together(self) -> Iterator[None]:
+        if self.check_inputs:
+            facts = digests({f"tensor {i}": t for i, t in enumerate(tensors)})
+            self.control.agree("the call's inputs", facts | {"arguments": str(structure.constants)})
+        compiled, executor = self._program(args, kwargs)
+        self.groups.bind()
         try:
             with self.control.guard("the forward pass", self.groups.all):
-                yield
-        except RankMismatch:
-            raise
+                results = executor(tensors)
         except BaseException:
             self.groups.forget()
             raise
+        return compiled.captured.outputs.build(results)
 
     def _program(self, args: Any, kwargs: Any) -> tuple[Compiled, Executor]:
-        whole = captured(self.model, args, kwargs)
-        if id(whole) not in self.programs:
+        try:
+            whole = captured(self.model, args, kwargs)
+            if id(whole) in self.programs:
+                return self.programs[id(whole)]
             compiled = compile_program(whole, self.spec, self.groups.rank, self.dump)
-            self.control.agree("the plan", compiled.digest())
-            self.programs[id(whole)] = compiled, Executor(compiled.local, self.model)
+        except Exception as error:
+            # Told to the others, who else would wait for this rank's plan. All failing alike, the group lives on.
+            self.control.agree("the plan", {"error": f"{type(error).__name__}: {error}"})
+            raise
+        self.control.agree("the plan", compiled.digest())
+        self.programs[id(whole)] = compiled, Executor(compiled.local, self.model)
         return self.programs[id(whole)]
+
+
+def bind_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Arguments of one call in the one way programs are kept by; raises TypeError for what forward does not take."""
+    bound = inspect.signature(type(model).forward).bind(model, *args, **kwargs)
+    return bound.args[1:], bound.kwargs
+
+
+def capture(model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any]) -> Program:
+    """Capture the forward of ``model`` ahead of its first call and keep the program for it.
+
+    Args:
+        model: any module in eval mode; on the meta device no weights are needed, and the program serves the model
+            once they are on the CPU.
+        inputs: keyword arguments of one call as a mapping, or positional ones as a sequence. Tensors may be on the
+            meta device too, except those whose values the model reads.
+
+    Raises:
+        CaptureError: naming the line of the model that stands in the way.
+    """
+    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
+    return captured(model, *bind_call(model, args, kwargs))
 
 
 def parallelize(model: nn.Module, spec: str | dict | ShardingSpec, *, ranks: Sequence[int] | None = None,

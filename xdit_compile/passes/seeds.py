@@ -9,16 +9,16 @@ attention being distributed over it, that text is worth sharding shows in the wo
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import fx
 
 from xdit_compile.costs import FORMULAS
 from xdit_compile.errors import SpecError
-from xdit_compile.layout import SEQUENCE, Dim
+from xdit_compile.layout import SEQUENCE, Dim, Layout
 from xdit_compile.passes.shard import Seeds, Tally, estimate
-from xdit_compile.program import Program, module_of
+from xdit_compile.program import Program, module_of, source_of
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
@@ -40,14 +40,15 @@ def choose_seeds(program: Program, sizes: Mapping[str, int]) -> Seeds:
     parts = sizes[SEQUENCE]
     if parts == 1:
         return {}
+    check_heads(program)
     whole = estimate(program, {}, sizes)
 
     def cost(tally: Tally) -> float:
         return tally.flops / max(whole.flops, 1) + TRAFFIC_WEIGHT * tally.sent / max(whole.moved, 1) + (
             0.01 * tally.moved / max(whole.moved, 1))
 
-    options = [{node.name: (dim, Dim.even(size, parts, SEQUENCE))} for node in candidates(program)
-               for dim, size in enumerate(node.meta["val"].shape) if size >= parts]
+    entering = list(candidates(program))
+    options = _cuts(entering, parts)
     # A dimension over which no attention is distributed is a batch or a width, no axis of tokens.
     tried = sorted((cost(tally), i) for i, seed in enumerate(options)
                    for tally in [estimate(program, seed, sizes)] if tally.attentions)
@@ -57,14 +58,47 @@ def choose_seeds(program: Program, sizes: Mapping[str, int]) -> Seeds:
             f"{parts} parts so that attention is distributed. Use fewer processes, or one."
         )
     best, first = tried[0]
-    chosen = options[first]
-    for _, i in tried[1:]:
-        if not chosen.keys() & options[i].keys():
-            trial = chosen | options[i]
-            found = cost(estimate(program, trial, sizes))
-            if found < best * WORTH:
-                chosen, best = trial, found
+    chosen, attentions = options[first], estimate(program, options[first], sizes).attentions
+    for trial in [options[i] for _, i in tried[1:]] + _prologues(program, entering, parts):
+        # What a prologue makes whole again must not undo a choice made before it.
+        trial = chosen | {name: layout for name, layout in trial.items() if name not in chosen}
+        tally = estimate(program, trial, sizes)
+        if tally.attentions >= attentions and cost(tally) < best * WORTH:
+            chosen, best = trial, cost(tally)
     return chosen
+
+
+def _cuts(nodes: Iterable[fx.Node], parts: int) -> list[Seeds]:
+    """Each dimension of each value, cut evenly."""
+    return [{node.name: Layout.replicated(shape).replace(dim, Dim.even(size, parts, SEQUENCE))}
+            for node in nodes for shape in [tuple(node.meta["val"].shape)]
+            for dim, size in enumerate(shape) if size >= parts]
+
+
+def _prologues(program: Program, entering: Sequence[fx.Node], parts: int) -> list[Seeds]:
+    """Each dimension of each argument cut, and what enters the blocks whole again: projections of text that every
+    block wants whole are then shared out, at the price of one gather before the blocks."""
+    holders = program.main.graph.find_nodes(op="placeholder")
+    arguments = [n for n, what in zip(holders, program.inputs, strict=True) if what.kind == "argument"
+                 and n.meta["val"].is_floating_point() and n.meta["val"].ndim > 1]
+    whole = {n.name: Layout.replicated(n.meta["val"].shape) for n in entering}
+    return [seed | whole for seed in _cuts(arguments, parts)]
+
+
+def check_heads(program: Program) -> None:
+    """Raise SpecError when no attention has the heads that ``ulysses_degree`` ranks would share."""
+    assert program.spec is not None
+    found = [(n.args[0].meta["val"].shape[-3] if n.args[0].meta["val"].ndim > 2 else 1, n)
+             for _, module in program.functions()
+             for n in module.graph.find_nodes(op="call_function", target=ATTENTION)]
+    heads, node = max(found, key=lambda item: item[0], default=(0, None))
+    degree, world = program.spec.ulysses_degree, program.spec.world_size
+    if node is not None and degree > heads:
+        fits = [f"ulysses={u},ring={world // u}" for u in range(1, heads + 1) if world % u == 0]
+        raise SpecError(
+            f"ulysses_degree={degree} shares attention heads among {degree} ranks, but the model's attention has "
+            f"{heads} (in {module_of(node) or 'forward'}, {source_of(node)}); degrees that fit: {'; '.join(fits)}"
+        )
 
 
 def candidates(program: Program) -> Iterator[fx.Node]:

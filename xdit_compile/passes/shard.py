@@ -27,8 +27,8 @@ from xdit_compile.passes.values import NoRule, Value
 from xdit_compile.program import Note, Program, module_of, output_args, source_of
 
 Result = Value | tuple[Any, ...] | None
-Seeds = Mapping[str, tuple[int, Dim]]
-"""Where to begin: the name of a node of ``main``, the dimension to shard and how."""
+Seeds = Mapping[str, Layout]
+"""Where to begin: how values of ``main``, by the names of their nodes, are laid out."""
 
 
 @dataclass
@@ -216,12 +216,18 @@ class Sharder:
             else:
                 env[node] = self._interpret(node, env)
             if node.name in seeds:
-                dim, new = seeds[node.name]
                 value = env[node]
                 assert isinstance(value, Value)
-                self.note("seed", f"dimension {dim} of {list(value.shape)} is sharded as {new}")
-                env[node] = self._standing(node, lambda v=value, d=dim, n=new: self.lay(v, d, n))
+                env[node] = self._standing(node, lambda v=value, n=node.name: self._seed(v, seeds[n]))
         return outputs
+
+    def _seed(self, value: Value, layout: Layout) -> Value:
+        if value.layout != layout:
+            self.note("seed", f"{list(value.shape)} is laid out as {layout}")
+        value = self.summed(value)
+        for dim in range(value.ndim):
+            value = self.lay(value, dim, layout.dims[dim])
+        return value
 
     def _interpret(self, node: fx.Node, env: Mapping[fx.Node, Result]) -> Result:
         args = fx.map_arg(node.args, lambda n: env[n])

@@ -15,7 +15,7 @@ Inputs = Mapping[str, Any] | Sequence[Any]
 
 
 def call_arguments(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of the call that ``inputs`` describe, ordered as the signature says and
+    """Positional and keyword arguments of the call that ``inputs`` describe, as the signature orders them and
     a parallel model sees them."""
     if isinstance(inputs, Mapping):
         args, kwargs = (), dict(inputs)
