@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests import lockstep, models
 from xdit_compile.compiler import compile_program
 from xdit_compile.errors import SpecError, XditError
-from xdit_compile.explain import Explanation, explain
+from xdit_compile.explain import explain
 from xdit_compile.frontend.cache import captured
 from xdit_compile.program import Program
 from xdit_compile.report.blame import arguments_of
@@ -77,8 +77,9 @@ def test_explanation_reads_well_and_survives_json(joint):
     model, inputs = joint
     explained = explain(model, "ulysses=2,ring=2", inputs, rank=3)
     text, said = str(explained), explained.to_dict()
-    for fact in ("rank 3 of 4", "usp: queries", "context_embedder", "all_to_all", "Computed whole by every rank",
-                 "single_transformer_blocks x3", size(explained.local.sent), work(explained.local.flops)):
+    facts = size(explained.local.sent), work(explained.local.flops)
+    for fact in (*facts, "rank 3 of 4", "usp: queries", "context_embedder", "all_to_all", "main x1",
+                 "single_transformer_blocks x3", "Computed whole by every rank"):
         assert fact in text
     assert max(map(len, text.splitlines())) <= 120
     assert "\n" not in explained.summary() and "ulysses=2,ring=2" in explained.summary()
@@ -87,12 +88,13 @@ def test_explanation_reads_well_and_survives_json(joint):
 
 
 class Block(nn.Module):
-    """Self attention, cross attention to a text, and an operator nobody has a rule for."""
+    """Self attention and cross attention to a text."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv, self.q, self.kv = nn.Linear(width, 3 * width), nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.qkv, self.kv = nn.Linear(width, 3 * width), nn.Linear(width, 2 * width)
+        self.q = nn.Linear(width, width)
 
     def _split(self, x: torch.Tensor, parts: int) -> Sequence[torch.Tensor]:
         return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -104,7 +106,7 @@ class Block(nn.Module):
 
 
 class Painter(nn.Module):
-    """Patches of an image in, blocks, a convolution over the image out."""
+    """Patches of an image in, blocks, an operator that has no rule, a convolution over the image out."""
 
     def __init__(self, width: int = 16, heads: int = 4) -> None:
         super().__init__()
@@ -118,7 +120,7 @@ class Painter(nn.Module):
         x = x.flatten(2).transpose(1, 2)
         for block in self.blocks:
             x = block(x, text)
-        x = torch.linalg.vector_norm(x, 3, dim=1, keepdim=True) + x
+        x = x + x.cummax(1).values
         return self.smooth(x.transpose(1, 2).reshape(shape))
 
 
@@ -128,12 +130,11 @@ def painter() -> tuple[nn.Module, dict[str, Any]]:
     return Painter().eval(), {"text": torch.randn(2, 5, 16), "image": torch.randn(2, 3, 16, 12)}
 
 
-def _compiled(model: nn.Module, inputs: dict[str, Any], spec: str) -> tuple[Program, list[Program], list[torch.Tensor]]:
+def _compiled(model: nn.Module, inputs: Any, spec: str) -> tuple[Program, list[Program], list[torch.Tensor]]:
     """The global program, every rank's, and the tensors of the call."""
-    args, kwargs = call_arguments(model, inputs)
-    parsed = ShardingSpec.parse(spec)
-    ranks = [compile_program(captured(model, args, kwargs), parsed, rank) for rank in range(parsed.world_size)]
-    return ranks[0].whole, [r.local for r in ranks], flatten((args, kwargs))[0]
+    call, parsed = call_arguments(model, inputs), ShardingSpec.parse(spec)
+    ranks = [compile_program(captured(model, *call), parsed, rank) for rank in range(parsed.world_size)]
+    return ranks[0].whole, [r.local for r in ranks], flatten(call)[0]
 
 
 def _counted(run: Any) -> int:
@@ -151,3 +152,119 @@ def test_operations_are_those_that_run(painter, spec):
     assert program_flops(whole) == _counted(lambda: whole.main(*arguments_of(whole, state, tensors)))
     given = [arguments_of(r, state, tensors) for r in ranks]
     assert sum(map(program_flops, ranks)) == _counted(lambda: lockstep.run([r.main for r in ranks], given))
+
+
+@pytest.mark.parametrize("spec", ["ulysses=2,ring=2", "ulysses=3"])
+def test_bytes_are_those_the_planner_counted(painter, spec):
+    """Two counts that share no code: from layouts while the graphs are made, and from the finished graphs."""
+    _, ranks, _ = _compiled(*painter, spec)
+    for local in ranks:
+        calls = local.calls()
+        assert costs_of(local).sent == sum(n.size * calls[n.function] for n in local.notes) > 0
+
+
+def test_every_attention_convolution_and_fallback_has_its_row(painter):
+    model, inputs = painter
+    explained = explain(model, "ulysses=2", inputs)
+    assert [(row.times, row.text.partition(":")[0], row.sent > 0) for row in explained.attentions] == [
+        (2, "ulysses", True), (2, "local", False)]
+    patchify, smooth = explained.convolutions
+    assert (patchify.module, patchify.sent, smooth.module) == ("patchify", 0, "smooth")
+    assert smooth.text == "all_to_all: border of a convolution reading 3 with stride 1"
+    assert smooth.sent == 2 * 16 * 6 * FLOAT, "one row of 6 columns, for 2 images of 16 channels"
+    (fallback,) = explained.fallbacks
+    assert fallback.text == "aten.cummax.default computed whole: no rule for this operator"
+    assert fallback.source.startswith("test_explain.py:")
+    assert sum(row.flops for row in explained.replicated) == explained.replicated_flops > 0
+    assert "1 operator computed whole" in explained.summary()
+
+
+def test_one_device_needs_no_other(painter):
+    model, inputs = painter
+    explained = explain(model, "ulysses=1", tuple(inputs[k] for k in ("image", "text")))
+    assert explained.work_ratio == 1.0 and explained.local.sent == 0 and not explained.replicated
+    assert {row.text for row in (*explained.attentions, *explained.convolutions)} == {"as it is"}
+
+
+def test_a_model_without_weights_is_explained_alike(painter):
+    _, inputs = painter
+    with torch.device("meta"):
+        model = Painter().eval()
+    explained = explain(model, "ulysses=2", {k: t.to("meta") for k, t in inputs.items()})
+    assert explained.local == explain(painter[0], "ulysses=2", inputs).local
+
+
+def test_a_rank_or_an_input_that_is_not_there_is_refused(painter):
+    model, inputs = painter
+    with pytest.raises(SpecError, match="rank 2 is none of the 2 ranks"):
+        explain(model, "ulysses=2", inputs, rank=2)
+    with pytest.raises(XditError, match=r"do not fit Painter.forward.*'text'"):
+        explain(model, "ulysses=2", {"image": inputs["image"]})
+
+
+class Chain(nn.Module):
+    """Peak of 512 bytes for 4 rows: 4 x 16 floats before and after the relu."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.up(x).relu().reshape(2, 2, 16).reshape(4, 16))
+
+
+class Chains(nn.Module):
+    """Blocks, which are captured as one function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.chains = nn.Linear(8, 8), nn.ModuleList([Chain(), Chain()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.enter(x)
+        for chain in self.chains:
+            x = chain(x)
+        return x
+
+
+class Halves(nn.Module):
+    """4 x 16 floats live on while either half is in use: with two results of 4 x 8 that makes 512 bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.up(x).chunk(2, dim=-1)
+        return a.exp() + b
+
+
+@pytest.mark.parametrize(("model", "peak"), [
+    (Chain(), 512),
+    (Halves(), 512),
+    (Chains(), 128 + 512),
+], ids=["chain", "views", "blocks"])
+def test_peak_of_activations(model, peak):
+    """Inputs and parameters are the caller's and count as nothing; a block's input is its caller's result."""
+    program = captured(model.eval(), (torch.ones(4, 8),), {})
+    assert peak_activations(program) == peak
+
+
+@pytest.mark.parametrize(("op", "arguments", "sent"), [
+    (c10d.all_to_all_single.default, ([1, 2, 3], [2, 5, 1], "group"), 3 * 4 * 2),
+    (c10d.all_gather_into_tensor.default, (3, "group"), 2 * 8 * 4 * 2),
+    (c10d.all_reduce.default, ("sum", "group"), 2 * 2 * 8 * 4 * 2 // 3),
+])
+def test_bytes_of_a_collective(op, arguments, sent):
+    """Rank 1 of 3, which holds (8, 4) halves."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    with FakeTensorMode():
+        x.meta["val"] = torch.empty(8, 4, dtype=torch.bfloat16)
+    assert bytes_sent(graph.call_function(op, (x, *arguments)), 3, 1) == sent
+
+
+def test_units():
+    assert [size(n) for n in (0, 999, 1000, 9_994, 9_996, 123_456, 999_999, 5e12)] == [
+        "0 B", "999 B", "1.00 kB", "9.99 kB", "10.0 kB", "123 kB", "1.00 MB", "5.00 TB"]
+    assert work(74.4e12) == "74.4 TFLOP"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import lockstep
@@ -53,7 +54,7 @@ def random_dim(rng: random.Random, size: int, parts: int) -> Dim:
     """One to three segments, each replicated or cut at random places, shares of zero included."""
     borders = sorted({0, size, *(rng.randint(0, size) for _ in range(rng.randint(0, 2)))})
     segments = []
-    for a, b in zip(borders, borders[1:], strict=False):
+    for a, b in pairwise(borders):
         if rng.random() < 0.25:
             segments.append(Segment((0, b - a)))
         else:
@@ -130,8 +131,6 @@ def local_program(program: Program, layouts: list[Layout], rank: int) -> tuple[P
 
 
 def assert_exact(op: Any, args: tuple[Any, ...], layouts: list[Layout], spec: ShardingSpec) -> None:
-    from dataclasses import replace
-
     program, tensors = program_of(op, args)
     program = replace(program, spec=spec)
     locals_ = [local_program(program, layouts, rank) for rank in range(spec.world_size)]

@@ -27,19 +27,29 @@ aten = torch.ops.aten
 PAIR = (1, 2)
 
 
-class Block(nn.Module):
-    """Self attention and an MLP over (batch, tokens, width)."""
+class Attention(nn.Module):
+    """Self attention over (batch, tokens, width)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Block(nn.Module):
+    """Attention and an MLP."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm, self.attend = nn.LayerNorm(width), Attention(width, heads)
         self.up, self.act, self.down = nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.attend(self.norm(x))
         return x + self.down(self.act(self.up(x)))
 
 
@@ -157,7 +167,7 @@ def test_a_wrong_attention_is_named(pool):
     result, _ = pool.run(_with_wrong_kernel, PAIR, ranks=PAIR)
     first = result.nodes[0]
     assert first.operator == "aten.scaled_dot_product_attention.default"
-    assert first.module == "blocks.0" and first.source.startswith("test_verify.py:")
+    assert first.module == "blocks.0.attend" and first.source.startswith("test_verify.py:")
     assert first.ranks == (0, 1)
 
 

@@ -38,10 +38,10 @@ FORMULAS = {
     aten.addmm.default: lambda args, out: _contracting(args, out, 1),
     aten.baddbmm.default: lambda args, out: _contracting(args, out, 1),
     aten.scaled_dot_product_attention.default: lambda args, out: attention_flops(*args[:3]),
-    **{op: _convolution for op in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
-                                   aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)},
-    **{op: _transposed_convolution for op in (aten.conv_transpose1d.default, aten.conv_transpose2d.input,
-                                              aten.conv_transpose3d.input)},
+    **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding,
+                     aten.conv2d.padding, aten.conv3d.padding), _convolution),
+    **dict.fromkeys((aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
+                    _transposed_convolution),
 }
 
 

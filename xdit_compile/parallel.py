@@ -70,7 +70,8 @@ class Runner:
         return self.programs[id(whole)]
 
 
-def bind_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
+def bind_call(model: nn.Module, args: Sequence[Any],
+              kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of one call in the one way programs are kept by; raises TypeError for what forward does not take."""
     bound = inspect.signature(type(model).forward).bind(model, *args, **kwargs)
     return bound.args[1:], bound.kwargs
@@ -143,7 +144,7 @@ def _stand_in(model: nn.Module, runner: Runner) -> Any:
 
     made = type(cls.__name__, (Parallel, cls), {"forward": forward, "__module__": cls.__module__,
                                                 "__doc__": cls.__doc__})
-    stand_in = made.__new__(made)
+    stand_in: Any = object.__new__(made)
     vars(stand_in).update(vars(model))
     # A hook that replaced forward on the instance would hide ours.
     vars(stand_in).pop("forward", None)

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from xdit_compile.structure import Structure
 from xdit_compile.spec import ShardingSpec
+from xdit_compile.structure import Structure
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def _register(cls: type) -> None:
     names = [f.name for f in dataclasses.fields(cls)]
 
     def unflatten(values: Any, _: Any) -> Any:
-        made = object.__new__(cls)
+        made: Any = object.__new__(cls)
         for name, value in zip(names, values, strict=True):
             object.__setattr__(made, name, value)
         return made

@@ -25,13 +25,13 @@ _library = torch.library.Library("xdit_compile", "FRAGMENT")
 _library.define("block(str kind, str path, Tensor[] inputs) -> Tensor[]")
 BLOCK = torch.ops.xdit_compile.block.default
 
-_results: dict[str, list[Hashable]] = {}
+_results: dict[str, list[tuple[Any, Any, torch.dtype, torch.device]]] = {}
 """What each block kind returns, for the operator's fake kernel while an export is under way."""
 
 
 @torch.library.register_fake("xdit_compile::block", lib=_library)
 def _block(kind: str, path: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [torch.empty_strided(shape, stride, dtype=dtype, device=device)  # type: ignore[misc]
+    return [torch.empty_strided(shape, stride, dtype=dtype, device=device)
             for shape, stride, dtype, device in _results[kind]]
 
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import nn
 
 from xdit_compile.frontend.capture import capture
 from xdit_compile.frontend.known import digest
-from xdit_compile.frontend.state import state_token
+from xdit_compile.frontend.state import device_of, state_token
 from xdit_compile.program import Program
 from xdit_compile.structure import flatten
 
@@ -36,7 +35,7 @@ def captured(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     and devices of tensors, structure and state of the model, and the tensor values the model read.
     """
     tensors, structure = flatten((tuple(args), dict(kwargs)))
-    kind = (structure.key(), tuple((t.shape, t.dtype, _device(t)) for t in tensors), state_token(model))
+    kind = (structure.key(), tuple((t.shape, t.dtype, device_of(t)) for t in tensors), state_token(model))
     known = _captures.setdefault(model, _Captures())
 
     def key(reads: Sequence[int]) -> Hashable:
@@ -48,8 +47,3 @@ def captured(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
         known.reads[kind] = reads = program.reads
         known.programs[key(reads)] = program
     return known.programs[key(reads)]
-
-
-def _device(tensor: torch.Tensor) -> torch.device:
-    # Models on the meta device are captured as CPU models, so their programs serve once the weights are there.
-    return torch.device("cpu") if tensor.is_meta else tensor.device

@@ -21,7 +21,7 @@ def fingerprint(module: torch.nn.Module) -> Hashable:
     return _describe(module, {})
 
 
-def meta(tensor: torch.Tensor) -> Hashable:
+def meta(tensor: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]:
     """What a static graph assumes of a tensor."""
     return tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device
 

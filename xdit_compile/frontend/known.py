@@ -83,7 +83,7 @@ class Known(TorchFunctionMode):
                 self._values.clear()
             return func(*args, **kwargs)
         sources = frozenset().union(*(v.sources for v in values if v))
-        if func in READS or func in SIZED and (func not in _REPEATS or len(tensors) > 1 or not values):
+        if func in READS or (func in SIZED and (func not in _REPEATS or len(tensors) > 1 or not values)):
             self.read |= sources
             return self._fresh(self._compute(func, args, kwargs), tensors[0], sources)
         result = func(*args, **kwargs)

@@ -19,8 +19,13 @@ def state_token(model: nn.Module) -> Hashable:
     return hash(tuple(_of_module(m) for m in model.modules())), torch.is_autocast_enabled()
 
 
+def device_of(tensor: torch.Tensor) -> torch.device:
+    """Models on the meta device are captured as CPU models, so their programs serve once the weights are there."""
+    return torch.device("cpu") if tensor.is_meta else tensor.device
+
+
 def _of_module(module: nn.Module) -> Hashable:
-    tensors = [(name, t.shape, t.dtype, "cpu" if t.is_meta else t.device.type) for group in (module._parameters, module._buffers)
+    tensors = [(name, t.shape, t.dtype, device_of(t)) for group in (module._parameters, module._buffers)
                for name, t in group.items() if t is not None]
     rest = [(k, _of_value(v)) for k, v in vars(module).items() if k not in _INTERNAL]
     return id(module), type(module), tuple(tensors), tuple(rest)

@@ -1,8 +1,8 @@
 """One way of writing each thing: what tracing leaves behind is removed, manual attention becomes attention.
 
 Assertions and copies mean nothing in a functional graph of static shapes. Views become reshapes, because a
-rank's piece need not have the strides the whole tensor had. Writes into ranges become concatenations. Softmax(q k^T) v written by hand becomes one
-attention node (``manual_attention.py``).
+rank's piece need not have the strides the whole tensor had. Writes into ranges become concatenations, einsum a
+matrix product, and softmax(q k^T) v written by hand one attention node.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from xdit_compile.passes.einsum import expand_einsum
-from xdit_compile.passes.writes import expand_writes
 from xdit_compile.passes.manual_attention import fuse_attention
+from xdit_compile.passes.writes import expand_writes
 from xdit_compile.program import Note, Program, drop_unused
 
 aten = torch.ops.aten
@@ -59,7 +59,8 @@ def _clean(graph: fx.Graph) -> None:
         elif node.target is aten.expand.default:
             node.args = (node.args[0], list(node.meta["val"].shape))
         elif node.target is aten.type_as.default:
-            node.target, node.args, node.kwargs = aten._to_copy.default, node.args[:1], {"dtype": node.meta["val"].dtype}
+            node.target, node.args = aten._to_copy.default, node.args[:1]
+            node.kwargs = {"dtype": node.meta["val"].dtype}
         elif node.target is aten.pad.default and (len(node.args) < 3 or node.args[2] == "constant"):
             given = {"value": node.args[3] if len(node.args) > 3 else None} | node.kwargs
             node.target, node.kwargs = aten.constant_pad_nd.default, {}

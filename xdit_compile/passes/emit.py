@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from xdit_compile.layout import Dim, Position
+from xdit_compile.mesh import group_name
 from xdit_compile.passes.values import Value
 from xdit_compile.program import output_args
-from xdit_compile.mesh import group_name
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional

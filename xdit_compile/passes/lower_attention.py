@@ -76,7 +76,9 @@ class _Lowering:
     def _by_kind(self, x: fx.Node, dim) -> tuple[fx.Node | None, fx.Node]:
         if all(s.axis for s in dim.segments):
             return None, x
-        fixed, moving, at = [], [], 0
+        fixed: Spans = []
+        moving: Spans = []
+        at = 0
         for segment in dim.segments:
             a, b = segment.bounds(self.e.position)
             (moving if segment.axis else fixed).append((at, at + b - a))

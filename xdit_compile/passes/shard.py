@@ -24,7 +24,7 @@ from xdit_compile.passes.attention import AttentionPlan
 from xdit_compile.passes.emit import Emitter
 from xdit_compile.passes.rules import find_rule
 from xdit_compile.passes.values import NoRule, Value
-from xdit_compile.program import Note, Program, module_of, output_args, source_of
+from xdit_compile.program import Note, Program, module_of, source_of
 
 Result = Value | tuple[Any, ...] | None
 Seeds = Mapping[str, Layout]
@@ -88,8 +88,7 @@ class Sharder:
         """A node that is no whole value of the global program (a slice of a piece, a raw collective)."""
         if self.emitter is None:
             return None
-        strip = (lambda a: a.node if isinstance(a, Value) else a)
-        args, kwargs = _map(strip, args), _map(strip, kwargs)
+        args, kwargs = _map_values(lambda v: v.node, (args, kwargs))
         return self.emitter.call(target, *args, **kwargs)
 
     def lay(self, value: Value, dim: int, new: Dim) -> Value:
@@ -251,15 +250,13 @@ class Sharder:
         rule = find_rule(node.target)
         reason = "no rule for this operator"
         if rule is not None:
-            summed = (lambda a: self.summed(a) if isinstance(a, Value) else a)
-            args, kwargs = _map(summed, args), _map(summed, kwargs)
+            args, kwargs = _map_values(self.summed, (args, kwargs))
             try:
                 return rule(self, *args, **kwargs)
             except NoRule as refusal:
                 reason = str(refusal)
         self.note("fallback", f"{node.target} computed whole: {reason}")
-        whole = (lambda a: self.whole(a) if isinstance(a, Value) else a)
-        return self._whole(_map(whole, args), _map(whole, kwargs))
+        return self._whole(*_map_values(self.whole, (args, kwargs)))
 
     def _whole(self, args: Any, kwargs: Any) -> Result:
         """The current operator on whole arguments."""
@@ -358,17 +355,15 @@ class Walk:
                 holder.meta["layout"] = layout
             arguments.append(Value(holder, layout, example.dtype))
         outputs = sharder.run(graph, arguments, seeds)
-        if local == "main":
-            outputs = [sharder.whole(v) for v in outputs]
-        else:
-            outputs = [sharder.summed(v) for v in outputs]
+        # The caller of main expects whole tensors, main takes what a block returns as it is laid out.
+        outputs = [sharder.whole(v) if local == "main" else sharder.summed(v) for v in outputs]
         if emitter:
             self.notes += sharder.tally.notes
             out = emitter.graph.output(tuple(sharder._node(v) for v in outputs))
             out.meta["val"] = tuple(sharder._node(v).meta["val"] for v in outputs)
             self.results[local] = out.meta["val"]
             self.functions[local] = fx.GraphModule(
-                {n: m for n, m in self.functions.items()} if local == "main" else {}, emitter.graph, local)
+                dict(self.functions) if local == "main" else {}, emitter.graph, local)
         return tuple(v.layout for v in outputs), sharder.tally
 
 
@@ -386,13 +381,14 @@ def estimate(program: Program, seeds: Seeds, sizes: Mapping[str, int]) -> Tally:
     return max((Walk(program, seeds, end, sizes).main() for end in ends), key=lambda tally: tally.flops)
 
 
-def _map(f: Callable[[Any], Any], tree: Any) -> Any:
+def _map_values(f: Callable[[Value], Any], tree: Any) -> Any:
+    """``f`` of every value in nested lists, tuples and dicts; all else as it is."""
     if isinstance(tree, (list, tuple)):
-        mapped = [_map(f, t) for t in tree]
+        mapped = [_map_values(f, t) for t in tree]
         return mapped if isinstance(tree, list) else tuple(mapped)
     if isinstance(tree, dict):
-        return {k: _map(f, v) for k, v in tree.items()}
-    return f(tree)
+        return {k: _map_values(f, v) for k, v in tree.items()}
+    return f(tree) if isinstance(tree, Value) else tree
 
 
 def _leaves(tree: Any) -> list[Any]:

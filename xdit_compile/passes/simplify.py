@@ -13,13 +13,12 @@ def simplify(program: Program) -> Program:
     value gathered for two consumers) or something nobody reads."""
     functions = {}
     for name, module in program.functions():
-        graph = CSEPass(banned_ops=collectives(module))(fx.GraphModule(dict(module.named_children()), module.graph)).graph_module.graph
+        # What must stay apart: two exchanges that look alike on one rank may differ on another.
+        apart = get_CSE_banned_ops() | {n.target for n in module.graph.nodes if is_collective(n)}
+        merged = CSEPass(banned_ops=apart)(fx.GraphModule(dict(module.named_children()), module.graph))
+        assert merged is not None
+        graph = merged.graph_module.graph
         drop_unused(graph)
         functions[name] = graph
     children = {n: fx.GraphModule({}, g, n) for n, g in functions.items() if n != "main"}
     return program.having(main=fx.GraphModule(children, functions["main"], "main"))
-
-
-def collectives(module: fx.GraphModule) -> set:
-    """What must stay apart: two exchanges that look alike on one rank may differ on another."""
-    return get_CSE_banned_ops() | {n.target for n in module.graph.nodes if is_collective(n)}

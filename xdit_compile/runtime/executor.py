@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from xdit_compile.program import Program
 
-INDUCTOR_OPTIONS = {
+INDUCTOR_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     # Collectives must come in one order on every rank; ranks with uneven shares have different graphs, for
     # which a scheduler that goes by memory might choose different orders.
     "reorder_for_peak_memory": False,

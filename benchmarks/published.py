@@ -1,0 +1,248 @@
+"""What sequence parallelism of the published models costs: the table in docs/published.md.
+
+For every model of examples/published.py and every number of ranks: captured at full size on the meta device
+and explained; nothing is computed, no weights and no processes are needed. Ulysses as far as the attention
+heads go, a ring of such groups beyond.
+
+    python benchmarks/published.py --output docs/published.md
+    python benchmarks/published.py --models flux_dev sd3_medium --degrees 2 4
+    python benchmarks/published.py --json published.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from tqdm import tqdm
+
+from xdit_compile.errors import SpecError
+from xdit_compile.explain import Explanation, explain
+from xdit_compile.report.units import size, work
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from examples.published import PUBLISHED
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the traffic formula needs to know of a model: tokens that attend to each other in every layer, of
+    images and of text (0 where text is only attended to), width, layers, and bytes of an element."""
+
+    image: int
+    text: int
+    hidden: int
+    layers: int
+    itemsize: int = 2
+
+    def formula(self, ranks: int, sharded_text: bool) -> float:
+        """Bytes one rank sends in one forward: in every layer, of queries, keys, values and results, it gives
+        away (N-1)/N of the 1/N that it holds (DeepSpeed-Ulysses, arXiv 2309.14509)."""
+        tokens = self.image + (self.text if sharded_text else 0)
+        return 4 * (ranks - 1) / ranks**2 * tokens * self.hidden * self.layers * self.itemsize
+
+
+SHAPES = {
+    "flux_dev": Shape(4096, 512, 3072, 57),
+    "sd3_medium": Shape(4096, 333, 1536, 24),
+    "pixart_sigma_1024": Shape(4096, 0, 1152, 28),
+    "hunyuan_dit_1024": Shape(4096, 0, 1408, 40),
+    "cogvideox_5b": Shape(17550, 226, 3072, 42),
+    "mochi_480p": Shape(44520, 256, 3072, 48),
+    "wan21_14b_720p": Shape(75600, 0, 5120, 40),
+    "hunyuan_video_720p": Shape(118800, 256, 3072, 60),
+    "qwen_image_1328": Shape(6889, 512, 3072, 60),
+    "ltx_video": Shape(6930, 0, 2048, 28),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model on one number of ranks; ``problem`` says why there are no figures."""
+
+    model: str
+    ranks: int
+    spec: str = ""
+    problem: str = ""
+    work_ratio: float = 0.0
+    sent: int = 0
+    formula: float = 0.0
+    sharded_text: bool = False
+    collectives: int = 0
+    in_blocks: int = 0
+    gathers_in_blocks: int = 0
+    replicated: str = ""
+    replicated_flops: int = 0
+    replicated_share: float = 0.0
+
+
+def main() -> int:
+    options = _options()
+    rows: list[Row] = []
+    # One process per model, for their memory; what is captured there serves all numbers of ranks.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        for name in tqdm(options.models, "models"):
+            rows += pool.submit(rows_of, name, options.degrees).result()
+    text = page(rows, _command(options))
+    if options.output:
+        options.output.write_text(text)
+    else:
+        print(text)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    bad = [row for row in rows if row.problem or row.gathers_in_blocks]
+    for row in bad:
+        reason = row.problem or f"{row.gathers_in_blocks} all-gathers inside blocks"
+        print(f"{row.model} on {row.ranks} ranks: {reason}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def rows_of(name: str, degrees: Sequence[int]) -> list[Row]:
+    """All rows of one model."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    model, kwargs = PUBLISHED[name]()
+    rows = []
+    for ranks in degrees:
+        try:
+            rows.append(row_of(name, _explain(model, kwargs, ranks)))
+        except Exception as error:  # reported, and the others are done
+            rows.append(Row(name, ranks, problem=f"{type(error).__name__}: {error}"))
+    return rows
+
+
+def _explain(model: Any, kwargs: Any, ranks: int) -> Explanation:
+    """With as much of Ulysses as the model's attention allows."""
+    for ulysses in range(ranks, 0, -1):
+        if ranks % ulysses == 0:
+            try:
+                return explain(model, {"ulysses": ulysses, "ring": ranks // ulysses}, kwargs)
+            except SpecError:
+                if ulysses == 1:
+                    raise
+    raise AssertionError("one rank in a ring of all always divides them")
+
+
+def row_of(name: str, found: Explanation) -> Row:
+    """The figures of one explanation."""
+    shape, ranks = SHAPES[name], found.spec.world_size
+    inside = [c for c in found.local.collectives if c.function != "main" or _in_block(c.module)]
+    first = found.replicated[0] if found.replicated else None
+    text = bool(shape.text) and any(re.search(rf"\b{shape.text}/", row.text) for row in found.attentions)
+    return Row(
+        name,
+        ranks,
+        str(found.spec),
+        work_ratio=found.work_ratio,
+        sent=found.local.sent,
+        formula=shape.formula(ranks, text),
+        sharded_text=text,
+        collectives=found.local.collective_count,
+        in_blocks=sum(c.times for c in inside),
+        gathers_in_blocks=sum(c.times for c in inside if c.kind == "all_gather"),
+        replicated=f"{first.module or first.node}" if first else "",
+        replicated_flops=first.flops if first else 0,
+        replicated_share=first.flops / found.whole.flops if first else 0.0,
+    )
+
+
+def _in_block(module: str) -> bool:
+    """Whether a module lies inside one of a list of modules, as ``transformer_blocks.0.attn`` does."""
+    return re.search(r"\.\d+(\.|$)", module) is not None
+
+
+def page(rows: Sequence[Row], command: str) -> str:
+    """The whole document."""
+    head = f"""\
+# The published models
+
+Made by `{command}` (torch {torch.__version__.partition("+")[0]}, diffusers {diffusers.__version__}): every model
+captured at its full size, batch 1, on the meta device, and planned for N ranks. Nothing was run.
+
+- *FLOPs*: those of one rank times N, over those of one device. 1.00 is ideal; the rest is computed on every rank.
+- *sent*: bytes one rank gives to others in one forward. *Formula*: `4 (N-1)/N² x tokens x hidden x layers x
+  element size`, what Ulysses has to send for the tokens that are sharded (image, and text where "+ text" says so);
+  more is the final all-gather, and exchanges of another kind.
+- *collectives*: per forward; of them inside blocks; all-gathers inside blocks, which there should be none of.
+- *largest replicated*: what costs most of that which every rank computes whole, and its share of the model.
+
+| model | N | spec | FLOPs | sent | formula | sent / formula | tokens | collectives | in blocks | gathers in blocks \
+| largest replicated |
+|---|---:|---|---:|---:|---:|---:|---|---:|---:|---:|---|
+"""
+    return head + "\n".join(map(_line, rows)) + "\n"
+
+
+def _line(row: Row) -> str:
+    if row.problem:
+        first = row.problem.splitlines()[0].replace("|", "\\|")
+        return f"| {row.model} | {row.ranks} | {first} | | | | | | | | | |"
+    replicated = f"`{row.replicated}`, {work(row.replicated_flops)}, {row.replicated_share:.2%}"
+    cells = (
+        row.model,
+        row.ranks,
+        row.spec,
+        f"{row.work_ratio:.3f}",
+        size(row.sent),
+        size(row.formula),
+        f"{row.sent / row.formula:.3f}" if row.formula else "",
+        "image + text" if row.sharded_text else "image",
+        row.collectives,
+        row.in_blocks,
+        row.gathers_in_blocks,
+        replicated if row.replicated else "nothing",
+    )
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _command(options: argparse.Namespace) -> str:
+    """How to make this page again."""
+    words = ["python", "benchmarks/published.py"]
+    if options.models != [*PUBLISHED]:
+        words += ["--models", *options.models]
+    if options.degrees != [2, 4, 8]:
+        words += ["--degrees", *map(str, options.degrees)]
+    if options.output:
+        words += ["--output", Path(*options.output.parts[-2:]).as_posix()]
+    return shlex.join(words)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/published.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=PUBLISHED,
+        default=[*PUBLISHED],
+        metavar="NAME",
+        help=f"which of {', '.join(PUBLISHED)} (all)",
+    )
+    parser.add_argument(
+        "--degrees", nargs="+", type=int, default=[2, 4, 8], metavar="N", help="numbers of ranks (2 4 8)"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="PATH", help="write the page there instead of printing it"
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there as well")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

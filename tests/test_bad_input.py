@@ -1,0 +1,158 @@
+"""Bad input gets a clear error on every rank, nobody hangs, and what comes next works."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import calls
+import pytest
+from pool import Pool
+
+EXACT = 1e-5
+# A rank told of another's failure wakes in milliseconds; the rest is for a busy machine.
+SOON = calls.TIMEOUT / 2
+
+
+def act(pool: Pool, world: int, scene: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+    """What each of ``world`` ranks saw of a scene; all of them came through it."""
+    return pool.run(scene, *args, ranks=range(world), timeout=4 * calls.TIMEOUT, **kwargs)
+
+
+def assert_refused(seen: list[dict[str, Any]], error: str, *words: str) -> None:
+    """Every rank got ``error`` whose text has all words, and another model works afterwards."""
+    for one in seen:
+        assert one["raised"] == error, one
+        assert [w for w in words if not re.search(w, one["text"])] == [], one["text"]
+        assert one["next"] <= EXACT
+
+
+def test_degrees_must_multiply_to_the_processes(pool: Pool) -> None:
+    seen = act(pool, 2, calls.refused, "ulysses=3", ranks=(0, 1))
+    assert_refused(
+        seen, "SpecError", r"3 x 1 = 3", r"\b2 are running", "ulysses=1,ring=2", "ulysses=2,ring=1"
+    )
+
+
+def test_unknown_and_planned_words(pool: Pool) -> None:
+    assert_refused(act(pool, 2, calls.refused, "ulises=2", ranks=(0, 1)), "SpecError", "'ulises'", "ulysses")
+    assert_refused(
+        act(pool, 2, calls.refused, "cfg=2", ranks=(0, 1)), "SpecError", "'cfg'", "not supported yet"
+    )
+
+
+def test_more_ulysses_ranks_than_heads(pool: Pool) -> None:
+    seen = act(pool, 3, calls.refused, "ulysses=3", ranks=(0, 1, 2), heads=2)
+    assert_refused(seen, "SpecError", "ulysses_degree=3", r"\b2\b", "ulysses=1,ring=3", r"calls\.py:\d+")
+
+
+def test_model_without_tokens(pool: Pool) -> None:
+    call = {"x": calls.inputs()["x"]}
+    seen = act(pool, 2, calls.refused, "ulysses=2", calls.Mlp, call, ranks=(0, 1))
+    assert_refused(seen, "SpecError", "attention", "ulysses=2")
+
+
+def test_fewer_tokens_than_ranks(pool: Pool) -> None:
+    seen = act(pool, 3, calls.refused, "ring=3", call=calls.inputs(tokens=2), ranks=(0, 1, 2))
+    assert_refused(seen, "SpecError", r"\b3\b", "ring=3")
+
+
+def test_parallel_twice(pool: Pool) -> None:
+    for raised, text in act(pool, 2, calls.refused_twice):
+        assert raised == "SpecError"
+        assert "already" in text
+
+
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [
+        ("value", ["x"]),
+        ("shape", ["x", r"\[1,8,6\]", r"\[1,7,6\]"]),
+        ("dtype", ["step", "float64", "float32"]),
+        ("Python", ["scale", r"2\.0"]),
+        ("string", ["label", "dog"]),
+        ("missing", ["shift"]),
+        ("keyword", ["plus", "minus"]),
+    ],
+)
+def test_ranks_that_hold_different_inputs(pool: Pool, what: str, names: list[str]) -> None:
+    for seen in act(pool, 3, calls.disagreeing, what):
+        for raised, text in (seen["first"], seen["again"]):
+            assert raised == "RankMismatch"
+            assert re.search(r"ranks 0,2 .*ranks 1 |ranks 1 .*ranks 0,2 ", text), text
+            assert [n for n in names if not re.search(rf"(?<!\w){n}(?!\w)", text)] == [], text
+        assert seen["then"] <= EXACT
+
+
+def test_models_that_differ_between_ranks(pool: Pool) -> None:
+    for seen in act(pool, 2, calls.models_differ):
+        for what, words in {
+            "class": ("Tiny", "Undecided"),
+            "spec": ("ring=2", "ulysses=2"),
+            "layers": ("plan",),
+        }.items():
+            raised, text = seen[what]
+            assert raised == "RankMismatch", (what, raised, text)
+            assert all(word in text for word in words), text
+
+
+def test_rank_that_fails_inside_the_forward(pool: Pool) -> None:
+    for rank, seen in enumerate(act(pool, 3, calls.tripping, 1)):
+        raised, text = seen["first"]
+        if rank == 1:
+            assert (raised, text) == ("ValueError", "tripped")
+        else:
+            assert raised == "RankFailure"
+            assert "rank 1" in text and "tripped" in text
+        assert seen["took"] < SOON
+        assert seen["again"][0] == "RankFailure" and "rank 1" in seen["again"][1]
+        assert seen["next"] <= EXACT
+
+
+def test_rank_whose_capture_alone_fails(pool: Pool) -> None:
+    for rank, seen in enumerate(act(pool, 3, calls.one_refuses)):
+        raised, text = seen["first"]
+        assert raised == "RankMismatch" or (rank == 1 and raised == "CaptureError"), (raised, text)
+        assert "rank 1 refuses" in text
+        assert re.search(r"calls\.py:\d+", text), text
+        assert seen["next"] <= EXACT
+
+
+def test_rank_whose_call_alone_is_wrong(pool: Pool) -> None:
+    stayed, called = reversed(act(pool, 2, calls.one_stays_away, 5.0))
+    assert stayed[0] == "TypeError" and "colour" in stayed[1]
+    assert called[0] in ("RankFailure", "RankMismatch") and "1" in called[1]
+
+
+def test_model_that_cannot_be_captured(pool: Pool) -> None:
+    with open(calls.__file__) as source:
+        line = next(i for i, text in enumerate(source, 1) if "the line that cannot be captured" in text)
+    seen = act(pool, 2, calls.refused, "ulysses=2", calls.Undecided, ranks=(0, 1))
+    assert_refused(seen, "CaptureError", "Undecided", rf"calls\.py:{line}\b", r"mean\(\)\.item\(\)")
+
+
+def test_model_that_cannot_be_captured_is_unharmed(pool: Pool) -> None:
+    for seen in act(pool, 2, calls.uncaptured_is_unharmed):
+        assert seen == {"raised": "CaptureError", "same": True, "error": 0.0}
+
+
+def test_forward_that_writes_a_buffer(pool: Pool) -> None:
+    seen = act(pool, 2, calls.refused, "ulysses=2", calls.Counting, ranks=(0, 1))
+    assert_refused(seen, "CaptureError", "calls", "writes")
+
+
+def test_dropout_in_training_mode(pool: Pool) -> None:
+    seen = act(pool, 2, calls.refused, "ulysses=2", ranks=(0, 1), training=True, dropout=0.1)
+    assert_refused(seen, "CaptureError", r"eval\(\)", r"calls\.py:\d+")
+
+
+def test_input_of_a_wrong_shape(pool: Pool) -> None:
+    call = calls.inputs()
+    seen = act(pool, 2, calls.refused, "ulysses=2", call=call | {"x": call["x"][..., :5]}, ranks=(0, 1))
+    for one in seen:
+        assert one["raised"] in ("CaptureError", "RuntimeError")
+        assert re.search(r"7x5|\[7, ?5\]|\(7, ?5\)|a and b must have same reduction dim", one["text"]), one[
+            "text"
+        ]
+        assert one["next"] <= EXACT

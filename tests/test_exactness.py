@@ -1,0 +1,115 @@
+"""Every model on 2, 3 and 4 processes gives the numbers of one, whatever the batch and the token count."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import exactness
+import models
+import pytest
+import torch
+from pool import Pool
+
+import xdit_compile
+from xdit_compile.structure import flatten
+
+EXACT = 1e-5  # of the output's scale, in float32
+
+CALLS = [(1, True), (2, False), (2, True)]
+"""Batch, and whether token counts are odd."""
+
+
+def specs_of(case: models.Case, turn: int) -> list[str]:
+    """One of three pairs: for 2, 3 or 4 processes."""
+    four = ["ulysses=2,ring=2", "ulysses=4" if case.heads >= 4 else "ring=4"]
+    return (["ulysses=2", "ring=2"], ["ulysses=3", "ring=3"], four)[turn % 3]
+
+
+PLAN = [
+    pytest.param(name, batch, odd, specs_of(case, i + j), id=f"{name}-{batch}-{'odd' if odd else 'even'}")
+    for i, (name, case) in enumerate(models.CASES.items())
+    for j, (batch, odd) in enumerate(CALLS)
+]
+"""Each case meets all specs, and each spec all calls: which meets which goes around from case to case."""
+
+
+def processes(spec: str) -> int:
+    product = 1
+    for degree in re.findall(r"\d+", spec):
+        product *= int(degree)
+    return product
+
+
+def run(
+    pool: Pool, name: str, batch: int, odd: bool, specs: list[str], **kwargs: Any
+) -> dict[str, list[Any]]:
+    """By spec, what each of its ranks found."""
+    seen = pool.run(exactness.relative_errors, name, batch, odd, specs, **kwargs,
+                    ranks=range(max(map(processes, specs))), timeout=240)  # fmt: skip
+    return {spec: [s[spec] for s in seen[: processes(spec)]] for spec in specs}
+
+
+def assert_exact(found: dict[str, list[Any]], limit: float = EXACT) -> None:
+    for spec, ranks in found.items():
+        errors = [rank["error"] for rank in ranks]
+        assert all(e <= limit for e in errors), f"{spec}: {errors}"
+        # Gathered results would pass too; they are not what was asked for.
+        method = "usp" if "," in spec else spec.partition("=")[0]
+        for rank in ranks:
+            notes = rank["notes"]
+            assert any(re.match(rf"attention \S+: {method}: ", n) for n in notes), f"{spec}: {notes}"
+            assert [n for n in notes if n.startswith("fallback")] == [], spec
+        assert all(rank["notes"] == ranks[0]["notes"] for rank in ranks)
+
+
+@pytest.mark.parametrize(("name", "batch", "odd", "specs"), PLAN)
+def test_parallel_model_gives_the_numbers_of_one_process(
+    pool: Pool, name: str, batch: int, odd: bool, specs: list[str]
+) -> None:
+    assert_exact(run(pool, name, batch, odd, specs))
+
+
+def test_every_case_meets_every_spec_and_every_call() -> None:
+    wanted = {"ulysses=2", "ring=2", "ulysses=3", "ring=3", "ulysses=2,ring=2"}
+    for name, case in models.CASES.items():
+        mine = [p.values for p in PLAN if p.values[0] == name]
+        assert {(batch, odd) for _, batch, odd, _ in mine} == set(CALLS)
+        met = {spec for *_, specs in mine for spec in specs}  # type: ignore[union-attr]
+        assert wanted <= met and ("ulysses=4" in met) == (case.heads >= 4)
+
+
+@pytest.mark.parametrize("name", ["dit", "flux", "wan"])
+def test_compiled_by_inductor(pool: Pool, name: str) -> None:
+    assert_exact(run(pool, name, 1, True, ["ulysses=2", "ring=2"], backend="inductor"))
+
+
+@pytest.mark.parametrize("name", ["dit", "flux", "wan"])
+def test_bfloat16_differs_no_more_than_bfloat16_makes(pool: Pool, name: str) -> None:
+    for seen in pool.run(exactness_in_bfloat16, name, ["ulysses=2", "ring=2"], ranks=range(2), timeout=240):
+        rounding = seen.pop("rounding")
+        assert rounding > 1e-4, "bfloat16 must make a difference, or this says nothing"
+        assert all(error <= 1.5 * rounding for error in seen.values()), (rounding, seen)
+
+
+def exactness_in_bfloat16(name: str, specs: list[str]) -> dict[str, float]:
+    """The root mean square difference, over the root mean square, between one process and several, all in
+    bfloat16; and that between bfloat16 and float32 in one process."""
+
+    def halved(x: Any) -> Any:
+        return x.bfloat16() if isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim > 1 else x
+
+    def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+        return ((a.float() - b.float()).square().mean().sqrt() / exact.square().mean().sqrt()).item()
+
+    model, inputs = models.build(name), models.CASES[name].inputs(1, True)
+    with torch.no_grad():
+        exact = flatten(model(**inputs))[0][0]
+        model, inputs = model.bfloat16(), {k: halved(v) for k, v in inputs.items()}
+        single = flatten(model(**inputs))[0][0]
+        assert single.dtype == torch.bfloat16
+        found = {"rounding": distance(single, exact)}
+        for spec in specs:
+            parallel = xdit_compile.parallelize(model, spec, ranks=range(2), timeout=100)
+            found[spec] = distance(flatten(parallel(**inputs))[0][0], single)
+    return found

@@ -1,0 +1,214 @@
+"""A parallel model stands where the model stood: same call, type and numbers, whatever its owner does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import calls
+import pytest
+import torch
+import torch.distributed as dist
+from pool import Pool
+
+import xdit_compile
+
+TWO = range(2)
+EXACT = 1e-5  # of the output's scale, in float32
+
+
+def act(pool: Pool, scene: Callable[..., Any], *args: Any) -> list[Any]:
+    """What two ranks saw of a scene."""
+    return pool.run(scene, *args, ranks=TWO, timeout=150)
+
+
+def assert_close(errors: dict[str, float]) -> None:
+    assert {name: e for name, e in errors.items() if not e <= EXACT} == {}
+
+
+def assert_counts(seen: dict[str, tuple[float, int]], captures: dict[str, int]) -> None:
+    """Every step of a scene is exact and took as many captures as said."""
+    assert_close({name: e for name, (e, _) in seen.items()})
+    assert {name: n for name, (_, n) in seen.items()} == captures
+
+
+def test_model_of_diffusers_keeps_class_config_state_call_and_output(pool: Pool) -> None:
+    for seen in act(pool, calls.diffusers_stand_in, "flux"):
+        captures = {k: seen.pop(k) for k in list(seen) if k.endswith("captures")}
+        assert_close({k: seen.pop(k) for k in list(seen) if k.endswith("error")})
+        assert {k for k, ok in seen.items() if not ok} == set()
+        assert captures == {
+            "dict captures": 1,
+            "again captures": 0,
+            "forward captures": 0,
+            "tuple captures": 1,
+            "positional captures": 0,
+        }
+
+
+def test_positional_and_keyword_calls_share_one_capture(pool: Pool) -> None:
+    for seen in act(pool, calls.shared_by_keyword_and_position):
+        assert max(seen["errors"]) <= EXACT
+        assert seen["captures"] == 1
+
+
+def test_python_arguments_are_part_of_a_program(pool: Pool) -> None:
+    expected = {"scale 1": 1, "scale 2": 1, "scale 1 again": 0, "label": 1, "shift": 1, "tuple": 1}
+    for seen in act(pool, calls.python_arguments):
+        assert_counts(seen, expected)
+
+
+def test_output_dataclass_unknown_to_pytree_keeps_its_type(pool: Pool) -> None:
+    for seen in act(pool, calls.output_of_views):
+        assert seen.pop("error") <= EXACT
+        assert all(seen.values())
+
+
+def test_cast_acts_on_the_next_call(pool: Pool) -> None:
+    for seen in act(pool, calls.casts):
+        assert seen["torch.float32"][0] <= EXACT
+        assert seen["torch.float64"][0] <= 1e-13
+        error, rounding, _ = seen["torch.bfloat16"]
+        assert rounding > 1e-4, "bfloat16 must make a difference, or this says nothing"
+        assert error <= 2 * rounding
+        assert all(same for _, _, same in seen.values())
+
+
+def test_weights_act_at_the_next_call_without_a_new_capture(pool: Pool) -> None:
+    steps = (
+        "first",
+        "in place",
+        "load_state_dict",
+        "assign",
+        "assign on the model",
+        "new parameter",
+        "data",
+    )
+    for seen in act(pool, calls.weights):
+        assert_counts(seen, {name: int(name == "first") for name in steps})
+
+
+def test_tied_weights_may_part(pool: Pool) -> None:
+    for seen in act(pool, calls.tied):
+        assert_close(seen)
+
+
+def test_layers_of_one_shape_may_follow_each_other(pool: Pool) -> None:
+    """A freed layer's address may be the next one's: identity alone does not tell them apart."""
+    for seen in act(pool, calls.exchanged_modules):
+        assert max(e for e, _ in seen) <= EXACT, seen
+
+
+def test_layer_of_another_kind_is_captured(pool: Pool) -> None:
+    for error, captures in act(pool, calls.other_layer):
+        assert error <= EXACT
+        assert captures == 1
+
+
+def test_attention_processors_act_at_the_next_call(pool: Pool) -> None:
+    for seen in act(pool, calls.processors):
+        assert_close({name: e for name, (e, _) in seen.items()})
+        assert seen["tripled"][1] == seen["written out"][1] == 1
+
+
+def test_attributes_act_at_the_next_call(pool: Pool) -> None:
+    for seen in act(pool, calls.attributes):
+        assert_close(seen)
+
+
+def test_hooks_run_once_whenever_they_are_registered(pool: Pool) -> None:
+    for seen in act(pool, calls.hooks):
+        assert_close(seen)
+
+
+def test_autocast_inference_mode_and_no_grad(pool: Pool) -> None:
+    for seen in act(pool, calls.modes):
+        assert {name for name, (_, same_dtype) in seen.items() if not same_dtype} == set()
+        assert_close({name: e for name, (e, _) in seen.items() if "autocast," not in name})
+        assert max(e for name, (e, _) in seen.items() if name.startswith("autocast,")) <= 0.02
+
+
+def test_memory_format_of_inputs_does_not_matter(pool: Pool) -> None:
+    for seen in act(pool, calls.strides):
+        assert_close(seen)
+
+
+def test_each_shape_is_captured_once_for_all_specs(pool: Pool) -> None:
+    expected = {
+        "7 tokens": 1,
+        "12 tokens": 1,
+        "7 again": 0,
+        "batch of 3": 1,
+        "12 again": 0,
+        "another spec": 0,
+    }
+    for seen in act(pool, calls.shapes):
+        assert_counts(seen, expected)
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "wan"])
+def test_model_itself_goes_on_as_before(pool: Pool, name: str) -> None:
+    for seen in act(pool, calls.between, name):
+        assert_close(seen)
+
+
+def test_no_gradients(pool: Pool) -> None:
+    for seen in act(pool, calls.gradients):
+        assert not seen["under no_grad"] and not seen["under grad"]
+        assert seen["allowed"] == ("", "")
+        assert seen["refused"][0] == "XditError" and "gradient" in seen["refused"][1]
+        assert seen["after"] <= EXACT
+
+
+def test_unknown_and_missing_arguments_raise_as_the_model_does(pool: Pool) -> None:
+    for seen in act(pool, calls.unknown_keyword):
+        assert seen["parallel"][0] == seen["model"][0] == "TypeError"
+        assert "colour" in seen["parallel"][1]
+        assert seen["missing"][0] == "TypeError" and "step" in seen["missing"][1]
+        assert seen["after"] <= EXACT
+
+
+@pytest.mark.parametrize("way", ["to_empty", "assign", "meta inputs"])
+def test_capture_ahead_on_meta_serves_the_loaded_model(pool: Pool, way: str) -> None:
+    for seen in act(pool, calls.captured_ahead, way):
+        assert seen["ahead"] == 1
+        assert seen["error"] <= EXACT
+        assert seen["then"] == 0
+        assert seen["positional"] == ("", "")
+        assert seen["positional captures"] == 0
+
+
+def test_masks_that_are_read_get_their_own_programs(pool: Pool) -> None:
+    for seen in act(pool, calls.masks):
+        assert_counts(seen, {"first": 1, "fewer": 1, "moved": 1, "first again": 0})
+
+
+def test_dump_is_called_with_each_pass(pool: Pool) -> None:
+    for names in act(pool, calls.dumped):
+        assert len(names) >= 3 and len(set(names)) == len(names)
+
+
+def test_one_process_needs_no_group() -> None:
+    assert not dist.is_initialized()
+    model, call = calls.made(), calls.inputs()
+    for spec in ("ulysses=1", "", {}, xdit_compile.ShardingSpec()):
+        p = xdit_compile.parallelize(model, spec)
+        assert isinstance(p, calls.Tiny)
+        assert calls.differs(p, model, **call) <= EXACT
+    assert not dist.is_initialized()
+
+
+def test_more_processes_need_a_launcher() -> None:
+    assert not dist.is_initialized()
+    with pytest.raises(xdit_compile.XditError, match="torchrun"):
+        xdit_compile.parallelize(calls.made(), "ulysses=2")
+
+
+def test_hidden_state_is_not_needed_to_print_copy_and_save(tmp_path: Any) -> None:
+    model = calls.made()
+    p = xdit_compile.parallelize(model, "ulysses=1")
+    assert repr(p) == repr(model)
+    torch.save(p.state_dict(), tmp_path / "weights")
+    again = calls.made(seed=1)
+    again.load_state_dict(torch.load(tmp_path / "weights"))
+    assert calls.differs(again, model, **calls.inputs()) == 0
