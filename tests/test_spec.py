@@ -1,0 +1,158 @@
+"""The sharding spec: a value that parses, prints and refuses."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, fields
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xdit_compile import ShardingSpec, SpecError
+
+PLANNED = [
+    "cfg", "cfg_degree", "data", "data_degree", "pipefusion", "pipefusion_degree", "patches", "num_patches",
+    "warmup", "warmup_steps",
+]  # fmt: skip
+
+specs = st.builds(
+    ShardingSpec,
+    ulysses_degree=st.integers(1, 128),
+    ring_degree=st.integers(1, 128),
+    backend=st.sampled_from(["eager", "inductor"]),
+    attention_kernel=st.sampled_from(["auto", "torch", "flash_attn", "yunchang"]),
+)
+
+
+@given(specs)
+def test_what_is_printed_parses_to_the_same(spec: ShardingSpec) -> None:
+    assert ShardingSpec.parse(str(spec)) == spec
+    assert str(ShardingSpec.parse(str(spec))) == str(spec)
+
+
+@given(specs)
+def test_mapping_of_fields_parses_to_the_same(spec: ShardingSpec) -> None:
+    words = {f.name: getattr(spec, f.name) for f in fields(spec)}
+    assert ShardingSpec.parse(words) == spec
+    assert ShardingSpec.parse({k.removesuffix("_degree"): v for k, v in words.items()}) == spec
+    assert ShardingSpec.parse({k: str(v) for k, v in words.items()}) == spec
+    assert ShardingSpec.parse(spec) is spec
+
+
+@given(specs)
+def test_equal_specs_are_one_key_and_never_change(spec: ShardingSpec) -> None:
+    again = ShardingSpec(spec.ulysses_degree, spec.ring_degree, spec.backend, spec.attention_kernel)
+    assert {spec: 1}[again] == 1
+    with pytest.raises(FrozenInstanceError):
+        spec.ulysses_degree = 3  # type: ignore[misc]
+
+
+@given(specs)
+def test_world_is_the_product(spec: ShardingSpec) -> None:
+    assert spec.world_size == spec.ulysses_degree * spec.ring_degree
+    spec.check_world(spec.world_size)
+    with pytest.raises(SpecError):
+        spec.check_world(spec.world_size + 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("ulysses=2", ShardingSpec(ulysses_degree=2)),
+        ("ulysses=2,ring=3", ShardingSpec(ulysses_degree=2, ring_degree=3)),
+        (" ring = 3 , ulysses=2, ", ShardingSpec(ulysses_degree=2, ring_degree=3)),
+        ("ulysses_degree=2,ring_degree=3", ShardingSpec(ulysses_degree=2, ring_degree=3)),
+        ("ring=2,backend=inductor", ShardingSpec(ring_degree=2, backend="inductor")),
+        ("ulysses=2,kernel=torch", ShardingSpec(ulysses_degree=2, attention_kernel="torch")),
+        ("ulysses=2,attention_kernel=torch", ShardingSpec(ulysses_degree=2, attention_kernel="torch")),
+        ("", ShardingSpec()),
+        ("ulysses=1", ShardingSpec()),
+    ],
+)
+def test_words_of_the_field(text: str, spec: ShardingSpec) -> None:
+    assert ShardingSpec.parse(text) == spec
+
+
+def test_printed_short_and_without_what_is_usual() -> None:
+    assert str(ShardingSpec(ulysses_degree=2, ring_degree=4)) == "ulysses=2,ring=4"
+    assert str(ShardingSpec(ring_degree=4, backend="inductor")) == "ring=4,backend=inductor"
+    assert str(ShardingSpec()) == "ulysses=1"
+
+
+@pytest.mark.parametrize("word", PLANNED)
+def test_planned_words_are_refused_by_name(word: str) -> None:
+    for spec in (f"ulysses=2,{word}=4", {"ulysses": 2, word: 4}, f"{word}=1"):
+        with pytest.raises(SpecError, match=rf"'{word}' is not supported yet.*ulysses"):
+            ShardingSpec.parse(spec)
+
+
+def test_unknown_words_are_refused_with_the_known_ones() -> None:
+    for spec in ("ulises=2", {"ulises": 2}, "ring=2,ulises=2", {1: 2}):
+        with pytest.raises(SpecError, match=r"unknown word '(ulises|1)'.*ulysses.*ring"):
+            ShardingSpec.parse(spec)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", ["two", "2.0", "", "2x", "-", "0x2"])
+def test_what_is_no_number_is_refused(bad: str) -> None:
+    with pytest.raises(SpecError, match="ulysses"):
+        ShardingSpec.parse(f"ulysses={bad}")
+
+
+@pytest.mark.parametrize("bad", [0, -1, 2.0, 2.5, True, None, "2", [2]])
+def test_degree_is_a_positive_whole_number(bad: Any) -> None:
+    for name in ("ulysses_degree", "ring_degree"):
+        with pytest.raises(SpecError, match=f"{name} must be a whole number of at least 1"):
+            ShardingSpec(**{name: bad})
+
+
+@pytest.mark.parametrize(
+    "text", ["ulysses", "ulysses=", "=2", "2", "ulysses:2", "ulysses=2;ring=2", "ulysses==2"]
+)
+def test_what_is_no_pair_is_refused(text: str) -> None:
+    with pytest.raises(SpecError):
+        ShardingSpec.parse(text)
+
+
+@pytest.mark.parametrize(
+    "twice",
+    [
+        "ulysses=2,ulysses=2",
+        "ulysses=2,ulysses_degree=2",
+        {"ring": 2, "ring_degree": 2},
+        "kernel=torch,attention_kernel=auto",
+    ],
+)
+def test_repeated_words_are_refused(twice: Any) -> None:
+    with pytest.raises(SpecError, match="twice"):
+        ShardingSpec.parse(twice)
+
+
+def test_backend_and_kernel_are_named_with_their_choices() -> None:
+    with pytest.raises(SpecError, match=r"backend must be one of eager, inductor, got 'fast'"):
+        ShardingSpec.parse("ulysses=2,backend=fast")
+    with pytest.raises(SpecError, match=r"attention_kernel must be one of .*flash_attn.*, got 'fast'"):
+        ShardingSpec.parse("ulysses=2,kernel=fast")
+
+
+@pytest.mark.parametrize("bad", [None, 2, 2.0, ["ulysses=2"], ("ulysses", 2)])
+def test_what_is_neither_text_nor_mapping_is_refused(bad: Any) -> None:
+    with pytest.raises(SpecError):
+        ShardingSpec.parse(bad)
+
+
+def test_spec_error_is_a_value_error() -> None:
+    assert issubclass(SpecError, ValueError)
+
+
+def test_world_that_does_not_fit_is_told_with_degrees_that_do() -> None:
+    with pytest.raises(SpecError) as raised:
+        ShardingSpec(ulysses_degree=3, ring_degree=2).check_world(4)
+    text = str(raised.value)
+    assert "3 x 2 = 6" in text and "4 are running" in text
+    for fits in ("ulysses=1,ring=4", "ulysses=2,ring=2", "ulysses=4,ring=1"):
+        assert fits in text
+        ShardingSpec.parse(fits).check_world(4)
+    assert "ulysses=3" not in text.split("degrees that fit")[1]
+    with pytest.raises(SpecError, match="1 is running"):
+        ShardingSpec(ulysses_degree=2).check_world(1)
