@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shlex
 import sys
@@ -32,7 +33,8 @@ from xdit_compile.errors import SpecError
 from xdit_compile.explain import Explanation, explain
 from xdit_compile.report.units import size, work
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
 
 from examples.published import PUBLISHED
 
@@ -166,22 +168,39 @@ def _in_block(module: str) -> bool:
 
 def page(rows: Sequence[Row], command: str) -> str:
     """The whole document."""
+    versions = f"torch {torch.__version__.partition('+')[0]}, diffusers {diffusers.__version__}"
+    columns = {
+        "model": "---",
+        "N": "---:",
+        "spec": "---",
+        "FLOPs": "---:",
+        "sent": "---:",
+        "formula": "---:",
+        "sent / formula": "---:",
+        "sharded": "---",
+        "collectives": "---:",
+        "in blocks": "---:",
+        "gathers in blocks": "---:",
+        "largest replicated": "---",
+    }
     head = f"""\
 # The published models
 
-Made by `{command}` (torch {torch.__version__.partition("+")[0]}, diffusers {diffusers.__version__}): every model
-captured at its full size, batch 1, on the meta device, and planned for N ranks. Nothing was run.
+Made by `{command}` ({versions}): every model captured at its full size, batch 1, on the meta device, and
+planned for N ranks. Nothing was run.
 
-- *FLOPs*: those of one rank times N, over those of one device. 1.00 is ideal; the rest is computed on every rank.
-- *sent*: bytes one rank gives to others in one forward. *Formula*: `4 (N-1)/N² x tokens x hidden x layers x
-  element size`, what Ulysses has to send for the tokens that are sharded (image, and text where "+ text" says so);
-  more is the final all-gather, and exchanges of another kind.
-- *collectives*: per forward; of them inside blocks; all-gathers inside blocks, which there should be none of.
-- *largest replicated*: what costs most of that which every rank computes whole, and its share of the model.
+- *FLOPs*: those of one rank times N, over those of one device. 1.000 is ideal; the rest is what every rank
+  computes whole.
+- *sent*: bytes one rank gives to others in one forward.
+- *formula*: `4 (N-1)/N² x tokens x hidden x layers x element size`, what Ulysses has to send for the tokens
+  that are *sharded*. More is the final all-gather, and exchanges of another kind.
+- *collectives*: per forward, and those of them inside blocks; *gathers in blocks*: all-gathers inside blocks,
+  of which there should be none.
+- *largest replicated*: the operator that costs most of those that every rank computes whole, and its share of
+  the model's operations.
 
-| model | N | spec | FLOPs | sent | formula | sent / formula | tokens | collectives | in blocks | gathers in blocks \
-| largest replicated |
-|---|---:|---|---:|---:|---:|---:|---|---:|---:|---:|---|
+| {" | ".join(columns)} |
+|{"|".join(columns.values())}|
 """
     return head + "\n".join(map(_line, rows)) + "\n"
 
@@ -216,7 +235,7 @@ def _command(options: argparse.Namespace) -> str:
     if options.degrees != [2, 4, 8]:
         words += ["--degrees", *map(str, options.degrees)]
     if options.output:
-        words += ["--output", Path(*options.output.parts[-2:]).as_posix()]
+        words += ["--output", os.path.relpath(options.output, ROOT)]
     return shlex.join(words)
 
 

@@ -33,9 +33,9 @@ EXPLAIN = """\
 Say what parallelising one call of a model would do: no processes, no weights, any number of ranks.
 
 examples:
-  xdit-compile explain examples/published.py:flux_dev --spec ulysses=8
+  xdit-compile explain model.py:example --spec ulysses=8
   xdit-compile explain my_package.models:example --spec ulysses=4,ring=2 --json > report.json
-  xdit-compile explain model.py:example --spec ulysses=2 --rank 1 --dump programs/
+  xdit-compile explain model.py:example --spec ulysses=2 --rank 1 --dump programs
 """
 
 VERIFY = """\

@@ -9,7 +9,7 @@ that changes its inputs or itself, or takes what is no tensor, constant or conta
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +85,8 @@ class Outliner:
         self._modules = {path: model.get_submodule(path) for path in self._prints}
         self.kinds: dict[Hashable, Kind | None] = {}
         """By (fingerprint, inputs); None for a block that has to stay inside the model."""
+        self._inside: set[str] = set()
+        """Blocks some call of which has to stay inside the model."""
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -100,8 +102,9 @@ class Outliner:
     def exporting(self) -> Iterator[None]:
         """Within: export the model."""
         _results.update({k.name: [meta(t) for t in k.fresh] for k in self.kinds.values() if k})
+        examples = {k.path for k in self.kinds.values() if k} | self._inside
         try:
-            with self._replaced(self._emit):
+            with self._replaced(self._emit), _without_state(m for p, m in self._modules.items() if p not in examples):
                 yield
         finally:
             _results.clear()
@@ -129,9 +132,13 @@ class Outliner:
     def _record(self, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         tensors, structure = flatten((args, kwargs))
         if not _plain(structure):
+            self._inside.add(path)
             return forward(*args, **kwargs)
         key = self._key(path, tensors, structure)
         kind = self.kinds.get(key)
+        if key in self.kinds and kind is None:
+            self._inside.add(path)
+            return forward(*args, **kwargs)
         if kind:
             results = [tensors[r] if isinstance(r, int) else torch.empty_strided(
                 r.shape, r.stride(), dtype=r.dtype, device=r.device) for r in kind.results]
@@ -146,6 +153,8 @@ class Outliner:
             tuple(self._known.value(t) for t in tensors), outputs,
             tuple(next((i for i, t in enumerate(tensors) if t is m), m) for m in made),
         ) if pure else None
+        if not pure:
+            self._inside.add(path)
         return out
 
     def _name(self, path: str) -> str:
@@ -170,6 +179,20 @@ class Outliner:
             return forward(*args, **kwargs)
         fresh = iter(BLOCK(kind.name, path, tensors) if kind.fresh else [])
         return kind.outputs.build([tensors[r] if isinstance(r, int) else next(fresh) for r in kind.results])
+
+
+@contextmanager
+def _without_state(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within, these modules have no parameters and buffers: export takes time for each, also for those of blocks
+    that are stood in for. One block of each kind keeps its own, so that a model finds dtypes as it does."""
+    hidden = [(m, m._parameters, m._buffers) for module in modules for m in module.modules()]
+    for module, _, _ in hidden:
+        vars(module).update(_parameters={}, _buffers={})
+    try:
+        yield
+    finally:
+        for module, parameters, buffers in hidden:
+            vars(module).update(_parameters=parameters, _buffers=buffers)
 
 
 def _plain(structure: Structure) -> bool:

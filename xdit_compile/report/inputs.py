@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from xdit_compile.errors import XditError
+from xdit_compile.parallel import bind_call
 
 Inputs = Mapping[str, Any] | Sequence[Any]
 """Keyword arguments by name, or positional arguments in order."""
@@ -25,7 +25,6 @@ def call_arguments(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], d
         raise XditError(f"inputs must be a dict of keyword arguments or a tuple of positional ones, got a "
                         f"{type(inputs).__name__}")
     try:
-        bound = inspect.signature(type(model).forward).bind(model, *args, **kwargs)
+        return bind_call(model, args, kwargs)
     except TypeError as error:
         raise XditError(f"the inputs do not fit {type(model).__name__}.forward: {error}") from error
-    return bound.args[1:], bound.kwargs
