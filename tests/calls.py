@@ -6,7 +6,7 @@ A scene is a function that every rank runs; it returns what was seen, and the te
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -261,8 +261,8 @@ def diffusers_stand_in(name: str) -> dict[str, Any]:
 
     import models
 
-    model, call = models.build(name), models.CASES[name].inputs(1, True)
-    other = models.build(name)
+    model, call = shortened(name), models.CASES[name].inputs(1, True)
+    other = shortened(name)
     p = parallel(model)
     ours, theirs = p.state_dict(), model.state_dict()
     seen: dict[str, Any] = {
@@ -418,16 +418,26 @@ def tied() -> dict[str, float]:
 
 
 def exchanged_modules() -> list[tuple[float, int]]:
-    """One layer after the other takes a place in the model; each is freed when the next has come."""
+    """One layer after the other takes a place in the model, where it can at the address of a freed one."""
     model, reference, call = made(), made(), inputs()
     p = parallel(model)
-    seen = []
+    seen, addresses = [], {id(model.leave)}
     with counting() as captures:
-        for seed in range(8):
-            for m, target in ((p, model), (reference, reference)):
-                m.leave = made(seed=seed).leave
-                assert target.leave is m.leave
+        for seed in range(4):
             seen.append((differs(p, reference, **call), captures()))
+            made_in_vain = []
+            for _ in range(500):
+                made_in_vain.append(nn.Linear(24, 6).requires_grad_(False))
+                if id(made_in_vain[-1]) in addresses:
+                    break
+            p.leave = made_in_vain[-1]
+            addresses.add(id(model.leave))
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                nn.init.normal_(model.leave.weight)
+            reference.leave.load_state_dict(model.leave.state_dict())
+            del made_in_vain
+        seen.append((differs(p, reference, **call), captures()))
     return seen
 
 
@@ -442,8 +452,8 @@ def other_layer() -> tuple[float, int]:
         return differs(p, reference, **call), captures()
 
 
-def processors() -> dict[str, tuple[float, int]]:
-    """Attention processors of diffusers, and our own: put in, exchanged, and changed from inside."""
+def processors(kind: str) -> dict[str, tuple[float, int]]:
+    """Another attention processor of diffusers: the error and the captures without and with it."""
     import models
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
@@ -451,41 +461,42 @@ def processors() -> dict[str, tuple[float, int]]:
         def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
             return 3 * super().__call__(*args, **kwargs)
 
-    seen = {}
+    model, reference, call = shortened("dit"), shortened("dit"), models.CASES["dit"].inputs(1, True)
+    p = parallel(model)
     with torch.no_grad(), counting() as captures:
-        model, reference, call = models.build("dit"), models.build("dit"), models.CASES["dit"].inputs(1, True)
-        p = parallel(model)
-        seen["as built"] = differs(p, reference, **call), captures()
-        for name, processor in (("tripled", Tripled()), ("written out", AttnProcessor())):
-            for m in (model, reference):
-                for block in m.transformer_blocks:
-                    block.attn1.set_processor(processor)
-            seen[name] = differs(p, reference, **call), captures()
-        tiny, plain, call = made(), made(), inputs()
-        p = parallel(tiny)
-        seen["gain 1"] = differs(p, plain, **call), captures()
-        for factor in (2.0, 3.0, 4.0, 5.0):
-            for m in (tiny, plain):
-                m.blocks[0].processor = Gain(factor)
-            seen[f"gain {factor}"] = differs(p, plain, **call), captures()
-        for m in (tiny, plain):
-            m.blocks[0].processor.factor = 7.0
-        seen["gain 7 from inside"] = differs(p, plain, **call), captures()
-    return seen
+        seen = {"as built": (differs(p, reference, **call), captures())}
+        for m in (p, reference):
+            m.transformer_blocks[0].attn1.set_processor(
+                {"tripled": Tripled, "written out": AttnProcessor}[kind]()
+            )
+        return seen | {"exchanged": (differs(p, reference, **call), captures())}
 
 
-def attributes() -> dict[str, float]:
-    """Python attributes that forward reads, set on the model and on the parallel model."""
+def own_processors() -> dict[str, float]:
+    """Plain objects that a block consults: exchanged again and again, and changed from inside."""
+    model, reference, call = made(), made(), inputs()
+    p = parallel(model)
+    seen = {"gain 1": differs(p, reference, **call)}
+    for factor in (2.0, 3.0, 4.0):
+        for m in (model, reference):
+            m.blocks[0].processor = Gain(factor)
+        seen[f"gain {factor}"] = differs(p, reference, **call)
+    for m in (model, reference):
+        m.blocks[0].processor.factor = 7.0
+    return seen | {"gain 7 from inside": differs(p, reference, **call)}
+
+
+def attributes(where: str) -> dict[str, float]:
+    """A Python attribute that forward reads, set on the model or on the parallel model, or on a block of it."""
     model, reference, call = made(), made(), inputs()
     p = parallel(model)
     seen = {"before": differs(p, reference, **call)}
-    reference.strength = model.strength = 2.0
-    seen["set on the model"] = differs(p, reference, **call)
-    reference.strength = p.strength = 3.0
-    seen["set on the parallel model"] = differs(p, reference, **call)
-    reference.blocks[0].processor = p.blocks[0].processor = Gain(0.5)
-    seen["set on a block"] = differs(p, reference, **call)
-    return seen
+    if where == "block":
+        reference.blocks[0].processor, p.blocks[0].processor = Gain(0.5), Gain(0.5)
+    else:
+        reference.strength = 2.0
+        setattr(p if where == "parallel" else model, "strength", 2.0)
+    return seen | {"after": differs(p, reference, **call), "alone": differs(model, reference, **call)}
 
 
 def _tripled(module: nn.Module, args: Any, output: Any) -> Any:
@@ -496,56 +507,43 @@ def _shifted(module: nn.Module, args: Any, kwargs: Any) -> Any:
     return args, kwargs | {"x": kwargs["x"] + 1}
 
 
-def hooks() -> dict[str, float]:
-    """Hooks on a layer, and on the model itself, registered before and after the first call."""
+def hooks(where: str) -> dict[str, float]:
+    """Hooks on a layer, or on the model itself, registered before and after the first call."""
     call = inputs() | {"return_dict": False}
     seen = {}
     for when in ("before", "after"):
-        for where in ("layer", "model", "model's inputs"):
-            model, reference = made(), made()
-            handles = []
-            p = parallel(model)
-            if when == "after":
-                p(**call)
-            for m in (model, reference):
-                if where == "layer":
-                    handles.append(m.blocks[1].out.register_forward_hook(_tripled))
-                elif where == "model":
-                    handles.append(m.register_forward_hook(_tripled))
-                else:
-                    handles.append(m.register_forward_pre_hook(_shifted, with_kwargs=True))
-            seen[f"{where}, {when} the first call"] = differs(p, reference, **call)
-            for handle in handles:
-                handle.remove()
-            seen[f"{where}, {when} the first call, removed"] = differs(p, reference, **call)
+        model, reference = made(), made()
+        p = parallel(model)
+        if when == "after":
+            p(**call)
+        if where == "layer":
+            handles = [m.blocks[1].out.register_forward_hook(_tripled) for m in (model, reference)]
+        elif where == "output":
+            handles = [m.register_forward_hook(_tripled) for m in (model, reference)]
+        else:
+            handles = [m.register_forward_pre_hook(_shifted, with_kwargs=True) for m in (model, reference)]
+        seen[f"{when} the first call"] = differs(p, reference, **call)
+        for handle in handles:
+            handle.remove()
+        seen[f"{when} the first call, and removed"] = differs(p, reference, **call)
     return seen
 
 
-def modes() -> dict[str, tuple[float, bool]]:
-    """In and out of autocast and inference mode: the error, and whether plain PyTorch's dtype came out."""
-    seen = {}
-
-    def look(name: str) -> None:
-        expected, out = reference(**call).sample, p(**call).sample
-        scale = reference_scale.abs().max()
-        seen[name] = (
-            ((out.double() - expected.double()).abs().max() / scale).item(),
-            out.dtype == expected.dtype,
-        )
-
-    for first in ("plain", "autocast"):
-        model, reference, call = made(), made(), inputs()
-        p, reference_scale = parallel(model), made()(**inputs()).sample
-        for name in ("plain", "autocast", "plain") if first == "plain" else ("autocast", "plain", "autocast"):
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=name == "autocast"):
-                look(f"{name}, {first} first")
-    model, reference = made(), made()
-    p = parallel(model)
-    with torch.inference_mode():
-        look("inference mode")
-    look("after inference mode")
-    with torch.no_grad():
-        look("no grad")
+def modes(*names: str) -> list[tuple[float, bool]]:
+    """One call after the other in these modes: the error, and whether plain PyTorch's dtype came out."""
+    model, reference, call = made(), made(), inputs()
+    p, seen = parallel(model), []
+    scale = reference(**call).sample.abs().max()
+    contexts: dict[str, Callable[[], Any]] = {
+        "plain": nullcontext,
+        "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        "inference": torch.inference_mode,
+        "no grad": torch.no_grad,
+    }
+    for name in names:
+        with contexts[name]():
+            expected, out = reference(**call).sample, p(**call).sample
+            seen.append((((out - expected).abs().max() / scale).item(), out.dtype == expected.dtype))
     return seen
 
 
@@ -586,12 +584,12 @@ def between(name: str) -> dict[str, float]:
     """The model alone, between and after parallel calls of two kinds; nothing ran before the first."""
     import models
 
-    reference = models.build(name)
+    reference = shortened(name)
     case = models.CASES[name]
     one, two = case.inputs(1, True), case.inputs(2, False)
     with torch.no_grad():
         # In this order: what the reference caches on its class must not help the model.
-        model = models.build(name)
+        model = shortened(name)
         p = parallel(model)
         outs = [p(**one), model(**one), p(**two), model(**two), model(**one), p(**one)]
         wanted = [reference(**i) for i in (one, one, two, two, one, one)]
@@ -665,7 +663,7 @@ def masks() -> dict[str, tuple[float, int]]:
     """A model that reads its mask: masks of another sum, of the same, and one seen before."""
     import models
 
-    model, reference = models.build("mochi"), models.build("mochi")
+    model, reference = shortened("mochi"), shortened("mochi")
     call = models.CASES["mochi"].inputs(1, True)
     p = parallel(model)
     mask = call["encoder_attention_mask"]

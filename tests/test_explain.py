@@ -22,7 +22,7 @@ from xdit_compile.frontend.cache import captured
 from xdit_compile.program import Program
 from xdit_compile.report.blame import arguments_of
 from xdit_compile.report.costs import costs_of
-from xdit_compile.report.inputs import call_arguments
+from xdit_compile.calls import call_arguments
 from xdit_compile.report.memory import peak_activations
 from xdit_compile.report.operations import program_flops
 from xdit_compile.report.traffic import bytes_sent

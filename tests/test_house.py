@@ -1,4 +1,4 @@
-"""What the package promises about its own source: no model by name, arrows one way, small, every rule tested."""
+"""What the package promises about its source: no model by name, arrows one way, small, every rule tested."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 VOCABULARY = ("layout", "spec", "mesh", "program", "structure", "costs", "errors")
 
 FAMILY_NAMES = (
-    "flux", "sd3", "stable_?diffusion", "wan", "pix_?art", "hunyuan", "cog_?video", "cog_?view", "mochi", "ltx",
-    "qwen", "sana", "latte", "lumina", "aura_?flow", "chroma", "cosmos", "allegro", "kandinsky", "omni_?gen",
+    "flux", "sd3", "stable_?diffusion", "wan", "pix_?art", "hunyuan", "cog_?video", "cog_?view", "mochi",
+    "ltx", "qwen", "sana", "latte", "lumina", "aura_?flow", "chroma", "cosmos", "allegro", "kandinsky", "omni_?gen",
     "hi_?dream", "easy_?animate", "skyreels", "bria", "transformer_?[123]_?d", "mm_?dit",
 )  # fmt: skip
 
@@ -83,9 +83,10 @@ def test_words_are_found_and_docstrings_are_not(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_no_model_is_known_by_name(path: Path) -> None:
-    import diffusers
+    import diffusers.models.transformers
 
-    classes = {n for n in vars(diffusers.models.transformers) if n[0].isupper()}
+    classes = {n for n in dir(diffusers.models.transformers) if n[0].isupper()}
+    assert len(classes) > 20
     family = re.compile(rf"(?<![a-z])({'|'.join(FAMILY_NAMES)})(?![a-z]{{3}})", re.IGNORECASE)
     named = [(line, word) for line, word in words(path)
              if family.search(word) or any(re.search(rf"\b{c}\b", word) for c in classes)]  # fmt: skip
@@ -139,6 +140,8 @@ def test_rules_are_short() -> None:
 
 
 def test_every_module_and_public_name_says_what_it_is_for() -> None:
-    assert [module_name(p) for p in FILES if not ast.get_docstring(ast.parse(p.read_text()))] == []
+    assert [
+        module_name(p) for p in FILES if p.read_text() and not ast.get_docstring(ast.parse(p.read_text()))
+    ] == []
     assert [n for n in xdit_compile.__all__ if not inspect.getdoc(getattr(xdit_compile, n))] == []
     assert xdit_compile.__all__ == sorted(xdit_compile.__all__)

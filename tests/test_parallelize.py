@@ -105,27 +105,39 @@ def test_layer_of_another_kind_is_captured(pool: Pool) -> None:
         assert captures == 1
 
 
-def test_attention_processors_act_at_the_next_call(pool: Pool) -> None:
-    for seen in act(pool, calls.processors):
-        assert_close({name: e for name, (e, _) in seen.items()})
-        assert seen["tripled"][1] == seen["written out"][1] == 1
+@pytest.mark.parametrize("kind", ["tripled", "written out"])
+def test_attention_processor_acts_at_the_next_call(pool: Pool, kind: str) -> None:
+    for seen in act(pool, calls.processors, kind):
+        assert_counts(seen, {"as built": 1, "exchanged": 1})
 
 
-def test_attributes_act_at_the_next_call(pool: Pool) -> None:
-    for seen in act(pool, calls.attributes):
+def test_plain_objects_that_a_forward_consults_may_change(pool: Pool) -> None:
+    for seen in act(pool, calls.own_processors):
         assert_close(seen)
 
 
-def test_hooks_run_once_whenever_they_are_registered(pool: Pool) -> None:
-    for seen in act(pool, calls.hooks):
+@pytest.mark.parametrize("where", ["model", "parallel", "block"])
+def test_attribute_acts_at_the_next_call(pool: Pool, where: str) -> None:
+    for seen in act(pool, calls.attributes, where):
         assert_close(seen)
 
 
-def test_autocast_inference_mode_and_no_grad(pool: Pool) -> None:
-    for seen in act(pool, calls.modes):
-        assert {name for name, (_, same_dtype) in seen.items() if not same_dtype} == set()
-        assert_close({name: e for name, (e, _) in seen.items() if "autocast," not in name})
-        assert max(e for name, (e, _) in seen.items() if name.startswith("autocast,")) <= 0.02
+@pytest.mark.parametrize("where", ["layer", "output", "input"])
+def test_hooks_run_once_whenever_they_are_registered(pool: Pool, where: str) -> None:
+    for seen in act(pool, calls.hooks, where):
+        assert_close(seen)
+
+
+@pytest.mark.parametrize(
+    "modes",
+    [("plain", "autocast", "plain"), ("autocast", "plain", "autocast"), ("inference", "plain", "no grad")],
+    ids=", ".join,
+)
+def test_modes_act_on_their_call_only(pool: Pool, modes: tuple[str, ...]) -> None:
+    for seen in act(pool, calls.modes, *modes):
+        for mode, (error, same_dtype) in zip(modes, seen, strict=True):
+            assert same_dtype, (mode, seen)
+            assert error <= (0.02 if mode == "autocast" else EXACT), (mode, seen)
 
 
 def test_memory_format_of_inputs_does_not_matter(pool: Pool) -> None:

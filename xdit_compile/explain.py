@@ -17,7 +17,7 @@ from xdit_compile.errors import SpecError
 from xdit_compile.frontend.cache import captured
 from xdit_compile.program import Note, Program, module_of, source_of
 from xdit_compile.report.costs import Costs, costs_of
-from xdit_compile.report.inputs import Inputs, call_arguments
+from xdit_compile.calls import Inputs, call_arguments
 from xdit_compile.report.operations import contractions
 from xdit_compile.report.origins import Piece, global_functions, pieces
 from xdit_compile.report.plain import jsonable, plain

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from xdit_compile.calls import Inputs, bind_call, call_arguments, named_leaves
 from xdit_compile.compiler import Compiled, Dump, compile_program
 from xdit_compile.errors import SpecError, XditError
 from xdit_compile.frontend.cache import captured
@@ -37,15 +37,15 @@ class Runner:
         """By the identity of the captured program, which ``Compiled`` keeps alive."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = bind_call(self.model, args, kwargs)
-        tensors, structure = flatten((args, kwargs))
+        bound = bind_call(self.model, args, kwargs)
+        tensors, _ = flatten((bound.args, bound.kwargs))
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise XditError("a parallel model computes no gradients, but an input requires them; "
                             "call it under torch.no_grad() or detach the input")
         if self.check_inputs:
-            facts = digests({f"tensor {i}": t for i, t in enumerate(tensors)})
-            self.control.agree("the call's inputs", facts | {"arguments": str(structure.constants)})
-        compiled, executor = self._program(args, kwargs)
+            named, others = named_leaves(bound)
+            self.control.agree("the call's inputs", digests(named) | others)
+        compiled, executor = self._program(bound.args, bound.kwargs)
         self.groups.bind()
         try:
             with self.control.guard("the forward pass", self.groups.all):
@@ -70,14 +70,7 @@ class Runner:
         return self.programs[id(whole)]
 
 
-def bind_call(model: nn.Module, args: Sequence[Any],
-              kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of one call in the one way programs are kept by; raises TypeError for what forward does not take."""
-    bound = inspect.signature(type(model).forward).bind(model, *args, **kwargs)
-    return bound.args[1:], bound.kwargs
-
-
-def capture(model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any]) -> Program:
+def capture(model: nn.Module, inputs: Inputs) -> Program:
     """Capture the forward of ``model`` ahead of its first call and keep the program for it.
 
     Args:
@@ -89,8 +82,7 @@ def capture(model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any]) -> Prog
     Raises:
         CaptureError: naming the line of the model that stands in the way.
     """
-    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
-    return captured(model, *bind_call(model, args, kwargs))
+    return captured(model, *call_arguments(model, inputs))
 
 
 def parallelize(model: nn.Module, spec: str | dict | ShardingSpec, *, ranks: Sequence[int] | None = None,

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from xdit_compile.errors import XditError
-from xdit_compile.report.inputs import Inputs
+from xdit_compile.calls import Inputs
 
 
 def load(target: str) -> Callable[[], Any]:
