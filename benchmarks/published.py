@@ -33,10 +33,11 @@ from xdit_compile.errors import SpecError
 from xdit_compile.explain import Explanation, explain
 from xdit_compile.report.units import size, work
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from examples.published import PUBLISHED
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ A scene is a function that every rank runs; it returns what was seen, and the te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -179,6 +179,17 @@ def made(cls: type[nn.Module] = Tiny, seed: int = 0, **kwargs: Any) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return cls(**kwargs).eval().requires_grad_(False)
+
+
+def shortened(name: str) -> nn.Module:
+    """A model of the exactness tests with only the last of its blocks of each kind."""
+    import models
+
+    model = models.build(name)
+    for child, module in list(model.named_children()):
+        if isinstance(module, nn.ModuleList):
+            setattr(model, child, module[-1:])
+    return model
 
 
 def inputs(
@@ -487,7 +498,7 @@ def own_processors() -> dict[str, float]:
 
 
 def attributes(where: str) -> dict[str, float]:
-    """A Python attribute that forward reads, set on the model or on the parallel model, or on a block of it."""
+    """A Python attribute that forward reads, set on the model, on the parallel model or on a block of it."""
     model, reference, call = made(), made(), inputs()
     p = parallel(model)
     seen = {"before": differs(p, reference, **call)}
@@ -495,7 +506,7 @@ def attributes(where: str) -> dict[str, float]:
         reference.blocks[0].processor, p.blocks[0].processor = Gain(0.5), Gain(0.5)
     else:
         reference.strength = 2.0
-        setattr(p if where == "parallel" else model, "strength", 2.0)
+        (p if where == "parallel" else model).strength = 2.0
     return seen | {"after": differs(p, reference, **call), "alone": differs(model, reference, **call)}
 
 
@@ -677,6 +688,14 @@ def masks() -> dict[str, tuple[float, int]]:
     return seen
 
 
+def overlapping() -> list[float]:
+    """Rank 0 belongs to two groups of one shape, and uses one after the other."""
+    reference, call = made(), inputs()
+    here = [pair for pair in ((0, 1), (0, 2)) if dist.get_rank() in pair]
+    both = [parallel(made(), "ring=2", ranks=pair) for pair in here]
+    return [differs(p, reference, **call) for _ in range(2) for p in both]
+
+
 def dumped() -> list[str]:
     names: list[str] = []
     p = parallel(made(), dump=lambda name, program: names.append(name))
@@ -689,25 +708,23 @@ def dumped() -> list[str]:
 
 
 def refused(
+    world: int,
     spec: Any,
     cls: type[nn.Module] = Tiny,
     call: dict[str, Any] | None = None,
-    ranks: Sequence[int] | None = None,
     training: bool = False,
     **kwargs: Any,
 ) -> dict[str, Any]:
     """Parallelize and call; what was raised, and how another model does in the same processes afterwards."""
     model = made(cls, **kwargs)
-    call = inputs() if call is None else call
 
     def attempt() -> None:
-        p = xdit_compile.parallelize(model, spec, ranks=ranks, timeout=TIMEOUT)
+        p = xdit_compile.parallelize(model, spec, ranks=range(world), timeout=TIMEOUT)
         p.train(training)
-        p(**call)
+        p(**inputs() if call is None else call)
 
     raised, text = outcome(attempt)
-    there = ranks or range(dist.get_world_size())
-    good = parallel(made(), f"ring={len(there)}", ranks=there)
+    good = parallel(made(), f"ring={world}")
     return {"raised": raised, "text": text, "next": differs(good, made(), **inputs())}
 
 
@@ -766,7 +783,7 @@ def one_stays_away(timeout: float) -> tuple[str, str]:
     """Rank 1 makes a call that fails before any rank is asked."""
     p = parallel(made(), timeout=timeout)
     p(**inputs())
-    return outcome(lambda: p(**on_rank(1, {"colour": "red"}, inputs())))
+    return outcome(lambda: p(**on_rank(1, inputs() | {"colour": "red"}, inputs())))
 
 
 def models_differ() -> dict[str, tuple[str, str]]:

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests import lockstep, models
+from xdit_compile.calls import call_arguments
 from xdit_compile.compiler import compile_program
 from xdit_compile.errors import SpecError, XditError
 from xdit_compile.explain import explain
@@ -22,7 +23,6 @@ from xdit_compile.frontend.cache import captured
 from xdit_compile.program import Program
 from xdit_compile.report.blame import arguments_of
 from xdit_compile.report.costs import costs_of
-from xdit_compile.calls import call_arguments
 from xdit_compile.report.memory import peak_activations
 from xdit_compile.report.operations import program_flops
 from xdit_compile.report.traffic import bytes_sent

@@ -195,6 +195,12 @@ def test_masks_that_are_read_get_their_own_programs(pool: Pool) -> None:
         assert_counts(seen, {"first": 1, "fewer": 1, "moved": 1, "first again": 0})
 
 
+def test_rank_of_two_groups_of_one_shape(pool: Pool) -> None:
+    seen = pool.run(calls.overlapping, ranks=range(3), timeout=150)
+    assert [len(errors) for errors in seen] == [4, 2, 2]
+    assert max(e for errors in seen for e in errors) <= EXACT
+
+
 def test_dump_is_called_with_each_pass(pool: Pool) -> None:
     for names in act(pool, calls.dumped):
         assert len(names) >= 3 and len(set(names)) == len(names)

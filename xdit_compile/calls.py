@@ -47,7 +47,7 @@ def named_leaves(bound: inspect.BoundArguments) -> tuple[dict[str, torch.Tensor]
     """Tensors, and all else as text, by where they are in the call: ``hidden_states``, ``rotary[0]``."""
     tensors, others = {}, {}
     for path, leaf in pytree.tree_flatten_with_path(dict(bound.arguments))[0]:
-        name = f"{path[0].key}{pytree.keystr(path[1:])}"
+        name = pytree.keystr(path[:1]).strip("[]'") + pytree.keystr(path[1:])
         if isinstance(leaf, torch.Tensor):
             tensors[name] = leaf
         else:

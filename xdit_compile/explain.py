@@ -11,13 +11,13 @@ from typing import Any
 from rich.console import RenderableType
 from torch import fx, nn
 
+from xdit_compile.calls import Inputs, call_arguments
 from xdit_compile.compiler import Dump, compile_program
 from xdit_compile.costs import FORMULAS
 from xdit_compile.errors import SpecError
 from xdit_compile.frontend.cache import captured
 from xdit_compile.program import Note, Program, module_of, source_of
 from xdit_compile.report.costs import Costs, costs_of
-from xdit_compile.calls import Inputs, call_arguments
 from xdit_compile.report.operations import contractions
 from xdit_compile.report.origins import Piece, global_functions, pieces
 from xdit_compile.report.plain import jsonable, plain

@@ -24,6 +24,9 @@ Position = Mapping[str, int]
 SEQUENCE = "sequence"
 """The mesh axis of sequence parallelism (ring x Ulysses, Ulysses innermost)."""
 
+Spans = list[tuple[int, int]]
+"""Index ranges, one after the other."""
+
 MAX_SEGMENTS = 4096
 """Beyond this a merged dimension is gathered instead: the bookkeeping would cost more than the data."""
 
@@ -58,6 +61,16 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """What one rank holds of one segment: global indices ``start..stop``, at ``at`` in its local tensor."""
+
+    sharded: bool
+    start: int
+    stop: int
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
 class Dim:
     """One dimension of a tensor: its segments, in order, with neighbouring replicated ones joined."""
 
@@ -82,9 +95,7 @@ class Dim:
     @staticmethod
     def even(length: int, parts: int, axis: str = SEQUENCE) -> Dim:
         """Split over ``parts`` ranks as evenly as whole numbers allow, larger shares first."""
-        share, extra = divmod(length, parts)
-        sizes = [share + (i < extra) for i in range(parts)]
-        return Dim.of([Segment((0, *accumulate(sizes)), axis)])
+        return Dim.of([Segment(even_offsets(length, parts), axis)])
 
     @property
     def size(self) -> int:
@@ -101,20 +112,23 @@ class Dim:
     def local_size(self, position: Position) -> int:
         return sum(stop - start for start, stop in (s.bounds(position) for s in self.segments))
 
-    def spans(self, position: Position) -> list[tuple[int, int]]:
-        """The global index ranges the rank at ``position`` holds, in the order of its local tensor."""
-        spans: list[tuple[int, int]] = []
-        base = 0
+    def pieces(self, position: Position) -> list[Piece]:
+        """What the rank at ``position`` holds of each segment, in the order of its local tensor."""
+        pieces, base, at = [], 0, 0
         for segment in self.segments:
-            start, stop = (base + b for b in segment.bounds(position))
-            base += segment.length
-            if start == stop:
-                continue
-            if spans and spans[-1][1] == start:
-                spans[-1] = (spans[-1][0], stop)
-            else:
-                spans.append((start, stop))
-        return spans
+            start, stop = segment.bounds(position)
+            pieces.append(Piece(segment.axis is not None, base + start, base + stop, at))
+            base, at = base + segment.length, at + stop - start
+        return pieces
+
+    def spans(self, position: Position, sharded: bool | None = None) -> Spans:
+        """The global index ranges the rank at ``position`` holds, in the order of its local tensor: of all segments,
+        or of the sharded or the replicated ones only."""
+        return joined((p.start, p.stop) for p in self.pieces(position) if sharded in (None, p.sharded))
+
+    def local_spans(self, position: Position, sharded: bool) -> Spans:
+        """Where the sharded, or the replicated, segments lie in the local tensor."""
+        return joined((p.at, p.at + p.stop - p.start) for p in self.pieces(position) if p.sharded is sharded)
 
     def slice(self, start: int, stop: int, step: int = 1) -> Dim:
         """The indices ``start:stop:step``; a segment keeps its owner, so shares may become uneven or empty."""
@@ -156,6 +170,27 @@ class Dim:
         return " + ".join(map(str, self.segments)) if len(self.segments) <= 8 else (
             f"{' + '.join(map(str, self.segments[:3]))} + ... ({len(self.segments)} segments)"
         ) if self.segments else "0"
+
+
+def even_offsets(length: int, parts: int) -> tuple[int, ...]:
+    """Borders of ``parts`` shares as even as whole numbers allow, larger ones first."""
+    share, extra = divmod(length, parts)
+    return tuple(accumulate((share + (i < extra) for i in range(parts)), initial=0))
+
+
+def joined(spans: Iterable[tuple[int, int]]) -> Spans:
+    """Without empty spans, neighbours made one."""
+    out: Spans = []
+    for start, stop in spans:
+        if start < stop and out and out[-1][1] == start:
+            out[-1] = (out[-1][0], stop)
+        elif start < stop:
+            out.append((start, stop))
+    return out
+
+
+def length(spans: Spans) -> int:
+    return sum(stop - start for start, stop in spans)
 
 
 def concatenate(dims: Iterable[Dim]) -> Dim:

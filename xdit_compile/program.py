@@ -124,8 +124,9 @@ def module_of(node: fx.Node) -> str:
 
 
 def source_of(node: fx.Node) -> str:
-    """``file.py:123`` of the innermost model line that made ``node``."""
+    """``file.py:123`` of the innermost line that made ``node`` and is not PyTorch's own."""
     lines = [ln.strip() for ln in (node.meta.get("stack_trace") or "").splitlines() if ln.strip().startswith("File ")]
+    lines = [ln for ln in lines if "/torch/nn/" not in ln] or lines
     if not lines:
         return ""
     path, _, rest = lines[-1].removeprefix('File "').partition('", line ')

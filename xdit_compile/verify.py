@@ -12,12 +12,12 @@ import torch.distributed as dist
 from rich.console import RenderableType
 from torch import nn
 
+from xdit_compile.calls import Inputs, call_arguments
 from xdit_compile.compiler import Compiled
 from xdit_compile.errors import XditError
 from xdit_compile.parallel import Runner, parallelize
 from xdit_compile.report.blame import NodeDifference, Pair, arguments_of, first_differences
 from xdit_compile.report.difference import Difference, difference
-from xdit_compile.calls import Inputs, call_arguments
 from xdit_compile.report.plain import jsonable, plain
 from xdit_compile.report.tables import summary_of_verification, verification_table
 from xdit_compile.spec import ShardingSpec

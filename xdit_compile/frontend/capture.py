@@ -193,7 +193,9 @@ class _Copier:
 
     def placeholder(self, what: Input, value: torch.Tensor) -> fx.Node:
         if what not in self.nodes:
-            node = self.graph.placeholder(what.name.replace(".", "_"))
+            # A module's name may be a number, as in nn.Sequential; a variable's may not begin with one.
+            name = what.name.replace(".", "_")
+            node = self.graph.placeholder(f"p_{name}" if name[0].isdigit() else name)
             node.meta["val"] = value
             self.nodes[what] = node
             self.inputs.append(what)
@@ -215,7 +217,7 @@ class _Copier:
         new = self.graph.node_copy(node, lambda n: self.env[n])
         new.meta = {k: node.meta[k] for k in ("val", "stack_trace") if k in node.meta}
         new.meta["nn_module_stack"] = {
-            key: (self.prefix + path.removeprefix(ROOT).removeprefix("."), cls)
+            key: ((self.prefix + path.removeprefix(ROOT).removeprefix(".")).rstrip("."), cls)
             for key, (path, cls) in node.meta.get("nn_module_stack", {}).items() if path
         }
         self.env[node] = new

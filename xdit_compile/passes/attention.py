@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from xdit_compile.errors import PlanError
-from xdit_compile.layout import SEQUENCE, Dim, Position
+from xdit_compile.layout import SEQUENCE, Dim, Position, Spans, even_offsets, length
 from xdit_compile.mesh import RING, ULYSSES
-
-Spans = list[tuple[int, int]]
 
 
 def sharded_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
@@ -26,11 +24,6 @@ def sharded_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: t
     if not isinstance(q, FakeTensor):
         raise PlanError("sharded_attention was executed; the attention pass has not lowered it")
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
-
-
-def even_cuts(n: int, parts: int) -> tuple[int, ...]:
-    share, extra = divmod(n, parts)
-    return tuple(accumulate((share + (i < extra) for i in range(parts)), initial=0))
 
 
 @dataclass(frozen=True)
@@ -63,8 +56,8 @@ class AttentionPlan:
         """Query heads of each Ulysses rank; cut between groups that share a key head where there are enough."""
         group = self.heads // self.kv_heads
         if self.kv_heads >= self.ulysses:
-            return tuple(group * c for c in even_cuts(self.kv_heads, self.ulysses))
-        return even_cuts(self.heads, self.ulysses)
+            return tuple(group * c for c in even_offsets(self.kv_heads, self.ulysses))
+        return even_offsets(self.heads, self.ulysses)
 
     def kv_range(self, u: int) -> tuple[int, int]:
         """The key heads that the query heads of Ulysses rank ``u`` read."""
@@ -75,24 +68,22 @@ class AttentionPlan:
     def rank(self, u: int, r: int) -> Position:
         return {SEQUENCE: r * self.ulysses + u, ULYSSES: u, RING: r}
 
-    def sharded_spans(self, dim: Dim, position: Position) -> Spans:
-        """Global ranges of the sharded tokens of a rank, in its local order."""
-        return [(base + a, base + b) for seg, base in with_bases(dim) if seg.axis
-                for a, b in [seg.bounds(position)] if a < b]
-
-    @staticmethod
-    def replicated_spans(dim: Dim) -> Spans:
-        return [(base, base + seg.length) for seg, base in with_bases(dim) if not seg.axis]
+    def replicated(self, dim: Dim) -> Spans:
+        """Global ranges of the tokens that every rank holds."""
+        return dim.spans(self.rank(0, 0), sharded=False)
 
     def replicated_share(self, r: int) -> Spans:
         """The replicated query tokens that ring group ``r`` attends for, so that none is attended twice."""
-        total = length(self.replicated_spans(self.queries))
-        a, b = even_cuts(total, self.ring)[r : r + 2]
-        return cut(self.replicated_spans(self.queries), a, b)
+        fixed = self.replicated(self.queries)
+        return cut(fixed, *even_offsets(length(fixed), self.ring)[r : r + 2])
+
+    def moving(self, dim: Dim, u: int, r: int) -> int:
+        """How many sharded tokens rank (``u``, ``r``) holds."""
+        return length(dim.spans(self.rank(u, r), sharded=True))
 
     def group_spans(self, dim: Dim, r: int) -> Spans:
         """Sharded tokens of ring group ``r``, rank after rank: their order after the all-to-all."""
-        return [s for u in range(self.ulysses) for s in self.sharded_spans(dim, self.rank(u, r))]
+        return [span for u in range(self.ulysses) for span in dim.spans(self.rank(u, r), sharded=True)]
 
     def flops(self, position: Position) -> int:
         u, r = position[ULYSSES], position[RING]
@@ -104,7 +95,7 @@ class AttentionPlan:
         """Bytes this rank sends."""
         u, r = position[ULYSSES], position[RING]
         cuts, unit = self.head_cuts(), self.batch * self.element_size
-        own_q, own_k = (length(self.sharded_spans(d, position)) for d in (self.queries, self.keys))
+        own_q, own_k = self.moving(self.queries, u, r), self.moving(self.keys, u, r)
         own_heads = cuts[u + 1] - cuts[u]
         own_kv = (lambda a, b: b - a)(*self.kv_range(u))
         share = length(self.replicated_share(r))
@@ -114,13 +105,13 @@ class AttentionPlan:
                 a, b = self.kv_range(other)
                 total += own_q * (cuts[other + 1] - cuts[other]) * self.head_dim
                 total += own_k * (b - a) * (self.head_dim + self.value_dim)
-                back = length(self.sharded_spans(self.queries, self.rank(other, r))) + share
+                back = self.moving(self.queries, other, r) + share
                 total += back * own_heads * self.value_dim
         for step in range(self.ring - 1):
             chunk = length(self.group_spans(self.keys, (r - step) % self.ring))
             total += chunk * own_kv * (self.head_dim + self.value_dim)
         if share and self.ring > 1:
-            most = -(-length(self.replicated_spans(self.queries)) // self.ring)
+            most = -(-length(self.replicated(self.queries)) // self.ring)
             total += (self.ring - 1) * most * self.heads * self.value_dim
         return total * unit
 
@@ -128,15 +119,6 @@ class AttentionPlan:
         heads = f"{self.heads}" + (f" over {self.kv_heads} key heads" if self.kv_heads != self.heads else "")
         return (f"{self.method}: queries [{self.queries}], keys [{self.keys}], heads {heads} cut "
                 f"{'/'.join(str(b - a) for a, b in pairwise(self.head_cuts()))}")
-
-
-def with_bases(dim: Dim):
-    """Each segment with the global index it starts at."""
-    return zip(dim.segments, accumulate((s.length for s in dim.segments), initial=0), strict=False)
-
-
-def length(spans: Spans) -> int:
-    return sum(b - a for a, b in spans)
 
 
 def cut(spans: Spans, start: int, stop: int) -> Spans:

@@ -12,7 +12,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from xdit_compile.layout import Dim, Position
+from xdit_compile.layout import Dim, Position, Spans, length
 from xdit_compile.mesh import group_name
 from xdit_compile.passes.values import Value
 from xdit_compile.program import output_args
@@ -80,7 +80,8 @@ class Emitter:
         if self._origin is not None:
             node.meta |= {k: self._origin.meta[k] for k in ("nn_module_stack", "stack_trace")
                           if k in self._origin.meta}
-            node.meta["origin"] = self._origin.name
+            # A node lowered from a local one still stands for the global node behind that.
+            node.meta["origin"] = self._origin.meta.get("origin", self._origin.name)
         return node
 
     # Local pieces
@@ -129,11 +130,9 @@ class Emitter:
         assert v.node is not None
         old = v.dims[dim]
         (axis,) = old.axes
-        ranks = [{**self.position, axis: i} for i in range(self.sizes[axis])]
-        owned = [self._sharded_spans(old, p) for p in ranks]
-        x = self.take(v.node, dim, self._local_sharded(old, self.position))
-        sizes = [sum(b - a for a, b in spans) for spans in owned]
-        most = max(sizes)
+        owned = [old.spans(p, sharded=True) for p in self.along(axis)]
+        most = max(map(length, owned))
+        x = self.take(v.node, dim, old.local_spans(self.position, sharded=True))
         x = self.call(aten.transpose.int, x, 0, dim) if dim else x
         if x.meta["val"].shape[0] < most:
             pad = [0] * (2 * x.meta["val"].ndim)
@@ -141,103 +140,61 @@ class Emitter:
             x = self.call(aten.constant_pad_nd.default, x, pad)
         full = self.all_gather(x, axis)
         full = self.call(aten.transpose.int, full, 0, dim) if dim else full
+        if len(old.segments) == 1 and len(set(map(length, owned))) == 1:
+            return full
         # Global order: each span from the rank that owns it, replicated ones from here.
-        pieces: list[tuple[int, fx.Node]] = []
+        parts: list[tuple[int, fx.Node]] = []
         for i, spans in enumerate(owned):
             at = i * most
-            for a, b in spans:
-                pieces.append((a, self.narrow(full, dim, at, at + b - a)))
-                at += b - a
-        here = 0
-        for segment, base in _bases(old):
-            start, stop = segment.bounds(self.position)
-            if segment.axis is None:
-                pieces.append((base, self.narrow(v.node, dim, here, here + stop - start)))
-            here += stop - start
-        ordered = [p for _, p in sorted(pieces, key=lambda item: item[0])]
-        if len(set(sizes)) == 1 and len(old.segments) == 1:
-            return full
-        return self.cat(ordered, dim)
+            for start, stop in spans:
+                parts.append((start, self.narrow(full, dim, at, at + stop - start)))
+                at += stop - start
+        for p in old.pieces(self.position):
+            if not p.sharded:
+                parts.append((p.start, self.narrow(v.node, dim, p.at, p.at + p.stop - p.start)))
+        return self.cat([part for _, part in sorted(parts, key=lambda item: item[0])], dim)
 
-    def windows(self, v: Value, dim: int, wanted: Sequence[Sequence[tuple[int, int]]]) -> fx.Node:
+    def windows(self, v: Value, dim: int, wanted: Sequence[Spans]) -> fx.Node:
         """Index ranges ``wanted[i]`` of dimension ``dim`` on rank i, whoever holds them now; ranges of different
         ranks may overlap (halos). One all-to-all in which only what is missing travels."""
         assert v.node is not None
         old = v.dims[dim]
         (axis,) = old.axes
-        me, n = self.position[axis], self.sizes[axis]
-        local = [_local_index(old, {**self.position, axis: i}) for i in range(n)]
-        plan = [_sources(old, spans, i, axis, self.position, n) for i, spans in enumerate(wanted)]
+        me, ranks = self.position[axis], self.along(axis)
         x = self.call(aten.transpose.int, v.node, 0, dim) if dim else v.node
-        outgoing = [[(a, b) for src, a, b in plan[j] if src == me and j != me] for j in range(n)]
-        incoming = [[(a, b) for src, a, b in plan[me] if src == i and i != me] for i in range(n)]
-        parts = [self.narrow(x, 0, local[me](a), local[me](b - 1) + 1) for j in range(n) for a, b in outgoing[j]]
-        payload = self.cat(parts, 0) if parts else self.narrow(x, 0, 0, 0)
-        rows = [[sum(b - a for a, b in group) for group in table] for table in (incoming, outgoing)]
-        received = self.all_to_all(payload, rows[0], rows[1], axis)
-        at = [sum(rows[0][:i]) for i in range(n)]
+        plan = [_sources(old, spans, i, ranks) for i, spans in enumerate(wanted)]
+
+        def mine(start: int, stop: int) -> fx.Node:
+            at = next(p.at + start - p.start for p in old.pieces(self.position) if p.start <= start < p.stop)
+            return self.narrow(x, 0, at, at + stop - start)
+
+        leaving, coming = ([[(a, b) for source, a, b in plan[to] if source == of and of != to] for of, to in pairs]
+                           for pairs in ([(me, i) for i in range(len(ranks))], [(i, me) for i in range(len(ranks))]))
+        parts = [mine(a, b) for spans in leaving for a, b in spans] or [self.narrow(x, 0, 0, 0)]
+        receive, send = [length(spans) for spans in coming], [length(spans) for spans in leaving]
+        received = self.all_to_all(self.cat(parts, 0), receive, send, axis)
+        at = [sum(receive[:i]) for i in range(len(ranks))]
         result = []
-        for src, a, b in plan[me]:
-            if src == me:
-                result.append(self.narrow(x, 0, local[me](a), local[me](b - 1) + 1))
+        for source, a, b in plan[me]:
+            if source == me:
+                result.append(mine(a, b))
             else:
-                result.append(self.narrow(received, 0, at[src], at[src] + b - a))
-                at[src] += b - a
+                result.append(self.narrow(received, 0, at[source], at[source] + b - a))
+                at[source] += b - a
         out = self.cat(result, 0) if result else self.narrow(x, 0, 0, 0)
         return self.call(aten.transpose.int, out, 0, dim) if dim else out
 
-    @staticmethod
-    def _sharded_spans(dim: Dim, position: Position) -> list[tuple[int, int]]:
-        """The global ranges of the sharded segments that ``position`` owns."""
-        return [(base + a, base + b) for s, base in _bases(dim) if s.axis is not None
-                for a, b in [s.bounds(position)] if b > a]
-
-    @staticmethod
-    def _local_sharded(dim: Dim, position: Position) -> list[tuple[int, int]]:
-        """Where the sharded segments lie in the local tensor."""
-        spans, at = [], 0
-        for segment in dim.segments:
-            a, b = segment.bounds(position)
-            if segment.axis is not None and b > a:
-                spans.append((at, at + b - a))
-            at += b - a
-        return spans
+    def along(self, axis: str) -> list[Position]:
+        """Where the ranks of ``axis`` stand, in order."""
+        return [{**self.position, axis: i} for i in range(self.sizes[axis])]
 
 
-def _bases(dim: Dim) -> list[tuple[Any, int]]:
-    pairs, base = [], 0
-    for segment in dim.segments:
-        pairs.append((segment, base))
-        base += segment.length
-    return pairs
-
-
-def _local_index(dim: Dim, position: Position) -> Callable[[int], int]:
-    """Global index to local index, for indices that ``position`` holds."""
-    table, at = [], 0
-    for segment, base in _bases(dim):
-        a, b = segment.bounds(position)
-        table.append((base + a, base + b, at))
-        at += b - a
-
-    def local(index: int) -> int:
-        return next(at + index - a for a, b, at in table if a <= index < b)
-
-    return local
-
-
-def _sources(dim: Dim, wanted: Sequence[tuple[int, int]], me: int, axis: str, position: Position,
-             n: int) -> list[tuple[int, int, int]]:
-    """``wanted`` cut into (owner, start, stop), in order; what a rank has it takes from itself."""
+def _sources(dim: Dim, wanted: Spans, me: int, ranks: Sequence[Position]) -> list[tuple[int, int, int]]:
+    """``wanted`` cut into (owner, start, stop), in order; what rank ``me`` has it takes from itself."""
+    held = [(rank, p) for rank, position in enumerate(ranks) for p in dim.pieces(position)
+            if p.sharded or rank == me]
     plan = []
     for start, stop in wanted:
-        for segment, base in _bases(dim):
-            ranks = [me] if segment.axis is None else [me, *(i for i in range(n) if i != me)]
-            found = []
-            for rank in ranks:
-                a, b = (base + o for o in segment.bounds({**position, axis: rank}))
-                a, b = max(a, start), min(b, stop)
-                if a < b:
-                    found.append((rank, a, b))
-            plan += sorted(found, key=lambda item: item[1])
+        found = [(rank, max(p.start, start), min(p.stop, stop)) for rank, p in held]
+        plan += sorted((f for f in found if f[1] < f[2]), key=lambda f: f[1])
     return plan

@@ -16,8 +16,9 @@ import torch
 from torch import fx
 
 from xdit_compile import kernels
+from xdit_compile.layout import Spans, length
 from xdit_compile.mesh import RING, ULYSSES
-from xdit_compile.passes.attention import AttentionPlan, Spans, length
+from xdit_compile.passes.attention import AttentionPlan
 from xdit_compile.passes.emit import Emitter
 
 aten = torch.ops.aten
@@ -66,7 +67,7 @@ class _Lowering:
         rows = plan.replicated_share(self.r) + plan.group_spans(plan.queries, self.r)
         if plan.ring == 1:
             out = self._attend(queries, self._join(k_fixed, k_moving), self._join(v_fixed, v_moving), rows,
-                               plan.replicated_spans(plan.keys) + plan.group_spans(plan.keys, 0))
+                               plan.replicated(plan.keys) + plan.group_spans(plan.keys, 0))
         else:
             out = self._ring(queries, k_fixed, v_fixed, k_moving, v_moving, rows)
         return self._restore(out)
@@ -76,14 +77,8 @@ class _Lowering:
     def _by_kind(self, x: fx.Node, dim) -> tuple[fx.Node | None, fx.Node]:
         if all(s.axis for s in dim.segments):
             return None, x
-        fixed: Spans = []
-        moving: Spans = []
-        at = 0
-        for segment in dim.segments:
-            a, b = segment.bounds(self.e.position)
-            (moving if segment.axis else fixed).append((at, at + b - a))
-            at += b - a
-        return self.e.take(x, 2, fixed), self.e.take(x, 2, [s for s in moving if s[0] < s[1]])
+        fixed, moving = (self.e.take(x, 2, dim.local_spans(self.e.position, kind)) for kind in (False, True))
+        return fixed, moving
 
     def _join(self, fixed: fx.Node | None, moving: fx.Node) -> fx.Node:
         return moving if fixed is None else self.e.cat([fixed, moving], 2)
@@ -127,7 +122,7 @@ class _Lowering:
                 parts.append(e.call(aten.reshape.default, e.cat(pieces, 2), [mine * batch * sum(widths[u])]))
             packed = e.cat(parts, 0)
         packed = e.call(aten.reshape.default, packed, [mine * batch * sum(map(sum, widths))])
-        theirs = [length(self.plan.sharded_spans(dim, self.plan.rank(u, self.r))) for u in range(n)]
+        theirs = [self.plan.moving(dim, u, self.r) for u in range(n)]
         own = sum(widths[self.u])
         got = e.all_to_all(packed, [s * batch * own for s in theirs], [mine * batch * sum(w) for w in widths], ULYSSES)
         got = e.call(aten.reshape.default, got, [sum(theirs), batch, own])
@@ -156,7 +151,7 @@ class _Lowering:
             fixed, moving = self._gather_heads(out, share)
         else:
             moving = e.narrow(out, 2, share, total) if share else out
-        if not plan.replicated_spans(plan.queries):
+        if not plan.replicated(plan.queries):
             return moving
         if plan.ring > 1:
             fixed = self._gather_shares(fixed, moving)
@@ -166,7 +161,7 @@ class _Lowering:
     def _gather_heads(self, out: fx.Node, share: int) -> tuple[fx.Node | None, fx.Node]:
         e, plan, n = self.e, self.plan, self.plan.ulysses
         batch, heads, _, width = _val(out).shape
-        counts = [length(plan.sharded_spans(plan.queries, plan.rank(u, self.r))) for u in range(n)]
+        counts = [plan.moving(plan.queries, u, self.r) for u in range(n)]
         x = e.call(aten.permute.default, out, [2, 0, 1, 3])
         if share:
             starts = [share + sum(counts[:u]) for u in range(n)]
@@ -207,11 +202,10 @@ class _Lowering:
 
     def _local_order(self, fixed: fx.Node, moving: fx.Node) -> fx.Node:
         parts, at = [], {True: 0, False: 0}
-        for segment in self.plan.queries.segments:
-            a, b = segment.bounds(self.e.position)
-            sharded = segment.axis is not None
-            parts.append(self.e.narrow(moving if sharded else fixed, 2, at[sharded], at[sharded] + b - a))
-            at[sharded] += b - a
+        for p in self.plan.queries.pieces(self.e.position):
+            size = p.stop - p.start
+            parts.append(self.e.narrow(moving if p.sharded else fixed, 2, at[p.sharded], at[p.sharded] + size))
+            at[p.sharded] += size
         return self.e.cat(parts, 2)
 
     # Ring
@@ -238,7 +232,7 @@ class _Lowering:
             keys, values = k, v
             if step == 0 and k_fixed is not None:
                 keys, values = self._join(k_fixed, k), self._join(v_fixed, v)
-                columns = plan.replicated_spans(plan.keys) + columns
+                columns = plan.replicated(plan.keys) + columns
             part = self._attend_lse(queries, keys, values, rows, columns)
             acc = part if acc is None else self._merge(acc, part)
             if arriving is not None:

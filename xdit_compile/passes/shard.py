@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from xdit_compile.costs import flops
-from xdit_compile.layout import SEQUENCE, Dim, Layout, Position
+from xdit_compile.layout import SEQUENCE, Dim, Layout, Position, length
 from xdit_compile.mesh import position_of
 from xdit_compile.passes.attention import AttentionPlan
 from xdit_compile.passes.emit import Emitter
@@ -299,8 +299,7 @@ class Sharder:
         old = value.dims[dim]
         (axis,) = old.axes
         row = value.local_bytes(self.position) // max(old.local_size(self.position), 1)
-        held = max(sum(b - a for a, b in Emitter._sharded_spans(old, {**self.position, axis: i}))
-                   for i in range(self.sizes[axis]))
+        held = max(length(old.spans({**self.position, axis: i}, sharded=True)) for i in range(self.sizes[axis]))
         self._traffic("all_gather", held * row * (self.sizes[axis] - 1),
                       f"dimension {dim} of {value.layout} is needed whole")
         return None if self.emitter is None else self.emitter.gather(value, dim)

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from xdit_compile.errors import XditError
 from xdit_compile.calls import Inputs
+from xdit_compile.errors import XditError
 
 
 def load(target: str) -> Callable[[], Any]:
