@@ -158,6 +158,4 @@ def test_input_of_a_wrong_shape(pool: Pool) -> None:
         assert re.search(r"calls\.py:\d+.*self\.enter\(x\)", one["text"]), one["text"]
         assert re.search(r"\b5\b.*\b6\b|7x5", one["text"]), one["text"]
         assert ".item()" not in one["text"], "advice about another error"
-            "text"
-        ]
         assert one["next"] <= EXACT

@@ -110,7 +110,7 @@ def _verify(options: argparse.Namespace, spec: ShardingSpec) -> Verification:
         if spec.world_size == 1:
             return verify_target(*task)
         # Before any process is started: a target that is not there, or a spec that does not fit it, is told at once.
-        model, inputs = load(options.target)
+        model, inputs = build(load(options.target))
         explain(model, spec, inputs)
         return launch(verify_target, *task, world_size=spec.world_size, device=options.device)[0]
 
