@@ -5,6 +5,7 @@ A scene is a function that every rank runs; it returns what was seen, and the te
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -757,8 +758,6 @@ def disagreeing(name: str) -> dict[str, Any]:
 
 def tripping(rank: int) -> dict[str, Any]:
     """One rank fails while the forward runs."""
-    import time
-
     p = parallel(made(Tripping, rank=rank), "ring=3")
     start = time.monotonic()
     first = outcome(lambda: p(**inputs()))
@@ -786,13 +785,25 @@ def one_stays_away(timeout: float) -> tuple[str, str]:
     return outcome(lambda: p(**on_rank(1, inputs() | {"colour": "red"}, inputs())))
 
 
-def models_differ() -> dict[str, tuple[str, str]]:
-    """Rank 1 holds another class, or one more layer."""
-    return {
-        "class": outcome(lambda: parallel(made(on_rank(1, Undecided, Tiny)))(**inputs())),
-        "layers": outcome(lambda: parallel(made(layers=on_rank(1, 3, 2)))(**inputs())),
-        "spec": outcome(lambda: parallel(made(), on_rank(1, "ring=2", "ulysses=2"))(**inputs())),
-    }
+def models_differ(how: str) -> tuple[str, str]:
+    """Rank 1 holds another class, one more layer, another spec, or another number in Python."""
+    model, spec = made(), "ulysses=2"
+    if dist.get_rank() == 1:
+        model = made(layers=3) if how == "layers" else made(Undecided) if how == "class" else model
+        spec = "ring=2" if how == "spec" else spec
+        model.strength = 2.0 if how == "attribute" else 1.0
+    return outcome(lambda: parallel(model, spec)(**inputs()))
+
+
+def model_changes_on_one_rank() -> dict[str, Any]:
+    """Rank 1 alone needs another program from its second call on."""
+    model = made()
+    p = parallel(model)
+    p(**inputs())
+    model.strength = on_rank(1, 2.0, 1.0)
+    start = time.monotonic()
+    raised, text = outcome(lambda: p(**inputs()))
+    return {"raised": raised, "text": text, "took": time.monotonic() - start}
 
 
 def uncaptured_is_unharmed() -> dict[str, Any]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import _register_process_group
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import GroupName, _get_default_store, _new_process_group_helper, _world
+from torch.distributed.distributed_c10d import _get_default_store, _new_process_group_helper, _world
 
 from xdit_compile.layout import SEQUENCE
 from xdit_compile.mesh import RING, ULYSSES, axis_sizes, group_name, members
@@ -38,7 +39,7 @@ class Groups:
         """Let the logical names mean these groups."""
         for name, group in self._groups.items():
             if _bound.get(name) is not group:
-                _register_process_group(GroupName(name), group)
+                _register_process_group(cast(Any, name), group)
                 _bound[name] = group
 
     def forget(self) -> None:
@@ -62,7 +63,7 @@ def _group(name: str, ranks: tuple[int, ...], timeout: float) -> ProcessGroup:
         # Counted in the store by every rank for itself: a group made again after a failure is a new one.
         unique += f".{store.add(f'{unique}.{me}', 1)}"
         group, _ = _new_process_group_helper(
-            len(ranks), ranks.index(me), list(ranks), dist.get_backend(), store, GroupName(unique),
+            len(ranks), ranks.index(me), list(ranks), dist.get_backend(), store, cast(Any, unique),
             timeout=timedelta(seconds=timeout), group_desc=name)
         _world.pg_group_ranks[group] = {r: i for i, r in enumerate(ranks)}
         _made[key] = group
