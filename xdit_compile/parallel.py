@@ -126,21 +126,21 @@ def _stand_in(model: nn.Module, runner: Runner) -> Any:
     """An instance of a subclass of the model's class that shares everything but forward.
 
     A subclass, because callers test for the class and read its attributes; an instance of its own, because the
-    caller's model must keep its forward.
+    caller's model must keep its forward. Both have one ``__dict__``: what is set on one is set on the other.
     """
+    if "forward" in vars(model):
+        raise XditError(f"the forward of this {type(model).__name__} was replaced on the object, as offloading hooks "
+                        "do, and would hide the parallel one; remove the hook first")
     cls = type(model)
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.runner(*args, **kwargs)
 
-    made = type(cls.__name__, (Parallel, cls), {"forward": forward, "__module__": cls.__module__,
+    made = type(cls.__name__, (Parallel, cls), {"forward": forward, "runner": runner, "__module__": cls.__module__,
                                                 "__doc__": cls.__doc__})
     stand_in: Any = object.__new__(made)
-    vars(stand_in).update(vars(model))
-    # A hook that replaced forward on the instance would hide ours.
-    vars(stand_in).pop("forward", None)
-    object.__setattr__(stand_in, "runner", runner)
+    object.__setattr__(stand_in, "__dict__", vars(model))
     return stand_in
 
 

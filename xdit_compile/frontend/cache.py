@@ -23,6 +23,8 @@ class _Captures:
 
     reads: dict[Hashable, tuple[int, ...]] = field(default_factory=dict)
     programs: dict[Hashable, Program] = field(default_factory=dict)
+    held: list[Any] = field(default_factory=list)
+    """Objects whose identity is part of a key, so that no other object gets it."""
 
 
 _captures: WeakKeyDictionary[nn.Module, _Captures] = WeakKeyDictionary()
@@ -44,6 +46,7 @@ def captured(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     reads = known.reads.get(kind)
     if reads is None or key(reads) not in known.programs:
         program = capture(model, args, kwargs)
+        state_token(model, known.held)
         known.reads[kind] = reads = program.reads
         known.programs[key(reads)] = program
     return known.programs[key(reads)]

@@ -52,7 +52,8 @@ class _Root(nn.Module):
         for tensor, value in zip(tensors, self._values, strict=True):
             self._known.assign(tensor, value)
         args, kwargs = self._inputs.build(tensors)
-        made, outputs = flatten(self.model(*args, **kwargs))
+        # Forward alone: hooks of the module itself run around the call, wherever that is made.
+        made, outputs = flatten(type(self.model).forward(self.model, *args, **kwargs))
         self._seen.outputs = outputs
         return tuple(made)
 

@@ -20,6 +20,7 @@ aten = torch.ops.aten
 CHECKS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg}
 COPIES = {aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default,
           aten.lift_fresh_copy.default}
+JOINS = {aten.concat.default, aten.concatenate.default}
 UNSET = {aten.empty_like.default: aten.zeros_like.default, aten.new_empty.default: aten.new_zeros.default,
          aten.empty.memory_format: aten.zeros.default}
 """Uninitialised memory is made zero: what ranks hold of it would differ."""
@@ -51,6 +52,8 @@ def _clean(graph: fx.Graph) -> None:
         elif node.target in COPIES:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif node.target in JOINS:
+            node.target = aten.cat.default
         elif node.target in UNSET:
             node.target = UNSET[node.target]
         elif node.target in VIEWS:

@@ -18,6 +18,7 @@ from xdit_compile.program import Note, drop_unused, module_of, source_of
 aten = torch.ops.aten
 
 PRODUCTS = {aten.bmm.default, aten.matmul.default}
+ADDED = aten.baddbmm.default
 SOFTMAX = {aten.softmax.int, aten._softmax.default}
 SHAPES = {aten.reshape.default, aten.expand.default, aten.permute.default}
 
@@ -49,7 +50,7 @@ def _match(softmax: fx.Node) -> ManualAttention | None:
     if product is None or product.args[0] is not weights:
         return None
     scores, scale, mask = softmax.args[0], 1.0, None
-    while scores.target not in PRODUCTS:
+    while scores.target not in PRODUCTS and scores.target is not ADDED:
         if len(scores.users) != 1:
             return None
         if scores.target is aten.mul.Tensor and isinstance(scores.args[1], (int, float)):
@@ -62,9 +63,16 @@ def _match(softmax: fx.Node) -> ManualAttention | None:
             # A cast changes the precision of the scores, which is the author's choice: left as it is.
             return None
         scores = scores.args[0]
-    if len(scores.users) != 1 or scores.target not in PRODUCTS:
+    if len(scores.users) != 1:
         return None
-    q, k_t, v = scores.args[0], scores.args[1], product.args[1]
+    (q, k_t), v = scores.args[-2:], product.args[1]
+    if scores.target is ADDED:
+        # baddbmm: beta * input + alpha * q k^T; with beta = 0 the input is not even read.
+        scale *= scores.kwargs.get("alpha", 1)
+        if scores.kwargs.get("beta", 1) == 1 and mask is None and scale == scores.kwargs.get("alpha", 1):
+            mask = scores.args[0]
+        elif scores.kwargs.get("beta", 1) != 0:
+            return None
     if not (val(q).ndim == val(k_t).ndim == val(v).ndim and val(q).shape[:-2] == val(k_t).shape[:-2]
             == val(v).shape[:-2]) or val(q).ndim < 3:
         return None

@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any, cast
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import _register_process_group
+from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _get_default_store, _new_process_group_helper, _world
 
@@ -39,6 +39,8 @@ class Groups:
         """Let the logical names mean these groups."""
         for name, group in self._groups.items():
             if _bound.get(name) is not group:
+                if name in _bound:
+                    _unregister_process_group(cast(Any, name))
                 _register_process_group(cast(Any, name), group)
                 _bound[name] = group
 
