@@ -6,6 +6,7 @@ process, the plain model in one process while the others wait without using thei
     python benchmarks/forward.py
     python benchmarks/forward.py --rounds 15 --json forward.json
     python benchmarks/forward.py --tokens 256 --text 64 --hidden 256 --double 2 --single 2
+    python benchmarks/forward.py --patience 20  # on a machine that has other work now and then
     python benchmarks/forward.py --contestants single ulysses ulysses-inductor diffusers
 
 "seconds" is the median over the rounds of the slowest rank, "times as fast" the median of the plain model
@@ -30,20 +31,19 @@ import torch
 from contestants import CONTESTANTS, DEFAULT
 from rich.console import Console
 from rich.table import Table
+from timing import DISTURBED
 
 from xdit_compile.launch import launch
-
-DISTURBED = 0.05
-"""The share of CPU taken by other processes from which on wall-clock times are not to be trusted."""
 
 
 def main() -> None:
     options = _options()
     size = flux.Size(options.tokens, options.text, options.hidden, options.double, options.single)
     names = list(dict.fromkeys(["single", *options.contestants]))
-    ranks = launch(rounds.run, size, names, options.rounds, options.warmup, world_size=options.world_size)
-    figures = {name: summary(name, [rank["contestants"][name] for rank in ranks]) for name in names}
-    others = other_work(ranks)
+    count = (options.rounds, options.warmup, options.patience)
+    ranks = launch(rounds.run, size, names, *count, world_size=options.world_size)
+    figures = {name: summary(name, [rank[name] for rank in ranks]) for name in names}
+    others = statistics.fmean(share for f in figures.values() for share in f.get("others", ()))
     for figure in figures.values():
         compare(figure, figures["single"])
     show(size, options.world_size, options.rounds, figures, others)
@@ -60,26 +60,19 @@ def main() -> None:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def other_work(ranks: list[dict[str, Any]]) -> float | None:
-    """The share of this machine's CPU that other processes took during the rounds; None where not known."""
-    if not ranks[0]["whole"]:
-        return None
-    return max(0.0, ranks[0]["machine"] - sum(rank["own"] for rank in ranks)) / ranks[0]["whole"]
-
-
 def summary(name: str, ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """One contestant's results on all ranks as one: a round takes as long as its slowest rank."""
     if ranks[0]["problem"]:
         return {"problem": ranks[0]["problem"]}
     working = ranks if CONTESTANTS[name].build else ranks[:1]
-    slowest = [max(of_round) for of_round in zip(*(r["seconds"] for r in working), strict=True)]
-    cpu = [sum(of_round) for of_round in zip(*(r["cpu_seconds"] for r in working), strict=True)]
+    seconds, cpu, others = ([t[of] for t in ranks[0]["taken"]] for of in ("seconds", "cpu_seconds", "others"))
     return {
         "ranks": len(working),
         "about": CONTESTANTS[name].about,
-        "median_seconds": statistics.median(slowest),
-        "best_seconds": min(slowest),
-        "seconds": slowest,
+        "median_seconds": statistics.median(seconds),
+        "best_seconds": min(seconds),
+        "seconds": seconds,
+        "others": others,
         "cpu_seconds": statistics.median(cpu),
         "first_call_seconds": max(r["first_call"] for r in working),
         "max_difference": max(r["error"] for r in working),
@@ -99,15 +92,17 @@ def compare(figure: dict[str, Any], single: dict[str, Any]) -> None:
 
 
 def show(
-    size: flux.Size, world_size: int, count: int, figures: dict[str, dict[str, Any]], others: float | None
+    size: flux.Size, world_size: int, count: int, figures: dict[str, dict[str, Any]], others: float
 ) -> None:
     """The table."""
     title = (
         f"one forward of Flux, {size.tokens} + {size.text} tokens, hidden {size.hidden}, {size.double} + "
         f"{size.single} blocks, float32: {world_size} processes with one thread each, {count} rounds"
     )
-    caption = None if others is None else f"other processes took {others:.0%} of this machine's CPU meanwhile"
-    if others is not None and others > DISTURBED:
+    caption = (
+        None if others != others else f"other processes took {others:.0%} of this machine's CPU meanwhile"
+    )
+    if others > DISTURBED:
         caption = f"[bold yellow]{caption}: the seconds say little, run again when it is idle"
     problems: list[str] = []
     table = Table(title=title, caption=caption)
@@ -165,6 +160,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--world-size", type=int, default=2, help="processes (2)")
     parser.add_argument("--rounds", type=int, default=9, help="measured rounds (9)")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before those (2)")
+    parser.add_argument(
+        "--patience",
+        type=int,
+        default=0,
+        metavar="N",
+        help=f"repeat a forward up to N times while other processes take over {DISTURBED:.0%} of the CPU (0)",
+    )
     parser.add_argument(
         "--contestants",
         nargs="+",

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import flux
 import torch
 import torch.distributed as dist
 from contestants import CONTESTANTS, Absent, Builder, Contestant, Forward
+from timing import time_undisturbed
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm, trange
@@ -27,11 +28,13 @@ FORMULAS = {
 
 @dataclass
 class Result:
-    """One contestant on one rank; ``problem`` says why there are no figures."""
+    """One contestant on one rank; ``problem`` says why there are no figures.
+
+    ``taken`` is the same on all ranks: what each round took.
+    """
 
     problem: str = ""
-    seconds: list[float] = field(default_factory=list)
-    cpu_seconds: list[float] = field(default_factory=list)
+    taken: list[dict[str, float]] = field(default_factory=list)
     first_call: float = 0.0
     error: float = 0.0
     flops: int = 0
@@ -40,12 +43,10 @@ class Result:
     control_bytes: int = 0
 
 
-def run(size: flux.Size, names: Sequence[str], rounds: int, warmup: int) -> dict[str, Any]:
-    """The results of this rank: by contestant, and how busy this machine was during the rounds.
-
-    That is in CPU seconds of this process, of all of them, and what the cores could have done; 0 where that
-    is not known. Runs on every rank of an initialised group.
-    """
+def run(
+    size: flux.Size, names: Sequence[str], rounds: int, warmup: int, patience: int
+) -> dict[str, dict[str, Any]]:
+    """The results by contestant; runs on every rank of an initialised group."""
     model, inputs = flux.model(size), flux.inputs(size)
     chosen = [CONTESTANTS[name] for name in names]
     builder = Builder(model, dist.get_world_size())
@@ -61,38 +62,15 @@ def run(size: flux.Size, names: Sequence[str], rounds: int, warmup: int) -> dict
             elif contestant.build is None:
                 raise RuntimeError(f"the plain model fails: {results[contestant.name].problem}")
         order = [*forwards]
-        begin = _cpu_seconds()
         for number in trange(warmup + rounds, desc="rounds", disable=quiet):
             order.append(order.pop(0))  # so that none always begins
             for name in order:
-                taken = _time(forwards[name], inputs, alone=CONTESTANTS[name].build is None)
+                idle = CONTESTANTS[name].build is None and dist.get_rank() != 0
+                work = None if idle else partial(forwards[name], **inputs)
+                taken = time_undisturbed(work, patience if number >= warmup else 0)
                 if number >= warmup:
-                    results[name].seconds.append(taken[0])
-                    results[name].cpu_seconds.append(taken[1])
-        end = _cpu_seconds()
-    return {
-        "contestants": {name: asdict(result) for name, result in results.items()},
-        "own": end.own - begin.own,
-        "machine": end.machine - begin.machine,
-        "whole": end.whole - begin.whole,
-    }
-
-
-class Clock(NamedTuple):
-    """CPU seconds so far: of this process, of all on this machine, and what its cores could have done."""
-
-    own: float
-    machine: float
-    whole: float
-
-
-def _cpu_seconds() -> Clock:
-    if not os.path.exists("/proc/stat"):
-        return Clock(0.0, 0.0, 0.0)
-    with open("/proc/stat") as file:
-        user, nice, system, idle, waiting, irq, softirq, steal, *_ = map(int, file.readline().split()[1:])
-    busy, tick = user + nice + system + irq + softirq + steal, os.sysconf("SC_CLK_TCK")
-    return Clock(time.process_time(), busy / tick, (busy + idle + waiting) / tick)
+                    results[name].taken.append(taken._asdict())
+    return {name: asdict(result) for name, result in results.items()}
 
 
 def _build(
@@ -121,15 +99,3 @@ def _build(
     dist.all_gather_object(problems, result.problem)
     result.problem = next(filter(None, problems), "")
     return None if result.problem else forward
-
-
-def _time(forward: Forward, inputs: dict[str, Any], alone: bool) -> tuple[float, float]:
-    """Seconds and CPU seconds of one forward on this rank; of all its threads, those of gloo too."""
-    # gloo's barrier blocks on a condition variable: a rank that waits leaves its core to others.
-    dist.barrier()
-    start, cpu = time.perf_counter(), time.process_time()
-    if not alone or dist.get_rank() == 0:
-        forward(**inputs)
-    taken = time.perf_counter() - start, time.process_time() - cpu
-    dist.barrier()
-    return taken

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -28,15 +29,25 @@ class Compiled:
     seeds: Seeds
     local: Program
 
+    @cached_property
+    def name(self) -> str:
+        """Equal on ranks that would run the same program."""
+        return _hash(str(self.digest()))
+
     def digest(self) -> dict[str, str]:
         """What all ranks must have decided alike, as short texts."""
         notes = "\n".join(str(n) for n in self.local.notes)
         return {
             "spec": str(self.whole.spec),
             "seeds": "; ".join(f"{name} {layout}" for name, layout in self.seeds.items()),
-            "operators": ", ".join(f"{name} {len(m.graph.nodes)}" for name, m in self.whole.functions()),
-            "decisions": hashlib.blake2b(notes.encode(), digest_size=16).hexdigest(),
+            "operators": ", ".join(f"{n} {len(m.graph.nodes)} {_hash(m.code)}" for n, m in self.whole.functions()),
+            "constants": " ".join(_hash(str(t.tolist())) for t in self.whole.constants.values() if t.numel() < 65536),
+            "decisions": _hash(notes),
         }
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def compile_program(captured: Program, spec: ShardingSpec, rank: int = 0, dump: Dump | None = None) -> Compiled:

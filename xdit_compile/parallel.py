@@ -12,8 +12,8 @@ from torch import nn
 
 from xdit_compile.calls import Inputs, bind_call, call_arguments, named_leaves
 from xdit_compile.compiler import Compiled, Dump, compile_program
-from xdit_compile.errors import SpecError, XditError
-from xdit_compile.frontend.cache import captured
+from xdit_compile.errors import CaptureError, RankMismatch, SpecError, XditError
+from xdit_compile.frontend.cache import captured, find
 from xdit_compile.launch import init_from_env
 from xdit_compile.program import Program
 from xdit_compile.runtime.control import Control
@@ -42,14 +42,22 @@ class Runner:
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise XditError("a parallel model computes no gradients, but an input requires them; "
                             "call it under torch.no_grad() or detach the input")
-        if self.check_inputs:
-            named, others = named_leaves(bound)
-            self.control.agree("the call's inputs", digests(named) | others)
-        compiled, executor = self._program(bound.args, bound.kwargs)
-        self.groups.bind()
         try:
+            whole = find(self.model, bound.args, bound.kwargs)
+            known = self.programs.get(id(whole))
+            # Also which program: a rank that has to capture one waits for the others to do so too.
+            facts = {"program": known[0].name if known else "still to be made"}
+            if self.check_inputs:
+                named, others = named_leaves(bound)
+                facts |= digests(named) | others
+            self.control.agree("the call's inputs", facts)
+            compiled, executor = known or self._program(bound.args, bound.kwargs)
+            self.groups.bind()
             with self.control.guard("the forward pass", self.groups.all):
                 results = executor(tensors)
+        except (RankMismatch, CaptureError, SpecError):
+            # All ranks raise alike, before any collective: the next call may well succeed.
+            raise
         except BaseException:
             self.groups.forget()
             raise
@@ -58,8 +66,6 @@ class Runner:
     def _program(self, args: Any, kwargs: Any) -> tuple[Compiled, Executor]:
         try:
             whole = captured(self.model, args, kwargs)
-            if id(whole) in self.programs:
-                return self.programs[id(whole)]
             compiled = compile_program(whole, self.spec, self.groups.rank, self.dump)
         except Exception as error:
             # Told to the others, who else would wait for this rank's plan. All failing alike, the group lives on.

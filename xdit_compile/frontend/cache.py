@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from xdit_compile.frontend.capture import capture
@@ -31,22 +32,36 @@ _captures: WeakKeyDictionary[nn.Module, _Captures] = WeakKeyDictionary()
 
 
 def captured(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
-    """The program of ``model(*args, **kwargs)``, captured now unless a call of this kind was captured before.
+    """The program of ``model(*args, **kwargs)``, captured now unless a call of this kind was captured before."""
+    return find(model, args, kwargs) or _capture(model, args, kwargs)
+
+
+def find(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program | None:
+    """The program of this kind of call, if it was captured before.
 
     A kind of call is all that shapes the graph: containers and Python values among the arguments, shapes, dtypes
     and devices of tensors, structure and state of the model, and the tensor values the model read.
     """
-    tensors, structure = flatten((tuple(args), dict(kwargs)))
-    kind = (structure.key(), tuple((t.shape, t.dtype, device_of(t)) for t in tensors), state_token(model))
+    kind, tensors = _kind(model, args, kwargs)
     known = _captures.setdefault(model, _Captures())
-
-    def key(reads: Sequence[int]) -> Hashable:
-        return kind, tuple(digest(tensors[i]) for i in reads)
-
     reads = known.reads.get(kind)
-    if reads is None or key(reads) not in known.programs:
-        program = capture(model, args, kwargs)
-        state_token(model, known.held)
-        known.reads[kind] = reads = program.reads
-        known.programs[key(reads)] = program
-    return known.programs[key(reads)]
+    return None if reads is None else known.programs.get(_key(kind, tensors, reads))
+
+
+def _capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
+    program = capture(model, args, kwargs)
+    known = _captures.setdefault(model, _Captures())
+    kind, tensors = _kind(model, args, kwargs)
+    state_token(model, known.held)
+    known.reads[kind] = program.reads
+    known.programs[_key(kind, tensors, program.reads)] = program
+    return program
+
+
+def _kind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Hashable, list[torch.Tensor]]:
+    tensors, structure = flatten((tuple(args), dict(kwargs)))
+    return (structure.key(), tuple((t.shape, t.dtype, device_of(t)) for t in tensors), state_token(model)), tensors
+
+
+def _key(kind: Hashable, tensors: Sequence[torch.Tensor], reads: Sequence[int]) -> Hashable:
+    return kind, tuple(digest(tensors[i]) for i in reads)

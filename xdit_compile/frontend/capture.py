@@ -306,8 +306,12 @@ def _explained(error: Exception, model: nn.Module) -> CaptureError:
               if f"/{root}/" in f.filename or f.filename.endswith(f"{root}.py")]
     where = f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return CaptureError(
-        f"{type(model).__name__} cannot be captured as one graph{where}\n  {type(error).__name__}: {first}\n"
-        "  A line that reads a tensor's value into Python (.item(), if on a tensor, a slice bounded by one) has "
-        "no place in a graph: compute that value outside and pass it as a Python number."
+    kind = f"{type(error).__name__} {first}"
+    reads = any(word in kind for word in ("DataDependent", "data-dependent", "DynamicOutput"))
+    advice = (
+        "A line that reads a tensor's value into Python (.item(), if on a tensor, a slice bounded by one) has no place "
+        "in a graph: compute that value outside and pass it as a Python number."
+        if reads else "Does the model itself run with these inputs? If so, its forward does what torch.export refuses."
     )
+    return CaptureError(
+        f"{type(model).__name__} cannot be captured as one graph{where}\n  {type(error).__name__}: {first}\n  {advice}")

@@ -7,6 +7,7 @@ to run, so that one program serves any ranks of the right shape.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from xdit_compile.layout import SEQUENCE
 from xdit_compile.mesh import RING, ULYSSES, axis_sizes, group_name, members
 from xdit_compile.spec import ShardingSpec
 
-_made: dict[tuple[ProcessGroup, str, tuple[int, ...]], ProcessGroup] = {}
+_made: dict[tuple[ProcessGroup, str, tuple[int, ...], int], ProcessGroup] = {}
 _bound: dict[str, ProcessGroup] = {}
 
 
@@ -45,9 +46,13 @@ class Groups:
                 _bound[name] = group
 
     def forget(self) -> None:
-        """Use none of these groups again: a collective on them failed, and nobody knows what is still in flight."""
-        for key in [k for k, g in _made.items() if g in self._groups.values()]:
-            del _made[key]
+        """Use none of these groups again: a collective on them failed, and nobody knows what is still in flight.
+        Told in the store, because some ranks may not have noticed."""
+        for (world, name, ranks, generation), group in list(_made.items()):
+            if group in self._groups.values():
+                del _made[world, name, ranks, generation]
+                with suppress(dist.DistError):  # a lost store: there is no job left to make groups in
+                    _get_default_store().add(_generation_key(name, ranks), 1)
 
     @property
     def all(self) -> tuple[ProcessGroup, ...]:
@@ -55,18 +60,23 @@ class Groups:
 
 
 def _group(name: str, ranks: tuple[int, ...], timeout: float) -> ProcessGroup:
-    """One group per name and ranks. Not ``dist.new_group``: it names groups by how many a process has made, and
-    ranks that differ in that wait for each other in vain; and it wants every rank of the job to take part."""
+    """One group per name and ranks, until it fails. Not ``dist.new_group``: it names groups by how many a process
+    has made, and ranks that differ in that wait for each other in vain; and it wants every rank of the job."""
     world = dist.group.WORLD
     assert world is not None
-    key = (world, name, ranks)
+    store = _get_default_store()
+    generation = store.add(_generation_key(name, ranks), 0)
+    key = (world, name, ranks, generation)
     if key not in _made:
-        unique, store, me = f"{name}.{'-'.join(map(str, ranks))}", _get_default_store(), dist.get_rank()
-        # Counted in the store by every rank for itself: a group made again after a failure is a new one.
-        unique += f".{store.add(f'{unique}.{me}', 1)}"
         group, _ = _new_process_group_helper(
-            len(ranks), ranks.index(me), list(ranks), dist.get_backend(), store, cast(Any, unique),
-            timeout=timedelta(seconds=timeout), group_desc=name)
+            len(ranks), ranks.index(dist.get_rank()), list(ranks), dist.get_backend(), store,
+            cast(Any, f"{_generation_key(name, ranks)}.{generation}"), timeout=timedelta(seconds=timeout),
+            group_desc=name)
         _world.pg_group_ranks[group] = {r: i for i, r in enumerate(ranks)}
         _made[key] = group
     return _made[key]
+
+
+def _generation_key(name: str, ranks: tuple[int, ...]) -> str:
+    """Where the store counts how often the group had to be given up."""
+    return f"{name}.{'-'.join(map(str, ranks))}"
