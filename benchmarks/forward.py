@@ -165,7 +165,7 @@ def _options() -> argparse.Namespace:
         type=int,
         default=0,
         metavar="N",
-        help=f"repeat a forward up to N times while other processes take over {DISTURBED:.0%} of the CPU (0)",
+        help=f"repeat a forward up to N times while others take over {100 * DISTURBED:.0f}%% of the CPU (0)",
     )
     parser.add_argument(
         "--contestants",

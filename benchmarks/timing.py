@@ -1,4 +1,4 @@
-"""Timing work that several processes of one machine do together, with an eye on what else the machine does."""
+"""Timing work that several processes of a machine do together, with an eye on what else the machine does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Taken(NamedTuple):
     Attributes:
         seconds: until the slowest rank was done.
         cpu_seconds: CPU time of all ranks and all their threads, those of gloo too.
-        others: the share of this machine's CPU that other processes took meanwhile; NaN where that is not known.
+        others: the share of this machine's CPU that other processes took meanwhile; NaN where not known.
     """
 
     seconds: float
@@ -29,7 +29,7 @@ class Taken(NamedTuple):
 
 
 def time_once(work: Callable[[], object] | None) -> Taken:
-    """Time ``work``, which begins on all ranks at once. A rank without any waits, leaving its core to others."""
+    """Time ``work``, which begins on all ranks at once. A rank without any waits and leaves its core alone."""
     # gloo's barrier blocks on a condition variable, so that waiting takes no CPU time.
     dist.barrier()
     before = _clocks()

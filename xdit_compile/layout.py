@@ -167,9 +167,9 @@ class Dim:
         return (Dim.replicated(outer), rows.pop()) if len(rows) == 1 else None
 
     def __str__(self) -> str:
-        return " + ".join(map(str, self.segments)) if len(self.segments) <= 8 else (
-            f"{' + '.join(map(str, self.segments[:3]))} + ... ({len(self.segments)} segments)"
-        ) if self.segments else "0"
+        shown = self.segments if len(self.segments) <= 8 else self.segments[:3]
+        rest = [f"... ({len(self.segments)} segments)"] if len(shown) < len(self.segments) else []
+        return " + ".join([*map(str, shown), *rest]) or "0"
 
 
 def even_offsets(length: int, parts: int) -> tuple[int, ...]:
