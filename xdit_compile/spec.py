@@ -58,7 +58,7 @@ class ShardingSpec:
         if isinstance(spec, ShardingSpec):
             return spec
         if not isinstance(spec, (str, Mapping)):
-            raise SpecError(f"a sharding spec is text, a mapping or a ShardingSpec, not {type(spec).__name__}: {spec!r}")
+            raise SpecError(f"a sharding spec is text, a mapping or a ShardingSpec, got {spec!r}")
         pairs = _pairs(spec) if isinstance(spec, str) else [(str(k), v) for k, v in spec.items()]
         known = {f.name: f.name for f in fields(ShardingSpec)}
         known |= {name.removesuffix("_degree"): name for name in known} | {"kernel": "attention_kernel"}
