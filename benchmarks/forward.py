@@ -6,7 +6,7 @@ process, the plain model in one process while the others wait without using thei
     python benchmarks/forward.py
     python benchmarks/forward.py --rounds 15 --json forward.json
     python benchmarks/forward.py --tokens 256 --text 64 --hidden 256 --double 2 --single 2
-    python benchmarks/forward.py --patience 20  # on a machine that has other work now and then
+    python benchmarks/forward.py --patience 600  # on a machine that has other work now and then
     python benchmarks/forward.py --contestants single ulysses ulysses-inductor diffusers
 
 "seconds" is the median over the rounds of the slowest rank, "times as fast" the median of the plain model
@@ -164,8 +164,8 @@ def _options() -> argparse.Namespace:
         "--patience",
         type=int,
         default=0,
-        metavar="N",
-        help=f"repeat a forward up to N times while others take over {100 * DISTURBED:.0f}%% of the CPU (0)",
+        metavar="SECONDS",
+        help="for each forward, wait that long for other processes to leave the machine alone (0)",
     )
     parser.add_argument(
         "--contestants",

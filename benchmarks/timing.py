@@ -29,7 +29,7 @@ class Taken(NamedTuple):
 
 
 def time_once(work: Callable[[], object] | None) -> Taken:
-    """Time ``work``, which begins on all ranks at once. A rank without any waits and leaves its core alone."""
+    """Time ``work``, which begins on all ranks at once. A rank without any waits, its core left alone."""
     # gloo's barrier blocks on a condition variable, so that waiting takes no CPU time.
     dist.barrier()
     before = _clocks()
@@ -37,26 +37,26 @@ def time_once(work: Callable[[], object] | None) -> Taken:
         work()
     after = _clocks()
     dist.barrier()
-    busy, whole = (b - a for a, b in zip(before.machine, _clocks().machine, strict=True))
     mine = torch.tensor([after.wall - before.wall, after.own - before.own], dtype=torch.float64)
     ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(ranks, mine if work is not None else mine * 0)
     walls, owns = torch.stack(ranks).unbind(1)
-    # One view of the machine for all ranks, because what they do next depends on it.
-    machine = torch.tensor([busy, whole], dtype=torch.float64)
-    dist.broadcast(machine, 0)
-    busy, whole = machine.tolist()
     cpu = owns.sum().item()
-    return Taken(walls.max().item(), cpu, max(0.0, busy - cpu) / whole if whole else float("nan"))
+    return Taken(walls.max().item(), cpu, _others(before, _clocks(), cpu))
 
 
 def time_undisturbed(work: Callable[[], object] | None, patience: int) -> Taken:
-    """Time ``work``, again for up to ``patience`` times while other processes disturb it."""
+    """Time ``work`` when other processes leave this machine alone.
+
+    Up to ``patience`` seconds are spent waiting for that; then it is timed as it is.
+    """
     for _ in range(patience):
-        taken = time_once(work)
-        if not taken.others > DISTURBED:
-            return taken
+        before = _clocks()
         time.sleep(1)
+        if not _others(before, _clocks(), 0.0) > DISTURBED:
+            taken = time_once(work)
+            if not taken.others > DISTURBED:
+                return taken
     return time_once(work)
 
 
@@ -76,3 +76,13 @@ def _clocks() -> _Clocks:
         tick = os.sysconf("SC_CLK_TCK")
         machine = (busy / tick, (busy + idle + waiting) / tick)
     return _Clocks(time.perf_counter(), time.process_time(), machine)
+
+
+def _others(before: _Clocks, after: _Clocks, cpu: float) -> float:
+    """The share of other processes between two moments in which all ranks together took ``cpu`` seconds."""
+    # One view of the machine for all ranks, because what they do next depends on it.
+    busy, whole = (b - a for a, b in zip(before.machine, after.machine, strict=True))
+    machine = torch.tensor([busy, whole], dtype=torch.float64)
+    dist.broadcast(machine, 0)
+    busy, whole = machine.tolist()
+    return max(0.0, busy - cpu) / whole if whole else float("nan")
