@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import calls
 import pytest
 from pool import Pool
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    """Workers of its own: what fails here on purpose must not reach other tests."""
+    workers = Pool(world=4)
+    yield workers
+    workers.close()
 
 EXACT = 1e-5
 # A rank told of another's failure wakes in milliseconds; the rest is for a busy machine.

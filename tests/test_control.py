@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,14 @@ from xdit_compile.errors import RankFailure, RankMismatch
 from xdit_compile.launch import launch
 from xdit_compile.runtime.control import Control
 from xdit_compile.runtime.digest import digest, digests
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    """Workers of its own: what fails here on purpose must not reach other tests."""
+    workers = Pool(world=4)
+    yield workers
+    workers.close()
 
 RANKS = (0, 1, 2, 3)
 TIMEOUT = 2.0
