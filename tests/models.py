@@ -4,117 +4,22 @@ Every entry of ``CASES`` is one model (or one way of calling it).  ``build(name,
 eval mode and float32 with every parameter redrawn, so that no zero initialisation switches a branch off; the
 case's ``inputs(batch, odd)`` gives the keyword arguments of its forward.
 
-Sizes: ``odd=True`` gives an image grid of 5x7 patches (video: 5 frames of 5x7 = 175 tokens) and 11 text
-tokens; ``odd=False`` gives 4x6 patches (video: 2 frames of 4x6 = 48 tokens) and 8 text tokens.  Exceptions
-are noted at the inputs: they are sizes which the model's own parameters or code fix.
+``cases`` says what the sizes are.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 if __package__:
     from . import handwritten
+    from .cases import Case, Inputs, frame_count, made, padding_mask, patch_grid, randn, rotary, text_length, timesteps
 else:
     import handwritten
-
-Inputs = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One model under test and the way to call it."""
-
-    name: str
-    build: Callable[[], nn.Module]  # the model as its class initialises it
-    inputs: Callable[[int, bool], Inputs]  # (batch, odd) -> keyword arguments of forward
-    heads: int  # the smallest head count among the main attentions
-
-
-# --------------------------------------------------------------------------------------------------
-# Parameters
-
-
-def _spread(module: nn.Module, name: str, parameter: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation with which to draw a parameter."""
-    if name == "weight" and parameter.ndim == 1:  # a norm's gain
-        return 1.0, 0.1
-    if isinstance(module, nn.Embedding):
-        return 0.0, 1.0
-    if name.endswith("weight"):  # linear and convolution: keeps the variance of a unit input
-        return 0.0, parameter[0].numel() ** -0.5
-    if name.endswith("bias"):
-        return 0.0, 0.1
-    if name == "pos_frequencies":  # Mochi multiplies these by positions of up to a hundred
-        return 0.0, 0.05
-    return 0.0, 0.5  # tables, learned positions, padding tokens
-
-
-@torch.no_grad()
-def redraw(model: nn.Module, seed: int = 0) -> None:
-    """Draw every parameter anew, in place, each from its own generator seeded by ``seed`` and its name."""
-    for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            mean, std = _spread(module, name, parameter)
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{prefix}.{name}".encode()))
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-            parameter.copy_(mean + std * noise)
-
-
-def build(name: str, seed: int = 0) -> nn.Module:
-    """The named case's model, float32, in eval mode, with parameters drawn from ``seed``."""
-    model = CASES[name].build().to(torch.float32).eval().requires_grad_(False)
-    redraw(model, seed)
-    return model
-
-
-# --------------------------------------------------------------------------------------------------
-# Inputs
-
-
-def _randn(seed: int, *shape: int) -> Tensor:
-    """A normal tensor that depends on the seed and the shape only."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _steps(batch: int) -> Tensor:
-    """Integer timesteps, a different one for each batch element."""
-    return 700 - 150 * torch.arange(batch)
-
-
-def _grid(odd: bool) -> tuple[int, int]:
-    """Rows and columns of patches."""
-    return (5, 7) if odd else (4, 6)
-
-
-def _frames(odd: bool) -> int:
-    """Latent frames of a video."""
-    return 5 if odd else 2
-
-
-def _text(odd: bool) -> int:
-    """Text tokens."""
-    return 11 if odd else 8
-
-
-def _mask(batch: int, length: int, dtype: torch.dtype) -> Tensor:
-    """A (batch, length) padding mask, 1 = keep: length - 2 tokens in the first row, 3 fewer in each next."""
-    kept = (length - 2 - 3 * torch.arange(batch)).clamp(min=1)
-    return (torch.arange(length)[None] < kept[:, None]).to(dtype)
-
-
-def _rotary(tokens: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (tokens, dim), of a rotary embedding that turns neighbouring pairs."""
-    rates = 100.0 ** (-torch.arange(0, dim, 2) / dim)
-    angles = torch.outer(torch.arange(tokens).float(), rates).repeat_interleave(2, dim=1)
-    return angles.cos(), angles.sin()
+    from cases import Case, Inputs, frame_count, made, padding_mask, patch_grid, randn, rotary, text_length, timesteps
 
 
 # --------------------------------------------------------------------------------------------------
@@ -134,8 +39,8 @@ def _dit_inputs(batch: int, odd: bool) -> Inputs:
     """Square images only (the class takes the root of the token count): 5x5 or 4x4 patches.  No text."""
     side = 10 if odd else 8
     return {
-        "hidden_states": _randn(1, batch, 4, side, side),
-        "timestep": _steps(batch),
+        "hidden_states": randn(1, batch, 4, side, side),
+        "timestep": timesteps(batch),
         "class_labels": 3 + 5 * torch.arange(batch),
     }
 
@@ -153,17 +58,17 @@ def _pixart(heads: int, alpha: bool) -> nn.Module:
 
 def _pixart_inputs(batch: int, odd: bool, alpha: bool, mask: bool) -> Inputs:
     """Mask: (batch, text) int64, 1 = keep, as the tokenizer gives it."""
-    rows, columns = _grid(odd)
+    rows, columns = patch_grid(odd)
     size = {"resolution": None, "aspect_ratio": None}
     if alpha:
         side = torch.tensor([[1024.0, 768.0]]) - 64 * torch.arange(batch)[:, None]
         size = {"resolution": side, "aspect_ratio": side[:, :1] / side[:, 1:]}
     return {
-        "hidden_states": _randn(1, batch, 4, 2 * rows, 2 * columns),
-        "encoder_hidden_states": _randn(2, batch, _text(odd), 20),
-        "timestep": _steps(batch),
+        "hidden_states": randn(1, batch, 4, 2 * rows, 2 * columns),
+        "encoder_hidden_states": randn(2, batch, text_length(odd), 20),
+        "timestep": timesteps(batch),
         "added_cond_kwargs": size,
-        "encoder_attention_mask": _mask(batch, _text(odd), torch.int64) if mask else None,
+        "encoder_attention_mask": padding_mask(batch, text_length(odd), torch.int64) if mask else None,
     }
 
 
@@ -183,12 +88,12 @@ def _sd3(dual: bool) -> nn.Module:
 
 def _sd3_inputs(batch: int, odd: bool) -> Inputs:
     """No mask in this class."""
-    rows, columns = _grid(odd)
+    rows, columns = patch_grid(odd)
     return {
-        "hidden_states": _randn(1, batch, 4, 2 * rows, 2 * columns),
-        "encoder_hidden_states": _randn(2, batch, _text(odd), 20),
-        "pooled_projections": _randn(3, batch, 24),
-        "timestep": _steps(batch),
+        "hidden_states": randn(1, batch, 4, 2 * rows, 2 * columns),
+        "encoder_hidden_states": randn(2, batch, text_length(odd), 20),
+        "pooled_projections": randn(3, batch, 24),
+        "timestep": timesteps(batch),
     }
 
 
@@ -204,15 +109,15 @@ def _flux(guidance: bool) -> nn.Module:
 
 def _flux_inputs(batch: int, odd: bool, guidance: bool) -> Inputs:
     """Tokens come packed, (batch, tokens, channels); ids are (tokens, 3), no batch; timestep in 0..1."""
-    rows, columns = _grid(odd)
+    rows, columns = patch_grid(odd)
     places = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns)).float()
     inputs = {
-        "hidden_states": _randn(1, batch, rows * columns, 16),
-        "encoder_hidden_states": _randn(2, batch, _text(odd), 20),
-        "pooled_projections": _randn(3, batch, 24),
-        "timestep": _steps(batch) / 1000,
+        "hidden_states": randn(1, batch, rows * columns, 16),
+        "encoder_hidden_states": randn(2, batch, text_length(odd), 20),
+        "pooled_projections": randn(3, batch, 24),
+        "timestep": timesteps(batch) / 1000,
         "img_ids": places,
-        "txt_ids": torch.zeros(_text(odd), 3),
+        "txt_ids": torch.zeros(text_length(odd), 3),
     }
     if guidance:
         inputs |= {"guidance": 3.5 - torch.arange(batch), "return_dict": False}
@@ -236,16 +141,16 @@ def _hunyuan_dit_inputs(batch: int, odd: bool, style: bool) -> Inputs:
 
     The timestep is floating point: its dtype is the one in which the class embeds it.
     """
-    rows, columns = _grid(odd)
+    rows, columns = patch_grid(odd)
     clip = 6 if style else 5
     inputs = {
-        "hidden_states": _randn(1, batch, 4, 2 * rows, 2 * columns),
-        "timestep": _steps(batch).float(),
-        "encoder_hidden_states": _randn(2, batch, clip, 20),
-        "text_embedding_mask": _mask(batch, clip, torch.int64),
-        "encoder_hidden_states_t5": _randn(3, batch, 8, 24),
-        "text_embedding_mask_t5": _mask(batch, 8, torch.int64),
-        "image_rotary_emb": _rotary(rows * columns, 16),
+        "hidden_states": randn(1, batch, 4, 2 * rows, 2 * columns),
+        "timestep": timesteps(batch).float(),
+        "encoder_hidden_states": randn(2, batch, clip, 20),
+        "text_embedding_mask": padding_mask(batch, clip, torch.int64),
+        "encoder_hidden_states_t5": randn(3, batch, 8, 24),
+        "text_embedding_mask_t5": padding_mask(batch, 8, torch.int64),
+        "image_rotary_emb": rotary(rows * columns, 16),
     }
     if style:
         sizes = torch.tensor([[1024.0, 768.0, 1024.0, 768.0, 0.0, 32.0]])
@@ -264,12 +169,12 @@ def _qwen_image() -> nn.Module:
 
 def _qwen_image_inputs(batch: int, odd: bool, mask: bool) -> Inputs:
     """Tokens come packed; the grid comes as Python integers; mask: (batch, text) int64; timestep in 0..1."""
-    rows, columns = _grid(odd)
+    rows, columns = patch_grid(odd)
     return {
-        "hidden_states": _randn(1, batch, rows * columns, 16),
-        "encoder_hidden_states": _randn(2, batch, _text(odd), 20),
-        "encoder_hidden_states_mask": _mask(batch, _text(odd), torch.int64) if mask else None,
-        "timestep": _steps(batch) / 1000,
+        "hidden_states": randn(1, batch, rows * columns, 16),
+        "encoder_hidden_states": randn(2, batch, text_length(odd), 20),
+        "encoder_hidden_states_mask": padding_mask(batch, text_length(odd), torch.int64) if mask else None,
+        "timestep": timesteps(batch) / 1000,
         "img_shapes": [[(1, rows, columns)]] * batch,
     }
 
@@ -294,12 +199,12 @@ def _latte_inputs(batch: int, odd: bool, mask: bool) -> Inputs:
 
     The class hands the mask to attention as it is, so it is a bias: (batch * frames, 1, text), 0 = keep.
     """
-    rows, columns = _grid(odd)
-    bias = -10000.0 * (1 - _mask(batch, _text(odd), torch.float32))
+    rows, columns = patch_grid(odd)
+    bias = -10000.0 * (1 - padding_mask(batch, text_length(odd), torch.float32))
     return {
-        "hidden_states": _randn(1, batch, 4, 5, 2 * rows, 2 * columns),
-        "timestep": _steps(batch),
-        "encoder_hidden_states": _randn(2, batch, _text(odd), 20),
+        "hidden_states": randn(1, batch, 4, 5, 2 * rows, 2 * columns),
+        "timestep": timesteps(batch),
+        "encoder_hidden_states": randn(2, batch, text_length(odd), 20),
         "encoder_attention_mask": bias.repeat_interleave(5, dim=0)[:, None] if mask else None,
     }
 
@@ -308,11 +213,11 @@ def _cogvideox(rotary: bool, odd: bool = True) -> nn.Module:
     """Without rotary the positions are a buffer for the sizes of ``odd``."""
     from diffusers import CogVideoXTransformer3DModel
 
-    rows, columns = _grid(odd)
+    rows, columns = patch_grid(odd)
     return CogVideoXTransformer3DModel(
         num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=24,
         text_embed_dim=20, num_layers=3, sample_width=2 * columns, sample_height=2 * rows,
-        sample_frames=4 * _frames(odd) - 3, patch_size=2, max_text_seq_length=_text(odd),
+        sample_frames=4 * frame_count(odd) - 3, patch_size=2, max_text_seq_length=text_length(odd),
         use_rotary_positional_embeddings=rotary,
     )  # fmt: skip
 
@@ -323,13 +228,13 @@ def _cogvideox_inputs(batch: int, odd: bool, rotary: bool = True) -> Inputs:
     Without rotary a model takes the sizes of its buffer only: another text length does not fit it, and at
     another video size the class makes new positions through ``.data``, which torch.export cannot trace.
     """
-    rows, columns = _grid(odd)
-    frames = _frames(odd)
+    rows, columns = patch_grid(odd)
+    frames = frame_count(odd)
     return {
-        "hidden_states": _randn(1, batch, frames, 4, 2 * rows, 2 * columns),
-        "encoder_hidden_states": _randn(2, batch, _text(odd), 20),
-        "timestep": _steps(batch),
-        "image_rotary_emb": _rotary(frames * rows * columns, 16) if rotary else None,
+        "hidden_states": randn(1, batch, frames, 4, 2 * rows, 2 * columns),
+        "encoder_hidden_states": randn(2, batch, text_length(odd), 20),
+        "timestep": timesteps(batch),
+        "image_rotary_emb": rotary(frames * rows * columns, 16) if rotary else None,
     }
 
 
@@ -350,12 +255,12 @@ def _mochi() -> nn.Module:
 
 def _mochi_inputs(batch: int, odd: bool) -> Inputs:
     """Mask: (batch, text) bool; the class picks the kept text tokens with ``nonzero``, element by element."""
-    rows, columns = _grid(odd)
+    rows, columns = patch_grid(odd)
     return {
-        "hidden_states": _randn(1, batch, 4, _frames(odd), 2 * rows, 2 * columns),
-        "encoder_hidden_states": _randn(2, batch, _text(odd), 24),
-        "timestep": _steps(batch),
-        "encoder_attention_mask": _mask(batch, _text(odd), torch.bool),
+        "hidden_states": randn(1, batch, 4, frame_count(odd), 2 * rows, 2 * columns),
+        "encoder_hidden_states": randn(2, batch, text_length(odd), 24),
+        "timestep": timesteps(batch),
+        "encoder_attention_mask": padding_mask(batch, text_length(odd), torch.bool),
     }
 
 
@@ -375,16 +280,16 @@ def _wan_inputs(batch: int, odd: bool, image: bool = False, per_token: bool = Fa
 
     ``per_token`` gives one timestep for each token, (batch, tokens), as Wan 2.2's 5B model takes it.
     """
-    rows, columns = _grid(odd)
-    tokens = _frames(odd) * rows * columns
-    steps = _steps(batch)
+    rows, columns = patch_grid(odd)
+    tokens = frame_count(odd) * rows * columns
+    steps = timesteps(batch)
     inputs = {
-        "hidden_states": _randn(1, batch, 4, _frames(odd), 2 * rows, 2 * columns),
+        "hidden_states": randn(1, batch, 4, frame_count(odd), 2 * rows, 2 * columns),
         "timestep": steps[:, None] - torch.arange(tokens) if per_token else steps,
-        "encoder_hidden_states": _randn(2, batch, 512 if image else _text(odd), 20),
+        "encoder_hidden_states": randn(2, batch, 512 if image else text_length(odd), 20),
     }
     if image:
-        inputs["encoder_hidden_states_image"] = _randn(3, batch, 5 if odd else 4, 28)
+        inputs["encoder_hidden_states_image"] = randn(3, batch, 5 if odd else 4, 28)
     return inputs
 
 
@@ -399,13 +304,13 @@ def _ltx() -> nn.Module:
 
 def _ltx_inputs(batch: int, odd: bool, mask: bool) -> Inputs:
     """Tokens come packed, the grid as Python integers; mask: (batch, text) bool."""
-    rows, columns = _grid(odd)
-    frames = _frames(odd)
+    rows, columns = patch_grid(odd)
+    frames = frame_count(odd)
     return {
-        "hidden_states": _randn(1, batch, frames * rows * columns, 8),
-        "encoder_hidden_states": _randn(2, batch, _text(odd), 20),
-        "timestep": _steps(batch),
-        "encoder_attention_mask": _mask(batch, _text(odd), torch.bool) if mask else None,
+        "hidden_states": randn(1, batch, frames * rows * columns, 8),
+        "encoder_hidden_states": randn(2, batch, text_length(odd), 20),
+        "timestep": timesteps(batch),
+        "encoder_attention_mask": padding_mask(batch, text_length(odd), torch.bool) if mask else None,
         "num_frames": frames,
         "height": rows,
         "width": columns,
@@ -426,13 +331,13 @@ def _hunyuan_video(guidance: bool, image_condition: str | None = None) -> nn.Mod
 
 def _hunyuan_video_inputs(batch: int, odd: bool, guidance: bool) -> Inputs:
     """Mask: (batch, text) in the model's own dtype, as the pipeline gives it; guidance in thousands."""
-    rows, columns = _grid(odd)
+    rows, columns = patch_grid(odd)
     return {
-        "hidden_states": _randn(1, batch, 4, _frames(odd), 2 * rows, 2 * columns),
-        "timestep": _steps(batch),
-        "encoder_hidden_states": _randn(2, batch, _text(odd), 20),
-        "encoder_attention_mask": _mask(batch, _text(odd), torch.float32),
-        "pooled_projections": _randn(3, batch, 24),
+        "hidden_states": randn(1, batch, 4, frame_count(odd), 2 * rows, 2 * columns),
+        "timestep": timesteps(batch),
+        "encoder_hidden_states": randn(2, batch, text_length(odd), 20),
+        "encoder_attention_mask": padding_mask(batch, text_length(odd), torch.float32),
+        "pooled_projections": randn(3, batch, 24),
         "guidance": 6000.0 - 1000 * torch.arange(batch) if guidance else None,
     }
 
@@ -443,21 +348,21 @@ def _hunyuan_video_inputs(batch: int, odd: bool, guidance: bool) -> Inputs:
 
 def _fused_inputs(batch: int, odd: bool) -> Inputs:
     """An image and a class label.  The learned positions cover a grid of 8x8 patches."""
-    rows, columns = _grid(odd)
+    rows, columns = patch_grid(odd)
     return {
-        "image": _randn(1, batch, 4, 2 * rows, 2 * columns),
-        "step": _steps(batch) / 1000,
+        "image": randn(1, batch, 4, 2 * rows, 2 * columns),
+        "step": timesteps(batch) / 1000,
         "label": 1 + torch.arange(batch),
     }
 
 
 def _views_inputs(batch: int, odd: bool) -> Inputs:
     """Latents (batch, 2 frames, 3 views, tokens, channels), 35 or 24 tokens; text (batch, text, 20)."""
-    rows, columns = _grid(odd)
+    rows, columns = patch_grid(odd)
     return {
-        "latents": _randn(1, batch, 2, 3, rows * columns, 8),
-        "step": _steps(batch) / 1000,
-        "text": _randn(2, batch, _text(odd), 20),
+        "latents": randn(1, batch, 2, 3, rows * columns, 8),
+        "step": timesteps(batch) / 1000,
+        "text": randn(2, batch, text_length(odd), 20),
     }
 
 
@@ -511,3 +416,8 @@ CASES: dict[str, Case] = {
         Case("views", handwritten.ViewsDiT, _views_inputs, 4),
     )
 }
+
+
+def build(name: str, seed: int = 0) -> nn.Module:
+    """The named case's model, float32, in eval mode, with parameters drawn from ``seed``."""
+    return made(CASES[name], seed)
