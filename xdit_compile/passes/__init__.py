@@ -12,6 +12,7 @@ from xdit_compile.mesh import axis_sizes, position_of
 from xdit_compile.passes.canonicalize import canonicalize
 from xdit_compile.passes.check import check
 from xdit_compile.passes.lower import lower_attention
+from xdit_compile.passes.overlap import overlap
 from xdit_compile.passes.seeds import choose_seeds
 from xdit_compile.passes.shard import Seeds, shard
 from xdit_compile.passes.simplify import simplify
@@ -45,6 +46,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("lower_attention", lambda p, c: lower_attention(p, c.sizes, c.mode),
          frozenset({"sharded"}), frozenset({"lowered"})),
     Pass("simplify", lambda p, c: simplify(p), frozenset({"lowered"}), frozenset()),
+    Pass("overlap", lambda p, c: overlap(p), frozenset({"lowered"}), frozenset()),
 )
 
 
