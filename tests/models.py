@@ -222,7 +222,7 @@ def _cogvideox(rotary: bool, odd: bool = True) -> nn.Module:
     )  # fmt: skip
 
 
-def _cogvideox_inputs(batch: int, odd: bool, rotary: bool = True) -> Inputs:
+def _cogvideox_inputs(batch: int, odd: bool, turned: bool = True) -> Inputs:
     """Video is (batch, frames, channels, height, width).
 
     Without rotary a model takes the sizes of its buffer only: another text length does not fit it, and at
@@ -234,13 +234,13 @@ def _cogvideox_inputs(batch: int, odd: bool, rotary: bool = True) -> Inputs:
         "hidden_states": randn(1, batch, frames, 4, 2 * rows, 2 * columns),
         "encoder_hidden_states": randn(2, batch, text_length(odd), 20),
         "timestep": timesteps(batch),
-        "image_rotary_emb": rotary(frames * rows * columns, 16) if rotary else None,
+        "image_rotary_emb": rotary(frames * rows * columns, 16) if turned else None,
     }
 
 
 def _cogvideox_fixed(batch: int, odd: bool, size: bool) -> Inputs:
     """The inputs without rotary, of the one ``size`` that the model takes, whatever ``odd`` asks for."""
-    return _cogvideox_inputs(batch, size, rotary=False)
+    return _cogvideox_inputs(batch, size, turned=False)
 
 
 def _mochi() -> nn.Module:

@@ -17,7 +17,7 @@ from xdit_compile.passes.rules import FAMILIES, RULES
 
 PACKAGE = Path(xdit_compile.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-VOCABULARY = ("layout", "spec", "mesh", "program", "structure", "costs", "errors")
+VOCABULARY = ("guards", "layout", "spec", "mesh", "program", "structure", "costs", "errors")
 
 FAMILY_NAMES = (
     "flux", "sd3", "stable_?diffusion", "wan", "pix_?art", "hunyuan", "cog_?video", "cog_?view", "mochi",
