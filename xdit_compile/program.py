@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from xdit_compile.guards import Guards
 from xdit_compile.spec import ShardingSpec
 from xdit_compile.structure import Structure
 
@@ -53,8 +54,9 @@ class Program:
         main: the forward; block functions are its children, called with ``call_module``.
         inputs: one per placeholder of ``main``, in order.
         constants: tensors made inside forward that are not part of the model's state.
-        outputs: how the flat outputs become the object the model returns.
-        reads: arguments whose values were read while tracing; other values need another program.
+        outputs: how the flat outputs become a pair: the object the model returns, and its arguments as it left them
+            if it changed what is in them, else None.
+        guards: what was read of the arguments' values while tracing; other answers need another program.
         facts: what holds of the graphs (``captured``, ``canonical``, ``sharded``, ``lowered``).
         spec, position: for which sharding spec and rank this is the local program; None for the global one.
         notes: what the passes decided, in order.
@@ -68,7 +70,7 @@ class Program:
     spec: ShardingSpec | None = None
     position: Mapping[str, int] | None = None
     notes: tuple[Note, ...] = field(default=(), repr=False)
-    reads: tuple[int, ...] = ()
+    guards: Guards = field(default_factory=Guards)
 
     def functions(self) -> Iterator[tuple[str, fx.GraphModule]]:
         """``main`` and each block function, by name."""

@@ -1,12 +1,15 @@
-"""Python containers as flat leaves and back: pytrees, plus dataclasses nobody registered."""
+"""Python containers as flat leaves and back: pytrees, plus dataclasses and plain objects nobody registered."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 CONSTANTS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.layout,
@@ -49,7 +52,7 @@ TENSOR = _Tensor()
 def flatten(value: Any) -> tuple[list[torch.Tensor], Structure]:
     """The tensors in ``value``, in order, and the structure that puts them back."""
     leaves, spec = pytree.tree_flatten(value)
-    while unknown := {type(x) for x in leaves if dataclasses.is_dataclass(x) and not isinstance(x, type)}:
+    while unknown := {type(x) for x in leaves if _is_container(x)}:
         for cls in unknown:
             _register(cls)
         leaves, spec = pytree.tree_flatten(value)
@@ -57,15 +60,60 @@ def flatten(value: Any) -> tuple[list[torch.Tensor], Structure]:
     return tensors, Structure(spec, tuple(TENSOR if isinstance(x, torch.Tensor) else x for x in leaves))
 
 
-def _register(cls: type) -> None:
-    """Tell pytree about a dataclass. Rebuilt without ``__init__``: it may compute or refuse, and ran once already."""
-    names = [f.name for f in dataclasses.fields(cls)]
+def differ(value: Any, tensors: Sequence[torch.Tensor], structure: Structure) -> bool:
+    """Whether ``value`` is no longer what ``structure`` built from ``tensors``: an item was added, or exchanged."""
+    now, shape = flatten(value)
+    return shape.key() != structure.key() or any(a is not b for a, b in zip(now, tensors, strict=True))
 
-    def unflatten(values: Any, _: Any) -> Any:
+
+def write_back(old: Any, new: Any) -> None:
+    """Make the containers in ``old`` hold what those in ``new`` do: lists, dictionaries and objects in their places
+    stay the objects they are."""
+    if isinstance(old, tuple) and isinstance(new, tuple):
+        for a, b in zip(old, new, strict=False):
+            write_back(a, b)
+    elif type(old) is not type(new):
+        return
+    elif isinstance(old, list):
+        old[:] = [_kept(a, b) for a, b in zip(old, new, strict=False)] + new[len(old):]
+    elif isinstance(old, dict):
+        merged = {k: _kept(old[k], v) if k in old else v for k, v in new.items()}
+        old.clear()
+        old.update(merged)
+    elif type(old) in _registered:
+        write_back(vars(old), vars(new))
+
+
+def _kept(old: Any, new: Any) -> Any:
+    """``old`` with the contents of ``new`` if it is a container that can have them, else ``new``."""
+    if type(old) is type(new) and (isinstance(old, (list, dict)) or type(old) in _registered):
+        write_back(old, new)
+        return old
+    return new
+
+
+_registered: set[type] = set()
+
+
+def _is_container(x: Any) -> bool:
+    """A dataclass, or an object that is its attributes and no more: a cache of keys and values, say."""
+    if isinstance(x, (*CONSTANTS, torch.Tensor, nn.Module, type, Enum, dict, list, tuple, set)) or callable(x):
+        return False
+    return dataclasses.is_dataclass(x) or (hasattr(x, "__dict__") and not hasattr(type(x), "__slots__"))
+
+
+def _register(cls: type) -> None:
+    """Tell pytree about a class. Rebuilt without ``__init__``: it may compute or refuse, and ran once already."""
+    _registered.add(cls)
+
+    def unflatten(values: Any, names: Any) -> Any:
         made: Any = object.__new__(cls)
         for name, value in zip(names, values, strict=True):
             object.__setattr__(made, name, value)
         return made
 
-    pytree.register_pytree_node(cls, lambda x: ([getattr(x, n) for n in names], None), unflatten,
-                                serialized_type_name=f"{cls.__module__}.{cls.__qualname__}")
+    def parts(x: Any) -> tuple[list[Any], tuple[str, ...]]:
+        names = tuple(f.name for f in dataclasses.fields(cls)) if dataclasses.is_dataclass(cls) else tuple(vars(x))
+        return [getattr(x, n) for n in names], names
+
+    pytree.register_pytree_node(cls, parts, unflatten, serialized_type_name=f"{cls.__module__}.{cls.__qualname__}")

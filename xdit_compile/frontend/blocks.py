@@ -19,7 +19,7 @@ from torch import nn
 
 from xdit_compile.frontend.fingerprint import fingerprint, meta
 from xdit_compile.frontend.known import Known, Value
-from xdit_compile.structure import CONSTANTS, TENSOR, Structure, flatten
+from xdit_compile.structure import CONSTANTS, TENSOR, Structure, differ, flatten
 
 _library = torch.library.Library("xdit_compile", "FRAGMENT")
 _library.define("block(str kind, str path, Tensor[] inputs) -> Tensor[]")
@@ -85,6 +85,8 @@ class Outliner:
         self._modules = {path: model.get_submodule(path) for path in self._prints}
         self.kinds: dict[Hashable, Kind | None] = {}
         """By (fingerprint, inputs); None for a block that has to stay inside the model."""
+        self._reading: set[Hashable] = set()
+        """Kinds that read values: for them, inputs of other values are another kind."""
         self._inside: set[str] = set()
         """Blocks some call of which has to stay inside the model."""
 
@@ -126,8 +128,11 @@ class Outliner:
 
     def _key(self, path: str, tensors: list[torch.Tensor], structure: Structure) -> Hashable:
         # Strides are left out: canonical programs reshape, they do not view, so any strides are right.
-        return self._prints[path], structure.key(), tuple(
-            (t.shape, t.dtype, t.device, self._known.digest(t)) for t in tensors)
+        key = self._prints[path], structure.key(), tuple((t.shape, t.dtype, t.device) for t in tensors)
+        return (key, self._values(tensors)) if key in self._reading else key
+
+    def _values(self, tensors: list[torch.Tensor]) -> Hashable:
+        return tuple(map(self._known.digest, tensors))
 
     def _record(self, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         tensors, structure = flatten((args, kwargs))
@@ -143,14 +148,19 @@ class Outliner:
             results = [tensors[r] if isinstance(r, int) else torch.empty_strided(
                 r.shape, r.stride(), dtype=r.dtype, device=r.device) for r in kind.results]
             return kind.outputs.build(results)
+        snapshots, values, reads = [*map(self._known.snapshot, tensors)], self._values(tensors), self._known.reads
         versions = [t._version for t in tensors]
         before = self._state(path)
         out = forward(*args, **kwargs)
         made, outputs = flatten(out)
-        pure = versions == [t._version for t in tensors] and before == self._state(path) and _plain(outputs)
+        pure = (versions == [t._version for t in tensors] and before == self._state(path) and _plain(outputs)
+                and not differ((args, kwargs), tensors, structure))
+        if self._known.reads > reads:
+            self._reading.add(key)
+            key = key, values
         self.kinds[key] = Kind(
             self._name(path), path, self._modules[path], structure, tuple(tensors),
-            tuple(self._known.value(t) for t in tensors), outputs,
+            tuple(snapshots), outputs,
             tuple(next((i for i, t in enumerate(tensors) if t is m), m) for m in made),
         ) if pure else None
         if not pure:

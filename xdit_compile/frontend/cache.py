@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from xdit_compile.frontend.capture import capture
-from xdit_compile.frontend.known import digest
 from xdit_compile.frontend.state import device_of, state_token
 from xdit_compile.program import Program
 from xdit_compile.structure import flatten
@@ -19,11 +18,8 @@ from xdit_compile.structure import flatten
 
 @dataclass
 class _Captures:
-    """``reads``: by kind of call, the arguments whose values its programs depend on. ``programs``: by kind of call
-    and those values."""
-
-    reads: dict[Hashable, tuple[int, ...]] = field(default_factory=dict)
-    programs: dict[Hashable, Program] = field(default_factory=dict)
+    programs: dict[Hashable, list[Program]] = field(default_factory=dict)
+    """By kind of call; several where values that the model reads make a difference."""
     held: list[Any] = field(default_factory=list)
     """Objects whose identity is part of a key, so that no other object gets it."""
 
@@ -43,18 +39,16 @@ def find(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Pr
     and devices of tensors, structure and state of the model, and the tensor values the model read.
     """
     kind, tensors = _kind(model, args, kwargs)
-    known = _captures.setdefault(model, _Captures())
-    reads = known.reads.get(kind)
-    return None if reads is None else known.programs.get(_key(kind, tensors, reads))
+    programs = _captures.setdefault(model, _Captures()).programs.get(kind, ())
+    return next((p for p in programs if p.guards.hold(tensors)), None)
 
 
 def _capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
     program = capture(model, args, kwargs)
     known = _captures.setdefault(model, _Captures())
-    kind, tensors = _kind(model, args, kwargs)
+    kind, _ = _kind(model, args, kwargs)
     state_token(model, known.held)
-    known.reads[kind] = program.reads
-    known.programs[_key(kind, tensors, program.reads)] = program
+    known.programs.setdefault(kind, []).append(program)
     return program
 
 
@@ -62,6 +56,3 @@ def _kind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> t
     tensors, structure = flatten((tuple(args), dict(kwargs)))
     return (structure.key(), tuple((t.shape, t.dtype, device_of(t)) for t in tensors), state_token(model)), tensors
 
-
-def _key(kind: Hashable, tensors: Sequence[torch.Tensor], reads: Sequence[int]) -> Hashable:
-    return kind, tuple(digest(tensors[i]) for i in reads)

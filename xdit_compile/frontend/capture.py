@@ -8,6 +8,7 @@ on the meta device is captured the same way. Repeated blocks are exported once (
 from __future__ import annotations
 
 import logging
+import re
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,8 +25,9 @@ from torch.nn.utils.stateless import _reparametrize_module
 from xdit_compile.errors import CaptureError
 from xdit_compile.frontend.blocks import BLOCK, Kind, Outliner
 from xdit_compile.frontend.known import Known, Value, of_inputs
+from xdit_compile.frontend.unchanged import unchanged
 from xdit_compile.program import Input, Program, output_args, source_of
-from xdit_compile.structure import Structure, flatten
+from xdit_compile.structure import Structure, differ, flatten
 
 log = logging.getLogger(__name__)
 
@@ -42,24 +44,26 @@ class _Root(nn.Module):
     """A module as a function of its tensor arguments, flat in and flat out."""
 
     def __init__(self, module: nn.Module, inputs: Structure, known: Known,
-                 values: Sequence[Value | None]) -> None:
+                 values: Sequence[Value | int | None]) -> None:
         super().__init__()
         self.model = module
-        self._inputs, self._known, self._values = inputs, known, values
+        self.inputs, self._known, self._values = inputs, known, values
         self._seen = _Seen()
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         for tensor, value in zip(tensors, self._values, strict=True):
             self._known.assign(tensor, value)
-        args, kwargs = self._inputs.build(tensors)
+        args, kwargs = self.inputs.build(tensors)
         # Forward alone: hooks of the module itself run around the call, wherever that is made.
-        made, outputs = flatten(type(self.model).forward(self.model, *args, **kwargs))
+        result = type(self.model).forward(self.model, *args, **kwargs)
+        made, outputs = flatten((result, (args, kwargs) if differ((args, kwargs), tensors, self.inputs) else None))
         self._seen.outputs = outputs
         return tuple(made)
 
     @property
     def outputs(self) -> Structure:
-        """How the flat results become what the module returns; known once it has run."""
+        """How the flat results become what the module returns, and, if it changed them (a cache was filled), its
+        arguments as it left them; known once it has run."""
         return self._seen.outputs
 
 
@@ -70,22 +74,21 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
         CaptureError: naming the line of the model that stands in the way and what to do about it.
     """
     tensors, inputs = flatten((tuple(args), dict(kwargs or {})))
-    known = Known()
+    known = Known(tensors)
     root = _Root(model, inputs, known, of_inputs(tensors))
-    with torch.no_grad(), _unchanged(model), _without_meta(root, tensors) as tensors:
+    with torch.no_grad(), unchanged(model, args, kwargs), _without_meta(root, tensors) as tensors:
         try:
             outliner = Outliner(model, known)
             if outliner.paths:
-                with outliner.recording():
+                with unchanged(model, args, kwargs), outliner.recording():
                     _run_fake(root, tensors, known)
-                _forget_fakes(model)
+                known.forget_reads()
             return _assemble(root, tensors, outliner, known)
         except CaptureError:
             raise
         except Exception as error:
             # Outlining leans on more of the model than plain export does; without it the same model may pass.
             log.info("capturing %s again, block by block no more, after: %s", type(model).__name__, error)
-        _forget_fakes(model)
         try:
             return _assemble(root, tensors, None, known)
         except CaptureError:
@@ -109,16 +112,15 @@ def _assemble(root: _Root, tensors: Sequence[torch.Tensor], outliner: Outliner |
     else:
         with outliner.exporting():
             exported = _export(root, tensors, known)
-        _forget_fakes(root.model)
         kinds = {kind.name: kind for kind in outliner.kinds.values() if kind}
     constants: dict[str, torch.Tensor] = {}
     blocks = {name: _block(kind, known, constants) for name, kind in kinds.items()}
     main, inputs = _main(exported, blocks, constants)
-    return Program(main, tuple(inputs), constants, root.outputs, reads=tuple(sorted(known.read)))
+    return Program(main, tuple(inputs), constants, root.outputs, guards=known.guards())
 
 
-def _export(root: nn.Module, tensors: Sequence[torch.Tensor], known: Known) -> ExportedProgram:
-    with known:
+def _export(root: _Root, tensors: Sequence[torch.Tensor], known: Known) -> ExportedProgram:
+    with known, unchanged(root.model, root.inputs.constants):
         traced = torch.export.export(root, tuple(tensors), strict=False)
     exported = traced.run_decompositions({})
     signature = exported.graph_signature
@@ -194,9 +196,11 @@ class _Copier:
 
     def placeholder(self, what: Input, value: torch.Tensor) -> fx.Node:
         if what not in self.nodes:
-            # A module's name may be a number, as in nn.Sequential; a variable's may not begin with one.
-            name = what.name.replace(".", "_")
-            node = self.graph.placeholder(f"p_{name}" if name[0].isdigit() else name)
+            # A module's name may be a number, as in nn.Sequential, or hold signs that no variable's may.
+            name = re.sub(r"\W", "_", what.name)
+            name = f"p_{name}" if name[0].isdigit() else name
+            taken = {n.target for n in self.nodes.values()}
+            node = self.graph.placeholder(name if name not in taken else f"{name}_{len(taken)}")
             node.meta["val"] = value
             self.nodes[what] = node
             self.inputs.append(what)
@@ -268,35 +272,6 @@ def _main(exported: ExportedProgram, blocks: Mapping[str, tuple[fx.GraphModule, 
     made = tuple(copier.env[n] for n in output_args(exported.graph))
     copier.graph.output(made).meta["val"] = tuple(n.meta["val"] for n in made)
     return fx.GraphModule({n: m for n, (m, _) in blocks.items()}, copier.graph, "main"), copier.inputs
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Whatever tracing leaves on the model (a cached table of fake tensors) is taken off again."""
-    before = {m: dict(vars(m)) for m in model.modules()}
-    try:
-        yield
-    finally:
-        for module, attributes in before.items():
-            vars(module).clear()
-            vars(module).update(attributes)
-        _forget_fakes(model)
-
-
-def _forget_fakes(model: nn.Module) -> None:
-    """Empty caches that now hold fake tensors: eager calls would find them there."""
-    for module in model.modules():
-        for attribute, value in vars(module).items():
-            if isinstance(value, dict) and attribute not in ("_parameters", "_buffers"):
-                for key in [k for k, v in value.items() if isinstance(v, FakeTensor)]:
-                    del value[key]
-    for cls in {c for m in model.modules() for c in type(m).__mro__}:
-        for member in vars(cls).values():
-            # A decorator of the model's library may keep the cache inside a closure.
-            inside = [c.cell_contents for c in getattr(member, "__closure__", None) or ()]
-            for cached in (member, *inside):
-                if hasattr(cached, "cache_clear"):
-                    cached.cache_clear()
 
 
 def _explained(error: Exception, model: nn.Module) -> CaptureError:

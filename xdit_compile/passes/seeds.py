@@ -17,7 +17,7 @@ from torch import fx
 from xdit_compile.costs import FORMULAS
 from xdit_compile.errors import SpecError
 from xdit_compile.layout import SEQUENCE, Dim, Layout
-from xdit_compile.passes.shard import Seeds, Tally, estimate
+from xdit_compile.passes.shard import Estimator, Seeds, Tally
 from xdit_compile.program import Program, module_of, source_of
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
@@ -41,7 +41,8 @@ def choose_seeds(program: Program, sizes: Mapping[str, int]) -> Seeds:
     if parts == 1:
         return {}
     check_heads(program)
-    whole = estimate(program, {}, sizes)
+    estimate = Estimator(program, sizes)
+    whole = estimate({})
 
     def cost(tally: Tally) -> float:
         return tally.flops / max(whole.flops, 1) + TRAFFIC_WEIGHT * tally.sent / max(whole.moved, 1) + (
@@ -51,18 +52,18 @@ def choose_seeds(program: Program, sizes: Mapping[str, int]) -> Seeds:
     options = _cuts(entering, parts)
     # A dimension over which no attention is distributed is a batch or a width, no axis of tokens.
     tried = sorted((cost(tally), i) for i, seed in enumerate(options)
-                   for tally in [estimate(program, seed, sizes)] if tally.attentions)
+                   for tally in [estimate(seed)] if tally.attentions)
     if not tried:
         raise SpecError(
             f"{program.spec} cannot be honoured: no dimension of what enters the model's blocks can be split into "
             f"{parts} parts so that attention is distributed. Use fewer processes, or one."
         )
     best, first = tried[0]
-    chosen, attentions = options[first], estimate(program, options[first], sizes).attentions
+    chosen, attentions = options[first], estimate(options[first]).attentions
     for trial in [options[i] for _, i in tried[1:]] + _prologues(program, entering, parts):
         # What a prologue makes whole again must not undo a choice made before it.
         trial = chosen | {name: layout for name, layout in trial.items() if name not in chosen}
-        tally = estimate(program, trial, sizes)
+        tally = estimate(trial)
         if tally.attentions >= attentions and cost(tally) < best * WORTH:
             chosen, best = trial, cost(tally)
     return chosen

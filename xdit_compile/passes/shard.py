@@ -48,6 +48,15 @@ class Tally:
         self.attentions += other.attentions
 
 
+@dataclass
+class Memo:
+    """What walks of one program that only count, for one rank, need do but once: block functions by the layouts of
+    their inputs, and nodes of which nothing is sharded."""
+
+    functions: dict[tuple[str, tuple[Layout, ...]], tuple[str, tuple[Layout, ...], Tally]] = field(default_factory=dict)
+    whole: dict[fx.Node, tuple[Result, Tally]] = field(default_factory=dict)
+
+
 class Sharder:
     """Interprets one function of the program for one rank. Rules call its public methods."""
 
@@ -237,6 +246,8 @@ class Sharder:
             return args[0][args[1]]
         values = [a for a in _leaves((args, kwargs)) if isinstance(a, Value)]
         if not any(v.sharded for v in values):
+            if self.emitter is None:
+                return self._counted(node, args, kwargs)
             return self._standing(node, lambda: self._whole(args, kwargs))
         return self._standing(node, lambda: self._apply(node, args, kwargs))
 
@@ -266,6 +277,17 @@ class Sharder:
         if isinstance(meta, (tuple, list)):
             return self.emit_many([Layout.replicated(m.shape) for m in meta], *args, **kwargs)
         raise NoRule(f"{self.node.target} returns {type(meta).__name__}")
+
+    def _counted(self, node: fx.Node, args: Any, kwargs: Any) -> Result:
+        """As ``_whole``, once for all walks."""
+        known = self.walk.memo.whole
+        if node not in known:
+            before, self.tally = self.tally, Tally()
+            known[node] = self._whole(args, kwargs), self.tally
+            self.tally = before
+        result, tally = known[node]
+        self.tally.add(tally)
+        return result
 
     def _call(self, node: fx.Node, args: Sequence[Value]) -> tuple[Value, ...]:
         args = [self.summed(a) for a in args]
@@ -314,14 +336,14 @@ class Walk:
     """One interpretation of a whole program: ``main`` and its block functions, each once per layout of inputs."""
 
     def __init__(self, program: Program, seeds: Seeds, position: Position, sizes: Mapping[str, int],
-                 mode: Any = None) -> None:
+                 mode: Any = None, memo: Memo | None = None) -> None:
         assert program.spec is not None
         self.program, self.seeds, self.spec = program, seeds, program.spec
         self.position, self.sizes, self.mode = position, dict(sizes), mode
         self.notes: list[Note] = []
         self.functions: dict[str, fx.GraphModule] = {}
         self.results: dict[str, tuple[Any, ...]] = {}
-        self._done: dict[tuple[str, tuple[Layout, ...]], tuple[str, tuple[Layout, ...], Tally]] = {}
+        self.memo = memo or Memo()
         self._graphs = dict(program.functions())
 
     def main(self) -> Tally:
@@ -333,12 +355,12 @@ class Walk:
     def function(self, name: str, layouts: tuple[Layout, ...]) -> tuple[str, tuple[Layout, ...], Tally]:
         """The local form of block function ``name`` for inputs laid out like this, made once."""
         key = (name, layouts)
-        if key not in self._done:
-            count = sum(n == name for n, _ in self._done)
+        done = self.memo.functions
+        if key not in done:
+            count = sum(n == name for n, _ in done)
             local = f"{name}_as_{count}" if count else name
-            outputs, tally = self._interpret(name, local, layouts, {})
-            self._done[key] = (local, outputs, tally)
-        return self._done[key]
+            done[key] = (local, *self._interpret(name, local, layouts, {}))
+        return done[key]
 
     def _interpret(self, name: str, local: str, layouts: Sequence[Layout],
                    seeds: Seeds) -> tuple[tuple[Layout, ...], Tally]:
@@ -374,10 +396,19 @@ def shard(program: Program, seeds: Seeds, position: Position, sizes: Mapping[str
                            notes=program.notes + tuple(walk.notes))
 
 
-def estimate(program: Program, seeds: Seeds, sizes: Mapping[str, int]) -> Tally:
-    """What ``shard`` would cost the busier of the first and the last rank, which hold the largest remainders."""
-    ends = [position_of(rank, program.spec) for rank in {0, sizes[SEQUENCE] - 1}]
-    return max((Walk(program, seeds, end, sizes).main() for end in ends), key=lambda tally: tally.flops)
+class Estimator:
+    """Says what ``shard`` would cost for one choice of seeds after the other."""
+
+    def __init__(self, program: Program, sizes: Mapping[str, int]) -> None:
+        assert program.spec is not None
+        self.program, self.sizes = program, sizes
+        # The first and the last rank hold the largest remainders.
+        self._ends = [(position_of(rank, program.spec), Memo()) for rank in sorted({0, sizes[SEQUENCE] - 1})]
+
+    def __call__(self, seeds: Seeds) -> Tally:
+        """The cost of the busiest rank."""
+        walks = (Walk(self.program, seeds, end, self.sizes, memo=memo) for end, memo in self._ends)
+        return max((walk.main() for walk in walks), key=lambda tally: tally.flops)
 
 
 def _map_values(f: Callable[[Value], Any], tree: Any) -> Any:

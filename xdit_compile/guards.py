@@ -1,0 +1,72 @@
+"""What a program assumes of its inputs' values: the reads that the model made of them, and their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Stands for a tensor: the n-th that is made when the steps are run."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation on known tensors, ``Slot`` in their places. ``made``: per flat result, its slot if it is a tensor.
+    A step without a function takes the argument of the call whose index is its only argument."""
+
+    func: Callable[..., Any] | None
+    args: Any
+    kwargs: Any
+    made: tuple[Slot | None, ...]
+    answer: tuple[Any, ...] | None = None
+    """Of a read: the flat results the program was made for."""
+
+    def __str__(self) -> str:
+        return f"{getattr(self.func, '__name__', 'argument')}{self.args}" + (
+            f" is {self.answer}" if self.answer is not None else "")
+
+
+@dataclass(frozen=True)
+class Guards:
+    """The steps that lead from arguments to the reads, in order."""
+
+    steps: tuple[Step, ...] = ()
+
+    def hold(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether the reads have the same answers for these arguments, all of the call's in order."""
+        made: dict[Slot, torch.Tensor] = {}
+        with torch.no_grad():
+            for step in self.steps:
+                if step.func is None:
+                    # A copy: some step may write into it.
+                    results: list[Any] = [tensors[step.args[0]].clone()]
+                else:
+                    args, kwargs = tree_map_only(Slot, made.__getitem__, (step.args, step.kwargs))
+                    try:
+                        results, _ = tree_flatten(step.func(*args, **kwargs))
+                    except Exception:  # other values may not even fit the model's next step
+                        return False
+                if step.answer is not None and not _same(results, step.answer):
+                    return False
+                made |= {slot: r for slot, r in zip(step.made, results, strict=False) if slot is not None}
+        return True
+
+    def __str__(self) -> str:
+        return "; ".join(str(s) for s in self.steps if s.answer is not None)
+
+
+def _same(found: Sequence[Any], answer: Sequence[Any]) -> bool:
+    def equal(a: Any, b: Any) -> bool:
+        if isinstance(b, torch.Tensor):
+            return isinstance(a, torch.Tensor) and a.dtype is b.dtype and torch.equal(a, b)
+        return type(a) is type(b) and bool(a == b)
+
+    return len(found) == len(answer) and all(map(equal, found, answer))
