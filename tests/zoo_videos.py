@@ -344,7 +344,10 @@ def _wan_animate_inputs(batch: int, odd: bool, image: bool = False) -> Inputs:
 
 
 def _kandinsky5(condition: bool, nabla: bool = False) -> nn.Module:
-    """Rotary rounds queries and keys to bfloat16.  Nabla: attention in blocks of 64 tokens, by flex attention."""
+    """Rotary rounds queries and keys to bfloat16.  Nabla: attention in blocks of 64 tokens, by flex attention.
+
+    The pipeline chooses that with ``set_attention_backend``, which would choose it for every other model too.
+    """
     from diffusers import Kandinsky5Transformer3DModel
 
     model = Kandinsky5Transformer3DModel(
@@ -352,8 +355,9 @@ def _kandinsky5(condition: bool, nabla: bool = False) -> nn.Module:
         num_text_blocks=2, num_visual_blocks=3, axes_dims=(4, 6, 6), visual_cond=condition,
         attention_type="nabla" if nabla else "regular",
     )  # fmt: skip
-    if nabla:
-        model.set_attention_backend("flex")
+    for module in model.modules() if nabla else ():
+        if hasattr(module, "processor"):
+            module.processor._attention_backend = "flex"
     return model
 
 

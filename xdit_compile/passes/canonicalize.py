@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from xdit_compile.passes.einsum import expand_einsum
-from xdit_compile.passes.manual_attention import fuse_attention
+from xdit_compile.passes.manual_attention import fold_softmax, fuse_attention
 from xdit_compile.passes.writes import expand_writes
 from xdit_compile.program import Note, Program, drop_unused
 
@@ -37,6 +37,7 @@ def canonicalize(program: Program) -> Program:
         _clean(graph)
         expand_writes(graph)
         expand_einsum(graph)
+        fold_softmax(graph)
         notes += fuse_attention(graph, name)
         drop_unused(graph)
         functions[name] = graph

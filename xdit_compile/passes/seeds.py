@@ -32,10 +32,10 @@ WORTH = 0.999
 
 
 def choose_seeds(program: Program, sizes: Mapping[str, int]) -> Seeds:
-    """The seeds of least cost for ``program.spec``.
+    """The seeds of least cost for ``program.spec``; none if there is no work to be saved.
 
     Raises:
-        SpecError: when no dimension can be sharded so that attention is distributed.
+        SpecError: when attention has too few heads.
     """
     parts = sizes[SEQUENCE]
     if parts == 1:
@@ -50,14 +50,13 @@ def choose_seeds(program: Program, sizes: Mapping[str, int]) -> Seeds:
 
     entering = list(candidates(program))
     options = _cuts(entering, parts)
-    # A dimension over which no attention is distributed is a batch or a width, no axis of tokens.
-    tried = sorted((cost(tally), i) for i, seed in enumerate(options)
-                   for tally in [estimate(seed)] if tally.attentions)
-    if not tried:
-        raise SpecError(
-            f"{program.spec} cannot be honoured: no dimension of what enters the model's blocks can be split into "
-            f"{parts} parts so that attention is distributed. Use fewer processes, or one."
-        )
+    tried = [(estimate(seed), i) for i, seed in enumerate(options)]
+    # A dimension over which no attention is distributed is a batch or a width, no axis of tokens; unless none ever
+    # is, because attention stays inside windows, or there is none.
+    worth = [t for t in tried if t[0].attentions] or [t for t in tried if t[0].flops < 0.98 * whole.flops]
+    if not worth:
+        return {}
+    tried = sorted((cost(tally), i) for tally, i in worth)
     best, first = tried[0]
     chosen, attentions = options[first], estimate(options[first]).attentions
     for trial in [options[i] for _, i in tried[1:]] + _prologues(program, entering, parts):
