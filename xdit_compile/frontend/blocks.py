@@ -56,24 +56,27 @@ class Kind:
 
 
 def repeated(model: nn.Module) -> dict[str, Hashable]:
-    """Path and fingerprint of every outermost module that has an identical sibling in the same container."""
+    """Path and fingerprint of every block: a module that has an identical sibling in the same container. Blocks inside
+    of blocks do not count, unless there are as many of them: then the outer ones are whole models, side by side."""
+    children = {name: child for name, child in model.named_children() if next(child.children(), None)}
+    listed = isinstance(model, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
+    prints = {name: fingerprint(child) if listed else name for name, child in children.items()}
+    counts = Counter(prints.values())
+    inside = {prints[name]: repeated(child) for name, child in children.items()}
     found: dict[str, Hashable] = {}
-
-    def visit(module: nn.Module, path: str) -> None:
-        children = {name: child for name, child in module.named_children() if next(child.children(), None)}
-        many: dict[str, Hashable] = {}
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
-            prints = {name: fingerprint(child) for name, child in children.items()}
-            counts = Counter(prints.values())
-            many = {name: p for name, p in prints.items() if counts[p] > 1}
-        for name, child in children.items():
-            if name in many:
-                found[path + name] = many[name]
-            else:
-                visit(child, f"{path}{name}.")
-
-    visit(model, "")
+    for name, child in children.items():
+        inner, alike = inside[prints[name]], counts[prints[name]]
+        stacks = Counter(p for path, p in inner.items() if _levels(child.get_submodule(path)) > 1)
+        if alike > 1 and max(stacks.values(), default=0) < alike:
+            found[name] = prints[name]
+        else:
+            found |= {f"{name}.{path}": p for path, p in inner.items()}
     return found
+
+
+def _levels(module: nn.Module) -> int:
+    """How deep modules are nested inside."""
+    return max((1 + _levels(c) for c in module.children()), default=0)
 
 
 class Outliner:

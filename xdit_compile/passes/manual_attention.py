@@ -35,7 +35,7 @@ class ManualAttention:
     fill: float | None
     scale: float
     factor: fx.Node | None
-    """A scale that is a tensor: learned, one per head."""
+    """The product of the scores with a tensor: a learned scale, one per head."""
     batch: list[int]
     """The batch dimensions of the scores where the softmax sees them, of which the mask speaks."""
     result: fx.Node
@@ -84,7 +84,7 @@ def _match(softmax: fx.Node) -> ManualAttention | None:
         elif scores.target is aten.div.Tensor and isinstance(scores.args[1], (int, float)):
             scale /= scores.args[1]
         elif scores.target is aten.mul.Tensor and factor is None and _is_factor(scores):
-            factor = scores.args[1]
+            factor = scores
         elif scores.target is aten.add.Tensor and mask is None and scale == 1.0 and not factor and _is_mask(scores):
             mask = scores.args[1]
         elif scores.target is aten.masked_fill.Scalar and not mask and scale == 1.0 and not factor and _hides(scores):
@@ -131,7 +131,7 @@ def _is_mask(add: fx.Node) -> bool:
 def _is_factor(mul: fx.Node) -> bool:
     """Whether a tensor scales all scores of a row and column alike, so that it may scale the queries instead."""
     return isinstance(mul.args[1], fx.Node) and val(mul.args[1]).shape[-2:] == (1, 1) and (
-        val(mul.args[0]).shape == val(mul).shape and val(mul.args[1]).ndim == val(mul).ndim)
+        val(mul.args[0]).shape == val(mul).shape)
 
 
 def _hides(fill: fx.Node) -> bool:
@@ -155,8 +155,8 @@ def fuse_attention(graph: fx.Graph, function: str) -> list[Note]:
         lead = match.batch if len(match.batch) > 1 else [1, *match.batch]
         queries = match.q
         if match.factor is not None:
-            queries = edit.call(aten.reshape.default, queries, [*match.batch, *val(queries).shape[-2:]])
-            queries = edit.call(aten.mul.Tensor, queries, match.factor)
+            shape = [*val(match.factor).shape[:-1], val(queries).shape[-1]]
+            queries = edit.call(aten.mul.Tensor, edit.call(aten.reshape.default, queries, shape), match.factor.args[1])
         q, k, v = (edit.call(aten.reshape.default, x, [*lead, *val(x).shape[-2:]]) for x in (
             queries, edit.call(aten.transpose.int, match.k_t, -2, -1), match.v))
         mask = match.mask
