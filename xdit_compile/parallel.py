@@ -21,7 +21,7 @@ from xdit_compile.runtime.digest import digests
 from xdit_compile.runtime.executor import Executor
 from xdit_compile.runtime.groups import Groups
 from xdit_compile.spec import ShardingSpec
-from xdit_compile.structure import flatten, write_back
+from xdit_compile.structure import flatten
 
 
 class Runner:
@@ -61,10 +61,7 @@ class Runner:
         except BaseException:
             self.groups.forget()
             raise
-        result, left = compiled.captured.outputs.build(results)
-        if left is not None:
-            write_back((bound.args, bound.kwargs), left)
-        return result
+        return compiled.captured.finish((bound.args, bound.kwargs), tensors, results)
 
     def _program(self, args: Any, kwargs: Any) -> tuple[Compiled, Executor]:
         try:

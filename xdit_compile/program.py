@@ -8,7 +8,7 @@ A program's graphs are never edited after it is made; a pass builds new ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from torch import fx
 
 from xdit_compile.guards import Guards
 from xdit_compile.spec import ShardingSpec
-from xdit_compile.structure import Structure
+from xdit_compile.structure import Structure, write_back
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Program:
         constants: tensors made inside forward that are not part of the model's state.
         outputs: how the flat outputs become a pair: the object the model returns, and its arguments as it left them
             if it changed what is in them, else None.
+        written: which arguments the model writes into; the first results are their new values.
         guards: what was read of the arguments' values while tracing; other answers need another program.
         facts: what holds of the graphs (``captured``, ``canonical``, ``sharded``, ``lowered``).
         spec, position: for which sharding spec and rank this is the local program; None for the global one.
@@ -70,6 +71,7 @@ class Program:
     spec: ShardingSpec | None = None
     position: Mapping[str, int] | None = None
     notes: tuple[Note, ...] = field(default=(), repr=False)
+    written: tuple[int, ...] = ()
     guards: Guards = field(default_factory=Guards)
 
     def functions(self) -> Iterator[tuple[str, fx.GraphModule]]:
@@ -90,6 +92,16 @@ class Program:
     def having(self, *facts: str, **changes: Any) -> Program:
         """A copy of which ``facts`` hold too."""
         return replace(self, facts=self.facts | set(facts), **changes)
+
+    def finish(self, arguments: Any, tensors: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> Any:
+        """What the model returns, from the flat results; what it does to its ``arguments`` (``tensors`` when flat) is
+        done to them."""
+        for index, value in zip(self.written, results, strict=False):
+            tensors[index].copy_(value)
+        result, left = self.outputs.build(results[len(self.written):])
+        if left is not None:
+            write_back(arguments, left)
+        return result
 
     def print_readable(self, print_output: bool = True) -> str:
         """The program as Python source: shapes in the annotations, one comment per module. Also returned."""

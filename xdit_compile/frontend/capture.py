@@ -8,10 +8,12 @@ on the meta device is captured the same way. Repeated blocks are exported once (
 from __future__ import annotations
 
 import logging
+import operator
 import re
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +22,12 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.stateless import _reparametrize_module
 
 from xdit_compile.errors import CaptureError
 from xdit_compile.frontend.blocks import BLOCK, Kind, Outliner
+from xdit_compile.frontend.flex import FLEX, dense_mask, is_open, is_plain, modified_attention
 from xdit_compile.frontend.known import Known, Value, of_inputs
 from xdit_compile.frontend.unchanged import unchanged
 from xdit_compile.program import Input, Program, output_args, source_of
@@ -116,7 +120,9 @@ def _assemble(root: _Root, tensors: Sequence[torch.Tensor], outliner: Outliner |
     constants: dict[str, torch.Tensor] = {}
     blocks = {name: _block(kind, known, constants) for name, kind in kinds.items()}
     main, inputs = _main(exported, blocks, constants)
-    return Program(main, tuple(inputs), constants, root.outputs, guards=known.guards())
+    arguments = list(exported.graph_signature.user_inputs)
+    written = tuple(arguments.index(n) for n in exported.graph_signature.user_inputs_to_mutate.values())
+    return Program(main, tuple(inputs), constants, root.outputs, written=written, guards=known.guards())
 
 
 def _export(root: _Root, tensors: Sequence[torch.Tensor], known: Known) -> ExportedProgram:
@@ -124,12 +130,9 @@ def _export(root: _Root, tensors: Sequence[torch.Tensor], known: Known) -> Expor
         traced = torch.export.export(root, tuple(tensors), strict=False)
     exported = traced.run_decompositions({})
     signature = exported.graph_signature
-    written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
-    if written:
-        raise CaptureError(
-            f"the forward writes into {', '.join(sorted(written))}; a program has no state. Return the new value "
-            "instead, or move the write out of forward"
-        )
+    if buffers := sorted(signature.buffers_to_mutate.values()):
+        raise CaptureError(f"the forward writes into {', '.join(buffers)}; a program has no state. Return the new value "
+                           "instead, or move the write out of forward")
     for node in exported.graph.nodes:
         if node.op == "call_function" and _random(node):
             raise CaptureError(
@@ -219,14 +222,62 @@ class _Copier:
         raise CaptureError(f"the forward takes {spec.target} ({spec.kind.name.lower()}), which no program can hold")
 
     def copy(self, node: fx.Node) -> fx.Node:
+        if node.target is FLEX:
+            return self._attention(node)
+        if node.target is operator.getitem and node.args[0].target is FLEX:
+            if node.args[1] != 0:
+                raise CaptureError(f"flex_attention at {source_of(node)} is asked for its log-sum-exp, which is not "
+                                   "supported; use its first result only")
+            self.env[node] = self.env[node.args[0]]
+            return self.env[node]
         new = self.graph.node_copy(node, lambda n: self.env[n])
-        new.meta = {k: node.meta[k] for k in ("val", "stack_trace") if k in node.meta}
+        new.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
+        self.env[node] = self._described(new, node)
+        return new
+
+    def _described(self, new: fx.Node, node: fx.Node) -> fx.Node:
+        """Where ``new`` comes from: where ``node`` of the exported graph does."""
+        new.meta |= {"stack_trace": node.meta["stack_trace"]} if "stack_trace" in node.meta else {}
         new.meta["nn_module_stack"] = {
             key: ((self.prefix + path.removeprefix(ROOT).removeprefix(".")).rstrip("."), cls)
             for key, (path, cls) in node.meta.get("nn_module_stack", {}).items() if path
         }
-        self.env[node] = new
         return new
+
+    def _attention(self, node: fx.Node) -> fx.Node:
+        """The nodes that ``flex_attention`` stands for."""
+        q, k, v, score_mod, block_mask, scale, _, score_buffers, mask_buffers = node.args
+        score, mask = (getattr(self.exported.graph_module, m.target) for m in (score_mod, block_mask[-1]))
+        qkv = [self.env[n] for n in (q, k, v)]
+        scored, masked = ([self.env[n] for n in buffers] for buffers in (score_buffers, mask_buffers))
+        if is_plain(score):
+            hidden = None if is_open(mask) else self._traced(node, partial(dense_mask, mask), *qkv[:2], *masked)
+            out = self.graph.call_function(torch.ops.aten.scaled_dot_product_attention.default, (*qkv, hidden),
+                                           {"scale": scale, "enable_gqa": True})
+            out.meta["val"] = node.meta["val"][0]
+            self.env[node] = self._described(out, node)
+        else:
+            function = partial(modified_attention, score, mask, scale, len(scored))
+            self.env[node] = self._traced(node, function, *qkv, *scored, *masked)
+        return self.env[node]
+
+    def _traced(self, node: fx.Node, function: Callable[..., Any], *inputs: fx.Node) -> fx.Node:
+        """The nodes of ``function`` on these, made on behalf of ``node``."""
+        values = [n.meta["val"] for n in inputs]
+        mode = detect_fake_mode(values)
+        assert mode is not None
+        with mode, torch.no_grad():
+            traced = make_fx(function)(*values).graph
+        env = dict(zip(traced.find_nodes(op="placeholder"), inputs, strict=True))
+        for made in traced.nodes:
+            if made.op == "get_attr":
+                raise CaptureError(f"a function given to flex_attention at {source_of(node)} holds a tensor: "
+                                   f"{made.target}")
+            if made.op == "call_function":
+                env[made] = self.graph.node_copy(made, env.__getitem__)
+                env[made].meta = {"val": made.meta["val"]}
+                self._described(env[made], node)
+        return env[traced.output_node().args[0]]
 
 
 def _block(kind: Kind, known: Known, constants: dict[str, torch.Tensor]) -> tuple[fx.GraphModule, list[Input]]:

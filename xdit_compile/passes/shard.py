@@ -70,7 +70,7 @@ class Sharder:
 
     # For rules
 
-    def emit(self, layout: Layout, *args: Any, target: Any = None, **kwargs: Any) -> Value:
+    def emit(self, layout: Layout, /, *args: Any, target: Any = None, **kwargs: Any) -> Value:
         """The operator (the current one unless ``target``) on local pieces; the result is laid out as said."""
         target = target or self.node.target
         made = self.local(target, *args, **kwargs)
@@ -81,7 +81,8 @@ class Sharder:
         self._count(target, args, value)
         return value
 
-    def emit_many(self, layouts: Sequence[Layout], *args: Any, target: Any = None, **kwargs: Any) -> tuple[Value, ...]:
+    def emit_many(self, layouts: Sequence[Layout], /, *args: Any, target: Any = None,
+                  **kwargs: Any) -> tuple[Value, ...]:
         """As ``emit``, for an operator that returns several tensors."""
         made = self.local(target or self.node.target, *args, **kwargs)
         values = []
