@@ -26,6 +26,8 @@ class Case:
     build: Callable[[], nn.Module]  # the model as its class initialises it
     inputs: Callable[[int, bool], Inputs]  # (batch, odd) -> keyword arguments of forward
     heads: int  # the smallest head count among the main attentions
+    tolerance: float = 1e-5
+    """Of the output's scale; more where a model rounds to bfloat16 inside, so that an ulp becomes a rounding."""
 
 
 # --------------------------------------------------------------------------------------------------

@@ -8,6 +8,21 @@ import pytest
 from pool import Pool
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole", action="store_true", help="run also what takes long: every mode, every combination")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "whole: runs only with --whole")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--whole"):
+        dropped = [item for item in items if item.get_closest_marker("whole")]
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in dropped]
+
+
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
     """Four gloo ranks that live as long as the session; they start with the first case that uses them."""

@@ -131,8 +131,8 @@ def _export(root: _Root, tensors: Sequence[torch.Tensor], known: Known) -> Expor
     exported = traced.run_decompositions({})
     signature = exported.graph_signature
     if buffers := sorted(signature.buffers_to_mutate.values()):
-        raise CaptureError(f"the forward writes into {', '.join(buffers)}; a program has no state. Return the new value "
-                           "instead, or move the write out of forward")
+        raise CaptureError(f"the forward writes into {', '.join(buffers)}; a program has no state. Return the new "
+                           "value instead, or move the write out of forward")
     for node in exported.graph.nodes:
         if node.op == "call_function" and _random(node):
             raise CaptureError(

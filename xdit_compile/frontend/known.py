@@ -39,9 +39,12 @@ SIZED = {torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere, torch.u
 
 _REPEATS = {torch.repeat_interleave, Tensor.repeat_interleave}
 _SELECTS = {torch.masked_select, Tensor.masked_select}
-_NUMBERS = {torch.arange, torch.linspace, torch.full, torch.zeros, torch.ones, torch.empty, torch.narrow, Tensor.narrow,
-            Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, torch.tensor}
+_NUMBERS = {torch.arange, torch.linspace, torch.full, torch.zeros, torch.ones, torch.empty, torch.tensor}
 """Functions that take numbers, of which a tensor with one element may stand for one."""
+_SHAPED = {Tensor.reshape, torch.reshape, Tensor.view, Tensor.expand, Tensor.repeat, Tensor.unflatten, torch.unflatten,
+           Tensor.narrow, torch.narrow, Tensor.split, torch.split, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full,
+           torch.nn.functional.pad, torch.nn.functional.interpolate}
+"""Functions that take a tensor and numbers."""
 
 _OF_SHAPES = {Tensor.new_zeros: torch.zeros, Tensor.new_ones: torch.ones, torch.zeros_like: torch.zeros,
               torch.ones_like: torch.ones}
@@ -142,6 +145,9 @@ class Known(TorchFunctionMode):
             args = (args[0], self._readable(args[1], positions=True), *args[2:])
         elif func in _NUMBERS:
             args, kwargs = self._readable(args), {k: self._readable(v) for k, v in kwargs.items()}
+        elif func in _SHAPED:
+            args = *args[:1], *map(self._readable, args[1:])
+            kwargs = {k: self._readable(v) for k, v in kwargs.items()}
         elif func is Tensor.__iter__:
             return iter(self.__torch_function__(torch.unbind, types, args))
         elif func in _SELECTS and self._known(args[1:2]):

@@ -14,7 +14,8 @@ def simplify(program: Program) -> Program:
     functions = {}
     for name, module in program.functions():
         # What must stay apart: two exchanges that look alike on one rank may differ on another.
-        apart = get_CSE_banned_ops() | {n.target for n in module.graph.nodes if is_collective(n)}
+        apart = get_CSE_banned_ops() | {getattr(n.target, "overloadpacket", n.target) for n in module.graph.nodes
+                                        if is_collective(n) or n.op == "call_module"}
         merged = CSEPass(banned_ops=apart)(fx.GraphModule(dict(module.named_children()), module.graph))
         assert merged is not None
         graph = merged.graph_module.graph

@@ -1,0 +1,83 @@
+"""A case on all ranks of a small world inside one process, against plain PyTorch: no processes, no groups."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import lockstep
+import torch
+from cases import Case, made
+from torch import nn
+
+from xdit_compile.calls import call_arguments
+from xdit_compile.frontend.capture import capture
+from xdit_compile.passes import localize, plan
+from xdit_compile.program import Note, Program
+from xdit_compile.spec import ShardingSpec
+from xdit_compile.structure import flatten
+
+
+@dataclass(frozen=True)
+class Found:
+    """The largest difference over the largest value, of results and of what is left in the arguments."""
+
+    error: float
+    notes: tuple[Note, ...]
+
+    @property
+    def methods(self) -> set[str]:
+        """How attention is distributed: ``ulysses``, ``ring``, ``usp``; none where every rank attends for itself."""
+        texts = [n.text.partition(":")[0] for n in self.notes if n.kind == "attention"]
+        return {t for t in texts if t in ("ulysses", "ring", "usp")}
+
+
+@lru_cache(maxsize=1)
+def _captured(case: Case, batch: int, odd: bool) -> tuple[nn.Module, tuple[Any, Any], list[torch.Tensor], Program]:
+    model = made(case)
+    arguments = call_arguments(model, case.inputs(batch, odd))
+    left = copy.deepcopy(arguments)
+    with torch.no_grad():
+        result = model(*left[0], **left[1])
+        program = capture(model, *arguments)
+        again = copy.deepcopy(arguments)
+        repeated = model(*again[0], **again[1])
+        assert all(map(torch.equal, flatten(result)[0], flatten(repeated)[0])), "capture changed the model"
+    return model, arguments, flatten((result, left))[0], program
+
+
+@torch.no_grad()
+def emulate(case: Case, batch: int, odd: bool, spec: str) -> Found:
+    """``case`` under ``spec``, each rank's program run in turn, against one call of the model."""
+    model, arguments, expected, program = _captured(case, batch, odd)
+    parsed = ShardingSpec.parse(spec)
+    whole, seeds = plan(program, parsed)
+    ranks = [localize(whole, seeds, rank) for rank in range(parsed.world_size)]
+    tensors, _ = flatten(arguments)
+    state = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+
+    def held(local: Program) -> list[torch.Tensor]:
+        given = iter(tensors)
+        return [next(given) if i.kind == "argument" else (local.constants if i.kind == "constant" else state)[i.name]
+                for i in local.inputs]
+
+    error = 0.0
+    for results in lockstep.run([r.main for r in ranks], [held(r) for r in ranks]):
+        mine = copy.deepcopy(arguments)
+        actual, _ = flatten((program.finish(mine, flatten(mine)[0], results), mine))
+        assert len(actual) == len(expected)
+        error = max([error, *map(difference, actual, expected)])
+    return Found(error, ranks[0].notes)
+
+
+def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference over largest value; infinite where anything but numbers differs."""
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    if not expected.numel():
+        return 0.0
+    if not (expected.is_floating_point() or expected.is_complex()):
+        return 0.0 if torch.equal(actual, expected) else torch.inf
+    scale = expected.abs().max().item()
+    return (actual - expected).abs().max().item() / (scale or 1.0)
