@@ -152,7 +152,7 @@ class Known(TorchFunctionMode):
             return iter(self.__torch_function__(torch.unbind, types, args))
         elif func in _SELECTS and self._known(args[1:2]):
             return self.__torch_function__(Tensor.__getitem__, types, args[:2])
-        elif func in _REPEATS and isinstance(args[-1], Tensor) and self._known(args[1:]) and not self._known(args[0]):
+        elif func in _REPEATS and len(args) > 1 and isinstance(args[1], Tensor) and self._known(args[1]):
             return self._repeat(*args, **kwargs)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if not self._known(tensors):
@@ -163,8 +163,7 @@ class Known(TorchFunctionMode):
                 like = {"dtype": result.dtype, "device": result.device}
                 self._follow(result, _OF_SHAPES[func], (result.shape,), like)
             return result
-        if func in READS or func in SIZED or (func is torch.where and len(args) == 1) or (
-                func in _REPEATS and (len(tensors) > 1 or len(args) + len(kwargs) == 1)):
+        if func in READS or func in SIZED or (func in (torch.where, *_REPEATS) and len(args) + len(kwargs) == 1):
             return self._read(func, args, kwargs, tensors[0])
         result = func(*args, **kwargs)
         self._follow(result, func, args, kwargs)
@@ -256,7 +255,7 @@ class Known(TorchFunctionMode):
         x = x.flatten() if dim is None else x
         dim = dim or 0
         with self:  # the mode is off in its own handler
-            where = torch.arange(x.shape[dim], device=repeats.device).repeat_interleave(repeats.expand(x.shape[dim]))
+            where = torch.repeat_interleave(repeats.expand(x.shape[dim]))
             return x.index_select(dim, where)
 
 

@@ -1,0 +1,197 @@
+"""Capture: values that are read, arguments that are changed, functions given to attention, state that stays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from xdit_compile.errors import CaptureError
+from xdit_compile.frontend.capture import capture
+from xdit_compile.program import Program
+from xdit_compile.structure import flatten
+
+
+class Function(nn.Module):
+    """A module that is one function of its arguments."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(torch.arange(1.0, 5.0))
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(self, *args)
+
+
+def run(program: Program, model: nn.Module, *args: Any) -> Any:
+    """The captured graph on these arguments."""
+    tensors, _ = flatten((args, {}))
+    state = dict([*model.named_parameters(), *model.named_buffers()])
+    given = iter(tensors)
+    inputs = [next(given) if i.kind == "argument" else (program.constants if i.kind == "constant" else state)[i.name]
+              for i in program.inputs]
+    with torch.no_grad():
+        return program.finish((args, {}), tensors, program.main(*inputs))
+
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+MASK = torch.tensor([True, False, True])
+
+READS: dict[str, tuple[Any, Tensor, Tensor, Tensor]] = {
+    # function of (model, x, small), a value, one that reads alike, one that does not
+    "item": (lambda m, x, n: x[: int(n.sum().item())], MASK, MASK.roll(1), ~MASK),
+    "boolean index": (lambda m, x, n: x[n] * m.weight, MASK, MASK.clone(), ~MASK),
+    "slice": (lambda m, x, n: x[: n.long().sum()] + 1, MASK, MASK.flip(0), ~MASK),
+    "write": (lambda m, x, n: _filled(x, n), MASK, MASK.flip(0), ~MASK),
+    "branch": (lambda m, x, n: x + 1 if torch.all(n == 0) else x - 1, torch.zeros(9), torch.zeros(9), torch.ones(9)),
+    "repeat": (lambda m, x, n: torch.repeat_interleave(x, n, dim=0), torch.tensor([1, 2, 0]), torch.tensor([1, 2, 0]),
+               torch.tensor([2, 2, 0])),
+    "list": (lambda m, x, n: sum((x[i] for i in n.tolist()), start=m.weight), torch.tensor([0, 2]),
+             torch.tensor([0, 2]), torch.tensor([1, 2])),
+    "select": (lambda m, x, n: torch.masked_select(x, n[:, None].expand(3, 4)), MASK, MASK.clone(), ~MASK),
+    "shape": (lambda m, x, n: x.reshape(n[0], n[1]), torch.tensor([3, 4]), torch.tensor([3, 4]), torch.tensor([4, 3])),
+    "unpack": (lambda m, x, n: x.reshape(*list(n), 1), torch.tensor([3, 4]), torch.tensor([3, 4]),
+               torch.tensor([2, 6])),
+    "factory": (lambda m, x, n: x.sum() + torch.arange(n.max()), torch.tensor([1, 3]), torch.tensor([3, 2]),
+                torch.tensor([1, 4])),
+}  # fmt: skip
+
+
+def _filled(x: Tensor, mask: Tensor) -> Tensor:
+    """Into a table made here, up to a place that is read; and read again after the write."""
+    table = torch.zeros(len(mask), dtype=torch.bool)
+    row = table[:]
+    row[: mask.sum()] = True
+    return x[table] * 2
+
+
+@pytest.mark.parametrize("name", READS)
+def test_values_that_are_read_are_guarded(name: str) -> None:
+    function, value, alike, other = READS[name]
+    model = Function(function)
+    program = capture(model, (X, value))
+    with torch.no_grad():
+        assert torch.equal(run(program, model, X, value), model(X, value))
+    assert program.guards.hold([X, value]) and not program.guards.hold([X, other])
+    assert program.guards.hold([X + 1, alike]), "other values of what is not read"
+    with torch.no_grad():
+        assert torch.equal(run(program, model, X + 1, alike), model(X + 1, alike))
+
+
+def test_what_is_not_read_is_not_guarded() -> None:
+    model = Function(lambda m, x, n: torch.where(n[:, None], x, 0) + torch.arange(4) * m.weight)
+    assert capture(model, (X, MASK)).guards.steps == ()
+
+
+def test_a_read_of_what_weights_make_is_refused_with_its_line() -> None:
+    model = Function(lambda m, x: x[: int((m.weight.sum() > 3).item())])
+    with pytest.raises(CaptureError, match=r"test_capture\.py:\d+"):
+        capture(model, (X,))
+
+
+class Cache:
+    """Keys by name, and how often they were stored."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Tensor] = {}
+        self.order: list[Tensor] = []
+        self.count = 0
+
+    def store(self, name: str, x: Tensor) -> None:
+        self.kept[name] = x
+        self.order.append(x + 1)
+        self.count += 1
+
+
+def test_a_cache_among_the_arguments_is_filled() -> None:
+    def forward(model: nn.Module, x: Tensor, cache: Cache) -> Tensor:
+        if "k" in cache.kept:
+            return x + cache.kept["k"]
+        cache.store("k", x * model.weight)
+        return x
+
+    model, cache = Function(forward), Cache()
+    program = capture(model, (X, cache))
+    assert (cache.kept, cache.order, cache.count) == ({}, [], 0), "capture stores nothing"
+    order = cache.order
+    assert torch.equal(run(program, model, X, cache), X)
+    assert torch.equal(cache.kept["k"], X * model.weight) and torch.equal(order[0], X * model.weight + 1)
+    assert cache.order is order and cache.count == 1
+    again = capture(model, (X, cache))
+    assert torch.equal(run(again, model, X, cache), X + X * model.weight) and cache.count == 1
+
+
+def test_arguments_that_forward_writes_into_are_written() -> None:
+    def forward(model: nn.Module, x: Tensor, table: Tensor) -> Tensor:
+        table[1:] = x[1:] * model.weight
+        return table.sum()
+
+    model = Function(forward)
+    program = capture(model, (X, torch.zeros(3, 4)))
+    mine, theirs = torch.zeros(3, 4), torch.zeros(3, 4)
+    with torch.no_grad():
+        assert torch.equal(run(program, model, X, mine), model(X, theirs))
+    assert torch.equal(mine, theirs) and mine.any()
+
+
+def test_tables_made_at_the_first_call_do_not_stay_fake() -> None:
+    class Lazy:
+        table = None
+
+        def __call__(self, x: Tensor) -> Tensor:
+            if self.table is None:
+                self.table = [torch.arange(4.0)]
+            return x * self.table[0]
+
+    model = Function(lambda m, x: m.lazy(x) + m.weight)
+    model.lazy = Lazy()
+    program = capture(model, (X,))
+    assert model.lazy.table is None
+    with torch.no_grad():
+        assert torch.equal(model(X), run(program, model, X))
+        assert torch.equal(run(capture(model, (X,)), model, X), model(X))
+
+
+def test_module_names_that_are_no_identifiers() -> None:
+    model = Function(lambda m, x: m.parts["2-1"](x) + m.parts["2_1"](x))
+    model.parts = nn.ModuleDict({"2-1": nn.Linear(4, 4), "2_1": nn.Linear(4, 4)})
+    with torch.no_grad():
+        torch.testing.assert_close(run(capture(model, (X,)), model, X), model(X))
+
+
+FLEX = {
+    "plain": (None, None),
+    "causal": (None, lambda b, h, q, k: q >= k),
+    "per batch": (None, lambda b, h, q, k: (k < 5 - b) & (q - k < 3 + h)),
+    "modified": (lambda score, b, h, q, k: score - 0.1 * (q - k).abs() * (h + 1), None),
+    "both": (lambda score, b, h, q, k: torch.tanh(score), lambda b, h, q, k: (q - k).abs() < 4),
+}
+
+
+@pytest.mark.parametrize("name", FLEX)
+def test_flex_attention_is_what_it_means(name: str) -> None:
+    score_mod, mask_mod = FLEX[name]
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(2, 4, 7, 16, generator=generator)
+    k, v = torch.randn(2, 2, 2, 7, 16, generator=generator)
+    blocks = mask_mod and create_block_mask(mask_mod, 2, 4, 7, 7, device="cpu")
+
+    def forward(model: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flex_attention(q, k, v, score_mod=score_mod, block_mask=blocks, enable_gqa=True)  # type: ignore[return-value]
+
+    model = Function(forward)
+    program = capture(model, (q, k, v))
+    # Against the definition, in float64: softmax over what may be seen.
+    scores = q.double() @ k.double().repeat_interleave(2, 1).transpose(-1, -2) / 4
+    b, h, m, n = torch.meshgrid(*map(torch.arange, (2, 4, 7, 7)), indexing="ij")
+    scores = score_mod(scores, b, h, m, n) if score_mod else scores
+    scores = scores.masked_fill(~mask_mod(b, h, m, n), -torch.inf) if mask_mod else scores
+    # A row that may see nothing gives zeros.
+    expected = scores.softmax(-1).nan_to_num() @ v.double().repeat_interleave(2, 1)
+    torch.testing.assert_close(run(program, model, q, k, v).double(), expected, rtol=1e-5, atol=1e-5)
+    targets = {str(n.target) for n in program.main.graph.nodes}
+    assert ("aten.scaled_dot_product_attention.default" in targets) == (score_mod is None)
