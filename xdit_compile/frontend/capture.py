@@ -29,6 +29,7 @@ from xdit_compile.errors import CaptureError
 from xdit_compile.frontend.blocks import BLOCK, Kind, Outliner
 from xdit_compile.frontend.flex import FLEX, dense_mask, is_open, is_plain, modified_attention
 from xdit_compile.frontend.known import Known, Value, of_inputs
+from xdit_compile.frontend.opaque import culprit, left_in_python
 from xdit_compile.frontend.unchanged import unchanged
 from xdit_compile.program import Input, Program, output_args, source_of
 from xdit_compile.structure import Structure, differ, flatten
@@ -77,7 +78,23 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
     Raises:
         CaptureError: naming the line of the model that stands in the way and what to do about it.
     """
-    tensors, inputs = flatten((tuple(args), dict(kwargs or {})))
+    left: list[type[nn.Module]] = []
+    while True:
+        try:
+            with left_in_python(model, left):
+                return _capture(model, tuple(args), dict(kwargs or {}))
+        except CaptureError:
+            raise
+        except Exception as error:
+            found = culprit(error, model)
+            if found is None or found in left:
+                raise _explained(error, model) from error
+            log.info("capturing %s again, %s left in Python, after: %s", type(model).__name__, found.__name__, error)
+            left.append(found)
+
+
+def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+    tensors, inputs = flatten((args, kwargs))
     known = Known(tensors)
     root = _Root(model, inputs, known, of_inputs(tensors))
     with torch.no_grad(), unchanged(model, args, kwargs), _without_meta(root, tensors) as tensors:
@@ -93,12 +110,7 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
         except Exception as error:
             # Outlining leans on more of the model than plain export does; without it the same model may pass.
             log.info("capturing %s again, block by block no more, after: %s", type(model).__name__, error)
-        try:
-            return _assemble(root, tensors, None, known)
-        except CaptureError:
-            raise
-        except Exception as error:
-            raise _explained(error, model) from error
+        return _assemble(root, tensors, None, known)
 
 
 def _run_fake(root: _Root, tensors: Sequence[torch.Tensor], known: Known) -> None:

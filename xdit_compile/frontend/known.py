@@ -208,7 +208,7 @@ class Known(TorchFunctionMode):
             return mirrors[-1]
 
         real_args, real_kwargs = tree_map_only(Tensor, mirror, (args, kwargs))
-        with _plain():
+        with plain():
             real, structure = tree_flatten(func(*real_args, **real_kwargs))
         places, named = tree_map_only(Tensor, lambda t: self._values[id(t)][1].slot, (args, kwargs))
         slots = tuple(self._slot() if isinstance(r, Tensor) else None for r in real)
@@ -260,7 +260,7 @@ class Known(TorchFunctionMode):
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    with _plain():
+    with plain():
         return tensor.detach().clone()
 
 
@@ -273,13 +273,13 @@ def _writes(func: Callable[..., Any], kwargs: Any) -> bool:
     return name in _WRITES or "out" in kwargs or (name.endswith("_") and not name.endswith("__"))
 def digest(tensor: Tensor) -> Hashable:
     """Equal for tensors of equal dtype, shape and bits."""
-    with _plain():
+    with plain():
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         return tensor.dtype, tensor.shape, hashlib.sha1(flat.numpy().data, usedforsecurity=False).digest()
 
 
 @contextmanager
-def _plain() -> Iterator[None]:
+def plain() -> Iterator[None]:
     """Outside of all tracing."""
     with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
         yield
