@@ -6,6 +6,7 @@ A scene is a function that every rank runs; it returns what was seen, and the te
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -727,6 +728,16 @@ def refused(
     raised, text = outcome(attempt)
     good = parallel(made(), f"ring={world}")
     return {"raised": raised, "text": text, "next": differs(good, made(), **inputs())}
+
+
+def warned(cls: type[nn.Module]) -> dict[str, Any]:
+    """A model of which nothing can be split: what it gives, and what was said."""
+    with warnings.catch_warnings(record=True) as said, torch.no_grad():
+        warnings.simplefilter("always", UserWarning)
+        p = parallel(made(cls), "ulysses=2", ranks=range(2))
+        call = {"x": inputs()["x"]}
+        error = differs(p, made(cls), **call)
+    return {"error": error, "warnings": " ".join(str(w.message) for w in said if w.category is UserWarning)}
 
 
 def refused_twice() -> tuple[str, str]:

@@ -58,10 +58,10 @@ def test_more_ulysses_ranks_than_heads(pool: Pool) -> None:
     assert_refused(seen, "SpecError", "ulysses_degree=3", r"\b2\b", "ulysses=1,ring=3", r"calls\.py:\d+")
 
 
-def test_model_without_tokens(pool: Pool) -> None:
-    call = {"x": calls.inputs()["x"]}
-    seen = refused(pool, 2, "ulysses=2", calls.Mlp, call)
-    assert_refused(seen, "SpecError", "attention", "ulysses=2")
+def test_model_without_tokens_runs_whole_and_says_so(pool: Pool) -> None:
+    first, second = act(pool, 2, calls.warned, calls.Mlp)
+    assert first["error"] == second["error"] == 0.0
+    assert "nothing is split" in first["warnings"] and second["warnings"] == ""
 
 
 def test_fewer_tokens_than_ranks(pool: Pool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from xdit_compile.compiler import Compiled, Dump, compile_program
 from xdit_compile.errors import CaptureError, RankMismatch, SpecError, XditError
 from xdit_compile.frontend.cache import captured, find
 from xdit_compile.launch import init_from_env
+from xdit_compile.passes import NOTHING
 from xdit_compile.program import Program
 from xdit_compile.runtime.control import Control
 from xdit_compile.runtime.digest import digests
@@ -72,6 +74,8 @@ class Runner:
             self.control.agree("the plan", {"error": f"{type(error).__name__}: {error}"})
             raise
         self.control.agree("the plan", compiled.digest())
+        if not compiled.seeds and self.spec.world_size > 1 and self.groups.rank == 0:
+            warnings.warn(f"{type(self.model).__name__} under {self.spec}: {NOTHING}", stacklevel=4)
         self.programs[id(whole)] = compiled, Executor(compiled.local, self.model)
         return self.programs[id(whole)]
 

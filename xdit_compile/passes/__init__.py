@@ -16,7 +16,7 @@ from xdit_compile.passes.overlap import overlap
 from xdit_compile.passes.seeds import choose_seeds
 from xdit_compile.passes.shard import Seeds, shard
 from xdit_compile.passes.simplify import simplify
-from xdit_compile.program import Program
+from xdit_compile.program import Note, Program
 from xdit_compile.spec import ShardingSpec
 
 
@@ -50,6 +50,10 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
+NOTHING = ("nothing is split, every rank computes everything: no dimension of what enters the model's blocks saves "
+           "work when it is split, because no tokens attend to one another or too much of the model needs all of them")
+
+
 def validate(passes: Sequence[Pass], facts: frozenset[str]) -> None:
     """Each pass must find what it requires established by those before it."""
     for step in passes:
@@ -64,7 +68,10 @@ def plan(program: Program, spec: ShardingSpec) -> tuple[Program, Seeds]:
     """The canonical program under ``spec``, and where to begin sharding it: the same on every rank."""
     program = replace(canonicalize(program), spec=spec)
     check(program)
-    return program, choose_seeds(program, axis_sizes(spec))
+    seeds = choose_seeds(program, axis_sizes(spec))
+    if not seeds and spec.world_size > 1:
+        program = replace(program, notes=(*program.notes, Note("seed", "main", NOTHING)))
+    return program, seeds
 
 
 def localize(program: Program, seeds: Seeds, rank: int,

@@ -35,7 +35,7 @@ def choose_seeds(program: Program, sizes: Mapping[str, int]) -> Seeds:
     """The seeds of least cost for ``program.spec``; none if there is no work to be saved.
 
     Raises:
-        SpecError: when attention has too few heads.
+        SpecError: when attention has too few heads, or too few tokens.
     """
     parts = sizes[SEQUENCE]
     if parts == 1:
@@ -55,6 +55,7 @@ def choose_seeds(program: Program, sizes: Mapping[str, int]) -> Seeds:
     # is, because attention stays inside windows, or there is none.
     worth = [t for t in tried if t[0].attentions] or [t for t in tried if t[0].flops < 0.98 * whole.flops]
     if not worth:
+        _check_tokens(program, parts)
         return {}
     tried = sorted((cost(tally), i) for tally, i in worth)
     best, first = tried[0]
@@ -83,6 +84,16 @@ def _prologues(program: Program, entering: Sequence[fx.Node], parts: int) -> lis
                  and n.meta["val"].is_floating_point() and n.meta["val"].ndim > 1]
     whole = {n.name: Layout.replicated(n.meta["val"].shape) for n in entering}
     return [seed | whole for seed in _cuts(arguments, parts)]
+
+
+def _check_tokens(program: Program, parts: int) -> None:
+    """Raise SpecError when every attention has fewer tokens than there are ranks."""
+    found = [(n.args[0].meta["val"].shape[-2], n) for _, module in program.functions()
+             for n in module.graph.find_nodes(op="call_function", target=ATTENTION)]
+    tokens, node = max(found, key=lambda item: item[0], default=(parts, None))
+    if tokens < parts and node is not None:
+        raise SpecError(f"{program.spec} splits tokens into {parts} parts, but for these inputs the model's attention "
+                        f"has {tokens} (in {module_of(node) or 'forward'}, {source_of(node)}); use fewer ranks")
 
 
 def check_heads(program: Program) -> None:
