@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := OMP_NUM_THREADS=1 $(BIN)/python
 
-.PHONY: demo test lint published benchmark clean
+.PHONY: demo test test-whole lint published benchmark clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
 
 test: .venv/ready
 	$(RUN) -m pytest tests
+
+test-whole: .venv/ready
+	$(RUN) -m pytest tests --whole
 
 lint: .venv/ready
 	$(BIN)/ruff check .

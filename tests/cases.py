@@ -8,7 +8,7 @@ text tokens. Exceptions are noted at the inputs: they are sizes which a model's 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,3 +107,9 @@ def rotary(tokens: int, dim: int) -> tuple[Tensor, Tensor]:
     rates = 100.0 ** (-torch.arange(0, dim, 2) / dim)
     angles = torch.outer(torch.arange(tokens).float(), rates).repeat_interleave(2, dim=1)
     return angles.cos(), angles.sin()
+
+
+def basic(names: Iterable[str]) -> list[str]:
+    """Those that are no mode of another: no other name begins them, as ``flux2`` does ``flux2_edit``."""
+    names = list(names)
+    return [n for n in names if not any(n != other and n.startswith(f"{other}_") for other in names)]

@@ -195,3 +195,56 @@ def test_flex_attention_is_what_it_means(name: str) -> None:
     torch.testing.assert_close(run(program, model, q, k, v).double(), expected, rtol=1e-5, atol=1e-5)
     targets = {str(n.target) for n in program.main.graph.nodes}
     assert ("aten.scaled_dot_product_attention.default" in targets) == (score_mod is None)
+
+
+class Experts(nn.Module):
+    """Counts in numpy how many rows each expert gets, as no graph can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(4, 2)
+        self.experts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.view(-1, 4)
+        chosen = self.gate(rows).argmax(-1)
+        out = torch.zeros_like(rows)
+        for i, n in enumerate(chosen.bincount(minlength=2).cpu().numpy()):
+            if n:
+                out[chosen == i] = self.experts[i](rows[chosen == i])
+        return out.view(x.shape)
+
+
+class Mixture(nn.Module):
+    """Two layers of experts, of one class with other weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Experts(), Experts()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x.transpose(0, 1).contiguous()).transpose(0, 1)
+        return x
+
+
+def test_modules_that_no_graph_can_hold_are_left_in_python() -> None:
+    torch.manual_seed(0)
+    model = Mixture()
+    x = torch.randn(3, 5, 4)
+    program = capture(model, (x,))
+    assert Experts.forward.__qualname__ == "Experts.forward"
+    with torch.no_grad():
+        for values in (x, torch.randn(3, 5, 4)):
+            torch.testing.assert_close(run(program, model, values), model(values))
+        model.layers[1].experts[0].weight.mul_(2)
+        torch.testing.assert_close(run(program, model, x), model(x))
+    used = {n.target for _, m in program.functions() for n in m.graph.nodes if n.op == "call_function"}
+    assert torch.ops.xdit_compile.python.default in used
+
+
+def test_what_cannot_be_run_cannot_be_left_in_python() -> None:
+    with torch.device("meta"):
+        model = Mixture()
+    with pytest.raises(CaptureError, match="meta"):
+        capture(model, (torch.randn(3, 5, 4, device="meta"),))

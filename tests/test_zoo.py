@@ -6,10 +6,10 @@ import inspect
 import re
 from typing import Any
 
-import models
 import pytest
 import zoo
 from emulation import emulate
+from test_exactness import QUICK
 
 SPECS = ["ulysses=2", "ring=3"]
 
@@ -26,7 +26,7 @@ def test_names_are_not_used_twice() -> None:
 
 def chosen() -> list[Any]:
     """All pairs, of which a quick run takes one for each class that is not run on real processes anyway."""
-    quick = {(n, SPECS[i % 2]) for i, n in enumerate(zoo.BASIC) if n not in models.CASES}
+    quick = {(n, SPECS[i % 2]) for i, n in enumerate(zoo.BASIC) if n not in QUICK}
     return [pytest.param(n, s, id=f"{n}-{s}", marks=[] if (n, s) in quick else pytest.mark.whole)
             for n in zoo.CASES for s in SPECS]  # fmt: skip
 

@@ -17,14 +17,14 @@ import zoo_images_more
 import zoo_others
 import zoo_videos
 import zoo_videos_more
-from cases import Case
+from cases import Case, basic
 from torch import nn
 
 MODULES = (models, research, zoo_controls, zoo_images, zoo_images_more, zoo_others, zoo_videos, zoo_videos_more)
 
 CASES: dict[str, Case] = {name: case for module in MODULES for name, case in module.CASES.items()}
 
-BASIC = [n for n in CASES if not any(n != other and n.startswith(f"{other}_") for other in CASES)]
+BASIC = basic(CASES)
 """One case of each class, or few."""
 
 
