@@ -10,7 +10,8 @@ process, the plain model in one process while the others wait without using thei
     python benchmarks/forward.py --contestants single ulysses ulysses-inductor diffusers
 
 "seconds" is the median over the rounds of the slowest rank, "times as fast" the median of the plain model
-divided by it, "at best" the same of the fastest rounds. "CPU s" are the seconds of CPU time that all ranks
+divided by it, "in pairs" the median of the ratios within each round (slow drifts of the machine disturb it less), "at
+best" the ratio of the fastest rounds. "CPU s" are the seconds of CPU time that all ranks
 together use for one forward, "by CPU" how many times as fast it would be if nothing else counted: a figure
 that other work on the machine hardly disturbs, though it leaves out every wait. Bytes are those that one rank
 gives to others in one forward, FLOPs those of one rank.
@@ -87,6 +88,9 @@ def compare(figure: dict[str, Any], single: dict[str, Any]) -> None:
     """Add how many times as fast as the plain model it is."""
     if "problem" not in figure:
         figure["times_as_fast"] = single["median_seconds"] / figure["median_seconds"]
+        figure["times_as_fast_in_pairs"] = statistics.median(
+            a / b for a, b in zip(single["seconds"], figure["seconds"], strict=True)
+        )
         figure["times_as_fast_at_best"] = single["best_seconds"] / figure["best_seconds"]
         figure["times_as_fast_by_cpu"] = single["cpu_seconds"] / figure["cpu_seconds"] * figure["ranks"]
 
@@ -110,6 +114,7 @@ def show(
         "",
         "seconds",
         "times as fast",
+        "in pairs",
         "at best",
         "CPU s",
         "by CPU",
@@ -128,6 +133,7 @@ def show(
             name,
             f"{f['median_seconds']:.3f}",
             f"{f['times_as_fast']:.2f}",
+            f"{f['times_as_fast_in_pairs']:.2f}",
             f"{f['times_as_fast_at_best']:.2f}",
             f"{f['cpu_seconds']:.3f}",
             f"{f['times_as_fast_by_cpu']:.2f}",

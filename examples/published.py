@@ -38,7 +38,7 @@ def _as_loaded() -> Iterator[None]:
         torch.set_default_dtype(default)
 
 
-def _build(name: str, **config: Any) -> nn.Module:
+def build(name: str, **config: Any) -> nn.Module:
     """A diffusers class from its configuration, with the parameters that it wants in float32 in float32."""
     import diffusers
 
@@ -51,7 +51,7 @@ def _build(name: str, **config: Any) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def _meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+def meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     """A tensor of a shape and nothing else."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -79,15 +79,15 @@ def flux_dev() -> Example:
 
     Hidden 3072, 24 heads of 128, 19 double + 38 single layers.
     """
-    model = _build("FluxTransformer2DModel", guidance_embeds=True)
+    model = build("FluxTransformer2DModel", guidance_embeds=True)
     return model, {
-        "hidden_states": _meta(1, 4096, 64),
-        "encoder_hidden_states": _meta(1, 512, 4096),
-        "pooled_projections": _meta(1, 768),
-        "timestep": _meta(1),
-        "img_ids": _meta(4096, 3),
-        "txt_ids": _meta(512, 3),
-        "guidance": _meta(1, dtype=torch.float32),
+        "hidden_states": meta(1, 4096, 64),
+        "encoder_hidden_states": meta(1, 512, 4096),
+        "pooled_projections": meta(1, 768),
+        "timestep": meta(1),
+        "img_ids": meta(4096, 3),
+        "txt_ids": meta(512, 3),
+        "guidance": meta(1, dtype=torch.float32),
     }
 
 
@@ -96,7 +96,7 @@ def sd3_medium() -> Example:
 
     Hidden 1536, 24 heads of 64, 24 layers.  The text is CLIP's 77 tokens followed by T5's 256.
     """
-    model = _build(
+    model = build(
         "SD3Transformer2DModel",
         sample_size=128,
         num_layers=24,
@@ -106,10 +106,10 @@ def sd3_medium() -> Example:
         pos_embed_max_size=192,
     )
     return model, {
-        "hidden_states": _meta(1, 16, 128, 128),
-        "encoder_hidden_states": _meta(1, 333, 4096),
-        "pooled_projections": _meta(1, 2048),
-        "timestep": _meta(1, dtype=torch.float32),
+        "hidden_states": meta(1, 16, 128, 128),
+        "encoder_hidden_states": meta(1, 333, 4096),
+        "pooled_projections": meta(1, 2048),
+        "timestep": meta(1, dtype=torch.float32),
     }
 
 
@@ -118,7 +118,7 @@ def pixart_sigma_1024() -> Example:
 
     Hidden 1152, 16 heads of 72, 28 layers.
     """
-    model = _build(
+    model = build(
         "PixArtTransformer2DModel",
         sample_size=128,
         caption_channels=4096,
@@ -126,11 +126,11 @@ def pixart_sigma_1024() -> Example:
         use_additional_conditions=False,
     )
     return model, {
-        "hidden_states": _meta(1, 4, 128, 128),
-        "encoder_hidden_states": _meta(1, 300, 4096),
-        "timestep": _meta(1, dtype=torch.int64),
+        "hidden_states": meta(1, 4, 128, 128),
+        "encoder_hidden_states": meta(1, 300, 4096),
+        "timestep": meta(1, dtype=torch.int64),
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-        "encoder_attention_mask": _meta(1, 300, dtype=torch.int64),
+        "encoder_attention_mask": meta(1, 300, dtype=torch.int64),
     }
 
 
@@ -139,7 +139,7 @@ def hunyuan_dit_1024() -> Example:
 
     Hidden 1408, 16 heads of 88, 40 layers of which the last 19 take long skips.
     """
-    model = _build(
+    model = build(
         "HunyuanDiT2DModel",
         in_channels=4,
         patch_size=2,
@@ -150,13 +150,13 @@ def hunyuan_dit_1024() -> Example:
         use_style_cond_and_image_meta_size=False,
     )
     return model, {
-        "hidden_states": _meta(1, 4, 128, 128),
-        "timestep": _meta(1),
-        "encoder_hidden_states": _meta(1, 77, 1024),
-        "text_embedding_mask": _meta(1, 77, dtype=torch.int64),
-        "encoder_hidden_states_t5": _meta(1, 256, 2048),
-        "text_embedding_mask_t5": _meta(1, 256, dtype=torch.int64),
-        "image_rotary_emb": (_meta(4096, 88, dtype=torch.float32), _meta(4096, 88, dtype=torch.float32)),
+        "hidden_states": meta(1, 4, 128, 128),
+        "timestep": meta(1),
+        "encoder_hidden_states": meta(1, 77, 1024),
+        "text_embedding_mask": meta(1, 77, dtype=torch.int64),
+        "encoder_hidden_states_t5": meta(1, 256, 2048),
+        "text_embedding_mask_t5": meta(1, 256, dtype=torch.int64),
+        "image_rotary_emb": (meta(4096, 88, dtype=torch.float32), meta(4096, 88, dtype=torch.float32)),
     }
 
 
@@ -165,17 +165,17 @@ def cogvideox_5b() -> Example:
 
     Hidden 3072, 48 heads of 64, 42 layers, rotary positions.
     """
-    model = _build(
+    model = build(
         "CogVideoXTransformer3DModel",
         num_attention_heads=48,
         num_layers=42,
         use_rotary_positional_embeddings=True,
     )
     return model, {
-        "hidden_states": _meta(1, 13, 16, 60, 90),
-        "encoder_hidden_states": _meta(1, 226, 4096),
-        "timestep": _meta(1, dtype=torch.int64),
-        "image_rotary_emb": (_meta(17550, 64, dtype=torch.float32), _meta(17550, 64, dtype=torch.float32)),
+        "hidden_states": meta(1, 13, 16, 60, 90),
+        "encoder_hidden_states": meta(1, 226, 4096),
+        "timestep": meta(1, dtype=torch.int64),
+        "image_rotary_emb": (meta(17550, 64, dtype=torch.float32), meta(17550, 64, dtype=torch.float32)),
     }
 
 
@@ -185,11 +185,11 @@ def mochi_480p() -> Example:
     Hidden 3072 (text 1536), 24 heads of 128, 48 layers.  The class can only be captured through ``faked``: it
     enters autocast with its device type.  It then picks the kept text tokens with ``nonzero``.
     """
-    model = _build("MochiTransformer3DModel")
+    model = build("MochiTransformer3DModel")
     return model, {
-        "hidden_states": _meta(1, 12, 28, 60, 106),
-        "encoder_hidden_states": _meta(1, 256, 4096),
-        "timestep": _meta(1),
+        "hidden_states": meta(1, 12, 28, 60, 106),
+        "encoder_hidden_states": meta(1, 256, 4096),
+        "timestep": meta(1),
         "encoder_attention_mask": torch.ones(1, 256, dtype=torch.bool),
     }
 
@@ -199,11 +199,11 @@ def wan21_14b_720p() -> Example:
 
     Hidden 5120, 40 heads of 128, 40 layers.
     """
-    model = _build("WanTransformer3DModel")
+    model = build("WanTransformer3DModel")
     return model, {
-        "hidden_states": _meta(1, 16, 21, 90, 160),
-        "timestep": _meta(1, dtype=torch.int64),
-        "encoder_hidden_states": _meta(1, 512, 4096),
+        "hidden_states": meta(1, 16, 21, 90, 160),
+        "timestep": meta(1, dtype=torch.int64),
+        "encoder_hidden_states": meta(1, 512, 4096),
     }
 
 
@@ -212,14 +212,14 @@ def hunyuan_video_720p() -> Example:
 
     Hidden 3072, 24 heads of 128, 20 double + 40 single layers, 2 text refiner layers, guidance.
     """
-    model = _build("HunyuanVideoTransformer3DModel")
+    model = build("HunyuanVideoTransformer3DModel")
     return model, {
-        "hidden_states": _meta(1, 16, 33, 90, 160),
-        "timestep": _meta(1),
-        "encoder_hidden_states": _meta(1, 256, 4096),
-        "encoder_attention_mask": _meta(1, 256),
-        "pooled_projections": _meta(1, 768),
-        "guidance": _meta(1),
+        "hidden_states": meta(1, 16, 33, 90, 160),
+        "timestep": meta(1),
+        "encoder_hidden_states": meta(1, 256, 4096),
+        "encoder_attention_mask": meta(1, 256),
+        "pooled_projections": meta(1, 768),
+        "guidance": meta(1),
     }
 
 
@@ -228,12 +228,12 @@ def qwen_image_1328() -> Example:
 
     Hidden 3072, 24 heads of 128, 60 layers.  A prompt alone is not padded, so there is no mask.
     """
-    model = _build("QwenImageTransformer2DModel")
+    model = build("QwenImageTransformer2DModel")
     return model, {
-        "hidden_states": _meta(1, 6889, 64),
-        "encoder_hidden_states": _meta(1, 512, 3584),
+        "hidden_states": meta(1, 6889, 64),
+        "encoder_hidden_states": meta(1, 512, 3584),
         "encoder_hidden_states_mask": None,
-        "timestep": _meta(1),
+        "timestep": meta(1),
         "img_shapes": [[(1, 83, 83)]],
     }
 
@@ -243,12 +243,12 @@ def ltx_video() -> Example:
 
     Hidden 2048, 32 heads of 64, 28 layers.
     """
-    model = _build("LTXVideoTransformer3DModel")
+    model = build("LTXVideoTransformer3DModel")
     return model, {
-        "hidden_states": _meta(1, 6930, 128),
-        "encoder_hidden_states": _meta(1, 128, 4096),
-        "timestep": _meta(1, dtype=torch.float32),
-        "encoder_attention_mask": _meta(1, 128, dtype=torch.bool),
+        "hidden_states": meta(1, 6930, 128),
+        "encoder_hidden_states": meta(1, 128, 4096),
+        "timestep": meta(1, dtype=torch.float32),
+        "encoder_attention_mask": meta(1, 128, dtype=torch.bool),
         "num_frames": 21,
         "height": 15,
         "width": 22,
