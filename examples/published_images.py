@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from published import Example, build, meta
 from torch import Tensor
-
-from examples.published import Example, build, meta
 
 FLOAT = torch.float32
 INT = torch.int64
@@ -279,9 +278,13 @@ def _cogview_inputs(text: int) -> dict[str, object]:
 def lumina_image_2() -> Example:
     """Lumina-Image 2.0, 1024x1024: 4096 image + 120 of 256 text tokens in one sequence; the mask is read.
 
-    Hidden 2304, 24 heads of 96 (8 of keys), 26 layers, and two of refinement for image and for text each.
+    Hidden 2304, 24 heads of 96 (8 of keys), 26 layers, and two of refinement for image and for text each. Tables of
+    the rotary embedding, kept in a list, are made anew and real, as loading a checkpoint leaves them.
     """
-    return build("Lumina2Transformer2DModel", cap_feat_dim=2304), {
+    model = build("Lumina2Transformer2DModel", cap_feat_dim=2304)
+    rope = model.rope_embedder
+    rope.freqs_cis = rope._precompute_freqs_cis(rope.axes_dim, rope.axes_lens, rope.theta)
+    return model, {
         "hidden_states": meta(1, 16, 128, 128),
         "timestep": meta(1, dtype=FLOAT),
         "encoder_hidden_states": meta(1, 256, 2304),

@@ -13,9 +13,8 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from published import BF16, Example, build, meta
 from torch import Tensor, nn
-
-from examples.published import BF16, Example, build, meta
 
 FLOAT = torch.float32
 INT = torch.int64
