@@ -447,8 +447,11 @@ def exchanged_modules() -> list[float]:
             p.leave = nn.Linear(24, 6).requires_grad_(False)
             layers = [nn.Linear(24, 6).requires_grad_(False) for _ in range(300)]
             seen.append(look())
-            p.leave = next((x for x in layers if id(x) == address), layers[-1])
-            del layers
+            # Which of them has the address differs from rank to rank, and what they compute must not.
+            layer = next((x for x in layers if id(x) == address), layers[0])
+            layer.load_state_dict(layers[-1].state_dict())
+            p.leave = layer
+            del layers, layer
             seen.append(look())
             p.leave = nn.Linear(24, 6).requires_grad_(False)
     return seen
