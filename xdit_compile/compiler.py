@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from xdit_compile.frontend.cache import captured
+from xdit_compile.garbage import uncollected
 from xdit_compile.passes import localize, plan
 from xdit_compile.passes.shard import Seeds
 from xdit_compile.program import Program
@@ -52,8 +53,9 @@ def _hash(text: str) -> str:
 
 def compile_program(captured: Program, spec: ShardingSpec, rank: int = 0, dump: Dump | None = None) -> Compiled:
     """Rank ``rank``'s program for ``spec``; ``dump`` is called with each pass's name and result."""
-    whole, seeds = plan(captured, spec)
-    return Compiled(captured, whole, seeds, localize(whole, seeds, rank, dump))
+    with uncollected():
+        whole, seeds = plan(captured, spec)
+        return Compiled(captured, whole, seeds, localize(whole, seeds, rank, dump))
 
 
 def compile_call(model: nn.Module, spec: ShardingSpec, args: Sequence[Any], kwargs: Mapping[str, Any], rank: int = 0,

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 Position = Mapping[str, int]
@@ -246,7 +247,7 @@ class Layout:
 
     @staticmethod
     def replicated(shape: Sequence[int]) -> Layout:
-        return Layout(tuple(Dim.replicated(n) for n in shape))
+        return _replicated(tuple(shape))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -267,3 +268,9 @@ class Layout:
     def __str__(self) -> str:
         body = ", ".join(map(str, self.dims))
         return f"[{body}]" + (f" partial({self.partial})" if self.partial else "")
+
+
+@lru_cache(maxsize=4096)
+def _replicated(shape: tuple[int, ...]) -> Layout:
+    """Kept, because a search lays out every parameter for every choice it tries."""
+    return Layout(tuple(Dim.replicated(n) for n in shape))

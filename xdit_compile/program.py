@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from xdit_compile.guards import Guards
 from xdit_compile.spec import ShardingSpec
@@ -114,6 +115,12 @@ class Program:
         if print_output:
             print(text)
         return text
+
+
+def graph_module(name: str, graph: fx.Graph, children: Mapping[str, fx.GraphModule] | None = None) -> fx.GraphModule:
+    """A module that runs ``graph``. Its code is written when it is first needed: most graphs are only read, by the
+    next pass."""
+    return _LazyGraphModule(dict(children or {}), graph, name)
 
 
 def output_args(graph: fx.Graph) -> tuple[Any, ...]:

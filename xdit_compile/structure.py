@@ -60,6 +60,12 @@ def flatten(value: Any) -> tuple[list[torch.Tensor], Structure]:
     return tensors, Structure(spec, tuple(TENSOR if isinstance(x, torch.Tensor) else x for x in leaves))
 
 
+def sharing(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """For each tensor, the index of the first that is the same object: code may ask whether two are."""
+    first: dict[int, int] = {}
+    return tuple(first.setdefault(id(t), i) for i, t in enumerate(tensors))
+
+
 def differ(value: Any, tensors: Sequence[torch.Tensor], structure: Structure) -> bool:
     """Whether ``value`` is no longer what ``structure`` built from ``tensors``: an item was added, or exchanged."""
     now, shape = flatten(value)

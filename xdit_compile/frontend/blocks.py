@@ -19,7 +19,7 @@ from torch import nn
 
 from xdit_compile.frontend.fingerprint import fingerprint, meta
 from xdit_compile.frontend.known import Known, Value
-from xdit_compile.structure import CONSTANTS, TENSOR, Structure, differ, flatten
+from xdit_compile.structure import CONSTANTS, TENSOR, Structure, differ, flatten, sharing
 
 _library = torch.library.Library("xdit_compile", "FRAGMENT")
 _library.define("block(str kind, str path, Tensor[] inputs) -> Tensor[]")
@@ -104,8 +104,8 @@ class Outliner:
             yield
 
     @contextmanager
-    def exporting(self) -> Iterator[None]:
-        """Within: export the model."""
+    def standing_in(self) -> Iterator[None]:
+        """Within: trace the model; calls of recorded kinds become block nodes."""
         _results.update({k.name: [meta(t) for t in k.fresh] for k in self.kinds.values() if k})
         examples = {k.path for k in self.kinds.values() if k} | self._inside
         try:
@@ -131,7 +131,8 @@ class Outliner:
 
     def _key(self, path: str, tensors: list[torch.Tensor], structure: Structure) -> Hashable:
         # Strides are left out: canonical programs reshape, they do not view, so any strides are right.
-        key = self._prints[path], structure.key(), tuple((t.shape, t.dtype, t.device) for t in tensors)
+        looks = tuple((t.shape, t.dtype, t.device) for t in tensors)
+        key = self._prints[path], structure.key(), looks, sharing(tensors)
         return (key, self._values(tensors)) if key in self._reading else key
 
     def _values(self, tensors: list[torch.Tensor]) -> Hashable:

@@ -13,7 +13,7 @@ from torch import nn
 from xdit_compile.frontend.capture import capture
 from xdit_compile.frontend.state import device_of, state_token
 from xdit_compile.program import Program
-from xdit_compile.structure import flatten
+from xdit_compile.structure import flatten, sharing
 
 
 @dataclass
@@ -54,5 +54,6 @@ def _capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
 
 def _kind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Hashable, list[torch.Tensor]]:
     tensors, structure = flatten((tuple(args), dict(kwargs)))
-    return (structure.key(), tuple((t.shape, t.dtype, device_of(t)) for t in tensors), state_token(model)), tensors
+    looks = tuple((t.shape, t.dtype, device_of(t)) for t in tensors)
+    return (structure.key(), looks, sharing(tensors), state_token(model)), tensors
 

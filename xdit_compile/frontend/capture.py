@@ -1,8 +1,8 @@
 """Any module's forward as a Program: functional ATen with attention, linear, convolutions and norms whole.
 
-``torch.export`` in non-strict mode, then ``run_decompositions({})``, which makes the graph functional and takes
-nothing apart that we have a rule for. Shapes are static. Nothing is computed and no weight is copied, so a model
-on the meta device is captured the same way. Repeated blocks are exported once (``blocks.py``).
+The model runs once on fake tensors to find its repeated blocks (``blocks.py``), then it is traced around them, and
+each kind of block by itself (``tracing.py``). Nothing is computed and no weight is copied, so a model on the meta
+device is captured the same way.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ import torch
 from torch import fx, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.stateless import _reparametrize_module
 
@@ -30,46 +28,36 @@ from xdit_compile.frontend.blocks import BLOCK, Kind, Outliner
 from xdit_compile.frontend.flex import FLEX, dense_mask, is_open, is_plain, modified_attention
 from xdit_compile.frontend.known import Known, Value, of_inputs
 from xdit_compile.frontend.opaque import culprit, left_in_python
+from xdit_compile.frontend.tracing import Traced, as_export_does, traced
 from xdit_compile.frontend.unchanged import unchanged
-from xdit_compile.program import Input, Program, output_args, source_of
+from xdit_compile.garbage import uncollected
+from xdit_compile.program import Input, Program, drop_unused, graph_module, output_args, source_of
 from xdit_compile.structure import Structure, differ, flatten
 
 log = logging.getLogger(__name__)
 
-ROOT = "model"
 
-
-class _Seen:
-    """What a traced forward returned; an object of its own, because export takes back what is set on a module."""
+class _Call:
+    """A module's forward as a function of its tensor arguments, flat in and flat out."""
 
     outputs: Structure
-
-
-class _Root(nn.Module):
-    """A module as a function of its tensor arguments, flat in and flat out."""
+    """How the flat results become what the module returns, and, if it changed them (a cache was filled), its
+    arguments as it left them; known once it has run."""
 
     def __init__(self, module: nn.Module, inputs: Structure, known: Known,
                  values: Sequence[Value | int | None]) -> None:
-        super().__init__()
-        self.model = module
-        self.inputs, self._known, self._values = inputs, known, values
-        self._seen = _Seen()
+        self.module, self.inputs, self._known, self._values = module, inputs, known, values
 
-    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        for tensor, value in zip(tensors, self._values, strict=True):
-            self._known.assign(tensor, value)
-        args, kwargs = self.inputs.build(tensors)
-        # Forward alone: hooks of the module itself run around the call, wherever that is made.
-        result = type(self.model).forward(self.model, *args, **kwargs)
-        made, outputs = flatten((result, (args, kwargs) if differ((args, kwargs), tensors, self.inputs) else None))
-        self._seen.outputs = outputs
+    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with self._known:
+            for tensor, value in zip(tensors, self._values, strict=True):
+                self._known.assign(tensor, value)
+            args, kwargs = self.inputs.build(tensors)
+            # Forward alone: hooks of the module itself run around the call, wherever that is made.
+            result = type(self.module).forward(self.module, *args, **kwargs)
+        left = (args, kwargs) if differ((args, kwargs), tensors, self.inputs) else None
+        made, self.outputs = flatten((result, left))
         return tuple(made)
-
-    @property
-    def outputs(self) -> Structure:
-        """How the flat results become what the module returns, and, if it changed them (a cache was filled), its
-        arguments as it left them; known once it has run."""
-        return self._seen.outputs
 
 
 def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Program:
@@ -81,7 +69,7 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
     left: list[type[nn.Module]] = []
     while True:
         try:
-            with left_in_python(model, left):
+            with uncollected(), left_in_python(model, left):
                 return _capture(model, tuple(args), dict(kwargs or {}))
         except CaptureError:
             raise
@@ -96,56 +84,53 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
 def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
     tensors, inputs = flatten((args, kwargs))
     known = Known(tensors)
-    root = _Root(model, inputs, known, of_inputs(tensors))
-    with torch.no_grad(), unchanged(model, args, kwargs), _without_meta(root, tensors) as tensors:
+    call = _Call(model, inputs, known, of_inputs(tensors))
+    with torch.no_grad(), unchanged(model, args, kwargs), _without_meta(model, tensors) as tensors:
         try:
             outliner = Outliner(model, known)
             if outliner.paths:
                 with unchanged(model, args, kwargs), outliner.recording():
-                    _run_fake(root, tensors, known)
+                    _run_fake(call, tensors)
                 known.forget_reads()
-            return _assemble(root, tensors, outliner, known)
+            return _assemble(call, tensors, outliner, known)
         except CaptureError:
             raise
         except Exception as error:
-            # Outlining leans on more of the model than plain export does; without it the same model may pass.
+            # Outlining leans on more of the model than a plain trace does; without it the same model may pass.
             log.info("capturing %s again, block by block no more, after: %s", type(model).__name__, error)
-        return _assemble(root, tensors, None, known)
+        return _assemble(call, tensors, None, known)
 
 
-def _run_fake(root: _Root, tensors: Sequence[torch.Tensor], known: Known) -> None:
+def _run_fake(call: _Call, tensors: Sequence[torch.Tensor]) -> None:
     mode = detect_fake_mode(tensors) or FakeTensorMode(allow_non_fake_inputs=True)
-    state = {n: t if isinstance(t, FakeTensor) else mode.from_tensor(t)
-             for n, t in [*root.named_parameters(), *root.named_buffers()]}
-    with mode, known:
-        torch.func.functional_call(root, state, tuple(
-            t if isinstance(t, FakeTensor) else mode.from_tensor(t) for t in tensors))
+
+    def fake(t: torch.Tensor) -> torch.Tensor:
+        return t if isinstance(t, FakeTensor) else mode.from_tensor(t)
+
+    model = call.module
+    state = {n: fake(t) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    with mode, _reparametrize_module(model, state, tie_weights=True):
+        call(*map(fake, tensors))
 
 
-def _assemble(root: _Root, tensors: Sequence[torch.Tensor], outliner: Outliner | None, known: Known) -> Program:
-    if outliner is None:
-        exported, kinds = _export(root, tensors, known), {}
-    else:
-        with outliner.exporting():
-            exported = _export(root, tensors, known)
-        kinds = {kind.name: kind for kind in outliner.kinds.values() if kind}
+def _assemble(call: _Call, tensors: Sequence[torch.Tensor], outliner: Outliner | None, known: Known) -> Program:
     constants: dict[str, torch.Tensor] = {}
-    blocks = {name: _block(kind, known, constants) for name, kind in kinds.items()}
-    main, inputs = _main(exported, blocks, constants)
-    arguments = list(exported.graph_signature.user_inputs)
-    written = tuple(arguments.index(n) for n in exported.graph_signature.user_inputs_to_mutate.values())
-    return Program(main, tuple(inputs), constants, root.outputs, written=written, guards=known.guards())
+    with as_export_does():
+        if outliner is None:
+            found, kinds = _trace(call, tensors), {}
+        else:
+            with outliner.standing_in():
+                found = _trace(call, tensors)
+            kinds = {kind.name: kind for kind in outliner.kinds.values() if kind}
+        blocks = {name: _block(kind, known, constants) for name, kind in kinds.items()}
+    main, inputs = _main(found, blocks, constants)
+    return Program(main, tuple(inputs), constants, call.outputs, written=found.written, guards=known.guards())
 
 
-def _export(root: _Root, tensors: Sequence[torch.Tensor], known: Known) -> ExportedProgram:
-    with known, unchanged(root.model, root.inputs.constants):
-        traced = torch.export.export(root, tuple(tensors), strict=False)
-    exported = traced.run_decompositions({})
-    signature = exported.graph_signature
-    if buffers := sorted(signature.buffers_to_mutate.values()):
-        raise CaptureError(f"the forward writes into {', '.join(buffers)}; a program has no state. Return the new "
-                           "value instead, or move the write out of forward")
-    for node in exported.graph.nodes:
+def _trace(call: _Call, tensors: Sequence[torch.Tensor]) -> Traced:
+    with unchanged(call.module, call.inputs.constants):
+        found = traced(call, call.module, tensors)
+    for node in found.graph.nodes:
         if node.op == "call_function" and _random(node):
             raise CaptureError(
                 f"{node.target} at {source_of(node)} draws random numbers, which every rank would draw "
@@ -157,14 +142,14 @@ def _export(root: _Root, tensors: Sequence[torch.Tensor], known: Known) -> Expor
                 f"{node.target} at {source_of(node)} makes a tensor whose size depends on values that cannot be "
                 "known while the model is captured; compute them outside and pass them as Python numbers"
             )
-    return exported
+    return found
 
 
 @contextmanager
-def _without_meta(root: _Root, tensors: Sequence[torch.Tensor]) -> Iterator[Sequence[torch.Tensor]]:
+def _without_meta(model: nn.Module, tensors: Sequence[torch.Tensor]) -> Iterator[Sequence[torch.Tensor]]:
     """Within, a model on the meta device is a model of fake CPU tensors: some operations (autocast, masks read by
     the model) refuse the meta device. Yields the inputs to capture with."""
-    if not any(t.is_meta for t in [*root.parameters(), *root.buffers()]):
+    if not any(t.is_meta for t in [*model.parameters(), *model.buffers()]):
         yield tensors
         return
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -173,13 +158,13 @@ def _without_meta(root: _Root, tensors: Sequence[torch.Tensor]) -> Iterator[Sequ
         with mode:
             return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
 
-    for module in root.modules():
+    for module in model.modules():
         for name, value in vars(module).items():
             if isinstance(value, torch.Tensor) and value.is_meta:
                 vars(module)[name] = torch.zeros_like(value, device="cpu")
-    state = {n: nn.Parameter(fake(p), requires_grad=False) for n, p in root.named_parameters()} | {
-        n: fake(b) for n, b in root.named_buffers()}
-    with _reparametrize_module(root, state, tie_weights=False):
+    state = {n: nn.Parameter(fake(p), requires_grad=False) for n, p in model.named_parameters()} | {
+        n: fake(b) for n, b in model.named_buffers()}
+    with _reparametrize_module(model, state, tie_weights=False):
         yield [fake(t) for t in tensors]
 
 
@@ -193,45 +178,46 @@ def _random(node: fx.Node) -> bool:
 
 
 class _Copier:
-    """Copies exported nodes into a new graph and knows what its placeholders stand for."""
+    """Copies traced nodes into a new graph and knows what its placeholders stand for."""
 
-    def __init__(self, exported: ExportedProgram, prefix: str, constants: dict[str, torch.Tensor]) -> None:
-        self.exported, self.prefix, self.constants = exported, prefix, constants
+    def __init__(self, found: Traced, prefix: str, constants: dict[str, torch.Tensor]) -> None:
+        self.found, self.prefix, self.constants = found, prefix, constants
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
         self.inputs: list[Input] = []
         self.nodes: dict[Input, fx.Node] = {}
+        self._taken: set[str] = set()
 
     def placeholders(self) -> None:
-        specs = {s.arg.name: s for s in self.exported.graph_signature.input_specs}
-        for node in self.exported.graph.find_nodes(op="placeholder"):
-            found = self._input(specs[node.name])
-            if found.kind == "argument" or node.users:
-                self.env[node] = self.placeholder(found, node.meta["val"])
+        for node, what in zip(self.found.graph.find_nodes(op="placeholder"), self.found.inputs, strict=True):
+            if what.kind == "constant" and node.users:
+                self._constant(node, what.name, self.found.constants[what.name])
+            elif what.kind == "parameter" and node.users:
+                self.env[node] = self.placeholder(Input("parameter", self.prefix + what.name), node.meta["val"])
+            elif what.kind == "argument":
+                self.env[node] = self.placeholder(what, node.meta["val"])
+        for node in self.found.graph.find_nodes(op="get_attr"):
+            value = getattr(self.found.module, node.target)
+            if isinstance(value, torch.Tensor):
+                self._constant(node, node.target, value)
 
     def placeholder(self, what: Input, value: torch.Tensor) -> fx.Node:
         if what not in self.nodes:
             # A module's name may be a number, as in nn.Sequential, or hold signs that no variable's may.
             name = re.sub(r"\W", "_", what.name)
             name = f"p_{name}" if name[0].isdigit() else name
-            taken = {n.target for n in self.nodes.values()}
-            node = self.graph.placeholder(name if name not in taken else f"{name}_{len(taken)}")
+            node = self.graph.placeholder(name if name not in self._taken else f"{name}_{len(self._taken)}")
+            self._taken.add(str(node.target))
             node.meta["val"] = value
             self.nodes[what] = node
             self.inputs.append(what)
         return self.nodes[what]
 
-    def _input(self, spec: Any) -> Input:
-        if spec.kind is InputKind.USER_INPUT:
-            return Input("argument", f"arg_{sum(i.kind == 'argument' for i in self.inputs)}")
-        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-            return Input("parameter", self.prefix + spec.target.removeprefix(f"{ROOT}."))
-        if spec.kind is InputKind.CONSTANT_TENSOR:
-            # A constant's name is unique within one export only.
-            name = f"{self.prefix}{spec.target}".replace(".", "_")
-            self.constants[name] = self.exported.constants[spec.target]
-            return Input("constant", name)
-        raise CaptureError(f"the forward takes {spec.target} ({spec.kind.name.lower()}), which no program can hold")
+    def _constant(self, node: fx.Node, name: str, value: torch.Tensor) -> None:
+        # A constant's name is unique within one trace only.
+        name = f"{self.prefix}{name}".replace(".", "_")
+        self.constants[name] = value
+        self.env[node] = self.placeholder(Input("constant", name), node.meta["val"])
 
     def copy(self, node: fx.Node) -> fx.Node:
         if node.target is FLEX:
@@ -243,6 +229,9 @@ class _Copier:
             self.env[node] = self.env[node.args[0]]
             return self.env[node]
         new = self.graph.node_copy(node, lambda n: self.env[n])
+        if new.target is torch.ops.aten.lift_fresh_copy.default:
+            # What tracing calls the copy of a constant.
+            new.target = torch.ops.aten.clone.default
         new.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
         self.env[node] = self._described(new, node)
         return new
@@ -251,15 +240,15 @@ class _Copier:
         """Where ``new`` comes from: where ``node`` of the exported graph does."""
         new.meta |= {"stack_trace": node.meta["stack_trace"]} if "stack_trace" in node.meta else {}
         new.meta["nn_module_stack"] = {
-            key: ((self.prefix + path.removeprefix(ROOT).removeprefix(".")).rstrip("."), cls)
-            for key, (path, cls) in node.meta.get("nn_module_stack", {}).items() if path
+            key: ((self.prefix + path).rstrip("."), cls)
+            for key, (path, cls) in node.meta.get("nn_module_stack", {}).items()
         }
         return new
 
     def _attention(self, node: fx.Node) -> fx.Node:
         """The nodes that ``flex_attention`` stands for."""
         q, k, v, score_mod, block_mask, scale, _, score_buffers, mask_buffers = node.args
-        score, mask = (getattr(self.exported.graph_module, m.target) for m in (score_mod, block_mask[-1]))
+        score, mask = (getattr(self.found.module, m.target) for m in (score_mod, block_mask[-1]))
         qkv = [self.env[n] for n in (q, k, v)]
         scored, masked = ([self.env[n] for n in buffers] for buffers in (score_buffers, mask_buffers))
         if is_plain(score):
@@ -294,34 +283,33 @@ class _Copier:
 
 def _block(kind: Kind, known: Known, constants: dict[str, torch.Tensor]) -> tuple[fx.GraphModule, list[Input]]:
     """A block kind as a function of its parameters, then its inputs; it returns what its inputs are not."""
-    root = _Root(kind.module, kind.inputs, known, kind.values)
-    exported = _export(root, kind.examples, known)
-    copier = _Copier(exported, f"{kind.path}.", constants)
+    found = _trace(_Call(kind.module, kind.inputs, known, kind.values), kind.examples)
+    copier = _Copier(found, f"{kind.path}.", constants)
     copier.placeholders()
-    for node in exported.graph.nodes:
+    for node in found.graph.nodes:
         if node.op == "call_function":
             copier.copy(node)
-    made = output_args(exported.graph)
+    made = output_args(found.graph)
     fresh = [copier.env[made[i]] for i, r in enumerate(kind.results) if not isinstance(r, int)]
     copier.graph.output(tuple(fresh)).meta["val"] = tuple(n.meta["val"] for n in fresh)
     inputs = [Input(i.kind, i.name.removeprefix(f"{kind.path}.")) if i.kind == "parameter" else i
               for i in copier.inputs]
-    return fx.GraphModule({}, copier.graph, kind.name), inputs
+    return graph_module(kind.name, copier.graph), inputs
 
 
-def _main(exported: ExportedProgram, blocks: Mapping[str, tuple[fx.GraphModule, list[Input]]],
+def _main(found: Traced, blocks: Mapping[str, tuple[fx.GraphModule, list[Input]]],
           constants: dict[str, torch.Tensor]) -> tuple[fx.GraphModule, list[Input]]:
-    copier = _Copier(exported, "", constants)
+    copier = _Copier(found, "", constants)
     copier.placeholders()
     calls: dict[fx.Node, list[Input]] = {}
-    for node in exported.graph.find_nodes(op="call_function", target=BLOCK):
+    for node in found.graph.find_nodes(op="call_function", target=BLOCK):
         name, path, _ = node.args
         module, inputs = blocks[name]
         calls[node] = [Input(i.kind, f"{path}.{i.name}") if i.kind == "parameter" else i for i in inputs]
         for what, holder in zip(calls[node], module.graph.find_nodes(op="placeholder"), strict=True):
             if what.kind != "argument":
                 copier.placeholder(what, holder.meta["val"])
-    for node in exported.graph.nodes:
+    for node in found.graph.nodes:
         if node in calls:
             name, path, tensors = node.args
             given = iter(copier.env[t] for t in tensors)
@@ -332,9 +320,10 @@ def _main(exported: ExportedProgram, blocks: Mapping[str, tuple[fx.GraphModule, 
             copier.env[node] = call
         elif node.op == "call_function":
             copier.copy(node)
-    made = tuple(copier.env[n] for n in output_args(exported.graph))
+    made = tuple(copier.env[n] for n in output_args(found.graph))
     copier.graph.output(made).meta["val"] = tuple(n.meta["val"] for n in made)
-    return fx.GraphModule({n: m for n, (m, _) in blocks.items()}, copier.graph, "main"), copier.inputs
+    drop_unused(copier.graph)
+    return graph_module("main", copier.graph, {n: m for n, (m, _) in blocks.items()}), copier.inputs
 
 
 def _explained(error: Exception, model: nn.Module) -> CaptureError:

@@ -12,6 +12,9 @@ from torch import nn
 
 from xdit_compile.structure import CONSTANTS
 
+_HOOKS = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
+"""Attributes that every module has; no forward changes them, and there are many."""
+
 _OPAQUE = (*CONSTANTS, torch.Tensor, type, FunctionType, BuiltinFunctionType, MethodType, ModuleType)
 
 
@@ -19,7 +22,9 @@ _OPAQUE = (*CONSTANTS, torch.Tensor, type, FunctionType, BuiltinFunctionType, Me
 def unchanged(model: nn.Module, *others: Any) -> Iterator[None]:
     """Within, ``model`` may be traced; afterwards its attributes, and the contents of plain containers and objects
     in it and in ``others``, are what they were: a lazily made table would hold fake tensors."""
-    held = _contents([*(vars(m) for m in model.modules()), *others])
+    states = [vars(m) for m in model.modules()]
+    held = [(s, dict(s)) for s in states] + _contents(
+        [v for s in states for k, v in s.items() if k not in _HOOKS] + list(others))
     try:
         yield
     finally:

@@ -24,7 +24,7 @@ from xdit_compile.passes.attention import AttentionPlan
 from xdit_compile.passes.emit import Emitter
 from xdit_compile.passes.rules import find_rule
 from xdit_compile.passes.values import NoRule, Value
-from xdit_compile.program import Note, Program, module_of, source_of
+from xdit_compile.program import Note, Program, graph_module, module_of, source_of
 
 Result = Value | tuple[Any, ...] | None
 Seeds = Mapping[str, Layout]
@@ -384,8 +384,8 @@ class Walk:
             out = emitter.graph.output(tuple(sharder._node(v) for v in outputs))
             out.meta["val"] = tuple(sharder._node(v).meta["val"] for v in outputs)
             self.results[local] = out.meta["val"]
-            self.functions[local] = fx.GraphModule(
-                dict(self.functions) if local == "main" else {}, emitter.graph, local)
+            self.functions[local] = graph_module(
+                local, emitter.graph, self.functions if local == "main" else None)
         return tuple(v.layout for v in outputs), sharder.tally
 
 

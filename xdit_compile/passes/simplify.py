@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from torch import fx
 from torch.fx.passes.dialect.common.cse_pass import CSEPass, get_CSE_banned_ops
 
-from xdit_compile.program import Program, drop_unused, is_collective
+from xdit_compile.program import Program, drop_unused, graph_module, is_collective
 
 
 def simplify(program: Program) -> Program:
@@ -16,10 +15,10 @@ def simplify(program: Program) -> Program:
         # What must stay apart: two exchanges that look alike on one rank may differ on another.
         apart = get_CSE_banned_ops() | {getattr(n.target, "overloadpacket", n.target) for n in module.graph.nodes
                                         if is_collective(n) or n.op == "call_module"}
-        merged = CSEPass(banned_ops=apart)(fx.GraphModule(dict(module.named_children()), module.graph))
+        merged = CSEPass(banned_ops=apart)(graph_module(name, module.graph, dict(module.named_children())))
         assert merged is not None
         graph = merged.graph_module.graph
         drop_unused(graph)
         functions[name] = graph
-    children = {n: fx.GraphModule({}, g, n) for n, g in functions.items() if n != "main"}
-    return program.having(main=fx.GraphModule(children, functions["main"], "main"))
+    children = {n: graph_module(n, g) for n, g in functions.items() if n != "main"}
+    return program.having(main=graph_module("main", functions["main"], children))

@@ -1,0 +1,193 @@
+"""A module's forward as one functional ATen graph, in one run of its code on fake tensors.
+
+What ``torch.export`` and ``run_decompositions({})`` make in three runs (trace, functionalize, trace again) is made
+at once: operators are recorded below autograd and autocast, writes become new values, and operators that PyTorch
+would take apart but that have one meaning (attention, linear, norms) stay whole. Shapes are static.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._export.utils import _compiling_state_context
+from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.export._trace import _ignore_backend_decomps
+from torch.export.exported_program import (
+    _override_composite_implicit_decomp,
+    _split_decomp_table_to_cia_and_python_decomp,
+)
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.utils.stateless import _reparametrize_module
+
+from xdit_compile.errors import CaptureError
+from xdit_compile.program import Input, drop_unused
+from xdit_compile.structure import sharing
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A graph, what its placeholders stand for, the values of its constants, and which arguments it writes into:
+    its first results are their new values."""
+
+    module: fx.GraphModule
+    inputs: tuple[Input, ...]
+    constants: dict[str, Tensor]
+    written: tuple[int, ...]
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+
+def traced(function: Callable[..., tuple[Tensor, ...]], model: nn.Module, tensors: Sequence[Tensor]) -> Traced:
+    """The graph of ``function(*tensors)``, which calls ``model``; to be called within ``as_export_does()``.
+
+    Nodes have ``val``, ``stack_trace`` and ``nn_module_stack`` in their meta, the last with paths in ``model``.
+
+    Raises:
+        CaptureError: the model's state is written into.
+    """
+    constants = {f"{p}.{n}".lstrip("."): t for p, m in model.named_modules() for n, t in vars(m).items()
+                 if isinstance(t, Tensor)}
+    state = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    inputs = [*(Input("parameter", n) for n in state), *(Input("constant", n) for n in constants),
+              *(Input("argument", f"arg_{i}") for i in range(len(tensors)))]
+    written: list[int] = []
+
+    def run(*flat: Tensor) -> tuple[Tensor, ...]:
+        held = [FunctionalTensor.to_functional(t) for t in flat]
+        named: dict[Input, Any] = {i: t for i, t in zip(inputs, held, strict=True) if i.kind != "argument"}
+        given = [held[len(named) + i] for i in sharing(tensors)]
+        with _holding(model, named), _stamped(model):
+            results = function(*given)
+            changed = [i.name for i, t in named.items() if _written(t)] + _exchanged(model, named)
+        if changed:
+            raise CaptureError(f"the forward writes into {', '.join(sorted(changed))}; a program has no state. Return "
+                               "the new value instead, or move the write out of forward")
+        written.extend(i for i, t in enumerate(given) if _written(t))
+        return tuple(map(_plain, [*(given[i] for i in written), *results]))
+
+    values = [*state.values(), *constants.values(), *tensors]
+    mode = detect_fake_mode(values) or FakeTensorMode(allow_non_fake_inputs=True)
+    with ExitStack() as stack:
+        for context in (tracing(TracingContext(mode)), mode, enable_python_dispatcher(), torch.no_grad()):
+            stack.enter_context(context)
+        functional = FunctionalTensorMode(export=True)
+
+        def functionalized(*flat: Tensor) -> tuple[Tensor, ...]:
+            above = torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize))
+            with above, functional:
+                return run(*flat)
+
+        made = make_fx(functionalized, decomposition_table={}, _allow_non_fake_inputs=True,
+                       record_stack_traces=True)(*_fakes(values, mode))
+    drop_unused(made.graph)
+    return Traced(made, tuple(inputs), constants, tuple(written))
+
+
+def _fakes(values: Sequence[Tensor], mode: FakeTensorMode) -> Iterator[Tensor]:
+    """A fake tensor for each, an own one also where two are the same: they need not be in the next call."""
+    seen: set[int] = set()
+    for value in values:
+        fake: Tensor = value if isinstance(value, FakeTensor) else mode.from_tensor(value)
+        if id(fake) in seen:
+            fake = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
+        seen.add(id(fake))
+        yield fake
+
+
+@contextmanager
+def as_export_does() -> Iterator[None]:
+    """Within, ``traced`` may be called: models are told that they are exported, and composite operators that neither
+    write nor return views of their inputs are recorded as they are."""
+    own = FunctionalTensor.tolist
+    # Its own asks the tensor inside, where nobody who knows the values is asked.
+    FunctionalTensor.tolist = Tensor.tolist  # type: ignore[method-assign]
+    try:
+        with _override_composite_implicit_decomp(_composite()), _compiling_state_context(), _ignore_backend_decomps():
+            yield
+    finally:
+        FunctionalTensor.tolist = own  # type: ignore[method-assign]
+
+
+@cache
+def _composite() -> dict[Any, Callable[..., Any]]:
+    return _split_decomp_table_to_cia_and_python_decomp({})[0]
+
+
+@contextmanager
+def _holding(model: nn.Module, named: dict[Input, Any]) -> Iterator[None]:
+    """Within, the model's parameters, buffers and tensor attributes are these."""
+    attributes = [(vars(model.get_submodule(i.name.rpartition(".")[0])), i.name.rpartition(".")[2], t)
+                  for i, t in named.items() if i.kind == "constant"]
+    before = [state[name] for state, name, _ in attributes]
+    with _reparametrize_module(model, {i.name: t for i, t in named.items() if i.kind == "parameter"},
+                               tie_weights=False):
+        try:
+            for state, name, tensor in attributes:
+                state[name] = tensor
+            yield
+        finally:
+            for (state, name, _), tensor in zip(attributes, before, strict=True):
+                state[name] = tensor
+
+
+def _exchanged(model: nn.Module, named: dict[Input, Any]) -> list[str]:
+    """Names of parameters and buffers in the place of which the forward has put other tensors."""
+    state = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    return [i.name for i, t in named.items() if i.kind == "parameter" and state.get(i.name) is not t]
+
+
+def _written(tensor: Any) -> bool:
+    return torch._functionalize_has_data_mutation(tensor.elem)  # type: ignore[attr-defined]
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The value that a functional tensor has by now."""
+    if not isinstance(tensor, FunctionalTensor):
+        return tensor
+    torch._sync(tensor)
+    return torch._from_functional_tensor(tensor.elem)
+
+
+@contextmanager
+def _stamped(model: nn.Module) -> Iterator[None]:
+    """Within, nodes get the path and the class of the modules of ``model`` that are running."""
+    names = {id(m): (path, type(m).__qualname__) for path, m in model.named_modules()}
+    running = [("", type(model).__qualname__)]
+    proxies = get_proxy_mode()
+    assert proxies is not None
+    tracer: Any = proxies.tracer
+    create = tracer.create_node
+
+    def stamped(*args: Any, **kwargs: Any) -> fx.Node:
+        node = create(*args, **kwargs)
+        node.meta["nn_module_stack"] = {path: (path, cls) for path, cls in running}
+        return node
+
+    def enter(module: nn.Module, _: Any) -> None:
+        if id(module) in names:
+            running.append(names[id(module)])
+
+    def leave(module: nn.Module, _: Any, __: Any) -> None:
+        if id(module) in names:
+            running.pop()
+
+    hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)
+    tracer.create_node = stamped
+    try:
+        yield
+    finally:
+        del tracer.create_node
+        for hook in hooks:
+            hook.remove()
