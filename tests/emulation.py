@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -73,11 +74,12 @@ def emulate(case: Case, batch: int, odd: bool, spec: str) -> Found:
 
 
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference over largest value; infinite where anything but numbers differs."""
+    """Largest difference over largest value; infinite where anything but numbers differs, or is none."""
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
     if not expected.numel():
         return 0.0
     if not (expected.is_floating_point() or expected.is_complex()):
         return 0.0 if torch.equal(actual, expected) else torch.inf
     scale = expected.abs().max().item()
-    return (actual - expected).abs().max().item() / (scale or 1.0)
+    found = (actual - expected).abs().max().item() / (scale or 1.0)
+    return torch.inf if math.isnan(found) else found

@@ -2,28 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import models
 import torch
-from torch import nn
+import zoo
+from cases import made
+from emulation import Found, difference
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import xdit_compile
+from xdit_compile.calls import call_arguments
 from xdit_compile.structure import flatten
 
 _built: dict[str, nn.Module] = {}
 
 
-def relative_errors(name: str, batch: int, odd: bool, specs: Sequence[str], backend: str = "eager") -> dict[str, Any]:
-    """By spec: the largest difference between plain PyTorch and the parallel model over the largest value, and what
-    the compiler noted. Specs of fewer processes than take part are run by the first ranks."""
+def built(name: str) -> nn.Module:
+    """The model of a case; the last one is kept, and with it what was captured of it."""
     if name not in _built:
         _built.clear()
-        _built[name] = models.build(name)
-    model, inputs = _built[name], models.CASES[name].inputs(batch, odd)
-    with torch.no_grad():
-        expected, _ = flatten(model(**inputs))
+        _built[name] = made(zoo.CASES[name])
+    return _built[name]
+
+
+def relative_errors(name: str, batch: int, odd: bool, specs: Sequence[str], backend: str = "eager") -> dict[str, Any]:
+    """By spec: the largest difference between plain PyTorch and the parallel model over the largest value, of results
+    and of what is left in the arguments; what the compiler noted; and the CPU seconds of the capture, next to none
+    where this call was captured before. Specs of fewer processes than take part are run by the first ranks."""
+    model = built(name)
+    arguments = call_arguments(model, zoo.CASES[name].inputs(batch, odd))
+
+    def called(model: Any) -> tuple[Any, list[Tensor]]:
+        args, kwargs = copy.deepcopy(arguments)
+        with torch.no_grad():
+            out = model(*args, **kwargs)
+        return out, flatten((out, (args, kwargs)))[0]
+
+    result, expected = called(model)
+    start = time.process_time()
+    xdit_compile.capture(model, zoo.CASES[name].inputs(batch, odd))
+    seconds = time.process_time() - start
     found: dict[str, Any] = {}
     for spec in specs:
         parsed = xdit_compile.ShardingSpec.parse(spec)
@@ -31,11 +53,61 @@ def relative_errors(name: str, batch: int, odd: bool, specs: Sequence[str], back
             continue
         parallel = xdit_compile.parallelize(model, f"{spec},backend={backend}", ranks=range(parsed.world_size),
                                             timeout=100)
-        with torch.no_grad():
-            out = parallel(**inputs)
-        actual, _ = flatten(out)
-        assert type(out) is type(model(**inputs)) and len(actual) == len(expected)
-        errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(actual, expected, strict=True)]
+        out, actual = called(parallel)
+        assert type(out) is type(result) and len(actual) == len(expected)
         (compiled, _), = parallel.runner.programs.values()
-        found[spec] = {"error": max(errors), "notes": [str(n) for n in compiled.local.notes]}
+        notes = compiled.local.notes
+        error = max(map(difference, actual, expected))
+        found[spec] = {"error": error, "notes": [str(n) for n in notes], "seeds": list(compiled.seeds),
+                       "methods": sorted(Found(error, notes).methods), "capture_seconds": seconds}
     return found
+
+
+class NotOnOneDevice(Exception):
+    """Plain PyTorch does not run the model this way either."""
+
+
+@torch.no_grad()
+def differences_in_bfloat16(name: str, specs: Sequence[str]) -> dict[str, float]:
+    """Root mean square differences over the root mean square of the results in float32, all others in bfloat16:
+    ``rounding`` between bfloat16 and float32 on one device, ``kernels`` on one device between the flash and the math
+    kernel of attention (where the model runs with each of them), and by spec between one device and several.
+
+    Raises:
+        NotOnOneDevice: the model does not run in bfloat16.
+    """
+    case = zoo.CASES[name]
+    tensors, structure = flatten(case.inputs(1, True))
+
+    def called(model: Callable[..., Any], convert: Callable[[Tensor], Tensor]) -> Tensor:
+        out = flatten(model(**copy.deepcopy(structure.build([convert(t) for t in tensors]))))[0]
+        return torch.cat([t.float().flatten() for t in out if t.is_floating_point()])
+
+    def distance(a: Tensor, b: Tensor) -> float:
+        return ((a - b).square().mean().sqrt() / exact.square().mean().sqrt()).item()
+
+    model = made(case)
+    exact = called(model, lambda t: t)
+    model = model.bfloat16()
+    try:
+        single = called(model, _halved)
+    except Exception as error:  # whatever a model says that was written for float32 alone
+        raise NotOnOneDevice(f"the model itself does not run in bfloat16: {error}") from error
+    found = {"rounding": distance(single, exact)}
+    try:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            flash = called(model, _halved)
+    except RuntimeError:  # not for all masks and sizes of heads is there such a kernel
+        pass
+    else:
+        with sdpa_kernel(SDPBackend.MATH):
+            found["kernels"] = distance(flash, called(model, _halved))
+    for spec in specs:
+        parallel = xdit_compile.parallelize(model, spec, ranks=range(2), timeout=100)
+        found[spec] = distance(called(parallel, _halved), single)
+    return found
+
+
+def _halved(x: Tensor) -> Tensor:
+    """Steps and sizes, of one dimension, stay as they are."""
+    return x.bfloat16() if x.is_floating_point() and x.ndim > 1 else x

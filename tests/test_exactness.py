@@ -9,11 +9,7 @@ import cases
 import exactness
 import models
 import pytest
-import torch
 from pool import Pool
-
-import xdit_compile
-from xdit_compile.structure import flatten
 
 EXACT = 1e-5  # of the output's scale, in float32
 
@@ -91,30 +87,7 @@ def test_compiled_by_inductor(pool: Pool, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["dit", "flux", "wan"])
 def test_bfloat16_differs_no_more_than_bfloat16_makes(pool: Pool, name: str) -> None:
-    for seen in pool.run(exactness_in_bfloat16, name, ["ulysses=2", "ring=2"], ranks=range(2), timeout=240):
-        rounding = seen.pop("rounding")
-        assert rounding > 1e-4, "bfloat16 must make a difference, or this says nothing"
-        assert all(error <= 1.5 * rounding for error in seen.values()), (rounding, seen)
-
-
-def exactness_in_bfloat16(name: str, specs: list[str]) -> dict[str, float]:
-    """The root mean square difference, over the root mean square, between one process and several, all in
-    bfloat16; and that between bfloat16 and float32 in one process."""
-
-    def halved(x: Any) -> Any:
-        return x.bfloat16() if isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim > 1 else x
-
-    def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-        return ((a.float() - b.float()).square().mean().sqrt() / exact.square().mean().sqrt()).item()
-
-    model, inputs = models.build(name), models.CASES[name].inputs(1, True)
-    with torch.no_grad():
-        exact = flatten(model(**inputs))[0][0]
-        model, inputs = model.bfloat16(), {k: halved(v) for k, v in inputs.items()}
-        single = flatten(model(**inputs))[0][0]
-        assert single.dtype == torch.bfloat16
-        found = {"rounding": distance(single, exact)}
-        for spec in specs:
-            parallel = xdit_compile.parallelize(model, spec, ranks=range(2), timeout=100)
-            found[spec] = distance(flatten(parallel(**inputs))[0][0], single)
-    return found
+    specs = ["ulysses=2", "ring=2"]
+    for seen in pool.run(exactness.differences_in_bfloat16, name, specs, ranks=range(2), timeout=240):
+        assert seen["rounding"] > 1e-4, "bfloat16 must make a difference, or this says nothing"
+        assert all(seen[spec] <= 1.5 * seen["rounding"] for spec in specs), seen
