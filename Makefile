@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := OMP_NUM_THREADS=1 $(BIN)/python
 
-.PHONY: demo test test-whole lint published benchmark clean
+.PHONY: demo test test-whole lint published coverage coverage-sample benchmark clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
@@ -20,6 +20,13 @@ lint: .venv/ready
 
 published: .venv/ready
 	$(RUN) benchmarks/published.py --output docs/published.md
+
+coverage: .venv/ready
+	$(RUN) benchmarks/coverage.py --output docs/coverage.md
+
+# A plain case, a mode with a cache, research style, attention over time alone, nothing to gain; and one full size.
+coverage-sample: .venv/ready
+	$(RUN) benchmarks/coverage.py --cases dit nucleus_moe_image_cached fused temporal minimax_depth --published dit_xl_512
 
 benchmark: .venv/ready
 	$(RUN) benchmarks/forward.py
