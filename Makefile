@@ -26,7 +26,7 @@ coverage: .venv/ready
 
 # A plain case, a mode with a cache, research style, attention over time alone, nothing to gain; and one full size.
 coverage-sample: .venv/ready
-	$(RUN) benchmarks/coverage.py --cases dit nucleus_moe_image_cached fused temporal minimax_depth --published dit_xl_512
+	$(RUN) benchmarks/coverage.py --cases dit flux2_cached fused temporal minimax_depth --published dit_xl_512
 
 benchmark: .venv/ready
 	$(RUN) benchmarks/forward.py

@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from xdit_compile.errors import CaptureError
 from xdit_compile.frontend.capture import capture
-from xdit_compile.program import Program
+from xdit_compile.program import Program, module_of, source_of
 from xdit_compile.structure import flatten
 
 
@@ -248,3 +248,81 @@ def test_what_cannot_be_run_cannot_be_left_in_python() -> None:
         model = Mixture()
     with pytest.raises(CaptureError, match="meta"):
         capture(model, (torch.randn(3, 5, 4, device="meta"),))
+
+
+class Pair(nn.Module):
+    """A layer over two tensors that asks whether they are one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.first(a) * 2 if a is b else self.first(a) + self.second(b)
+
+
+class Pairs(nn.Module):
+    """Alike layers, of which some get one tensor twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Pair() for _ in range(4))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            x = layer(x, x if i % 2 else y)
+        return x
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_one_tensor_given_twice_is_not_two_tensors(same: bool) -> None:
+    torch.manual_seed(0)
+    model, x, y = Pairs(), torch.randn(3, 4), torch.randn(3, 4)
+    program = capture(model, (x, x if same else y))
+    kinds = [name for name, _ in program.functions() if name != "main"]
+    assert len(kinds) == 2
+    with torch.no_grad():
+        for values in (x, torch.randn(3, 4)):
+            call = (values, values if same else y)
+            torch.testing.assert_close(run(program, model, *call), model(*call))
+
+
+class Stateful(nn.Module):
+    """A buffer and what forward does to it."""
+
+    def __init__(self, act: Any) -> None:
+        super().__init__()
+        self.act = act
+        self.register_buffer("seen", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.act(self, x)
+        return x * self.seen
+
+
+def test_state_that_a_later_call_would_read_is_refused() -> None:
+    def counted(m: Any, x: Tensor) -> None:
+        m.seen = m.seen + 1
+
+    for act in (counted, lambda m, x: m.seen.add_(1)):
+        with pytest.raises(CaptureError, match="writes into seen"):
+            capture(Stateful(act), (X,))
+
+
+def test_what_every_call_makes_anew_is_no_state() -> None:
+    def made(m: Any, x: Tensor) -> None:
+        m.seen = torch.arange(4) / x.shape[0]
+
+    model = Stateful(made)
+    program = capture(model, (X,))
+    assert torch.equal(model.seen, torch.zeros(4))
+    torch.testing.assert_close(run(program, model, X), model(X))
+
+
+def test_nodes_say_which_module_and_which_line_made_them() -> None:
+    program = capture(nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Tanh(), nn.Linear(4, 2))), (X,))
+    made = [(str(n.target), module_of(n)) for n in program.main.graph.nodes if n.op == "call_function"]
+    assert made == [("aten.linear.default", "0"), ("aten.tanh.default", "1.0"), ("aten.linear.default", "1.1")]
+    program = capture(Function(lambda m, x: x.sin()), (X,))
+    (node,) = (n for n in program.main.graph.nodes if n.op == "call_function")
+    assert source_of(node).startswith("test_capture.py:")

@@ -122,4 +122,9 @@ def _register(cls: type) -> None:
         names = tuple(f.name for f in dataclasses.fields(cls)) if dataclasses.is_dataclass(cls) else tuple(vars(x))
         return [getattr(x, n) for n in names], names
 
-    pytree.register_pytree_node(cls, parts, unflatten, serialized_type_name=f"{cls.__module__}.{cls.__qualname__}")
+    def named(x: Any) -> tuple[list[tuple[pytree.KeyEntry, Any]], tuple[str, ...]]:
+        values, names = parts(x)
+        return [(pytree.GetAttrKey(n), v) for n, v in zip(names, values, strict=True)], names
+
+    pytree.register_pytree_node(cls, parts, unflatten, flatten_with_keys_fn=named,
+                                serialized_type_name=f"{cls.__module__}.{cls.__qualname__}")

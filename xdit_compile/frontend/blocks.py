@@ -1,8 +1,8 @@
 """Identical blocks are captured once: repeated modules are stood in for by one opaque operator.
 
 First the model runs on fake tensors, and each distinct (module fingerprint, inputs) pair is recorded with the
-shapes it returns. Then, while the model is exported, every call of a recorded kind becomes one
-``xdit_compile::block`` node; each kind is exported once, on its own, and put in its place afterwards. A block
+shapes it returns. Then, while the model is traced, every call of a recorded kind becomes one
+``xdit_compile::block`` node; each kind is traced once, on its own, and put in its place afterwards. A block
 that changes its inputs or itself, or takes what is no tensor, constant or container, is left inside the model.
 """
 
@@ -26,7 +26,7 @@ _library.define("block(str kind, str path, Tensor[] inputs) -> Tensor[]")
 BLOCK = torch.ops.xdit_compile.block.default
 
 _results: dict[str, list[tuple[Any, Any, torch.dtype, torch.device]]] = {}
-"""What each block kind returns, for the operator's fake kernel while an export is under way."""
+"""What each block kind returns, for the operator's fake kernel while a trace is under way."""
 
 
 @torch.library.register_fake("xdit_compile::block", lib=_library)
@@ -80,7 +80,7 @@ def _levels(module: nn.Module) -> int:
 
 
 class Outliner:
-    """Stands in for the repeated blocks of a model, first to record them, then to export around them."""
+    """Stands in for the repeated blocks of a model, first to record them, then to trace around them."""
 
     def __init__(self, model: nn.Module, known: Known) -> None:
         self._known = known
@@ -197,7 +197,7 @@ class Outliner:
 
 @contextmanager
 def _without_state(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Within, these modules have no parameters and buffers: export takes time for each, also for those of blocks
+    """Within, these modules have no parameters and buffers: tracing takes time for each, also for those of blocks
     that are stood in for. One block of each kind keeps its own, so that a model finds dtypes as it does."""
     hidden = [(m, m._parameters, m._buffers) for module in modules for m in module.modules()]
     for module, _, _ in hidden:

@@ -237,7 +237,7 @@ class _Copier:
         return new
 
     def _described(self, new: fx.Node, node: fx.Node) -> fx.Node:
-        """Where ``new`` comes from: where ``node`` of the exported graph does."""
+        """Where ``new`` comes from: where ``node`` of the traced graph does."""
         new.meta |= {"stack_trace": node.meta["stack_trace"]} if "stack_trace" in node.meta else {}
         new.meta["nn_module_stack"] = {
             key: ((self.prefix + path).rstrip("."), cls)
@@ -338,7 +338,7 @@ def _explained(error: Exception, model: nn.Module) -> CaptureError:
     advice = (
         "A line that reads a tensor's value into Python (.item(), if on a tensor, a slice bounded by one) has no place "
         "in a graph: compute that value outside and pass it as a Python number."
-        if reads else "Does the model itself run with these inputs? If so, its forward does what torch.export refuses."
+        if reads else "Does the model itself run with these inputs? If so, its forward does what fake tensors refuse."
     )
     return CaptureError(
         f"{type(model).__name__} cannot be captured as one graph{where}\n  {type(error).__name__}: {first}\n  {advice}")

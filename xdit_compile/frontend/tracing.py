@@ -63,6 +63,8 @@ def traced(function: Callable[..., tuple[Tensor, ...]], model: nn.Module, tensor
     inputs = [*(Input("parameter", n) for n in state), *(Input("constant", n) for n in constants),
               *(Input("argument", f"arg_{i}") for i in range(len(tensors)))]
     written: list[int] = []
+    changed: list[str] = []
+    exchanged: list[str] = []
 
     def run(*flat: Tensor) -> tuple[Tensor, ...]:
         held = [FunctionalTensor.to_functional(t) for t in flat]
@@ -70,10 +72,8 @@ def traced(function: Callable[..., tuple[Tensor, ...]], model: nn.Module, tensor
         given = [held[len(named) + i] for i in sharing(tensors)]
         with _holding(model, named), _stamped(model):
             results = function(*given)
-            changed = [i.name for i, t in named.items() if _written(t)] + _exchanged(model, named)
-        if changed:
-            raise CaptureError(f"the forward writes into {', '.join(sorted(changed))}; a program has no state. Return "
-                               "the new value instead, or move the write out of forward")
+            changed.extend(i.name for i, t in named.items() if _written(t))
+            exchanged.extend(_exchanged(model, named))
         written.extend(i for i, t in enumerate(given) if _written(t))
         return tuple(map(_plain, [*(given[i] for i in written), *results]))
 
@@ -92,6 +92,11 @@ def traced(function: Callable[..., tuple[Tensor, ...]], model: nn.Module, tensor
         made = make_fx(functionalized, decomposition_table={}, _allow_non_fake_inputs=True,
                        record_stack_traces=True)(*_fakes(values, mode))
     drop_unused(made.graph)
+    # What is put in the place of a buffer before anyone reads that is no state: the next call does it again.
+    read = {i.name for i, n in zip(inputs, made.graph.find_nodes(op="placeholder"), strict=True) if n.users}
+    if lost := sorted({*changed, *(read & set(exchanged))}):
+        raise CaptureError(f"the forward writes into {', '.join(lost)}; a program has no state. Return the new value "
+                           "instead, or move the write out of forward")
     return Traced(made, tuple(inputs), constants, tuple(written))
 
 
