@@ -74,18 +74,19 @@ def faked(example: Example, device: str = "cpu") -> Example:
         return model.to_empty(device=device), tree_map_only(Tensor, move, kwargs)
 
 
-def flux_dev() -> Example:
+def flux_dev(size: int = 1024) -> Example:
     """FLUX.1-dev, 1024x1024: 4096 image + 512 text tokens in one sequence, guidance as an input.
 
-    Hidden 3072, 24 heads of 128, 19 double + 38 single layers.
+    Hidden 3072, 24 heads of 128, 19 double + 38 single layers. ``size`` is the side of the picture in pixels.
     """
+    tokens = (size // 16) ** 2
     model = build("FluxTransformer2DModel", guidance_embeds=True)
     return model, {
-        "hidden_states": meta(1, 4096, 64),
+        "hidden_states": meta(1, tokens, 64),
         "encoder_hidden_states": meta(1, 512, 4096),
         "pooled_projections": meta(1, 768),
         "timestep": meta(1),
-        "img_ids": meta(4096, 3),
+        "img_ids": meta(tokens, 3),
         "txt_ids": meta(512, 3),
         "guidance": meta(1, dtype=torch.float32),
     }
