@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from xdit_compile.frontend.fingerprint import fingerprint, meta
 from xdit_compile.frontend.known import Known, Value
+from xdit_compile.frontend.tracing import fake_state
 from xdit_compile.structure import CONSTANTS, TENSOR, Structure, differ, flatten, sharing
 
 _library = torch.library.Library("xdit_compile", "FRAGMENT")
@@ -82,8 +84,8 @@ def _levels(module: nn.Module) -> int:
 class Outliner:
     """Stands in for the repeated blocks of a model, first to record them, then to trace around them."""
 
-    def __init__(self, model: nn.Module, known: Known) -> None:
-        self._known = known
+    def __init__(self, model: nn.Module, known: Known, mode: FakeTensorMode) -> None:
+        self._known, self._mode = known, mode
         self._prints = repeated(model)
         self._modules = {path: model.get_submodule(path) for path in self._prints}
         self.kinds: dict[Hashable, Kind | None] = {}
@@ -99,7 +101,8 @@ class Outliner:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Within: run the model on fake tensors once."""
+        """Within: run the model on fake tensors once, with blocks whose state is as it was: it becomes fake where a
+        block really runs, one of each kind."""
         with self._replaced(self._record):
             yield
 
@@ -142,12 +145,12 @@ class Outliner:
         tensors, structure = flatten((args, kwargs))
         if not _plain(structure):
             self._inside.add(path)
-            return forward(*args, **kwargs)
+            return self._run(path, forward, args, kwargs)
         key = self._key(path, tensors, structure)
         kind = self.kinds.get(key)
         if key in self.kinds and kind is None:
             self._inside.add(path)
-            return forward(*args, **kwargs)
+            return self._run(path, forward, args, kwargs)
         if kind:
             results = [tensors[r] if isinstance(r, int) else torch.empty_strided(
                 r.shape, r.stride(), dtype=r.dtype, device=r.device) for r in kind.results]
@@ -155,7 +158,7 @@ class Outliner:
         snapshots, values, reads = [*map(self._known.snapshot, tensors)], self._values(tensors), self._known.reads
         versions = [t._version for t in tensors]
         before = self._state(path)
-        out = forward(*args, **kwargs)
+        out = self._run(path, forward, args, kwargs)
         made, outputs = flatten(out)
         pure = (versions == [t._version for t in tensors] and before == self._state(path) and _plain(outputs)
                 and not differ((args, kwargs), tensors, structure))
@@ -170,6 +173,10 @@ class Outliner:
         if not pure:
             self._inside.add(path)
         return out
+
+    def _run(self, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        with fake_state(self._modules[path], self._mode):
+            return forward(*args, **kwargs)
 
     def _name(self, path: str) -> str:
         """After the container: ``transformer_blocks``, then ``transformer_blocks_1`` for its second kind."""

@@ -11,28 +11,26 @@ import logging
 import operator
 import re
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.utils.stateless import _reparametrize_module
 
 from xdit_compile.errors import CaptureError
 from xdit_compile.frontend.blocks import BLOCK, Kind, Outliner
 from xdit_compile.frontend.flex import FLEX, dense_mask, is_open, is_plain, modified_attention
 from xdit_compile.frontend.known import Known, Value, of_inputs
 from xdit_compile.frontend.opaque import culprit, left_in_python
-from xdit_compile.frontend.tracing import Traced, as_export_does, traced
+from xdit_compile.frontend.tracing import Traced, as_export_does, as_fake, fake_state, traced
 from xdit_compile.frontend.unchanged import unchanged
 from xdit_compile.garbage import uncollected
 from xdit_compile.program import Input, Program, drop_unused, graph_module, output_args, source_of
-from xdit_compile.structure import Structure, differ, flatten
+from xdit_compile.structure import Structure, differ, flatten, sharing
 
 log = logging.getLogger(__name__)
 
@@ -85,51 +83,52 @@ def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     tensors, inputs = flatten((args, kwargs))
     known = Known(tensors)
     call = _Call(model, inputs, known, of_inputs(tensors))
-    with torch.no_grad(), unchanged(model, args, kwargs), _without_meta(model, tensors) as tensors:
+    mode = detect_fake_mode([*tensors, *model.parameters()]) or FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.no_grad(), unchanged(model, args, kwargs):
+        _off_meta(model)
         try:
-            outliner = Outliner(model, known)
+            outliner = Outliner(model, known, mode)
             if outliner.paths:
-                with unchanged(model, args, kwargs), outliner.recording():
-                    _run_fake(call, tensors)
+                with unchanged(model, args, kwargs), outliner.recording(), fake_state(model, mode, outliner.paths):
+                    shown = [as_fake(t, mode) for t in tensors]
+                    with mode:
+                        call(*(shown[i] for i in sharing(tensors)))
                 known.forget_reads()
-            return _assemble(call, tensors, outliner, known)
+            return _assemble(call, tensors, outliner, known, mode)
         except CaptureError:
             raise
         except Exception as error:
             # Outlining leans on more of the model than a plain trace does; without it the same model may pass.
             log.info("capturing %s again, block by block no more, after: %s", type(model).__name__, error)
-        return _assemble(call, tensors, None, known)
+        return _assemble(call, tensors, None, known, mode)
 
 
-def _run_fake(call: _Call, tensors: Sequence[torch.Tensor]) -> None:
-    mode = detect_fake_mode(tensors) or FakeTensorMode(allow_non_fake_inputs=True)
-
-    def fake(t: torch.Tensor) -> torch.Tensor:
-        return t if isinstance(t, FakeTensor) else mode.from_tensor(t)
-
-    model = call.module
-    state = {n: fake(t) for n, t in [*model.named_parameters(), *model.named_buffers()]}
-    with mode, _reparametrize_module(model, state, tie_weights=True):
-        call(*map(fake, tensors))
+def _off_meta(model: nn.Module) -> None:
+    """Tables kept as plain attributes on the meta device become zeros. Not taken back here."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and value.is_meta:
+                vars(module)[name] = torch.zeros_like(value, device="cpu")
 
 
-def _assemble(call: _Call, tensors: Sequence[torch.Tensor], outliner: Outliner | None, known: Known) -> Program:
+def _assemble(call: _Call, tensors: Sequence[torch.Tensor], outliner: Outliner | None, known: Known,
+              mode: FakeTensorMode) -> Program:
     constants: dict[str, torch.Tensor] = {}
     with as_export_does():
         if outliner is None:
-            found, kinds = _trace(call, tensors), {}
+            found, kinds = _trace(call, tensors, mode), {}
         else:
             with outliner.standing_in():
-                found = _trace(call, tensors)
+                found = _trace(call, tensors, mode)
             kinds = {kind.name: kind for kind in outliner.kinds.values() if kind}
-        blocks = {name: _block(kind, known, constants) for name, kind in kinds.items()}
+        blocks = {name: _block(kind, known, mode, constants) for name, kind in kinds.items()}
     main, inputs = _main(found, blocks, constants)
     return Program(main, tuple(inputs), constants, call.outputs, written=found.written, guards=known.guards())
 
 
-def _trace(call: _Call, tensors: Sequence[torch.Tensor]) -> Traced:
+def _trace(call: _Call, tensors: Sequence[torch.Tensor], mode: FakeTensorMode) -> Traced:
     with unchanged(call.module, call.inputs.constants):
-        found = traced(call, call.module, tensors)
+        found = traced(call, call.module, tensors, mode)
     for node in found.graph.nodes:
         if node.op == "call_function" and _random(node):
             raise CaptureError(
@@ -143,29 +142,6 @@ def _trace(call: _Call, tensors: Sequence[torch.Tensor]) -> Traced:
                 "known while the model is captured; compute them outside and pass them as Python numbers"
             )
     return found
-
-
-@contextmanager
-def _without_meta(model: nn.Module, tensors: Sequence[torch.Tensor]) -> Iterator[Sequence[torch.Tensor]]:
-    """Within, a model on the meta device is a model of fake CPU tensors: some operations (autocast, masks read by
-    the model) refuse the meta device. Yields the inputs to capture with."""
-    if not any(t.is_meta for t in [*model.parameters(), *model.buffers()]):
-        yield tensors
-        return
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def fake(t: torch.Tensor) -> torch.Tensor:
-        with mode:
-            return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
-
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, torch.Tensor) and value.is_meta:
-                vars(module)[name] = torch.zeros_like(value, device="cpu")
-    state = {n: nn.Parameter(fake(p), requires_grad=False) for n, p in model.named_parameters()} | {
-        n: fake(b) for n, b in model.named_buffers()}
-    with _reparametrize_module(model, state, tie_weights=False):
-        yield [fake(t) for t in tensors]
 
 
 def _random(node: fx.Node) -> bool:
@@ -281,9 +257,10 @@ class _Copier:
         return env[traced.output_node().args[0]]
 
 
-def _block(kind: Kind, known: Known, constants: dict[str, torch.Tensor]) -> tuple[fx.GraphModule, list[Input]]:
+def _block(kind: Kind, known: Known, mode: FakeTensorMode,
+           constants: dict[str, torch.Tensor]) -> tuple[fx.GraphModule, list[Input]]:
     """A block kind as a function of its parameters, then its inputs; it returns what its inputs are not."""
-    found = _trace(_Call(kind.module, kind.inputs, known, kind.values), kind.examples)
+    found = _trace(_Call(kind.module, kind.inputs, known, kind.values), kind.examples, mode)
     copier = _Copier(found, f"{kind.path}.", constants)
     copier.placeholders()
     for node in found.graph.nodes:

@@ -7,7 +7,7 @@ would take apart but that have one meaning (attention, linear, norms) stay whole
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._export.utils import _compiling_state_context
-from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.export._trace import _ignore_backend_decomps
@@ -49,7 +49,29 @@ class Traced:
         return self.module.graph
 
 
-def traced(function: Callable[..., tuple[Tensor, ...]], model: nn.Module, tensors: Sequence[Tensor]) -> Traced:
+def as_fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    """A fake tensor that looks like this one; on the CPU instead of the meta device, which some operations (autocast,
+    masks that are read) refuse."""
+    if isinstance(tensor, FakeTensor):
+        return tensor
+    if tensor.is_meta:
+        with mode:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return mode.from_tensor(tensor, static_shapes=True)
+
+
+@contextmanager
+def fake_state(module: nn.Module, mode: FakeTensorMode, without: Collection[str] = ()) -> Iterator[None]:
+    """Within, parameters and buffers are fake, except those of the submodules at the paths ``without``."""
+    inside = tuple(f"{path}." for path in without)
+    state = {n: as_fake(t, mode) for n, t in [*module.named_parameters(), *module.named_buffers()]
+             if not n.startswith(inside)}
+    with _reparametrize_module(module, state, tie_weights=True):
+        yield
+
+
+def traced(function: Callable[..., tuple[Tensor, ...]], model: nn.Module, tensors: Sequence[Tensor],
+           mode: FakeTensorMode) -> Traced:
     """The graph of ``function(*tensors)``, which calls ``model``; to be called within ``as_export_does()``.
 
     Nodes have ``val``, ``stack_trace`` and ``nn_module_stack`` in their meta, the last with paths in ``model``.
@@ -78,7 +100,6 @@ def traced(function: Callable[..., tuple[Tensor, ...]], model: nn.Module, tensor
         return tuple(map(_plain, [*(given[i] for i in written), *results]))
 
     values = [*state.values(), *constants.values(), *tensors]
-    mode = detect_fake_mode(values) or FakeTensorMode(allow_non_fake_inputs=True)
     with ExitStack() as stack:
         for context in (tracing(TracingContext(mode)), mode, enable_python_dispatcher(), torch.no_grad()):
             stack.enter_context(context)
@@ -104,7 +125,7 @@ def _fakes(values: Sequence[Tensor], mode: FakeTensorMode) -> Iterator[Tensor]:
     """A fake tensor for each, an own one also where two are the same: they need not be in the next call."""
     seen: set[int] = set()
     for value in values:
-        fake: Tensor = value if isinstance(value, FakeTensor) else mode.from_tensor(value)
+        fake = as_fake(value, mode)
         if id(fake) in seen:
             fake = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
         seen.add(id(fake))
