@@ -2,7 +2,7 @@
 
 For every model of examples/published.py and every number of ranks: captured at full size on the meta device
 and explained; nothing is computed, no weights and no processes are needed. Ulysses as far as the attention
-heads go, a ring of such groups beyond.
+heads go and are shared evenly, a ring of such groups beyond.
 
     python benchmarks/published.py --output docs/published.md
     python benchmarks/published.py --models flux_dev sd3_medium --degrees 2 4
@@ -38,6 +38,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from examples.published import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[1]
+
+EVEN = 1.05
+"""Where a rank's operations are at most this many times its share, heads count as evenly shared."""
 
 
 @dataclass(frozen=True)
@@ -128,15 +131,20 @@ def rows_of(name: str, degrees: Sequence[int]) -> list[Row]:
 
 
 def _explain(model: Any, kwargs: Any, ranks: int) -> Explanation:
-    """With as much of Ulysses as the model's attention allows."""
-    for ulysses in range(ranks, 0, -1):
-        if ranks % ulysses == 0:
-            try:
-                return explain(model, {"ulysses": ulysses, "ring": ranks // ulysses}, kwargs)
-            except SpecError:
-                if ulysses == 1:
-                    raise
-    raise AssertionError("one rank in a ring of all always divides them")
+    """With as much of Ulysses as the attention heads allow, less of it where shares of them would be too uneven."""
+    found = []
+    for ulysses in (u for u in range(ranks, 0, -1) if ranks % u == 0):
+        try:
+            found.append(explain(model, {"ulysses": ulysses, "ring": ranks // ulysses}, kwargs))
+        except SpecError:
+            if ulysses == 1 and not found:
+                raise
+            continue
+        if found[-1].work_ratio <= EVEN:
+            break
+    # A ring sends more: it has to be worth it.
+    best = min(f.work_ratio for f in found)
+    return next(f for f in found if f.work_ratio <= best + 0.02)
 
 
 def row_of(name: str, found: Explanation) -> Row:
