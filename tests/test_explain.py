@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests import lockstep, models
+from tests import lockstep, models, research
 from xdit_compile.calls import call_arguments
 from xdit_compile.compiler import compile_program
 from xdit_compile.errors import SpecError, XditError
@@ -177,6 +177,50 @@ def test_every_attention_convolution_and_fallback_has_its_row(painter):
     assert fallback.source.startswith("test_explain.py:")
     assert sum(row.flops for row in explained.replicated) == explained.replicated_flops > 0
     assert "1 operator computed whole" in explained.summary()
+
+
+def test_tokens_of_linear_attention_are_split_beside_the_text_they_attend_to():
+    """No attention is distributed over them alone, so that they are no first choice."""
+    inputs = {"image": torch.randn(1, 4, 32, 32), "step": torch.randn(1), "text": torch.randn(1, 60, 20)}
+    explained = explain(research.LinearDiT().eval(), "ulysses=4", inputs)
+    assert len(explained.functions) == 2, "all blocks are given the same"
+    assert explained.work_ratio < 1.05
+
+
+class FilmBlock(Block):
+    """As it is, and a convolution over frames, rows and columns, which the tokens are one sequence of."""
+
+    def __init__(self, width: int, grid: tuple[int, ...]) -> None:
+        super().__init__(width, heads=4)
+        self.grid, self.convolution = grid, nn.Conv3d(width, width, 3, padding=1)
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        x = super().forward(x, text)
+        return x + self.convolution(x.transpose(1, 2).unflatten(2, self.grid)).flatten(2).transpose(1, 2)
+
+
+class Film(nn.Module):
+    """A video of three frames in, such blocks, tokens out."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.patchify = nn.Conv3d(3, width, 1)
+        self.blocks = nn.ModuleList(FilmBlock(width, (3, 6, 8)) for _ in range(2))
+
+    def forward(self, video: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        x = self.patchify(video).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x, text)
+        return x
+
+
+def test_a_grid_that_blocks_make_of_tokens_is_cut_along_a_side():
+    """Quarters of all tokens end inside of frames, and three frames are none for a fourth rank."""
+    inputs = {"video": torch.randn(1, 3, 3, 6, 8), "text": torch.randn(1, 5, 32)}
+    explained = explain(Film().eval(), "ulysses=4", inputs)
+    assert [row.text for row in explained.seeds] == ["[1, 32, 3, 6, 8] is laid out as [1, 32, 3, 6, 8/4]"]
+    assert explained.work_ratio < 1.1
+    assert [(t.kind, t.function) for t in explained.traffic if t.kind == "all_gather"] == [("all_gather", "main")]
 
 
 def test_one_device_needs_no_other(painter):

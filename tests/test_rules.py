@@ -71,6 +71,10 @@ def random_layout(rng: random.Random, shape: tuple[int, ...], parts: int) -> Lay
         i = rng.choice(wide)
         even = rng.random() < 0.5 and shape[i] >= parts
         dims[i] = Dim.even(shape[i], parts) if even else random_dim(rng, shape[i], parts)
+        rows = [n for n in (2, 3) if shape[i] % n == 0 and shape[i] // n >= parts]
+        if rows and rng.random() < 0.3:
+            # The columns of a grid of that many rows.
+            dims[i] = Dim.even(shape[i] // rows[-1], parts).repeat(rows[-1])
     return Layout(tuple(dims))
 
 
@@ -161,3 +165,29 @@ def test_rule_on_pieces_equals_operator_on_whole(op: Any, seed: int, spec: Shard
     tensors, _ = flatten(args)
     layouts = [random_layout(rng, tuple(t.shape), spec.world_size) for t in tensors]
     assert_exact(op, args, layouts, spec)
+
+
+def test_columns_of_a_grid_are_taken_and_gathered_in_one_piece() -> None:
+    """However many rows there are: a graph with a slice for each of them would be no use."""
+    aten, spec = torch.ops.aten, ShardingSpec(ulysses_degree=2)
+    x, table = torch.randn(2, 60, 5, dtype=torch.float64), torch.randn(60, 1, dtype=torch.float64)
+    columns = Layout((Dim.replicated(2), Dim.even(4, 2).repeat(15), Dim.replicated(5)))
+    whole = Layout.replicated(table.shape)
+    taken, gathered = (aten.mul.Tensor, (x, table), [columns, whole]), (aten.cumsum.default, (x, 1), [columns])
+    for op, args, layouts in (taken, gathered):
+        assert_exact(op, args, layouts, spec)
+        program, _ = program_of(op, args)
+        made, _ = local_program(replace(program, spec=spec), layouts, 0)
+        assert sum(n.target is aten.slice.Tensor for n in made.main.graph.nodes) <= 1
+        assert sum(n.op == "call_function" for n in made.main.graph.nodes) < 12
+
+
+def test_a_convolution_of_one_tap_follows_any_layout() -> None:
+    """Over frames, of tokens of which each rank has some columns in each row."""
+    args = torch.randn(1, 3, 5, 12, dtype=torch.float64), torch.randn(4, 3, 3, 1, dtype=torch.float64), None
+    layouts = [Layout((*map(Dim.replicated, (1, 3, 5)), Dim.even(4, 2).repeat(3))), Layout.replicated((4, 3, 3, 1))]
+    call, spec = (*args, [1, 1], [1, 0], [1, 1], 1), ShardingSpec(ring_degree=2)
+    assert_exact(torch.ops.aten.conv2d.default, call, layouts, spec)
+    program, _ = program_of(torch.ops.aten.conv2d.default, call)
+    made, _ = local_program(replace(program, spec=spec), layouts, 0)
+    assert not any("c10d" in str(n.target) for n in made.main.graph.nodes)

@@ -12,7 +12,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from xdit_compile.layout import Dim, Position, Spans, length
+from xdit_compile.layout import Dim, Layout, Position, Spans, length
 from xdit_compile.mesh import group_name
 from xdit_compile.passes.values import Value
 from xdit_compile.program import output_args
@@ -98,6 +98,14 @@ class Emitter:
         """The given index ranges of ``x``, one after the other."""
         if not spans:
             return self.call(aten.slice.Tensor, x, dim, 0, 0)
+        (a, b), rows, shape = spans[0], len(spans), list(x.meta["val"].shape)
+        period = shape[dim] // rows
+        if rows > 1 and shape[dim] % rows == 0 and b <= period and all(
+                span == (a + i * period, b + i * period) for i, span in enumerate(spans)):
+            # The same columns of each row of a grid: one slice instead of one for each row.
+            x = self.call(aten.reshape.default, x, [*shape[:dim], rows, period, *shape[dim + 1 :]])
+            x = self.narrow(x, dim + 1, a, b)
+            return self.call(aten.reshape.default, x, [*shape[:dim], rows * (b - a), *shape[dim + 1 :]])
         return self.cat([self.narrow(x, dim, a, b) for a, b in spans], dim)
 
     # Collectives
@@ -128,8 +136,14 @@ class Emitter:
         """All of dimension ``dim`` on every rank. Shares are padded to the largest, because gloo's all-gather wants
         equal sizes; the padding is cut off again before anything sees it."""
         assert v.node is not None
-        old = v.dims[dim]
+        old, shape = v.dims[dim], list(v.node.meta["val"].shape)
         (axis,) = old.axes
+        if (rows := len(old.segments)) > 1 and len(set(old.segments)) == 1:
+            # Rows of a grid, cut alike: their columns are gathered as a dimension of their own.
+            grid = self.call(aten.reshape.default, v.node, [*shape[:dim], rows, -1, *shape[dim + 1 :]])
+            split = (Dim.replicated(rows), Dim.of(old.segments[:1]))
+            full = self.gather(Value(grid, Layout((*v.dims[:dim], *split, *v.dims[dim + 1 :])), v.dtype), dim + 1)
+            return self.call(aten.reshape.default, full, [*shape[:dim], old.size, *shape[dim + 1 :]])
         owned = [old.spans(p, sharded=True) for p in self.along(axis)]
         most = max(map(length, owned))
         x = self.take(v.node, dim, old.local_spans(self.position, sharded=True))

@@ -20,7 +20,8 @@ from xdit_compile.layout import SEQUENCE, Dim, Layout
 from xdit_compile.passes.shard import Estimator, Seeds, Tally
 from xdit_compile.program import Program, module_of, source_of
 
-ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+aten = torch.ops.aten
+ATTENTION = aten.scaled_dot_product_attention.default
 
 TRAFFIC_WEIGHT = 4.0
 """Bytes sent over all bytes the model computes, against its share of the model's operations. Set so that a
@@ -48,25 +49,58 @@ def choose_seeds(program: Program, sizes: Mapping[str, int]) -> Seeds:
         return tally.flops / max(whole.flops, 1) + TRAFFIC_WEIGHT * tally.sent / max(whole.moved, 1) + (
             0.01 * tally.moved / max(whole.moved, 1))
 
+    def joined(tried: Sequence[tuple[Tally, Seeds]]) -> tuple[Tally, Seeds]:
+        """The best choice, and with it all that lowers its cost further."""
+        # A dimension over which no attention is distributed is a batch or a width, no axis of tokens; unless none ever
+        # is, because attention stays inside windows, or there is none. But what saves work may join: image tokens of
+        # linear attention, once the text they attend to is distributed.
+        worth = (t for t in tried if t[0].attentions or t[0].flops < 0.98 * whole.flops)
+        worth = sorted(worth, key=lambda t: cost(t[0])) or [(whole, {})]
+        best = first = next((t for t in worth if t[0].attentions), worth[0])
+        for trial in [seeds for _, seeds in worth] + prologues if first[1] else []:
+            # What a prologue makes whole again must not undo a choice made before it.
+            trial = best[1] | {name: layout for name, layout in trial.items() if name not in best[1]}
+            tally = estimate(trial) if trial != best[1] else best[0]
+            if tally.attentions >= first[0].attentions and cost(tally) < cost(best[0]) * WORTH:
+                best = tally, trial
+        rest = {name: layout for name, layout in best[1].items() if name not in first[1]}
+        if rest and cost(tally := estimate(rest)) < cost(best[0]):
+            best = tally, rest
+        return best
+
     entering = list(candidates(program))
-    options = _cuts(entering, parts)
-    tried = [(estimate(seed), i) for i, seed in enumerate(options)]
-    # A dimension over which no attention is distributed is a batch or a width, no axis of tokens; unless none ever
-    # is, because attention stays inside windows, or there is none.
-    worth = [t for t in tried if t[0].attentions] or [t for t in tried if t[0].flops < 0.98 * whole.flops]
-    if not worth:
+    prologues, tried = _prologues(program, entering, parts), _tried(estimate, entering, parts)
+    found = joined(tried)
+    if found[0].flops * parts > 1.05 * whole.flops or found[0].gathers:
+        # Where blocks make grids of tokens again, for convolutions or to attend inside frames, these can be followed
+        # if the grid was cut along one of its sides.
+        found = min(found, joined(tried + _tried(estimate, _grids(entering), parts)), key=lambda f: cost(f[0]))
+    if not found[1]:
         _check_tokens(program, parts)
-        return {}
-    tried = sorted((cost(tally), i) for tally, i in worth)
-    best, first = tried[0]
-    chosen, attentions = options[first], estimate(options[first]).attentions
-    for trial in [options[i] for _, i in tried[1:]] + _prologues(program, entering, parts):
-        # What a prologue makes whole again must not undo a choice made before it.
-        trial = chosen | {name: layout for name, layout in trial.items() if name not in chosen}
-        tally = estimate(trial)
-        if tally.attentions >= attentions and cost(tally) < best * WORTH:
-            chosen, best = trial, cost(tally)
-    return chosen
+    return found[1]
+
+
+def _tried(estimate: Estimator, nodes: Iterable[fx.Node], parts: int) -> list[tuple[Tally, Seeds]]:
+    """What it costs to cut each dimension of each value, but for values that are cut already when one before them is:
+    where blocks of two kinds take turns, there is one more between each of them."""
+    tried, cut = [], set[str]()
+    for node in nodes:
+        if node.name not in cut:
+            new = [(estimate(seeds), seeds) for seeds in _cuts([node], parts)]
+            tried += new
+            cut = cut.union(*(tally.cut for tally, _ in new if tally.attentions))
+    return tried
+
+
+def _grids(nodes: Iterable[fx.Node]) -> Iterator[fx.Node]:
+    """What these values were before dimensions of theirs were flattened into one."""
+    through = (aten.reshape.default, aten.permute.default, aten.transpose.int, aten.linear.default, aten.add.Tensor)
+    for node in nodes:
+        grid = node
+        while grid.target in through and grid.meta["val"].ndim <= node.meta["val"].ndim:
+            grid = grid.args[0]
+        if grid.meta["val"].ndim > node.meta["val"].ndim:
+            yield grid
 
 
 def _cuts(nodes: Iterable[fx.Node], parts: int) -> list[Seeds]:

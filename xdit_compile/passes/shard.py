@@ -39,13 +39,16 @@ class Tally:
     sent: int = 0
     moved: int = 0
     attentions: int = 0
+    gathers: int = 0
     notes: list[Note] = field(default_factory=list)
+    cut: set[str] = field(default_factory=set)  # values of main, along all of a dimension
 
     def add(self, other: Tally) -> None:
         self.flops += other.flops
         self.sent += other.sent
         self.moved += other.moved
         self.attentions += other.attentions
+        self.gathers += other.gathers
 
 
 @dataclass
@@ -228,6 +231,9 @@ class Sharder:
                 value = env[node]
                 assert isinstance(value, Value)
                 env[node] = self._standing(node, lambda v=value, n=node.name: self._seed(v, seeds[n]))
+        if self.function == "main":
+            self.tally.cut = {n.name for n, v in env.items() if isinstance(v, Value) and any(
+                d.sharded and all(seg.axis for seg in d.segments) for d in v.dims)}
         return outputs
 
     def _seed(self, value: Value, layout: Layout) -> Value:
@@ -323,6 +329,7 @@ class Sharder:
         (axis,) = old.axes
         row = value.local_bytes(self.position) // max(old.local_size(self.position), 1)
         held = max(length(old.spans({**self.position, axis: i}, sharded=True)) for i in range(self.sizes[axis]))
+        self.tally.gathers += self.function != "main"
         self._traffic("all_gather", held * row * (self.sizes[axis] - 1),
                       f"dimension {dim} of {value.layout} is needed whole")
         return None if self.emitter is None else self.emitter.gather(value, dim)

@@ -22,13 +22,7 @@ def along(s, x, dim, *args, **kwargs):
     """The dimension is gathered; its new size is whatever the operator makes of it."""
     dim %= x.ndim
     x = s.whole(x, dim)
-    shape = s.node.meta["val"].shape
-    dims = list(x.dims)
-    if len(shape) < x.ndim:
-        del dims[dim]
-    else:
-        dims[dim] = Dim.replicated(shape[dim])
-    return s.emit(Layout(tuple(dims)), x, dim, *args, **kwargs)
+    return s.emit(_result(x, dim, s.node.meta["val"].shape), x, dim, *args, **kwargs)
 
 
 @rule({
@@ -39,15 +33,12 @@ def along(s, x, dim, *args, **kwargs):
 def along_many(s, x, dim=-1, *args, **kwargs):
     dim %= x.ndim
     x = s.whole(x, dim)
-    layouts = []
-    for out in s.node.meta["val"]:
-        dims = list(x.dims)
-        if len(out.shape) < x.ndim:
-            del dims[dim]
-        else:
-            dims[dim] = Dim.replicated(out.shape[dim])
-        layouts.append(Layout(tuple(dims)))
-    return s.emit_many(layouts, x, dim, *args, **kwargs)
+    return s.emit_many([_result(x, dim, out.shape) for out in s.node.meta["val"]], x, dim, *args, **kwargs)
+
+
+def _result(x, dim, shape):
+    kept = [Dim.replicated(shape[dim])] if len(shape) == x.ndim else []
+    return Layout((*x.dims[:dim], *kept, *x.dims[dim + 1 :]))
 
 
 @rule({

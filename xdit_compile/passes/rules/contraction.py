@@ -36,25 +36,24 @@ def linear(s, x, weight, bias=None):
     return s.emit(Layout((*x.dims[:-1], weight.dims[0])), x, weight, bias)
 
 
-@rule({aten.mm.default: lambda r: (r.tensor(6, 4), r.tensor(4, 3))})
-def mm(s, a, b):
-    return matmul(s, a, b)
-
-
-@rule({aten.addmm.default: lambda r: (r.tensor(3), r.tensor(6, 4), r.tensor(4, 3))})
+@rule({aten.addmm.default: lambda r: (r.tensor(3), r.tensor(6, 4), r.tensor(4, 3)),
+       aten.baddbmm.default: lambda r: (r.tensor(2, 6, 3), r.tensor(2, 6, 4), r.tensor(2, 4, 3))})
 def addmm(s, bias, a, b, **kwargs):
-    a, b = s.whole(a, -1), s.whole(b, 0)
-    out = _free(s, a, b)
-    if out is None:
-        b = s.whole(b)
-        out = (a.dims[0], b.dims[1])
-    for i in range(bias.ndim):
-        if bias.shape[i - bias.ndim] != 1:
-            bias = s.lay(bias, i - bias.ndim, out[i - bias.ndim])
+    a, b = s.whole(a, -1), s.whole(b, -2)
+    if a.dims[-2].axes & b.dims[-1].axes:
+        b = s.whole(b, -1)
+    if a.ndim > 2:
+        dim = a.dims[0] if a.dims[0].sharded else b.dims[0]
+        a, b = s.lay(a, 0, dim), s.lay(b, 0, dim)
+    out = (*a.dims[:-1], b.dims[-1])
+    for i in range(-bias.ndim, 0):
+        if bias.shape[i] != 1:
+            bias = s.lay(bias, i, out[i])
     return s.emit(Layout(out), bias, a, b, **kwargs)
 
 
-@rule({aten.bmm.default: lambda r: (r.tensor(2, 6, 4), r.tensor(2, 4, 3)),
+@rule({aten.mm.default: lambda r: (r.tensor(6, 4), r.tensor(4, 3)),
+       aten.bmm.default: lambda r: (r.tensor(2, 6, 4), r.tensor(2, 4, 3)),
        aten.matmul.default: lambda r: (r.tensor(2, 5, 6, 4), r.pick(r.tensor(4, 3), r.tensor(2, 5, 4, 3)))})
 def matmul(s, a, b):
     if b.ndim == 1 or a.ndim == 1:
@@ -73,24 +72,6 @@ def matmul(s, a, b):
     outer = [next((x.dims[i] for x in (a, b) if -i <= x.ndim and x.shape[i] != 1), longer.dims[i])
              for i in range(-batch - 2, -2)]
     return s.emit(Layout((*outer, a.dims[-2], b.dims[-1]), partial), a, b)
-
-
-def _free(s, a, b):
-    return None if a.dims[0].axes & b.dims[1].axes else (a.dims[0], b.dims[1])
-
-
-@rule({aten.baddbmm.default: lambda r: (r.tensor(2, 6, 3), r.tensor(2, 6, 4), r.tensor(2, 4, 3))})
-def baddbmm(s, bias, a, b, *, beta=1, alpha=1):
-    a, b = s.whole(a, -1), s.whole(b, -2)
-    if a.dims[-2].axes & b.dims[-1].axes:
-        b = s.whole(b, -1)
-    dim = a.dims[0] if a.dims[0].sharded else b.dims[0]
-    a, b = s.lay(a, 0, dim), s.lay(b, 0, dim)
-    out = (dim, a.dims[1], b.dims[2])
-    for i in range(bias.ndim):
-        if bias.shape[i - bias.ndim] != 1:
-            bias = s.lay(bias, i - bias.ndim, out[i - bias.ndim])
-    return s.emit(Layout(out), bias, a, b, beta=beta, alpha=alpha)
 
 
 @rule({aten.outer.default: lambda r: (r.tensor(5), r.tensor(4))})

@@ -34,8 +34,10 @@ def convolution(s, x, weight, bias=None, stride=(1,), padding=(0,), dilation=(1,
         reach = dilation[i] * (weight.shape[2 + i] - 1) + 1
         size = (x.shape[2 + i] + 2 * padding[i] - reach) // stride[i] + 1
         dim = x.dims[2 + i]
-        if not dim.sharded:
-            dims.append(Dim.replicated(size))
+        alone = reach == stride[i] == 1 and not padding[i] and all(
+            dim.local_size({**s.position, axis: rank}) for axis in dim.axes for rank in range(s.sizes[axis]))
+        if alone or not dim.sharded:
+            dims.append(dim if alone else Dim.replicated(size))
             continue
         out = _shares(dim, size, stride[i])
         if out is None or source is not x:

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from xdit_compile.layout import Dim, Layout, concatenate, reshape
+from xdit_compile.layout import Dim, Layout, concatenate, length, reshape
 from xdit_compile.passes.rules import rule
 from xdit_compile.passes.values import NoRule
 
@@ -117,8 +117,7 @@ def slice_(s, x, dim=0, start=None, stop=None, step=1):
         x = s.whole(x, dim)
         return slice_(s, x, dim, start, stop, step)
     # What this rank holds of the range is one run of its piece, because pieces are in global order.
-    counts = [len(range(a, b)) for a, b in _below(old.spans(s.position), start)]
-    first = sum(counts)
+    first = length([(a, min(b, start)) for a, b in old.spans(s.position) if a < start])
     held = old.slice(start, stop).local_size(s.position)
     if step != 1:
         (a, _), = old.spans(s.position) or [(0, 0)]
@@ -139,10 +138,6 @@ def slice_scatter(s, x, part, dim, *where):
             best = next((v.dims[i] for v in (part, x) if v.dims[i].sharded), x.dims[i])
             x, part = s.lay(x, i, best), s.lay(part, i, best)
     return s.emit(x.layout, x, part, dim, *where)
-
-
-def _below(spans, limit):
-    return [(a, min(b, limit)) for a, b in spans if a < limit]
 
 
 @rule({aten.split_with_sizes.default: lambda r: (r.tensor(2, 9), [2, 4, 3], r.pick(1, -1)),
