@@ -20,7 +20,7 @@ def _embed_step(step: Tensor, width: int) -> Tensor:
     """Cosines and sines of a step in 0..1: (batch,) to (batch, width)."""
     rates = 1000.0 ** torch.linspace(0, 1, width // 2, device=step.device)
     angles = step[:, None].float() * rates
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(step.dtype)
 
 
 class FusedBlock(nn.Module):

@@ -23,10 +23,10 @@ else:
 
 
 def embed_step(step: Tensor, width: int) -> Tensor:
-    """Cosines and sines of steps in 0..1: (...) to (..., width)."""
+    """Cosines and sines of steps in 0..1: (...) to (..., width), in their dtype."""
     rates = torch.exp(torch.arange(width // 2, device=step.device) * (-4.0 / (width // 2)))
     angles = 100 * step[..., None].float() * rates
-    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1).to(step.dtype)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def turn_halves(x: Tensor, angles: Tensor) -> Tensor:
     """Rotary positions: one half of the channels turns against the other. angles is (tokens, channels / 2)."""
     cos, sin = angles.cos(), angles.sin()
     first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).type_as(x)
 
 
 def turn_pairs(x: Tensor, turns: Tensor) -> Tensor:
@@ -277,7 +277,7 @@ class SharedTableDiT(nn.Module):
         rows, columns = image.shape[2] // 2, image.shape[3] // 2
         x = self.patches(image)
         angles = grid_angles(rows, columns, x.shape[-1] // 2, x.device)
-        x = x + torch.cat([angles.sin(), angles.cos()], dim=-1)
+        x = x + torch.cat([angles.sin(), angles.cos()], dim=-1).type_as(x)
         t = self.t_embedder(embed_step(step, 32))
         t0, y = self.t_block(t), self.y_proj(self.y_embedder(text))
         for block in self.blocks:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils._pytree import _dict_flatten, register_pytree_node
 
 from xdit_compile.errors import CaptureError
 from xdit_compile.frontend.capture import capture
@@ -326,3 +329,24 @@ def test_nodes_say_which_module_and_which_line_made_them() -> None:
     program = capture(Function(lambda m, x: x.sin()), (X,))
     (node,) = (n for n in program.main.graph.nodes if n.op == "call_function")
     assert source_of(node).startswith("test_capture.py:")
+
+
+@dataclass
+class Outputs(OrderedDict):  # type: ignore[type-arg]
+    """As diffusers' outputs: a dictionary of the fields that are not None, which pytree knows as one."""
+
+    samples: list[Tensor]
+    others: list[Tensor] | None
+
+    def __post_init__(self) -> None:
+        self.update((f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not None)
+
+
+register_pytree_node(Outputs, _dict_flatten, lambda values, keys: Outputs(**dict(zip(keys, values, strict=True))))
+
+
+def test_outputs_that_leave_out_what_is_none_are_made_again() -> None:
+    model = Function(lambda m, x: Outputs([x * m.weight], None))
+    out = run(capture(model, (X,)), model, X)
+    assert type(out) is Outputs and out.others is None
+    torch.testing.assert_close(out.samples, model(X).samples)

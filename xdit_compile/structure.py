@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -32,7 +32,7 @@ class Structure:
     def build(self, tensors: Any) -> Any:
         """The containers again, with ``tensors`` in the places of the tensor leaves."""
         queue = iter(tensors)
-        return pytree.tree_unflatten([next(queue) if c is TENSOR else c for c in self.constants], self.spec)
+        return _rebuilt(self.spec, iter([next(queue) if c is TENSOR else c for c in self.constants]))
 
     def key(self) -> tuple[Any, ...]:
         """Equal for two structures exactly when they are the same containers around the same constants."""
@@ -47,6 +47,20 @@ class _Tensor:
 
 
 TENSOR = _Tensor()
+
+
+def _rebuilt(spec: pytree.TreeSpec, leaves: Iterator[Any]) -> Any:
+    """As ``tree_unflatten``, which cannot make a dataclass again that is a dictionary of those fields that are not
+    None, as diffusers' outputs are."""
+    if spec.is_leaf():
+        return next(leaves)
+    parts = [_rebuilt(child, leaves) for child in spec.children()]
+    if issubclass(cls := spec.type, dict) and dataclasses.is_dataclass(cls):
+        given = dict(zip(spec.context, parts, strict=True))
+        fields = {f.name: None for f in dataclasses.fields(cls)}
+        if given.keys() <= fields.keys():
+            return cls(**(fields | given))  # type: ignore[operator]
+    return pytree.SUPPORTED_NODES[cls].unflatten_fn(parts, spec.context)
 
 
 def flatten(value: Any) -> tuple[list[torch.Tensor], Structure]:
