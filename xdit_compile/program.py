@@ -94,6 +94,11 @@ class Program:
         """A copy of which ``facts`` hold too."""
         return replace(self, facts=self.facts | set(facts), **changes)
 
+    def rebuilt(self, graphs: Mapping[str, fx.Graph], *facts: str, **changes: Any) -> Program:
+        """A copy with these graphs as ``main`` and the block functions, of which ``facts`` hold too."""
+        children = {n: graph_module(n, g) for n, g in graphs.items() if n != "main"}
+        return self.having(*facts, main=graph_module("main", graphs["main"], children), **changes)
+
     def finish(self, arguments: Any, tensors: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> Any:
         """What the model returns, from the flat results; what it does to its ``arguments`` (``tensors`` when flat) is
         done to them."""

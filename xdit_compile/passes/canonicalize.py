@@ -13,7 +13,7 @@ from torch import fx
 from xdit_compile.passes.einsum import expand_einsum
 from xdit_compile.passes.manual_attention import fold_softmax, fuse_attention
 from xdit_compile.passes.writes import expand_writes
-from xdit_compile.program import Note, Program, drop_unused, graph_module
+from xdit_compile.program import Note, Program, drop_unused
 
 aten = torch.ops.aten
 
@@ -41,9 +41,7 @@ def canonicalize(program: Program) -> Program:
         notes += fuse_attention(graph, name)
         drop_unused(graph)
         functions[name] = graph
-    children = {n: graph_module(n, g) for n, g in functions.items() if n != "main"}
-    return program.having("canonical", main=graph_module("main", functions["main"], children),
-                          notes=program.notes + tuple(notes))
+    return program.rebuilt(functions, "canonical", notes=program.notes + tuple(notes))
 
 
 def _clean(graph: fx.Graph) -> None:

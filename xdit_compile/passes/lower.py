@@ -9,7 +9,7 @@ from torch import fx
 from xdit_compile.passes.attention import sharded_attention
 from xdit_compile.passes.emit import Emitter
 from xdit_compile.passes.lower_attention import lower
-from xdit_compile.program import Program, graph_module
+from xdit_compile.program import Program
 
 
 def lower_attention(program: Program, sizes: dict[str, int], mode: Any) -> Program:
@@ -28,5 +28,4 @@ def lower_attention(program: Program, sizes: dict[str, int], mode: Any) -> Progr
             else:
                 env[node] = e.graph.node_copy(node, lambda n, env=env: env[n])
         functions[name] = e.graph
-    children = {n: graph_module(n, g) for n, g in functions.items() if n != "main"}
-    return program.having("lowered", main=graph_module("main", functions["main"], children))
+    return program.rebuilt(functions, "lowered")

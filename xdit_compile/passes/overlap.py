@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from xdit_compile.costs import flops
-from xdit_compile.program import Program, graph_module, is_collective
+from xdit_compile.program import Program, is_collective
 
 WAIT = torch.ops._c10d_functional.wait_tensor.default
 
@@ -23,8 +23,7 @@ def overlap(program: Program) -> Program:
     starting = {name for name, module in program.functions() if name != "main" and any(
         is_collective(n) for n in module.graph.nodes)}
     functions = {name: _Schedule(module.graph, starting).run() for name, module in program.functions()}
-    children = {n: graph_module(n, g) for n, g in functions.items() if n != "main"}
-    return program.having(main=graph_module("main", functions["main"], children))
+    return program.rebuilt(functions)
 
 
 class _Schedule:

@@ -20,5 +20,4 @@ def simplify(program: Program) -> Program:
         graph = merged.graph_module.graph
         drop_unused(graph)
         functions[name] = graph
-    children = {n: graph_module(n, g) for n, g in functions.items() if n != "main"}
-    return program.having(main=graph_module("main", functions["main"], children))
+    return program.rebuilt(functions)
