@@ -350,3 +350,31 @@ def test_outputs_that_leave_out_what_is_none_are_made_again() -> None:
     out = run(capture(model, (X,)), model, X)
     assert type(out) is Outputs and out.others is None
     torch.testing.assert_close(out.samples, model(X).samples)
+
+
+class Borrowing(nn.Module):
+    """Uses a part of its first block outside of it, and layers in lists of lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Tanh(), nn.Linear(4, 4)))
+                                    for _ in range(3))
+        self.pairs = nn.ModuleList(nn.ModuleList([nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh())])
+                                   for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        for first, second in self.pairs:
+            x = x + second(first(x))
+        return x * self.blocks[0][1](x)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_blocks_of_which_parts_are_used_outside_are_captured_once(device: str) -> None:
+    torch.manual_seed(0)
+    model = Borrowing()
+    with torch.device(device):
+        program = capture(Borrowing(), (X.to(device),))
+    assert program.calls() == {"main": 1, "blocks": 3}
+    torch.testing.assert_close(run(program, model, X), model(X))

@@ -69,7 +69,9 @@ def repeated(model: nn.Module) -> dict[str, Hashable]:
     for name, child in children.items():
         inner, alike = inside[prints[name]], counts[prints[name]]
         stacks = Counter(p for path, p in inner.items() if _levels(child.get_submodule(path)) > 1)
-        if alike > 1 and max(stacks.values(), default=0) < alike:
+        # A list of lists of layers has no forward of its own.
+        called = type(child).forward is not nn.Module.forward
+        if called and alike > 1 and max(stacks.values(), default=0) < alike:
             found[name] = prints[name]
         else:
             found |= {f"{name}.{path}": p for path, p in inner.items()}
@@ -98,6 +100,12 @@ class Outliner:
     @property
     def paths(self) -> tuple[str, ...]:
         return tuple(self._prints)
+
+    @property
+    def repeats(self) -> tuple[str, ...]:
+        """Blocks that have an identical one before them. Of the first, parts may be used outside of it."""
+        first = {p: path for path, p in reversed(self._prints.items())}
+        return tuple(path for path, p in self._prints.items() if first[p] != path)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
