@@ -166,7 +166,12 @@ def test_module_names_that_are_no_identifiers() -> None:
         torch.testing.assert_close(run(capture(model, (X,)), model, X), model(X))
 
 
+def _within(width: int) -> Any:
+    return lambda b, h, q, k: q // width >= k // width
+
+
 FLEX = {
+    "closed over": (None, _within(3)),
     "plain": (None, None),
     "causal": (None, lambda b, h, q, k: q >= k),
     "per batch": (None, lambda b, h, q, k: (k < 5 - b) & (q - k < 3 + h)),

@@ -226,7 +226,9 @@ class _Copier:
         q, k, v, score_mod, block_mask, scale, _, score_buffers, mask_buffers = node.args
         score, mask = (getattr(self.found.module, m.target) for m in (score_mod, block_mask[-1]))
         qkv = [self.env[n] for n in (q, k, v)]
-        scored, masked = ([self.env[n] for n in buffers] for buffers in (score_buffers, mask_buffers))
+        # Tensors that the functions close over, and numbers.
+        scored, masked = ([self.env[n] if isinstance(n, fx.Node) else n for n in buffers]
+                          for buffers in (score_buffers, mask_buffers))
         if is_plain(score):
             hidden = None if is_open(mask) else self._traced(node, partial(dense_mask, mask), *qkv[:2], *masked)
             out = self.graph.call_function(torch.ops.aten.scaled_dot_product_attention.default, (*qkv, hidden),
@@ -238,9 +240,9 @@ class _Copier:
             self.env[node] = self._traced(node, function, *qkv, *scored, *masked)
         return self.env[node]
 
-    def _traced(self, node: fx.Node, function: Callable[..., Any], *inputs: fx.Node) -> fx.Node:
+    def _traced(self, node: fx.Node, function: Callable[..., Any], *inputs: fx.Node | int) -> fx.Node:
         """The nodes of ``function`` on these, made on behalf of ``node``."""
-        values = [n.meta["val"] for n in inputs]
+        values = [n.meta["val"] if isinstance(n, fx.Node) else n for n in inputs]
         mode = detect_fake_mode(values)
         assert mode is not None
         with mode, torch.no_grad():
