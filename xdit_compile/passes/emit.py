@@ -51,6 +51,9 @@ class Emitter:
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Add a node; PyTorch's own fake kernels check that the local shapes fit together."""
+        if target is aten.view_as_complex.default:
+            # Pairs must lie together in memory, and exchanges leave other strides than the model saw.
+            args = (self.call(aten.contiguous.default, args[0]),)
         node = self.graph.call_function(target, args, kwargs)
         args, kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         with self.mode, torch.no_grad():
