@@ -68,13 +68,16 @@ def _meet(waiting: dict[int, tuple[fx.Node, tuple]], world: int) -> dict[int, An
 
 def _peers(name: str, rank: int, world: int) -> list[int]:
     _, axis, shape = name.split(".")
-    ulysses, ring = map(int, shape.split("x"))
-    assert ulysses * ring == world
+    ulysses, ring, batch = map(int, shape.split("x"))
+    assert ulysses * ring * batch == world
+    if axis == "batch":
+        return [r for r in range(world) if r % (ulysses * ring) == rank % (ulysses * ring)]
+    alike = [r for r in range(world) if r // (ulysses * ring) == rank // (ulysses * ring)]
     if axis == "sequence":
-        return list(range(world))
+        return alike
     if axis == "ulysses":
-        return [r for r in range(world) if r // ulysses == rank // ulysses]
-    return [r for r in range(world) if r % ulysses == rank % ulysses]
+        return [r for r in alike if r // ulysses == rank // ulysses]
+    return [r for r in alike if r % ulysses == rank % ulysses]
 
 
 def _result(target: Any, calls: list[tuple], me: int, node: fx.Node) -> torch.Tensor:

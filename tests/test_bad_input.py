@@ -50,12 +50,20 @@ def test_degrees_must_multiply_to_the_processes(pool: Pool) -> None:
 
 def test_unknown_and_planned_words(pool: Pool) -> None:
     assert_refused(refused(pool, 2, "ulises=2"), "SpecError", "'ulises'", "ulysses")
-    assert_refused(refused(pool, 2, "cfg=2"), "SpecError", "'cfg'", "not supported yet")
+    assert_refused(refused(pool, 2, "pipefusion=2"), "SpecError", "'pipefusion'", "not supported yet")
 
 
 def test_more_ulysses_ranks_than_heads(pool: Pool) -> None:
     seen = refused(pool, 3, "ulysses=3", heads=2)
     assert_refused(seen, "SpecError", "ulysses_degree=3", r"\b2\b", "ulysses=1,ring=3", r"calls\.py:\d+")
+
+
+def test_batch_of_one_cannot_be_shared(pool: Pool) -> None:
+    assert_refused(refused(pool, 2, "cfg=2", call=calls.inputs(batch=1)), "SpecError", "cfg=2", "larger batch")
+
+
+def test_degrees_that_keep_the_batch(pool: Pool) -> None:
+    assert_refused(refused(pool, 4, "cfg=2,ulysses=3"), "SpecError", r"2 x 3 x 1 = 6", "cfg=2,ulysses=2,ring=1")
 
 
 def test_model_without_tokens_runs_whole_and_says_so(pool: Pool) -> None:

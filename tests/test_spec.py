@@ -11,15 +11,14 @@ from hypothesis import strategies as st
 
 from xdit_compile import ShardingSpec, SpecError
 
-PLANNED = [
-    "cfg", "cfg_degree", "data", "data_degree", "pipefusion", "pipefusion_degree", "patches", "num_patches",
-    "warmup", "warmup_steps",
-]  # fmt: skip
+PLANNED = ["pipefusion", "pipefusion_degree", "patches", "num_patches", "warmup", "warmup_steps"]
 
 specs = st.builds(
     ShardingSpec,
     ulysses_degree=st.integers(1, 128),
     ring_degree=st.integers(1, 128),
+    cfg_degree=st.integers(1, 2),
+    data_degree=st.integers(1, 4),
     backend=st.sampled_from(["eager", "inductor"]),
     attention_kernel=st.sampled_from(["auto", "torch", "flash_attn", "yunchang"]),
 )
@@ -42,7 +41,7 @@ def test_mapping_of_fields_parses_to_the_same(spec: ShardingSpec) -> None:
 
 @given(specs)
 def test_equal_specs_are_one_key_and_never_change(spec: ShardingSpec) -> None:
-    again = ShardingSpec(spec.ulysses_degree, spec.ring_degree, spec.backend, spec.attention_kernel)
+    again = ShardingSpec(**{f.name: getattr(spec, f.name) for f in fields(spec)})
     assert {spec: 1}[again] == 1
     with pytest.raises(FrozenInstanceError):
         spec.ulysses_degree = 3  # type: ignore[misc]
@@ -50,7 +49,7 @@ def test_equal_specs_are_one_key_and_never_change(spec: ShardingSpec) -> None:
 
 @given(specs)
 def test_world_is_the_product(spec: ShardingSpec) -> None:
-    assert spec.world_size == spec.ulysses_degree * spec.ring_degree
+    assert spec.world_size == spec.data_degree * spec.cfg_degree * spec.ulysses_degree * spec.ring_degree
     spec.check_world(spec.world_size)
     with pytest.raises(SpecError):
         spec.check_world(spec.world_size + 1)
@@ -66,6 +65,7 @@ def test_world_is_the_product(spec: ShardingSpec) -> None:
         ("ring=2,backend=inductor", ShardingSpec(ring_degree=2, backend="inductor")),
         ("ulysses=2,kernel=torch", ShardingSpec(ulysses_degree=2, attention_kernel="torch")),
         ("ulysses=2,attention_kernel=torch", ShardingSpec(ulysses_degree=2, attention_kernel="torch")),
+        ("cfg=2,data=3,ulysses=2", ShardingSpec(ulysses_degree=2, cfg_degree=2, data_degree=3)),
         ("", ShardingSpec()),
         ("ulysses=1", ShardingSpec()),
     ],
@@ -101,7 +101,7 @@ def test_what_is_no_number_is_refused(bad: str) -> None:
 
 @pytest.mark.parametrize("bad", [0, -1, 2.0, 2.5, True, None, "2", [2]])
 def test_degree_is_a_positive_whole_number(bad: Any) -> None:
-    for name in ("ulysses_degree", "ring_degree"):
+    for name in ("ulysses_degree", "ring_degree", "cfg_degree", "data_degree"):
         with pytest.raises(SpecError, match=f"{name} must be a whole number of at least 1"):
             ShardingSpec(**{name: bad})
 

@@ -25,6 +25,9 @@ Position = Mapping[str, int]
 SEQUENCE = "sequence"
 """The mesh axis of sequence parallelism (ring x Ulysses, Ulysses innermost)."""
 
+BATCH = "batch"
+"""The mesh axis along which batches are shared out (data x cfg)."""
+
 Spans = list[tuple[int, int]]
 """Index ranges, one after the other."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -9,7 +10,7 @@ from xdit_compile.errors import SpecError
 
 BACKENDS = ("eager", "inductor")
 KERNELS = ("auto", "torch", "flash_attn", "yunchang")
-PLANNED = ("cfg_degree", "data_degree", "pipefusion_degree", "num_patches", "warmup_steps")
+PLANNED = ("pipefusion_degree", "num_patches", "warmup_steps")
 """Words of the field whose methods are not built yet: refused by name, never ignored."""
 
 
@@ -22,6 +23,10 @@ class ShardingSpec:
             the number of attention heads; put it on the fastest links.
         ring_degree: groups of such ranks that pass keys and values around a ring (arXiv 2310.01889). The product
             of both is unified sequence parallelism (USP, arXiv 2405.07719).
+        cfg_degree: ranks that share out the batch of classifier-free guidance, which holds each sample with and
+            without its condition.
+        data_degree: ranks that share out the samples themselves. For one forward both are one thing: its batch is
+            cut into ``data_degree * cfg_degree`` parts.
         backend: ``eager`` runs the rewritten graph as it is, ``inductor`` compiles it with torch.compile.
         attention_kernel: ``auto`` takes flash-attn where it is installed and fits, PyTorch's kernels otherwise;
             a kernel asked for by name is used or refused, never replaced.
@@ -32,11 +37,13 @@ class ShardingSpec:
 
     ulysses_degree: int = 1
     ring_degree: int = 1
+    cfg_degree: int = 1
+    data_degree: int = 1
     backend: str = "eager"
     attention_kernel: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("ulysses_degree", "ring_degree"):
+        for name in ("ulysses_degree", "ring_degree", "cfg_degree", "data_degree"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise SpecError(f"{name} must be a whole number of at least 1, got {value!r}")
@@ -45,8 +52,16 @@ class ShardingSpec:
                 raise SpecError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
     @property
-    def world_size(self) -> int:
+    def sequence_degree(self) -> int:
         return self.ulysses_degree * self.ring_degree
+
+    @property
+    def batch_degree(self) -> int:
+        return self.cfg_degree * self.data_degree
+
+    @property
+    def world_size(self) -> int:
+        return self.batch_degree * self.sequence_degree
 
     @staticmethod
     def parse(spec: str | Mapping[str, object] | ShardingSpec) -> ShardingSpec:
@@ -78,9 +93,14 @@ class ShardingSpec:
         """Raise SpecError unless the degrees multiply to ``world_size``, naming degrees that would."""
         if self.world_size == world_size:
             return
-        fits = [f"ulysses={u},ring={world_size // u}" for u in range(1, world_size + 1) if world_size % u == 0]
+        words = {n: getattr(self, f"{n}_degree") for n in ("data", "cfg")}
+        kept = words if world_size % self.batch_degree == 0 else dict.fromkeys(words, 1)
+        rest = world_size // math.prod(kept.values())
+        before = "".join(f"{n}={d}," for n, d in kept.items() if d > 1)
+        fits = [f"{before}ulysses={u},ring={rest // u}" for u in range(1, rest + 1) if rest % u == 0]
+        factors = [d for d in words.values() if d > 1] + [self.ulysses_degree, self.ring_degree]
         raise SpecError(
-            f"{self} needs {self.ulysses_degree} x {self.ring_degree} = {self.world_size} processes, but "
+            f"{self} needs {' x '.join(map(str, factors))} = {self.world_size} processes, but "
             f"{world_size} {'is' if world_size == 1 else 'are'} running; degrees that fit: {'; '.join(fits)}"
         )
 

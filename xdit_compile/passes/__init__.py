@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from xdit_compile.layout import Position
 from xdit_compile.mesh import axis_sizes, position_of
+from xdit_compile.passes.batch import batch_seeds, joined
 from xdit_compile.passes.canonicalize import canonicalize
 from xdit_compile.passes.check import check
 from xdit_compile.passes.lower import lower_attention
@@ -68,7 +69,9 @@ def plan(program: Program, spec: ShardingSpec) -> tuple[Program, Seeds]:
     """The canonical program under ``spec``, and where to begin sharding it: the same on every rank."""
     program = replace(canonicalize(program), spec=spec)
     check(program)
-    seeds = choose_seeds(program, axis_sizes(spec))
+    sizes = axis_sizes(spec)
+    batch = batch_seeds(program, sizes)
+    seeds = joined(batch, choose_seeds(program, sizes, batch))
     if not seeds and spec.world_size > 1:
         program = replace(program, notes=(*program.notes, Note("seed", "main", NOTHING)))
     return program, seeds

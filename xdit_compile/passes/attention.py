@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from xdit_compile.errors import PlanError
-from xdit_compile.layout import SEQUENCE, Dim, Position, Spans, even_offsets, length
+from xdit_compile.layout import SEQUENCE, Dim, Layout, Position, Spans, even_offsets, length
 from xdit_compile.mesh import RING, ULYSSES
 
 
@@ -132,10 +132,10 @@ def cut(spans: Spans, start: int, stop: int) -> Spans:
     return out
 
 
-def plan_attention(q, k, v, spec) -> AttentionPlan:
-    """The plan for values q, k, v of shape (..., heads, tokens, width)."""
+def plan_attention(q, k, v, spec, position) -> AttentionPlan:
+    """The plan for values q, k, v of shape (..., heads, tokens, width), of whose batch this rank may hold a part."""
     return AttentionPlan(
         queries=q.dims[-2], keys=k.dims[-2], heads=q.shape[-3] if q.ndim > 2 else 1,
         kv_heads=k.shape[-3] if k.ndim > 2 else 1, head_dim=q.shape[-1], value_dim=v.shape[-1],
-        batch=math.prod(q.shape[:-3]), element_size=q.dtype.itemsize, ulysses=spec.ulysses_degree,
-        ring=spec.ring_degree)
+        batch=math.prod(Layout(q.dims[:-3]).local_shape(position)), element_size=q.dtype.itemsize,
+        ulysses=spec.ulysses_degree, ring=spec.ring_degree)

@@ -9,7 +9,7 @@ attention being distributed over it, that text is worth sharding shows in the wo
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import fx
@@ -17,6 +17,7 @@ from torch import fx
 from xdit_compile.costs import FORMULAS
 from xdit_compile.errors import SpecError
 from xdit_compile.layout import SEQUENCE, Dim, Layout
+from xdit_compile.passes.batch import joined
 from xdit_compile.passes.shard import Estimator, Seeds, Tally
 from xdit_compile.program import Program, module_of, source_of
 
@@ -32,8 +33,8 @@ WORTH = 0.999
 """A further seed must lower the cost below this fraction, or it only adds slices."""
 
 
-def choose_seeds(program: Program, sizes: Mapping[str, int]) -> Seeds:
-    """The seeds of least cost for ``program.spec``; none if there is no work to be saved.
+def choose_seeds(program: Program, sizes: Mapping[str, int], batch: Seeds) -> Seeds:
+    """The seeds of least cost for ``program.spec`` beside those of the batch; none if there is no work to be saved.
 
     Raises:
         SpecError: when attention has too few heads, or too few tokens.
@@ -42,14 +43,18 @@ def choose_seeds(program: Program, sizes: Mapping[str, int]) -> Seeds:
     if parts == 1:
         return {}
     check_heads(program)
-    estimate = Estimator(program, sizes)
+    estimator = Estimator(program, sizes)
+
+    def estimate(seeds: Seeds) -> Tally:
+        return estimator(joined(batch, seeds))
+
     whole = estimate({})
 
     def cost(tally: Tally) -> float:
         return tally.flops / max(whole.flops, 1) + TRAFFIC_WEIGHT * tally.sent / max(whole.moved, 1) + (
             0.01 * tally.moved / max(whole.moved, 1))
 
-    def joined(tried: Sequence[tuple[Tally, Seeds]]) -> tuple[Tally, Seeds]:
+    def gathered(tried: Sequence[tuple[Tally, Seeds]]) -> tuple[Tally, Seeds]:
         """The best choice, and with it all that lowers its cost further."""
         # A dimension over which no attention is distributed is a batch or a width, no axis of tokens; unless none ever
         # is, because attention stays inside windows, or there is none. But what saves work may join: image tokens of
@@ -70,17 +75,17 @@ def choose_seeds(program: Program, sizes: Mapping[str, int]) -> Seeds:
 
     entering = list(candidates(program))
     prologues, tried = _prologues(program, entering, parts), _tried(estimate, entering, parts)
-    found = joined(tried)
+    found = gathered(tried)
     if found[0].flops * parts > 1.05 * whole.flops or found[0].gathers:
         # Where blocks make grids of tokens again, for convolutions or to attend inside frames, these can be followed
         # if the grid was cut along one of its sides.
-        found = min(found, joined(tried + _tried(estimate, _grids(entering), parts)), key=lambda f: cost(f[0]))
+        found = min(found, gathered(tried + _tried(estimate, _grids(entering), parts)), key=lambda f: cost(f[0]))
     if not found[1]:
         _check_tokens(program, parts)
     return found[1]
 
 
-def _tried(estimate: Estimator, nodes: Iterable[fx.Node], parts: int) -> list[tuple[Tally, Seeds]]:
+def _tried(estimate: Callable[[Seeds], Tally], nodes: Iterable[fx.Node], parts: int) -> list[tuple[Tally, Seeds]]:
     """What it costs to cut each dimension of each value, but for values that are cut already when one before them is:
     where blocks of two kinds take turns, there is one more between each of them."""
     tried, cut = [], set[str]()

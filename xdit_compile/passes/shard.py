@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from xdit_compile.costs import flops
-from xdit_compile.layout import SEQUENCE, Dim, Layout, Position, length
+from xdit_compile.layout import BATCH, Dim, Layout, Position, length
 from xdit_compile.mesh import position_of
 from xdit_compile.passes.attention import AttentionPlan
 from xdit_compile.passes.emit import Emitter
@@ -241,7 +241,9 @@ class Sharder:
             self.note("seed", f"{list(value.shape)} is laid out as {layout}")
         value = self.summed(value)
         for dim in range(value.ndim):
-            value = self.lay(value, dim, layout.dims[dim])
+            # Where tokens begin to be cut says nothing of the batch.
+            if layout.dims[dim].sharded or value.dims[dim].axes != {BATCH}:
+                value = self.lay(value, dim, layout.dims[dim])
         return value
 
     def _interpret(self, node: fx.Node, env: Mapping[fx.Node, Result]) -> Result:
@@ -411,7 +413,7 @@ class Estimator:
         assert program.spec is not None
         self.program, self.sizes = program, sizes
         # The first and the last rank hold the largest remainders.
-        self._ends = [(position_of(rank, program.spec), Memo()) for rank in sorted({0, sizes[SEQUENCE] - 1})]
+        self._ends = [(position_of(rank, program.spec), Memo()) for rank in sorted({0, program.spec.world_size - 1})]
 
     def __call__(self, seeds: Seeds) -> Tally:
         """The cost of the busiest rank."""

@@ -1,6 +1,6 @@
 """Process groups under the logical names that graphs call them by.
 
-A graph says ``xdit_compile.ulysses.2x1``; which processes that means is decided here, when the program is about
+A graph says ``xdit_compile.ulysses.2x1x1``; which processes that means is decided here, when the program is about
 to run, so that one program serves any ranks of the right shape.
 """
 
@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import _register_process_group, _unregister_proc
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _get_default_store, _new_process_group_helper, _world
 
-from xdit_compile.layout import SEQUENCE
+from xdit_compile.layout import BATCH, SEQUENCE
 from xdit_compile.mesh import RING, ULYSSES, axis_sizes, group_name, members
 from xdit_compile.spec import ShardingSpec
 
@@ -31,7 +31,7 @@ class Groups:
         self.rank = 0 if len(ranks) == 1 else list(ranks).index(dist.get_rank())
         self._groups: dict[str, ProcessGroup] = {}
         sizes = axis_sizes(spec)
-        for axis in (SEQUENCE, ULYSSES, RING):
+        for axis in (BATCH, SEQUENCE, ULYSSES, RING):
             if sizes[axis] > 1:
                 peers = tuple(ranks[i] for i in members(axis, self.rank, spec))
                 self._groups[group_name(axis, sizes)] = _group(group_name(axis, sizes), peers, timeout)

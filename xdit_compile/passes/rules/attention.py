@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from xdit_compile.layout import Dim, Layout
+from xdit_compile.layout import BATCH, Dim, Layout
 from xdit_compile.passes.attention import plan_attention, sharded_attention
 from xdit_compile.passes.rules import rule
 
@@ -23,6 +23,7 @@ def _example(r):
 def attention(s, q, k, v, mask=None, dropout=0.0, is_causal=False, *, scale=None, enable_gqa=False):
     """softmax(q k^T * scale + mask) v over tensors (..., heads, tokens, width)."""
     q, k, v = s.whole(q, -1), s.whole(k, -1), s.whole(v, -1)
+    q, k, v = (s.whole(x, -2) if BATCH in x.dims[-2].axes else x for x in (q, k, v))
     for i in range(-q.ndim, -2):
         if q.shape[i] == k.shape[i] == v.shape[i]:
             dim = next((x.dims[i] for x in (q, k, v) if x.dims[i].sharded), q.dims[i])
@@ -68,7 +69,7 @@ def _distributed(s, q, k, v, mask, scale, out):
         mask = s.whole(mask, *range(-min(mask.ndim, 2), 0))
         for i in range(-mask.ndim, -2):
             mask = s.lay(mask, i, q.dims[i]) if mask.shape[i] != 1 else mask
-    plan = plan_attention(q, k, v, s.spec)
+    plan = plan_attention(q, k, v, s.spec, s.position)
     s.attend(plan)
     value = s.emit(out, q, k, v, mask, scale, target=sharded_attention)
     if value.node is not None:

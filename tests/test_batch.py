@@ -1,0 +1,44 @@
+"""Batches shared out among ranks (cfg, data), alone and with sequence parallelism: the numbers of one device."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import zoo
+from cases import made
+from emulation import emulate
+from pool import Pool
+from test_exactness import EXACT, run
+
+from xdit_compile import explain
+
+CASES = ["dit", "pixart_sigma", "sd3", "flux", "hunyuan_dit", "latte", "wan", "qwen_image", "lumina2", "fused"]
+"""Joint and cross attention, masks, frames folded into the batch, a mask that is read, a model from nobody."""
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("spec", "batch"), [("cfg=2", 2), ("data=2", 3), ("cfg=2,ulysses=2", 2), ("data=2,ring=2", 2)])
+def test_ranks_together_give_the_numbers_of_one(name: str, spec: str, batch: int) -> None:
+    found = emulate(zoo.CASES[name], batch, True, spec)
+    assert found.error <= zoo.CASES[name].tolerance
+    wanted = re.findall("ulysses|ring", spec)
+    assert found.methods == set(wanted)
+
+
+@pytest.mark.parametrize("name", ["dit", "flux"])
+def test_on_real_processes(pool: Pool, name: str) -> None:
+    for ranks in run(pool, name, 2, True, ["cfg=2", "cfg=2,ulysses=2", "data=2,ring=2"]).values():
+        assert all(rank["error"] <= EXACT for rank in ranks)
+
+
+def test_a_shared_batch_is_all_that_travels() -> None:
+    """Half the work for each of two ranks, one gather of the result, nothing within blocks."""
+    model, inputs = made(zoo.CASES["dit"]), zoo.CASES["dit"].inputs(2, False)
+    explained = explain(model, "cfg=2", inputs)
+    assert explained.work_ratio == pytest.approx(1.0)
+    with torch.no_grad():
+        (result,) = model(**inputs, return_dict=False)
+    assert [c.kind for c in explained.local.collectives] == ["all_gather"]
+    assert explained.local.sent == result.numel() * result.element_size() // 2
