@@ -383,3 +383,24 @@ def test_blocks_of_which_parts_are_used_outside_are_captured_once(device: str) -
         program = capture(Borrowing(), (X.to(device),))
     assert program.calls() == {"main": 1, "blocks": 3}
     torch.testing.assert_close(run(program, model, X), model(X))
+
+
+def test_autocast_casts_what_einsum_multiplies() -> None:
+    def forward(model: Any, x: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = torch.einsum("ij,kj->ik", x, x), torch.einsum("ij, ij -> ij", x, x), torch.einsum("ij->ji", x)
+        return *inside, torch.einsum("ij,kj->ik", [x, x]), torch.einsum("...j,j", x, model.weight)
+
+    model = Function(forward)
+    for made, expected in zip(run(capture(model, (X,)), model, X), model(X), strict=True):
+        assert made.dtype == expected.dtype
+        torch.testing.assert_close(made, expected)
+
+
+def test_einsum_of_three_under_autocast_is_refused() -> None:
+    def forward(model: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.einsum("ij,kj,k->i", x, x, x[:, 0])
+
+    with pytest.raises(CaptureError, match="einsum of 3 tensors"):
+        capture(Function(forward), (X,))

@@ -28,6 +28,7 @@ from torch.export.exported_program import (
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils.stateless import _reparametrize_module
+from torch.overrides import TorchFunctionMode
 
 from xdit_compile.errors import CaptureError
 from xdit_compile.program import Input, drop_unused
@@ -107,7 +108,7 @@ def traced(function: Callable[..., tuple[Tensor, ...]], model: nn.Module, tensor
 
         def functionalized(*flat: Tensor) -> tuple[Tensor, ...]:
             above = torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize))
-            with above, functional:
+            with above, functional, _AutocastInside():
                 return run(*flat)
 
         made = make_fx(functionalized, decomposition_table={}, _allow_non_fake_inputs=True,
@@ -119,6 +120,34 @@ def traced(function: Callable[..., tuple[Tensor, ...]], model: nn.Module, tensor
         raise CaptureError(f"the forward writes into {', '.join(lost)}; a program has no state. Return the new value "
                            "instead, or move the write out of forward")
     return Traced(made, tuple(inputs), constants, tuple(written))
+
+
+class _AutocastInside(TorchFunctionMode):
+    """Autocast casts the operands of the matrix product inside einsum. Kept whole, einsum would hide that."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.einsum and isinstance(args[0], str):
+            equation, *operands = args
+            parts = operands[0] if isinstance(operands[0], (list, tuple)) else operands
+            device = parts[0].device.type
+            if torch.is_autocast_enabled(device):
+                if len(parts) > 2:
+                    raise CaptureError(f"einsum of {len(parts)} tensors ({equation}) under autocast is not supported; "
+                                       "write it as several of two")
+                if _contracts(equation, parts):
+                    low = torch.get_autocast_dtype(device)
+                    parts = [p.to(low) if p.is_floating_point() and p.dtype is not torch.float64 else p for p in parts]
+                return torch.einsum(equation, *parts)
+        return func(*args, **(kwargs or {}))
+
+
+def _contracts(equation: str, operands: Sequence[Tensor]) -> bool:
+    """Whether einsum multiplies matrices: two operands share a letter that is not in the result."""
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    sizes = [dict(zip(t, x.shape, strict=True)) for t, x in zip(terms, operands, strict=True) if "." not in t]
+    shared = set.intersection(*map(set, terms)) - {".", *(out if arrow else "")}
+    return len(operands) == 2 and any(all(size[letter] > 1 for size in sizes) for letter in shared)
 
 
 def _fakes(values: Sequence[Tensor], mode: FakeTensorMode) -> Iterator[Tensor]:

@@ -24,7 +24,9 @@ def expand_einsum(graph: fx.Graph) -> None:
         if len(sides) < 2 or "." in equation or any(len(s) < len(t) for s, t in zip(letters, terms, strict=True)):
             continue
         out = sides[1]
-        edit = Editor(node)
+        edit, dtype = Editor(node), val(node).dtype
+        # Without a letter to sum over, einsum multiplies elements, of whatever dtypes.
+        operands = [x if val(x).dtype == dtype else edit.call(aten._to_copy.default, x, dtype=dtype) for x in operands]
         if len(terms) == 1 and letters[0] == set(out):
             edit.replace_with(edit.call(aten.permute.default, operands[0], [terms[0].index(c) for c in out]))
         elif len(terms) == 2 and (letters[0] ^ letters[1]) <= set(out) <= letters[0] | letters[1]:
@@ -32,7 +34,7 @@ def expand_einsum(graph: fx.Graph) -> None:
     drop_unused(graph)
 
 
-def _product(edit: Editor, terms: list[str], out: str, operands: tuple[fx.Node, fx.Node]) -> fx.Node:
+def _product(edit: Editor, terms: list[str], out: str, operands: list[fx.Node]) -> fx.Node:
     left, right = terms
     sizes = {c: n for term, x in zip(terms, operands, strict=True) for c, n in zip(term, val(x).shape, strict=True)}
     batch = [c for c in out if c in left and c in right]
