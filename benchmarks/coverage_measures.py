@@ -21,7 +21,7 @@ from pool import Pool, RemoteError
 from torch import nn
 
 import xdit_compile
-from benchmarks.published import _explain, _in_block
+from benchmarks.published import explained, in_block
 from xdit_compile.calls import call_arguments
 from xdit_compile.compiler import compile_call
 from xdit_compile.errors import CaptureError, SpecError
@@ -136,7 +136,7 @@ def planned(model: nn.Module, kwargs: dict[str, Any]) -> Record:
     record: Record = {"class": type(model).__name__, "capture_seconds": capture_seconds, "rows": []}
     for ranks in DEGREES:
         try:
-            found = _explain(model, kwargs, ranks)
+            found = explained(model, kwargs, ranks)
         except SpecError as error:
             record["rows"].append({"ranks": ranks, "misfit": str(error).splitlines()[0]})
         else:
@@ -150,7 +150,7 @@ def planned(model: nn.Module, kwargs: dict[str, Any]) -> Record:
 
 def figures(found: Explanation) -> Record:
     """Of one explanation, what the page says."""
-    inside = [c for c in found.local.collectives if c.function != "main" or _in_block(c.module)]
+    inside = [c for c in found.local.collectives if c.function != "main" or in_block(c.module)]
     ranks, flops = found.spec.world_size, max(found.whole.flops, 1)
     return {
         "ranks": ranks,

@@ -124,13 +124,13 @@ def rows_of(name: str, degrees: Sequence[int]) -> list[Row]:
     rows = []
     for ranks in degrees:
         try:
-            rows.append(row_of(name, _explain(model, kwargs, ranks)))
+            rows.append(row_of(name, explained(model, kwargs, ranks)))
         except Exception as error:  # reported, and the others are done
             rows.append(Row(name, ranks, problem=f"{type(error).__name__}: {error}"))
     return rows
 
 
-def _explain(model: Any, kwargs: Any, ranks: int) -> Explanation:
+def explained(model: Any, kwargs: Any, ranks: int) -> Explanation:
     """With as much of Ulysses as the attention heads allow, less of it where shares of them would be too uneven."""
     found = []
     for ulysses in (u for u in range(ranks, 0, -1) if ranks % u == 0):
@@ -150,7 +150,7 @@ def _explain(model: Any, kwargs: Any, ranks: int) -> Explanation:
 def row_of(name: str, found: Explanation) -> Row:
     """The figures of one explanation."""
     shape, ranks = SHAPES[name], found.spec.world_size
-    inside = [c for c in found.local.collectives if c.function != "main" or _in_block(c.module)]
+    inside = [c for c in found.local.collectives if c.function != "main" or in_block(c.module)]
     first = found.replicated[0] if found.replicated else None
     text = bool(shape.text) and any(re.search(rf"\b{shape.text}/", row.text) for row in found.attentions)
     return Row(
@@ -170,7 +170,7 @@ def row_of(name: str, found: Explanation) -> Row:
     )
 
 
-def _in_block(module: str) -> bool:
+def in_block(module: str) -> bool:
     """Whether a module lies inside one of a list of modules, as ``transformer_blocks.0.attn`` does."""
     return re.search(r"\.\d+(\.|$)", module) is not None
 
