@@ -53,4 +53,6 @@ def _compiled(main: fx.GraphModule) -> nn.Module:
 
 
 def _compile(module: fx.GraphModule) -> nn.Module:
-    return torch.compile(module, fullgraph=True, dynamic=False, options=INDUCTOR_OPTIONS)  # type: ignore[return-value]
+    # A module whose code is written when it is first called is not what torch.compile can look into.
+    written = fx.GraphModule({}, module.graph)
+    return torch.compile(written, fullgraph=True, dynamic=False, options=INDUCTOR_OPTIONS)  # type: ignore[return-value]
