@@ -4,9 +4,6 @@ Each function of ``PUBLISHED`` gives ``(model, kwargs)``: the class from diffuse
 published checkpoint, and the keyword arguments of its forward at the checkpoint's usual size, batch 1
 (classifier-free guidance doubles it).  All of it lives on the meta device, so a model of 20 billion
 parameters takes seconds to build and no memory: enough to capture and to plan with, though not to compute.
-
-``faked`` turns such an example into one of fake tensors that claim to be on a real device, for models whose
-code asks for the device type: Mochi enters ``torch.autocast`` with it, which refuses ``meta``.
 """
 
 from __future__ import annotations
@@ -17,9 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._pytree import tree_map_only
 
 Example = tuple[nn.Module, dict[str, Any]]
 
@@ -56,22 +50,9 @@ def meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def faked(example: Example, device: str = "cpu") -> Example:
-    """The example, its model changed in place, with fake tensors of the same shapes on a device.
-
-    Tables kept as plain attributes become real zeros: export would not accept fake ones of another mode.
-    """
-
-    def move(tensor: Tensor) -> Tensor:
-        return torch.empty_like(tensor, device=device)
-
-    model, kwargs = example
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, Tensor):
-                setattr(module, name, torch.zeros_like(value, device=device))
-    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
-        return model.to_empty(device=device), tree_map_only(Tensor, move, kwargs)
+def kept(length: int, count: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    """A real (1, length) mask whose first ``count`` entries are 1."""
+    return (torch.arange(length) < count).to(dtype)[None]
 
 
 def flux_dev(size: int = 1024) -> Example:
@@ -183,8 +164,7 @@ def cogvideox_5b() -> Example:
 def mochi_480p() -> Example:
     """Mochi 1 preview, 163 frames of 848x480: 28x30x53 = 44520 video + 256 text tokens with a bool mask.
 
-    Hidden 3072 (text 1536), 24 heads of 128, 48 layers.  The class can only be captured through ``faked``: it
-    enters autocast with its device type.  It then picks the kept text tokens with ``nonzero``.
+    Hidden 3072 (text 1536), 24 heads of 128, 48 layers.  It picks the kept text tokens with ``nonzero``.
     """
     model = build("MochiTransformer3DModel")
     return model, {

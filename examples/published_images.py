@@ -11,16 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from published import Example, build, meta
-from torch import Tensor
+from published import Example, build, kept, meta
 
 FLOAT = torch.float32
 INT = torch.int64
-
-
-def kept(length: int, count: int, dtype: torch.dtype = INT) -> Tensor:
-    """A real (1, length) mask whose first ``count`` entries are 1."""
-    return (torch.arange(length) < count).to(dtype)[None]
 
 
 # --------------------------------------------------------------------------------------------------

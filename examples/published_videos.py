@@ -13,16 +13,11 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from published import BF16, Example, build, meta
+from published import BF16, Example, build, kept, meta
 from torch import Tensor, nn
 
 FLOAT = torch.float32
 INT = torch.int64
-
-
-def kept(length: int, count: int, dtype: torch.dtype = INT) -> Tensor:
-    """A real (1, length) mask whose first ``count`` entries are 1."""
-    return (torch.arange(length) < count).to(dtype)[None]
 
 
 def rotary(tokens: int, width: int) -> tuple[Tensor, Tensor]:

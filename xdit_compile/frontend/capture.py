@@ -205,9 +205,6 @@ class _Copier:
             self.env[node] = self.env[node.args[0]]
             return self.env[node]
         new = self.graph.node_copy(node, lambda n: self.env[n])
-        if new.target is torch.ops.aten.lift_fresh_copy.default:
-            # What tracing calls the copy of a constant.
-            new.target = torch.ops.aten.clone.default
         new.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
         self.env[node] = self._described(new, node)
         return new

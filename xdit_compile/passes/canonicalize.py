@@ -17,7 +17,6 @@ from xdit_compile.program import Note, Program, drop_unused
 
 aten = torch.ops.aten
 
-CHECKS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg}
 COPIES = {aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default,
           aten.lift_fresh_copy.default}
 JOINS = {aten.concat.default, aten.concatenate.default}
@@ -46,9 +45,7 @@ def canonicalize(program: Program) -> Program:
 
 def _clean(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
-        if node.target in CHECKS:
-            graph.erase_node(node)
-        elif node.target in COPIES:
+        if node.target in COPIES:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif node.target in JOINS:
