@@ -55,7 +55,8 @@ def relative_errors(name: str, batch: int, odd: bool, specs: Sequence[str], back
                                             timeout=100)
         out, actual = called(parallel)
         assert type(out) is type(result) and len(actual) == len(expected)
-        (compiled, _), = parallel.runner.programs.values()
+        (ready,) = parallel.runners["forward"].programs.values()
+        compiled = ready.compiled
         notes = compiled.local.notes
         error = max(map(difference, actual, expected))
         found[spec] = {"error": error, "notes": [str(n) for n in notes], "seeds": list(compiled.seeds),

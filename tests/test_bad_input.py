@@ -59,7 +59,7 @@ def test_more_ulysses_ranks_than_heads(pool: Pool) -> None:
 
 
 def test_batch_of_one_cannot_be_shared(pool: Pool) -> None:
-    assert_refused(refused(pool, 2, "cfg=2", call=calls.inputs(batch=1)), "SpecError", "cfg=2", "larger batch")
+    assert_refused(refused(pool, 2, "data=2", call=calls.inputs(batch=1)), "SpecError", "data=2", "larger batch")
 
 
 def test_degrees_that_keep_the_batch(pool: Pool) -> None:

@@ -99,6 +99,15 @@ class Program:
         children = {n: graph_module(n, g) for n, g in graphs.items() if n != "main"}
         return self.having(*facts, main=graph_module("main", graphs["main"], children), **changes)
 
+    @property
+    def changes_arguments(self) -> bool:
+        """Whether a call writes into what it is given: a cache of keys and values, say."""
+        return bool(self.written) or self.outputs.build(range(self.outputs.tensor_count))[1] is not None
+
+    def results(self) -> list[torch.Tensor]:
+        """Fake tensors shaped as the results."""
+        return [node.meta["val"] for node in output_args(self.main.graph)]
+
     def finish(self, arguments: Any, tensors: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> Any:
         """What the model returns, from the flat results; what it does to its ``arguments`` (``tensors`` when flat) is
         done to them."""

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from rich.console import RenderableType
 from torch import nn
 
 from xdit_compile.calls import Inputs, call_arguments
-from xdit_compile.compiler import Compiled
 from xdit_compile.errors import XditError
-from xdit_compile.parallel import Runner, parallelize
+from xdit_compile.parallel import parallelize
 from xdit_compile.report.blame import NodeDifference, Pair, arguments_of, first_differences
 from xdit_compile.report.difference import Difference, difference
 from xdit_compile.report.plain import jsonable, plain
 from xdit_compile.report.tables import summary_of_verification, verification_table
+from xdit_compile.runner import Ready, Runner
+from xdit_compile.runtime.deferred import concrete
 from xdit_compile.spec import ShardingSpec
 from xdit_compile.structure import flatten
 
@@ -102,18 +101,19 @@ def verify(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, in
                         "xdit_compile.explain needs no values")
     args, kwargs = call_arguments(model, inputs)
     parallel = parallelize(model, ShardingSpec.parse(spec), ranks=ranks)
-    runner: Runner = parallel.runner
+    runner: Runner = parallel.runners["forward"]
     with torch.no_grad():
         expected, _ = flatten(model(*args, **kwargs))
-        actual, _ = flatten(parallel(*args, **kwargs))
-    (compiled, _), = runner.programs.values()
-    with runner.control.guard("the verification", runner.groups.all), torch.no_grad():
-        everyone = _gather(runner, [difference(a, b) for a, b in zip(actual, expected, strict=True)])
+        actual, _ = flatten(concrete(parallel(*args, **kwargs)))
+    (ready,) = runner.programs.values()
+    compiled, crew = ready.compiled, ready.crew
+    with runner.crew.control.guard("the verification", crew.groups.bind()), torch.no_grad():
+        everyone = ready.crew.gather([difference(a, b) for a, b in zip(actual, expected, strict=True)])
         outputs = tuple(
             OutputDifference(i, tuple(x.shape), str(x.dtype).removeprefix("torch."),
                              max(d.absolute for d in found), max(d.relative for d in found))
             for i, (x, found) in enumerate(zip(expected, zip(*everyone, strict=True), strict=True)))
-        result = Verification(type(model).__name__, runner.spec, tolerance, outputs)
+        result = Verification(type(model).__name__, runner.crew.spec, tolerance, outputs)
         if result.ok:
             return result
         tensors, _ = flatten((args, kwargs))
@@ -122,24 +122,15 @@ def verify(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, in
         whole, local = compiled.whole, compiled.local
         main = Pair("main", whole.main, local.main,
                     arguments_of(whole, state, tensors), arguments_of(local, state, tensors))
-        return _explained(result, runner, compiled, main, expected)
+        return _explained(result, ready, main, expected)
 
 
-def _explained(result: Verification, runner: Runner, compiled: Compiled, main: Pair,
-               expected: Sequence[torch.Tensor]) -> Verification:
+def _explained(result: Verification, ready: Ready, main: Pair, expected: Sequence[torch.Tensor]) -> Verification:
     """``result`` with the cause of its differences, and the nodes to blame."""
     captured = [difference(a, b) for a, b in zip(main.whole(*main.whole_arguments), expected, strict=True)]
-    if any(d.exceeds(result.tolerance) for theirs in _gather(runner, captured) for d in theirs):
+    if any(d.exceeds(result.tolerance) for theirs in ready.crew.gather(captured) for d in theirs):
         return replace(result, cause="capture")
-    assert compiled.local.position is not None
-    nodes = first_differences(main, compiled.local.position, result.tolerance, partial(_gather, runner))
+    position = ready.compiled.local.position
+    assert position is not None
+    nodes = first_differences(main, position, result.tolerance, ready.crew.gather)
     return replace(result, cause="rewriting" if nodes else "execution", nodes=nodes)
-
-
-def _gather(runner: Runner, mine: Any) -> list[Any]:
-    """What every rank holds, in rank order."""
-    if not runner.groups.all:
-        return [mine]
-    everyone: list[Any] = [None] * runner.spec.world_size
-    dist.all_gather_object(everyone, mine, group=runner.groups.all[0])
-    return everyone

@@ -7,7 +7,7 @@ import json
 import os
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -70,13 +70,27 @@ class Control:
         holds what, if anything differs, and `RankFailure` naming the rank that is gone or does not come
         within the timeout.
         """
+        text = json.dumps(dict(mine), sort_keys=True).encode()
+        self._exchanged(what, text, lambda rows, digest: all(row == digest for row in rows))
+
+    def anyone(self, what: str, mine: bool) -> bool:
+        """Whether `mine` is true on any rank; all ranks come here together, and raise as in `agree`."""
         if self._heart is None:
-            return
+            return mine
+        texts = [json.dumps({what: answer}).encode() for answer in ("no", "yes")]
+        no, yes = map(_digest, texts)
+        rows = self._exchanged(what, texts[mine], lambda rows, _: set(rows) <= {no, yes})
+        return yes in rows
+
+    def _exchanged(self, what: str, text: bytes, fine: Callable[[Sequence[bytes], bytes], bool]) -> Sequence[bytes]:
+        """The digests of every rank's text. Raises `RankMismatch` unless they are `fine`, given them and the own."""
+        if self._heart is None:
+            return [_digest(text)]
         self._check()
         self._heart.call, self._heart.label = self._heart.call + 1, what
         start = time.monotonic()
         try:
-            self._compare(what, mine)
+            return self._compare(what, text, fine)
         except RuntimeError as error:
             if not is_peer_loss(error):
                 raise
@@ -98,7 +112,7 @@ class Control:
         self._check()
         heart.label = label
         start = time.monotonic()
-        heart.waiting = True
+        outer, heart.waiting = heart.waiting, True
         try:
             for group in groups:
                 if group not in self._watched:
@@ -114,7 +128,7 @@ class Control:
             abort(heart.connections)
             raise
         finally:
-            heart.waiting = False
+            heart.waiting = outer
         self._check()
 
     def check(self) -> None:
@@ -154,15 +168,15 @@ class Control:
         if self._heart.known is not None:
             raise RankFailure(*self._heart.known)
 
-    def _compare(self, what: str, mine: Mapping[str, str]) -> None:
-        text = json.dumps(dict(mine), sort_keys=True).encode()
-        digest = hashlib.blake2b(text, digest_size=_DIGEST).digest()
+    def _compare(self, what: str, text: bytes, fine: Callable[[Sequence[bytes], bytes], bool]) -> Sequence[bytes]:
+        digest = _digest(text)
         self._sent.numpy()[:] = memoryview(digest)
         # An all-to-all of copies, because gloo's all-gather is a ring: as many steps as there are peers.
         self._gloo.alltoall_base(self._got, self._sent, [], []).wait()
-        if self._got.numpy().tobytes() == digest * len(self.ranks):
-            return
-        raise RankMismatch(_differences(what, [json.loads(one) for one in self._exchange(text)], self.ranks))
+        rows = [row.tobytes() for row in self._got.numpy()]
+        if not fine(rows, digest):
+            raise RankMismatch(_differences(what, [json.loads(one) for one in self._exchange(text)], self.ranks))
+        return rows
 
     def _exchange(self, text: bytes) -> list[bytes]:
         """`text` of every rank."""
@@ -206,6 +220,10 @@ class Control:
                 late = f"did not come to {label}; no answer for {waited:.1f} s (alive, last in {beat.label})"
                 return heart.convict(rank, late)
         return heart.convict(-1, f"{label} failed although every rank answers: {error}")
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.blake2b(text, digest_size=_DIGEST).digest()
 
 
 def _leave(heart: Heartbeat, store: object) -> None:

@@ -6,7 +6,7 @@ to run, so that one program serves any ranks of the right shape.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, cast
@@ -34,32 +34,24 @@ class Groups:
         for axis in (BATCH, SEQUENCE, ULYSSES, RING):
             if sizes[axis] > 1:
                 peers = tuple(ranks[i] for i in members(axis, self.rank, spec))
-                self._groups[group_name(axis, sizes)] = _group(group_name(axis, sizes), peers, timeout)
+                self._groups[group_name(axis, sizes)] = make_group(group_name(axis, sizes), peers, timeout)
 
-    def bind(self) -> None:
-        """Let the logical names mean these groups."""
+    def bind(self) -> tuple[ProcessGroup, ...]:
+        """Let the logical names mean these groups, which are returned."""
         for name, group in self._groups.items():
             if _bound.get(name) is not group:
                 if name in _bound:
                     _unregister_process_group(cast(Any, name))
                 _register_process_group(cast(Any, name), group)
                 _bound[name] = group
-
-    def forget(self) -> None:
-        """Use none of these groups again: a collective on them failed, and nobody knows what is still in flight.
-        Told in the store, because some ranks may not have noticed."""
-        for (world, name, ranks, generation), group in list(_made.items()):
-            if group in self._groups.values():
-                del _made[world, name, ranks, generation]
-                with suppress(dist.DistError):  # a lost store: there is no job left to make groups in
-                    _get_default_store().add(_generation_key(name, ranks), 1)
-
-    @property
-    def all(self) -> tuple[ProcessGroup, ...]:
         return tuple(self._groups.values())
 
+    def forget(self) -> None:
+        """Use none of these groups again."""
+        forget(self._groups.values())
 
-def _group(name: str, ranks: tuple[int, ...], timeout: float) -> ProcessGroup:
+
+def make_group(name: str, ranks: tuple[int, ...], timeout: float) -> ProcessGroup:
     """One group per name and ranks, until it fails. Not ``dist.new_group``: it names groups by how many a process
     has made, and ranks that differ in that wait for each other in vain; and it wants every rank of the job."""
     world = dist.group.WORLD
@@ -75,6 +67,17 @@ def _group(name: str, ranks: tuple[int, ...], timeout: float) -> ProcessGroup:
         _world.pg_group_ranks[group] = {r: i for i, r in enumerate(ranks)}
         _made[key] = group
     return _made[key]
+
+
+def forget(groups: Iterable[ProcessGroup]) -> None:
+    """Never give out these groups again: a collective on them failed, and nobody knows what is still in flight. Told in
+    the store, because some ranks may not have noticed."""
+    given_up = set(groups)
+    for (world, name, ranks, generation), group in list(_made.items()):
+        if group in given_up:
+            del _made[world, name, ranks, generation]
+            with suppress(dist.DistError):  # a lost store: there is no job left to make groups in
+                _get_default_store().add(_generation_key(name, ranks), 1)
 
 
 def _generation_key(name: str, ranks: tuple[int, ...]) -> str:

@@ -1,0 +1,28 @@
+"""What the modules of a pipeline are there for, told from how they are called."""
+
+from __future__ import annotations
+
+import inspect
+from enum import Enum
+
+from torch import nn
+
+TIMES = frozenset({"timestep", "timesteps", "time_step", "t", "sigma", "sigmas", "noise_level", "noise_labels"})
+"""Names that the time of a diffusion process goes by among the arguments of a forward."""
+
+
+class Role(Enum):
+    """Why a pipeline has a module."""
+
+    DENOISER = "runs at each step"  # transformers, UNets, and what feeds them: ControlNets, adapters
+    AUTOENCODER = "to latents and back"
+    ENCODER = "turns conditions into embeddings"
+
+
+def role_of(module: nn.Module) -> Role:
+    """A denoiser takes a time; an autoencoder encodes and decodes; all else encodes conditions."""
+    if TIMES & inspect.signature(type(module).forward).parameters.keys():
+        return Role.DENOISER
+    if all(callable(getattr(module, name, None)) for name in ("encode", "decode")):
+        return Role.AUTOENCODER
+    return Role.ENCODER

@@ -1,0 +1,128 @@
+"""A pipeline that runs on many devices: its own code, untouched, around parallel components."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from xdit_compile.compiler import Dump
+from xdit_compile.components import Role, role_of
+from xdit_compile.errors import CaptureError, RankMismatch, SpecError
+from xdit_compile.facts import facts_of
+from xdit_compile.runner import Runner
+from xdit_compile.runtime.crew import Crew
+from xdit_compile.runtime.deferred import concrete
+from xdit_compile.standin import Parallel, instance_of_subclass, parallel_model
+
+CALLBACKS = ("callback_on_step_end", "callback")
+"""Arguments of a pipeline's call that are the user's functions, called at the end of a step."""
+
+
+def is_pipeline(candidate: Any) -> bool:
+    """Whether it is called and has named components, modules among them."""
+    components = getattr(candidate, "components", None)
+    return not isinstance(candidate, nn.Module) and callable(candidate) and isinstance(components, Mapping) and any(
+        isinstance(c, nn.Module) for c in components.values())
+
+
+class ParallelPipeline:
+    """Marks a parallel pipeline. ``make`` turns a component into a parallel one; ``crew`` runs them."""
+
+    crew: Crew
+    make: Callable[[Any], Any]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A component that is exchanged becomes parallel as the one before it was.
+        super().__setattr__(name, self.make(value) if isinstance(vars(self).get(name), Parallel) else value)
+
+
+def parallel_pipeline(pipe: Any, crew: Crew, check_inputs: bool, dump: Dump | None) -> Any:
+    """``pipe`` with parallel components.
+
+    Raises:
+        SpecError: nothing among the components runs at each step.
+    """
+    make = functools.partial(_made_parallel, crew=crew, check_inputs=check_inputs, dump=dump)
+    modules = {n: c for n, c in pipe.components.items() if isinstance(c, nn.Module)}
+    if not any(role_of(c) is Role.DENOISER for c in modules.values()):
+        raise SpecError(f"none of the components of this {type(pipe).__name__} takes a timestep: "
+                        f"{', '.join(f'{n} ({type(c).__name__})' for n, c in modules.items())}; parallelize the model "
+                        "that is to be shared out by itself and give it to the pipeline")
+    state = dict(vars(pipe)) | {n: make(c) for n, c in modules.items()}
+    members = {"__call__": _call(type(pipe)), "crew": crew, "make": staticmethod(make)}
+    if isinstance(inspect.getattr_static(type(pipe), "interrupt", None), property):
+        members["interrupt"] = property(_interrupted)
+    return instance_of_subclass(pipe, ParallelPipeline, members, state)
+
+
+def _made_parallel(module: Any, crew: Crew, check_inputs: bool, dump: Dump | None) -> Any:
+    if not isinstance(module, nn.Module) or isinstance(module, Parallel) or role_of(module) is not Role.DENOISER:
+        return module
+    return parallel_model(module, {"forward": Runner(module, crew, check_inputs, dump)})
+
+
+def _call(cls: type) -> Callable[..., Any]:
+    """The pipeline's ``__call__``: arguments agreed upon before anything runs, results settled, failing together."""
+    @functools.wraps(cls.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        crew: Crew = self.crew
+        bound = inspect.signature(cls.__call__).bind(self, *args, **kwargs)
+        given = {n: v for n, v in bound.arguments.items() if v is not self}
+        crew.control.agree(f"the arguments of {cls.__name__}", facts_of(given))
+        for name in CALLBACKS:
+            if bound.arguments.get(name) is not None:
+                bound.arguments[name] = _settled_first(bound.arguments[name], crew)
+        before = crew.calls, dict(crew.turns.fetched) if crew.turns else {}
+        alike: BaseException | None = None
+        with crew.control.guard(f"{cls.__name__}", ()):
+            try:
+                result = cls.__call__(*bound.args, **bound.kwargs)
+                if crew.turns:
+                    crew.turns.settle()
+                    result = concrete(result)
+            except (RankMismatch, CaptureError, SpecError) as error:
+                alike = error
+            except Exception as error:
+                # Before the first model ran, only the arguments can be at fault, and they are the same everywhere.
+                if crew.calls != before[0]:
+                    raise
+                alike = error
+        if alike is not None:
+            raise alike
+        _warn_of_nothing_gained(cls.__name__, crew, before[1])
+        return result
+
+    return call
+
+
+def _settled_first(callback: Any, crew: Crew) -> Any:
+    """The user's callback, which may do on one rank what the others do not: it is given no deferred tensors."""
+    def settled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if crew.turns:
+            crew.turns.settle()
+            args, kwargs = concrete((args, kwargs))
+        return callback(*args, **kwargs)
+
+    if inspect.isroutine(callback):
+        return functools.partial(settled, None)
+    return instance_of_subclass(callback, object, {"__call__": settled}, vars(callback))
+
+
+def _interrupted(self: Any) -> bool:
+    """Whether any rank was told to stop: all must, or the others would wait for it."""
+    return self.crew.control.anyone("whether to stop", bool(self._interrupt))
+
+
+def _warn_of_nothing_gained(name: str, crew: Crew, before: Mapping[int, int]) -> None:
+    if crew.turns is None or crew.rank != 0:
+        return
+    now = {calls: times - before.get(calls, 0) for calls, times in crew.turns.fetched.items()}
+    if alone := now.get(1) and not any(now[calls] for calls in now if calls > 1) and now[1]:
+        warnings.warn(f"cfg={crew.spec.cfg_degree} gained nothing in this call of {name}: each of {alone} results was "
+                      "used before the model was called again, so one group computed while the others waited",
+                      stacklevel=3)

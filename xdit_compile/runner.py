@@ -1,0 +1,120 @@
+"""Calls of a parallel model: each is agreed upon, captured and compiled when it is new, and run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from xdit_compile.calls import bind_call, named_leaves
+from xdit_compile.compiler import Compiled, Dump, compile_program
+from xdit_compile.errors import CaptureError, RankMismatch, SpecError, XditError
+from xdit_compile.frontend.cache import captured, find
+from xdit_compile.passes import NOTHING
+from xdit_compile.program import Program
+from xdit_compile.runtime.crew import Crew
+from xdit_compile.runtime.deferred import Deferred, concrete
+from xdit_compile.runtime.digest import digests
+from xdit_compile.runtime.executor import Executor
+from xdit_compile.structure import flatten
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A program that can run, and the ranks that run it together: all of them, or the group whose turn it is."""
+
+    compiled: Compiled
+    executor: Executor
+    crew: Crew
+    turns: bool
+
+
+class Runner:
+    """The state behind a parallel model: a program for each kind of call seen so far.
+
+    A call's batch is shared out among ``cfg`` and ``data`` if it can be. A batch too small for that is a call that
+    groups take turns in: one of the calls that guidance makes in a row.
+    """
+
+    def __init__(self, model: nn.Module, crew: Crew, check_inputs: bool, dump: Dump | None) -> None:
+        self.model, self.crew, self.check_inputs, self.dump = model, crew, check_inputs, dump
+        self.programs: dict[int, Ready] = {}
+        """By the identity of the captured program, which ``Compiled`` keeps alive."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = concrete((args, kwargs))
+        bound = bind_call(self.model, args, kwargs)
+        tensors, _ = flatten((bound.args, bound.kwargs))
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            raise XditError("a parallel model computes no gradients, but an input requires them; "
+                            "call it under torch.no_grad() or detach the input")
+        try:
+            whole = find(self.model, bound.args, bound.kwargs)
+            ready = self.programs.get(id(whole))
+            # Also which program: a rank that has to capture one waits for the others to do so too.
+            facts = {"program": ready.compiled.name if ready else "still to be made"}
+            if self.check_inputs:
+                named, others = named_leaves(bound)
+                facts |= digests(named) | others
+            if ready is None or not ready.turns:
+                self.crew.control.agree("the call's inputs", facts)
+            self.crew.calls += 1
+            ready = ready or self._prepare(bound.args, bound.kwargs)
+            results = self._in_turn(ready, tensors, facts) if ready.turns else self._together(ready, tensors)
+        except (RankMismatch, CaptureError, SpecError):
+            # All ranks raise alike, before any collective: the next call may well succeed.
+            raise
+        except BaseException:
+            self.crew.forget()
+            raise
+        return ready.compiled.captured.finish((bound.args, bound.kwargs), tensors, results)
+
+    def _together(self, ready: Ready, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """The results, computed by all ranks."""
+        with self.crew.control.guard("the forward pass", ready.crew.groups.bind()):
+            return ready.executor(tensors)
+
+    def _in_turn(self, ready: Ready, tensors: Sequence[torch.Tensor], facts: Mapping[str, str]) -> Sequence[Deferred]:
+        """The results as promised by the group whose turn it is, which computes them now."""
+        turns, results = self.crew.turns, None
+        assert turns is not None
+        owner = turns.next(self)
+        if owner == turns.mine:
+            with self.crew.control.guard("the forward pass", ready.crew.groups.bind()):
+                try:
+                    ready.crew.control.agree("the call's inputs", facts)
+                except RankMismatch as error:
+                    # The other groups are elsewhere and must be told: to them it is a failure.
+                    raise XditError(str(error)) from error
+                results = ready.executor(tensors)
+        return turns.promise(owner, results, ready.compiled.captured.results(), facts)
+
+    def _prepare(self, args: Any, kwargs: Any) -> Ready:
+        """Capture and compile a new kind of call."""
+        try:
+            whole = captured(self.model, args, kwargs)
+            compiled, crew = self._compiled(whole)
+        except Exception as error:
+            # Told to the others, who else would wait for this rank's plan. All failing alike, the group lives on.
+            self.crew.control.agree("the plan", {"error": f"{type(error).__name__}: {error}"})
+            raise
+        self.crew.control.agree("the plan", compiled.digest())
+        if not compiled.seeds and crew.spec.world_size > 1 and self.crew.rank == 0:
+            warnings.warn(f"{type(self.model).__name__} under {crew.spec}: {NOTHING}", stacklevel=4)
+        turns = crew is not self.crew and not whole.changes_arguments
+        self.programs[id(whole)] = Ready(compiled, Executor(compiled.local, self.model), crew, turns)
+        return self.programs[id(whole)]
+
+    def _compiled(self, whole: Program) -> tuple[Compiled, Crew]:
+        """The program for this rank, and who runs it."""
+        crew = self.crew
+        try:
+            return compile_program(whole, crew.spec, crew.rank, self.dump), crew
+        except SpecError:
+            if crew.part is None:
+                raise
+        return compile_program(whole, crew.part.spec, crew.part.rank, self.dump), crew.part

@@ -1,0 +1,151 @@
+"""Results that arrive later: tensors that record what is done with them until somebody needs a number.
+
+Where a pipeline calls its model once for each term of guidance, each group of ranks computes one of the calls. The
+others get a deferred tensor, and so does the group itself: element-wise operators and those that only move elements
+are written down on a tape. The first use of any other kind plays the tape: the groups exchange their results, and
+everything recorded is computed, in its order. Every rank runs the same Python, so all do so at the same place.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+aten = torch.ops.aten
+
+MOVES = {
+    aten.view.default, aten._unsafe_view.default, aten.alias.default, aten.detach.default, aten.clone.default,
+    aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int,
+    aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default, aten.squeeze.default,
+    aten.squeeze.dim, aten.squeeze.dims, aten.expand.default, aten.cat.default, aten.stack.default,
+    aten._to_copy.default,
+}
+"""Operators that move elements and compute nothing; recorded as the element-wise ones are."""
+
+IN_MEMORY = {"numpy", "tolist", "data", "data_ptr", "untyped_storage", "storage", "share_memory_", "__array__",
+             "__dlpack__", "__reduce_ex__", "__deepcopy__", "__repr__", "__format__", "set_"}
+"""What of a tensor's own methods reads its memory without an operator."""
+
+
+class Promise:
+    """What a call or an operator returns: ``values`` once they are known."""
+
+    def __init__(self, values: Sequence[torch.Tensor] | None = None) -> None:
+        self.values = values
+
+
+class _Recorded(Promise):
+    """An operator to be carried out."""
+
+    def __init__(self, op: Any, args: Any, kwargs: Any) -> None:
+        super().__init__()
+        self.op, self.args, self.kwargs = op, args, kwargs
+
+    def compute(self) -> None:
+        args, kwargs = concrete((self.args, self.kwargs))
+        result = self.op(*args, **kwargs)
+        self.values = result if isinstance(result, (list, tuple)) else (result,)
+        self.args, self.kwargs = (), {}
+
+
+class Tape:
+    """Promised results and what was recorded of their use. ``play`` fetches them and computes the rest.
+
+    Args:
+        fetch: gives all promised calls their values; every rank comes to it at the same place.
+    """
+
+    def __init__(self, fetch: Callable[[], None]) -> None:
+        self._fetch = fetch
+        self._recorded: list[weakref.ref[_Recorded]] = []
+
+    def deferred(self, promise: Promise, likes: Sequence[torch.Tensor]) -> list[Deferred]:
+        """Tensors like these, whose values the promise will hold."""
+        return [Deferred(like, like.device, self, promise, i) for i, like in enumerate(likes)]
+
+    def record(self, op: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
+        """What ``op`` will return. Tensors that are known already are copied: they may be written into meanwhile."""
+        def held(t: torch.Tensor) -> torch.Tensor:
+            return t if isinstance(t, Deferred) else t.clone()
+
+        def meta(t: torch.Tensor) -> torch.Tensor:
+            return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+        args, kwargs = pytree.tree_map_only(torch.Tensor, held, (args, kwargs))
+        shown_args, shown = pytree.tree_map_only(torch.Tensor, meta, (args, kwargs))
+        result = op(*shown_args, **{k: v for k, v in shown.items() if k != "device"})
+        node = _Recorded(op, args, kwargs)
+        self._recorded.append(weakref.ref(node))
+        several = isinstance(result, (list, tuple))
+        made = [Deferred(r, device, self, node, i) for i, r in enumerate(result if several else [result])]
+        return made if several else made[0]
+
+    def play(self) -> None:
+        """Fetch what is promised, then compute what is recorded and still wanted, in order: views of one tensor must
+        all exist before one of them is written into."""
+        self._fetch()
+        recorded, self._recorded = self._recorded, []
+        for reference in recorded:
+            if node := reference():
+                node.compute()
+
+
+class Deferred(torch.Tensor):
+    """A tensor whose values are not here yet. Shape, dtype and device are."""
+
+    tape: Tape
+    promise: Promise
+    place: int
+
+    @staticmethod
+    def __new__(cls, like: torch.Tensor, device: torch.device, tape: Tape, promise: Promise, place: int) -> Deferred:
+        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device)
+        made.tape, made.promise, made.place = tape, promise, place
+        return made
+
+    def value(self) -> torch.Tensor:
+        """The tensor itself; all ranks must ask together the first time."""
+        if self.promise.values is None:
+            self.tape.play()
+        assert self.promise.values is not None
+        return self.promise.values[self.place]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__get__":  # of a property, which has the name
+            name = getattr(func.__self__, "__name__", "")
+        if name in IN_MEMORY:
+            args, kwargs = concrete((args, kwargs))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Deferred) and t.promise.values is None]
+        if len({t.tape for t in given}) == 1 and _recordable(func, kwargs, given[0].device):
+            return given[0].tape.record(func, args, kwargs, given[0].device)
+        args, kwargs = concrete((args, kwargs))
+        return func(*args, **kwargs)
+
+
+def concrete(tree: Any) -> Any:
+    """The same containers with the values of deferred tensors."""
+    return pytree.tree_map_only(Deferred, Deferred.value, tree)
+
+
+def _recordable(op: Any, kwargs: Any, device: torch.device) -> bool:
+    """Whether the operator writes nowhere, draws nothing, and takes each element by itself or only moves it."""
+    refused = {torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    if op._schema.is_mutable or refused & set(op.tags):
+        return False
+    stays = kwargs.get("device") in (None, device)
+    return stays and (op in MOVES or torch.Tag.pointwise in op.tags)
