@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pipelines_images
+import pipelines_modes
+import pipelines_videos
 import torch
 from pipelines_parts import PipelineCase, made
 from torch import Tensor
 
-PIPELINES: dict[str, PipelineCase] = {
-    name: case for module in (pipelines_images,) for name, case in module.CASES.items()
-}
+PIPELINES: dict[str, PipelineCase] = pipelines_images.CASES | pipelines_videos.CASES | pipelines_modes.CASES
 
 
 def folder(name: str, root: Path) -> Path:
@@ -48,7 +48,8 @@ def load(path: Path) -> Any:
 
 
 def run(pipe: Any, case: PipelineCase, seed: int = 0, **overrides: Any) -> Tensor:
-    """What a call gives, with noise from ``seed``."""
+    """What a call gives, with noise from ``seed``; some pipelines encode a picture with torch's own generator."""
     generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
     result = pipe(**(case.call() | overrides), generator=generator, return_dict=False)[0]
     return torch.as_tensor(result)

@@ -24,10 +24,10 @@ GUIDANCE = {
     "batched": [(2,)] * STEPS,
     "twice": [(1, 1)] * STEPS,
     "three": [(3,)] * STEPS,
-    "thrice": [(1, 1, 1)] * STEPS,
+    "thrice": [(1, 1), *[(1, 1, 1)] * (STEPS - 1)],
     "skip": [(2,), *[(2, 1)] * 3, (2,), (2,)],
 }
-"""The batches of the calls to the denoiser, step by step. Skip: some steps call it once more with fewer layers."""
+"""The batches of the calls to the denoiser, step by step. Thrice and skip: some call it again, with fewer layers."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class PipelineCase:
     guidance: str  # which of GUIDANCE
     denoisers: tuple[str, ...] = ("transformer",)  # the components that run at each step, or one of which does
     others: tuple[str, ...] = ()  # further components that take part at each step
-    prompt: Mapping[str, Any] = field(default_factory=lambda: {"prompt": OTHER})  # arguments for another picture
-    scale: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 2.0})  # for another strength of guidance
+    prompt: Mapping[str, Any] = field(default_factory=lambda: {"prompt": OTHER})  # arguments that ask for another
+    scale: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 2.0})  # for weaker guidance
     attributes: Mapping[str, Any] = field(default_factory=dict)  # of a loaded pipeline, which no folder keeps
 
     @property
@@ -60,8 +60,13 @@ def made(case: PipelineCase) -> Any:
 
 def changed(name: str, **config: Any) -> Any:
     """The zoo's model of that name, with other values in its configuration."""
-    model = zoo.CASES[name].build()
-    return type(model).from_config({**model.config, **config}) if config else model
+    return varied(zoo.CASES[name].build(), **config)
+
+
+def varied(model: Any, **config: Any) -> Any:
+    """A model as the given one, with other values in its configuration."""
+    kept = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    return type(model).from_config(kept | config)
 
 
 def image_vae(**config: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Text encoders of the pipelines' families, tiny and random, and tokenizers made here, of the classes published ones have.
+"""Text encoders, tiny and random, and tokenizers made here, all of the classes that published ones have.
 
 The vocabularies come from the words below: a prompt is about as many tokens as it has words, so that the pipelines
 which cut a template off the front by a fixed count of tokens leave about what they should.
@@ -6,8 +6,8 @@ which cut a template off the front by a fixed count of tokens leave about what t
 
 from __future__ import annotations
 
-import json
-from itertools import product
+from collections import Counter
+from itertools import pairwise, product
 from typing import Any
 
 from torch import nn
@@ -30,24 +30,33 @@ CLIP_LENGTH = 11
 # Tokenizers
 
 
-def _pairs(before: Any, special: list[str], suffix: str = "") -> dict[str, Any]:
-    """A vocabulary and the merges of pairs that lead to the words of the corpus, as ``before`` divides it."""
-    from tokenizers import Tokenizer, models, trainers
+def _joined(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    """The parts of a word, each occurrence of the pair made one."""
+    done: list[str] = []
+    for part in parts:
+        if done and (done[-1], part) == pair:
+            done[-1] += part
+        else:
+            done.append(part)
+    return done
 
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix=suffix))
-    tokenizer.pre_tokenizer = before
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000, min_frequency=1, end_of_word_suffix=suffix, show_progress=False,
-        initial_alphabet=[chr(c) for c in range(33, 127)],
-    )  # fmt: skip
-    tokenizer.train_from_iterator(_CORPUS, trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    words = sorted(model["vocab"], key=model["vocab"].get)
-    vocabulary = [*special, *words] if not suffix else [*words, *special]
-    return {
-        "vocab": {word: i for i, word in enumerate(vocabulary)},
-        "merges": [tuple(pair) for pair in model["merges"]],
-    }
+
+def _pairs(before: Any, special: list[str], suffix: str = "") -> dict[str, Any]:
+    """A vocabulary and the merges of pairs, frequent ones first, up to the words into which ``before`` divides texts.
+
+    Done here, as the library's own training has another outcome each time.
+    """
+    letters = [chr(c) for c in range(33, 127)]
+    words = [w for text in _CORPUS for w, _ in before.pre_tokenize_str(text)]
+    divided = [[*w[:-1], w[-1] + suffix] for w in words]
+    vocabulary = [*letters, *(c + suffix for c in letters if suffix), *(c for word in divided for c in word)]
+    merges: list[tuple[str, str]] = []
+    while counts := Counter(pair for word in divided for pair in pairwise(word)):
+        merges.append(max(counts, key=lambda pair: (counts[pair], pair)))
+        divided = [_joined(word, merges[-1]) for word in divided]
+    vocabulary += ["".join(pair) for pair in merges]
+    ordered = [*vocabulary, *special] if suffix else [*special, *vocabulary]
+    return {"vocab": {word: i for i, word in enumerate(dict.fromkeys(ordered))}, "merges": merges}
 
 
 def t5_tokenizer() -> Any:
@@ -109,9 +118,17 @@ def qwen_tokenizer() -> Any:
     tokenizer = Qwen2Tokenizer(**parts, padding_side="right")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "<|im_start|>assistant\n"
     )
     return tokenizer
+
+
+def byte_tokenizer() -> Any:
+    """Bytes are the tokens."""
+    from transformers import ByT5Tokenizer
+
+    return ByT5Tokenizer()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -132,13 +149,13 @@ def t5(width: int = 20, *, multilingual: bool = False) -> nn.Module:
 
 
 def clip(width: int, projected: int | None = None) -> nn.Module:
-    """With a projection of the pooled token where its width is given."""
+    """With a projection of the pooled token where its width is given. HunyuanVideo fills its text up to 77."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     end = len(clip_tokenizer()) - 1
     config = CLIPTextConfig(
         vocab_size=end + 1, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3, num_attention_heads=2,
-        max_position_embeddings=CLIP_LENGTH, bos_token_id=end - 1, eos_token_id=end, pad_token_id=end,
+        max_position_embeddings=77, bos_token_id=end - 1, eos_token_id=end, pad_token_id=end,
         projection_dim=projected or width,
     )  # fmt: skip
     return CLIPTextModelWithProjection(config) if projected else CLIPTextModel(config)
