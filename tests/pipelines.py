@@ -38,8 +38,14 @@ def folder(name: str, root: Path) -> Path:
 
 def load(path: Path) -> Any:
     """The pipeline in a folder which ``folder`` wrote."""
+    import transformers
     from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
 
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
     pipe = DiffusionPipeline.from_pretrained(path)
     pipe.set_progress_bar_config(disable=True)
     for name, value in PIPELINES[Path(path).name].attributes.items():

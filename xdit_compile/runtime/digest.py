@@ -45,6 +45,8 @@ def _kind(tensor: Tensor) -> str:
 def _words(tensor: Tensor) -> Tensor:
     """The tensor's bits in logical order as a flat integer tensor."""
     flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    if flat.stride(0) != 1:  # a single element passes for contiguous whatever its stride
+        flat = flat.clone(memory_format=torch.contiguous_format)
     return flat.view(_WORDS.get(flat.element_size(), torch.int32))
 
 

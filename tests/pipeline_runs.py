@@ -1,0 +1,40 @@
+"""What ranks do with a test pipeline: run it as it is and in parallel, and compare."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pipelines
+import torch
+from emulation import difference
+
+import xdit_compile
+
+
+def differences(name: str, root: str, specs: Sequence[str], **overrides: Any) -> dict[str, dict[str, Any]]:
+    """By spec, the largest difference to one process over the largest value, and what was said and counted."""
+    case, path = pipelines.PIPELINES[name], pipelines.folder(name, Path(root))
+    expected = pipelines.run(pipelines.load(path), case, **overrides)
+    found: dict[str, dict[str, Any]] = {}
+    for spec in specs:
+        world = xdit_compile.ShardingSpec.parse(spec).world_size
+        if torch.distributed.get_rank() >= world:
+            continue
+        pipe = xdit_compile.parallelize(pipelines.load(path), spec, ranks=range(world), timeout=100)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", UserWarning)
+            actual = pipelines.run(pipe, case, **overrides)
+        assert type(actual) is torch.Tensor
+        found[spec] = {"error": difference(actual, expected), "warnings": [str(w.message) for w in said],
+                       "fetched": dict(pipe.crew.turns.fetched) if pipe.crew.turns else {}}
+    return found
+
+
+def again(name: str, root: str, spec: str, calls: Sequence[Mapping[str, Any]]) -> list[float]:
+    """One pipeline, called in several ways one after the other: the difference of each."""
+    case, path = pipelines.PIPELINES[name], pipelines.folder(name, Path(root))
+    alone, pipe = pipelines.load(path), xdit_compile.parallelize(pipelines.load(path), spec, timeout=100)
+    return [difference(pipelines.run(pipe, case, **c), pipelines.run(alone, case, **c)) for c in calls]
