@@ -77,7 +77,7 @@ def _call(cls: type) -> Callable[..., Any]:
         for name in CALLBACKS:
             if bound.arguments.get(name) is not None:
                 bound.arguments[name] = _settled_first(bound.arguments[name], crew)
-        before = crew.calls, dict(crew.turns.fetched) if crew.turns else {}
+        calls, shared, fetched = crew.calls, crew.shared, dict(crew.turns.fetched) if crew.turns else {}
         alike: BaseException | None = None
         with crew.control.guard(f"{cls.__name__}", ()):
             try:
@@ -89,12 +89,12 @@ def _call(cls: type) -> Callable[..., Any]:
                 alike = error
             except Exception as error:
                 # Before the first model ran, only the arguments can be at fault, and they are the same everywhere.
-                if crew.calls != before[0]:
+                if crew.calls != calls:
                     raise
                 alike = error
         if alike is not None:
             raise alike
-        _warn_of_nothing_gained(cls.__name__, crew, before[1])
+        _warn_of_nothing_gained(cls.__name__, crew, shared, fetched)
         return result
 
     return call
@@ -118,11 +118,12 @@ def _interrupted(self: Any) -> bool:
     return self.crew.control.anyone("whether to stop", bool(self._interrupt))
 
 
-def _warn_of_nothing_gained(name: str, crew: Crew, before: Mapping[int, int]) -> None:
-    if crew.turns is None or crew.rank != 0:
+def _warn_of_nothing_gained(name: str, crew: Crew, shared: int, fetched: Mapping[int, int]) -> None:
+    """Say so if groups took turns and never two of them computed at once."""
+    if crew.turns is None or crew.rank != 0 or crew.shared > shared:
         return
-    now = {calls: times - before.get(calls, 0) for calls, times in crew.turns.fetched.items()}
-    if alone := now.get(1) and not any(now[calls] for calls in now if calls > 1) and now[1]:
-        warnings.warn(f"cfg={crew.spec.cfg_degree} gained nothing in this call of {name}: each of {alone} results was "
+    now = {calls: times - fetched.get(calls, 0) for calls, times in crew.turns.fetched.items()}
+    if now.get(1) == sum(now.values()) > 0:
+        warnings.warn(f"cfg={crew.spec.cfg_degree} gained nothing in this call of {name}: each of {now[1]} results was "
                       "used before the model was called again, so one group computed while the others waited",
                       stacklevel=3)

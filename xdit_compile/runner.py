@@ -75,6 +75,7 @@ class Runner:
 
     def _together(self, ready: Ready, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """The results, computed by all ranks."""
+        self.crew.shared += ready.crew is self.crew
         with self.crew.control.guard("the forward pass", ready.crew.groups.bind()):
             return ready.executor(tensors)
 

@@ -21,14 +21,14 @@ class Crew:
     Attributes:
         rank: this process's place among them.
         timeout: seconds to wait for another rank.
-        calls: how many calls of parallel models its ranks have made together.
+        calls, shared: how many calls of parallel models its ranks have made, and how many of them all ranks computed.
     """
 
     def __init__(self, spec: ShardingSpec, ranks: Sequence[int], timeout: float) -> None:
         self.spec, self.ranks, self.timeout = spec, tuple(ranks), timeout
         self.rank = 0 if len(ranks) == 1 else self.ranks.index(dist.get_rank())
         self.control = Control(self.ranks, timeout)
-        self.calls = 0
+        self.calls, self.shared = 0, 0
 
     @cached_property
     def groups(self) -> Groups:

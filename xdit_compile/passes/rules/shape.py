@@ -126,7 +126,7 @@ def slice_(s, x, dim=0, start=None, stop=None, step=1):
     else:
         last = first + held
     out = x.layout.replace(dim, old.slice(start, stop, step))
-    return s.emit(out, x, dim, first, last, step, target=aten.slice.Tensor)
+    return _not_alone(s, dim, s.emit(out, x, dim, first, last, step, target=aten.slice.Tensor))
 
 
 @rule({aten.slice_scatter.default: lambda r: (r.tensor(2, 5, 8), r.tensor(2, 5, 4), -1, r.pick(0, 1), 8, 2)})
@@ -151,8 +151,14 @@ def split(s, x, sizes, dim=0):
         parts.append(old.slice(at, at + n))
         at += n
     local = [p.local_size(s.position) for p in parts]
-    return s.emit_many([x.layout.replace(dim, p) for p in parts], x, local, dim,
+    made = s.emit_many([x.layout.replace(dim, p) for p in parts], x, local, dim,
                        target=aten.split_with_sizes.default)
+    return tuple(_not_alone(s, dim, part) for part in made)
+
+
+def _not_alone(s, dim, x):
+    """A single index that one rank holds is given to all: elsewhere a size of one means that it may be repeated."""
+    return s.whole(x, dim) if x.shape[dim] == 1 else x
 
 
 @rule({aten.unbind.int: lambda r: (r.tensor(2, 3, 4), r.pick(0, 1, -1))})
