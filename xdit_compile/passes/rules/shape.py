@@ -172,29 +172,6 @@ def select(s, x, dim, index):
     return s.emit(Layout(x.dims[:dim] + x.dims[dim + 1 :]), one, dim, 0)
 
 
-@rule({aten.constant_pad_nd.default: lambda r: (
-    r.tensor(2, 5, 4), r.pick([1, 0], [0, 0, 0, 3], [0, 0, 2, 1], [-1, 0, 0, 1]), 0.5)})
-def pad(s, x, pads, value=0):
-    """Padding joins constant segments before and after; a sharded dimension is padded by concatenation."""
-    pads = list(pads) + [0] * (2 * x.ndim - len(pads))
-    free = [0 if x.dims[x.ndim - 1 - i // 2].sharded else p for i, p in enumerate(pads)]
-    sizes = [d if d.sharded else Dim.replicated(d.size + sum(free[2 * (x.ndim - 1 - i) :][:2]))
-             for i, d in enumerate(x.dims)]
-    out = s.emit(Layout(tuple(sizes)), x, free, value) if any(free) else x
-    for i, d in enumerate(x.dims):
-        before, after = pads[2 * (x.ndim - 1 - i) :][:2]
-        if d.sharded and (before or after):
-            if min(before, after) < 0:
-                raise NoRule("negative padding of a sharded dimension")
-            ends = []
-            for n in (before, after):
-                shape = Layout(out.dims).replace(i, Dim.replicated(n))
-                size = list(shape.local_shape(s.position))
-                ends.append(s.emit(shape, out, size, value, target=aten.new_full.default))
-            out = cat(s, [ends[0], out, ends[1]], i)
-    return out
-
-
 @rule({aten.view_as_complex.default: lambda r: (r.tensor(3, 4, 2),)})
 def view_as_complex(s, x):
     return s.emit(Layout(x.dims[:-1]), s.whole(x, -1))
