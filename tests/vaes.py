@@ -71,7 +71,7 @@ CASES = {v.name: v for v in [
         down_block_types=("CogVideoXDownBlock3D",) * 2, up_block_types=("CogVideoXUpBlock3D",) * 2,
         temporal_compression_ratio=2), 4, 2, 3, 2),
     Vae("mochi", lambda: d.AutoencoderKLMochi(
-        in_channels=15, encoder_block_out_channels=(8, 16, 16, 16), decoder_block_out_channels=(16, 16, 16, 16),
+        in_channels=15, encoder_block_out_channels=(32, 32, 32, 32), decoder_block_out_channels=(32, 32, 32, 32),
         latent_channels=4, layers_per_block=(1, 1, 1, 1, 1), add_attention_block=(False, True, False, False, True)),
         4, 8, 2, 6),
     Vae("wan", wan, 4, 4, 3, 2),

@@ -80,8 +80,9 @@ def choose_seeds(program: Program, sizes: Mapping[str, int], batch: Seeds) -> Se
         # Where blocks make grids of tokens again, for convolutions or to attend inside frames, these can be followed
         # if the grid was cut along one of its sides. Or the model is all convolutions, with attention in some places,
         # and what is to be cut is a side of the pictures that it is given.
-        grids = [*_grids(entering), *(n for n in _arguments(program) if n.meta["val"].ndim > 3)]
-        found = min(found, gathered(tried + _tried(estimate, grids, parts)), key=lambda f: cost(f[0]))
+        tried += _tried(estimate, _grids(entering), parts)
+        sides = [(estimate(seeds), seeds) for seeds in _sides(program, parts)]
+        found = min([found, gathered(tried), *sides], key=lambda f: cost(f[0]))
     if not found[1]:
         _check_tokens(program, parts)
     return found[1]
@@ -108,6 +109,12 @@ def _grids(nodes: Iterable[fx.Node]) -> Iterator[fx.Node]:
             grid = grid.args[0]
         if grid.meta["val"].ndim > node.meta["val"].ndim:
             yield grid
+
+
+def _sides(program: Program, parts: int) -> Iterator[Seeds]:
+    """The dimensions of arguments that come after batch and channels, cut evenly."""
+    for node in (n for n in _arguments(program) if n.meta["val"].ndim > 3):
+        yield from (seeds for seeds in _cuts([node], parts) if not any(d.sharded for d in seeds[node.name].dims[:2]))
 
 
 def _cuts(nodes: Iterable[fx.Node], parts: int) -> list[Seeds]:

@@ -60,7 +60,7 @@ def _slid(s, x, reach, stride, padding):
         if alone or not dim.sharded:
             space.append(dim if alone else Dim.replicated(size))
             continue
-        out = _shares(dim, size, stride[i], padding[i] - (reach[i] - 1) // 2)
+        out = _shares(dim, size, stride[i], padding[i] - (reach[i] - 1) // 2 if stride[i] == 1 else 0)
         if out is None or source is not x:
             raise NoRule(f"space laid out as {x.layout}")
         space.append(out)
@@ -70,8 +70,8 @@ def _slid(s, x, reach, stride, padding):
 
 
 def _shares(dim, size, stride, shift):
-    """Who computes which outputs: those in the middle of whose window lies a row of its share. So padding that was
-    given to the ranks at the ends leaves with the windows that read it."""
+    """Who computes which outputs: of stride 1, those in the middle of whose window lies a row of its share, so that
+    padding given to the ranks at the ends leaves with the windows that read it; else one in ``stride`` of its rows."""
     if len(dim.segments) != 1:
         return None
     (segment,) = dim.segments

@@ -37,16 +37,18 @@ def pad(s, x, pads, value=0):
     r.tensor(2, 2, 7, 5), r.pick([1, 1, 2, 0], [2, 1, 0, 1]), r.pick("replicate", "reflect", "circular"))})
 def pad_alike(s, x, pads, mode="constant", value=None):
     """Padding with what the tensor holds: rows near the ends, which the ranks at the ends have to hold."""
-    x = _filled(s, x, max(pads) + (mode == "reflect"))
     for i in range(x.ndim - len(pads) // 2, x.ndim):
-        if any(pads[2 * (x.ndim - 1 - i) :][:2]) and (len(x.dims[i].segments) > 1 or mode == "circular" or min(pads) < 0):
+        most = max(pads[2 * (x.ndim - 1 - i) :][:2])
+        x = _filled(s, x, [i], max(most, 0) + (mode == "reflect"))
+        if most and (len(x.dims[i].segments) > 1 or mode == "circular" or min(pads) < 0):
             x = s.whole(x, i)
-    return _padded(s, x, list(pads), mode, value)
+    return _padded(s, _filled(s, x, range(x.ndim)), list(pads), mode, value)
 
 
-def _filled(s, x, least=1):
-    """``x`` without dimensions of which some rank holds less than ``least``."""
-    for i, d in enumerate(x.dims):
+def _filled(s, x, dims, least=1):
+    """``x`` with those of ``dims`` whole of which some rank holds less than ``least``."""
+    for i in dims:
+        d = x.dims[i]
         if any(d.local_size({**s.position, axis: r}) < least for axis in d.axes for r in range(s.sizes[axis])):
             x = s.whole(x, i)
     return x
@@ -80,7 +82,7 @@ def _upsampled(n):
     (aten.upsample_nearest3d, aten._upsample_nearest_exact3d)), 1) for op in ops})
 def upsample(s, x, sizes, factors=None):
     """Rows are repeated where they are: a whole number of times each, but for the last, of which some may be cut."""
-    x, sizes, exact = _filled(s, s.whole(x, 1)), s.node.meta["val"].shape[2:], "exact" in str(s.node.target)
+    x, sizes, exact = _filled(s, s.whole(x, 1), range(x.ndim)), s.node.meta["val"].shape[2:], "exact" in str(s.node.target)
     for i, size in enumerate(sizes, 2):
         rows = _rows(x.shape[i], size, factors and factors[i - 2], exact)
         if rows != [o // -(-size // x.shape[i]) for o in range(size)]:
@@ -108,13 +110,13 @@ def _rows(size, out, factor, exact):
        aten.pixel_unshuffle.default: lambda r: (r.tensor(2, 2, 6, 8), 2)})
 def pixels(s, x, factor):
     """Channels are whole; each row and column of pixels becomes ``factor`` of them, or as many become one."""
-    x, shuffled = _filled(s, s.whole(x, -3)), s.node.meta["val"].shape
+    x, shuffled = _filled(s, s.whole(x, -3), range(x.ndim)), s.node.meta["val"].shape
     dims = [*x.dims[:-3], Dim.replicated(shuffled[-3]), *(d.scale(factor) for d in x.dims[-2:])]
     if s.node.target is aten.pixel_unshuffle.default:
         for i in (-2, -1):
             dims[i] = Dim.of(seg.map(lambda o: o // factor) for seg in x.dims[i].segments)
             # Shares end between groups of pixels, and none is empty.
             x = s.lay(x, i, dims[i].scale(factor)) if dims[i].size == shuffled[i] else s.whole(x, i)
-            x = _filled(s, x)
+            x = _filled(s, x, [i])
             dims[i] = dims[i] if x.dims[i].sharded else Dim.replicated(shuffled[i])
     return s.emit(Layout(tuple(dims)), x, factor)
