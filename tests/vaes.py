@@ -47,19 +47,19 @@ def made(vae: Vae) -> Any:
 
 
 def kl(**changes: Any) -> nn.Module:
-    given = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4,
-                 down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    given = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4,
+             "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     return d.AutoencoderKL(**(given | changes))
 
 
 def wan(**changes: Any) -> nn.Module:
-    given = dict(base_dim=8, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True],
-                 latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    given = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1,
+             "temperal_downsample": [False, True], "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
     return d.AutoencoderKLWan(**(given | changes))
 
 
 def hunyuan(**changes: Any) -> nn.Module:
-    given = dict(block_out_channels=(8, 8, 16, 16), latent_channels=4, layers_per_block=1, norm_num_groups=4)
+    given = {"block_out_channels": (8, 8, 16, 16), "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4}
     return d.AutoencoderKLHunyuanVideo(**(given | changes))
 
 

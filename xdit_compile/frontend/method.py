@@ -25,7 +25,8 @@ def as_module(model: nn.Module, method: str) -> nn.Module:
     key = id(model), method
     made = _made.get(key)
     if made is None:
-        made = _made[key] = _class(type(model), method)(model)
+        cls: Any = type(model)
+        made = _made[key] = _class(cls, method)(model)
     return made
 
 

@@ -76,13 +76,16 @@ def choose_seeds(program: Program, sizes: Mapping[str, int], batch: Seeds) -> Se
     entering = list(candidates(program))
     prologues, tried = _prologues(program, entering, parts), _tried(estimate, entering, parts)
     found = gathered(tried)
-    if found[0].flops * parts > 1.05 * whole.flops or found[0].gathers:
+    for further in (
         # Where blocks make grids of tokens again, for convolutions or to attend inside frames, these can be followed
-        # if the grid was cut along one of its sides. Or the model is all convolutions, with attention in some places,
-        # and what is to be cut is a side of the pictures that it is given.
-        tried += _tried(estimate, _grids(entering), parts)
-        sides = [(estimate(seeds), seeds) for seeds in _sides(program, parts)]
-        found = min([found, gathered(tried), *sides], key=lambda f: cost(f[0]))
+        # if the grid was cut along one of its sides.
+        lambda: [gathered(tried + _tried(estimate, _grids(entering), parts))],
+        # Where all is convolutions, with attention in some places, a side of the pictures that are given is to be cut.
+        lambda: [f for f in ((estimate(side), side) for side in _sides(program, parts))
+                 if f[0].flops < 0.98 * whole.flops],
+    ):
+        if found[0].flops * parts > 1.05 * whole.flops or found[0].gathers:
+            found = min([found, *further()], key=lambda f: cost(f[0]))
     if not found[1]:
         _check_tokens(program, parts)
     return found[1]

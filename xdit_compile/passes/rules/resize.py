@@ -72,17 +72,19 @@ def _padded(s, x, pads, *how):
 
 
 def _upsampled(n):
-    side = [5, 4, 3][:n]
-    return lambda r: (r.tensor(2, 2, *side), *r.pick(([m * k for m, k in zip(side, [2, 3, 1])], None),
-                                                     ([2 * m - 1 for m in side], None), (None, [2.0] * n)))
+    side = (5, 4, 3)[:n]
+    sizes = ([10, 12, 3][:n], [2 * m - 1 for m in side], [2 * m + 1 for m in side])
+    return lambda r: (r.tensor(2, 2, *side), *r.pick(*((size, None) for size in sizes), (None, [2.0] * n)))
 
 
 @rule({op.vec: _upsampled(n) for n, ops in enumerate((
-    (aten.upsample_nearest1d, aten._upsample_nearest_exact1d), (aten.upsample_nearest2d, aten._upsample_nearest_exact2d),
+    (aten.upsample_nearest1d, aten._upsample_nearest_exact1d),
+    (aten.upsample_nearest2d, aten._upsample_nearest_exact2d),
     (aten.upsample_nearest3d, aten._upsample_nearest_exact3d)), 1) for op in ops})
 def upsample(s, x, sizes, factors=None):
     """Rows are repeated where they are: a whole number of times each, but for the last, of which some may be cut."""
-    x, sizes, exact = _filled(s, s.whole(x, 1), range(x.ndim)), s.node.meta["val"].shape[2:], "exact" in str(s.node.target)
+    x, exact = _filled(s, s.whole(x, 1), range(x.ndim)), "exact" in str(s.node.target)
+    sizes = s.node.meta["val"].shape[2:]
     for i, size in enumerate(sizes, 2):
         rows = _rows(x.shape[i], size, factors and factors[i - 2], exact)
         if rows != [o // -(-size // x.shape[i]) for o in range(size)]:
