@@ -10,8 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers as d
+import torch
 from cases import randn, redraw
+from emulation import difference
 from torch import Tensor, nn
+
+import xdit_compile
+from xdit_compile.frontend.method import as_module
+from xdit_compile.structure import flatten
 
 
 @dataclass(frozen=True)
@@ -25,12 +31,17 @@ class Vae:
     frames: int | None = None
     stretch: int = 1
     """Frames of a video per latent frame, but for the first."""
-    switch: Callable[[Any], None] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def latents(self, batch: int = 1, height: int = 7, width: int = 9) -> Tensor:
         frames = () if self.frames is None else (self.frames,)
         return randn(1, batch, self.channels, *frames, height, width)
+
+    def inputs(self, method: str, batch: int = 1, height: int = 7, width: int = 9) -> dict[str, Any]:
+        """Keyword arguments of ``decode`` or ``encode``, for latents of these sides."""
+        if method == "encode":
+            return {"x": self.pictures(batch, height, width), "return_dict": False}
+        return {"z": self.latents(batch, height, width), "return_dict": False, **self.extra}
 
     def pictures(self, batch: int = 1, height: int = 7, width: int = 9) -> Tensor:
         frames = () if self.frames is None else ((self.frames - 1) * self.stretch + 1,)
@@ -41,8 +52,6 @@ def made(vae: Vae) -> Any:
     """The model, float32, in eval mode, with parameters drawn anew."""
     model = vae.build().eval().requires_grad_(False)
     redraw(model)
-    if vae.switch:
-        vae.switch(model)
     return model
 
 
@@ -99,5 +108,35 @@ CASES = {v.name: v for v in [
         decoder_qkv_multiscales=((), (), (5,))), 4, 4),
     Vae("temporal", lambda: d.AutoencoderKLTemporalDecoder(
         block_out_channels=(32, 32), layers_per_block=1, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 2), 4, 2, extra={"num_frames": 2}),
+        down_block_types=("DownEncoderBlock2D",) * 2), 4, 2, extra={"num_frames": 1}),
 ]}
+
+
+def unet() -> nn.Module:
+    """Convolutions around attention at two resolutions, in the shape of the large picture models."""
+    model = d.UNet2DConditionModel(
+        in_channels=4, out_channels=4, block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(2, 4, 4),
+        transformer_layers_per_block=(1, 1, 2), cross_attention_dim=16, use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=64)
+    model.eval().requires_grad_(False)
+    redraw(model)
+    return model
+
+
+def unet_inputs(batch: int, height: int = 13, width: int = 18) -> dict[str, Any]:
+    return {"sample": randn(3, batch, 4, height, width), "timestep": torch.tensor(500),
+            "encoder_hidden_states": randn(4, batch, 7, 16), "return_dict": False,
+            "added_cond_kwargs": {"text_embeds": randn(5, batch, 16), "time_ids": randn(6, batch, 6)}}
+
+
+@torch.no_grad()
+def error_on_processes(name: str, method: str, spec: str) -> float:
+    """What a worker of the pool runs: the largest difference to the model itself, over the largest value."""
+    model = made(CASES[name])
+    inputs = CASES[name].inputs(method)
+    expected = getattr(model, method)(**inputs)
+    actual = xdit_compile.parallelize(as_module(model, method), spec, timeout=100)(**inputs)
+    assert type(actual) is type(expected) and type(actual[0]) is type(expected[0])
+    return max(map(difference, flatten(actual)[0], flatten(expected)[0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 
 import torch
 
@@ -88,13 +89,18 @@ def cat(s, tensors, dim=0):
     tensors = [x for x in tensors if x.shape != (0,)]
     dim %= tensors[0].ndim
     # Along other dimensions the parts agree; along the joined one every part keeps its own layout.
-    largest = max((x for x in tensors if x.sharded), key=lambda x: max(x.shape))
+    # Of two as large, the one whose shares are more even is followed.
+    largest = max((x for x in tensors if x.sharded), key=lambda x: (max(x.shape), -_most(x)))
     axes = {a for x in tensors for a in x.dims[dim].axes}
     dims = [Dim.replicated(d.size) if d.axes & axes else d for d in largest.dims]
     laid = [s.like(x, [d for i, d in enumerate(dims) if i != dim], [i for i in range(x.ndim) if i != dim])
             for x in tensors]
     dims[dim] = concatenate(x.dims[dim] for x in laid)
     return s.emit(Layout(tuple(dims)), laid, dim, target=aten.cat.default)
+
+
+def _most(x):
+    return max((b - a for d in x.dims for seg in d.segments if seg.axis for a, b in pairwise(seg.offsets)), default=0)
 
 
 @rule({aten.stack.default: lambda r: ([r.tensor(2, 3), r.tensor(2, 3)], r.pick(0, 1, -1))})
