@@ -137,6 +137,7 @@ def error_on_processes(name: str, method: str, spec: str) -> float:
     model = made(CASES[name])
     inputs = CASES[name].inputs(method)
     expected = getattr(model, method)(**inputs)
-    actual = xdit_compile.parallelize(as_module(model, method), spec, timeout=100)(**inputs)
+    actual = xdit_compile.parallelize(as_module(model, method), spec, ranks=range(3),
+                                       timeout=100)(**inputs)
     assert type(actual) is type(expected) and type(actual[0]) is type(expected[0])
     return max(map(difference, flatten(actual)[0], flatten(expected)[0]))
