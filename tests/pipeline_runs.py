@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,10 +15,16 @@ from emulation import difference
 import xdit_compile
 
 
-def differences(name: str, root: str, specs: Sequence[str], **overrides: Any) -> dict[str, dict[str, Any]]:
-    """By spec, the largest difference to one process over the largest value, and what was said and counted."""
+def differences(name: str, root: str, specs: Sequence[str], copies: int = 1, **overrides: Any) -> dict[str, Any]:
+    """By spec, the largest difference to one process over the largest value, and what was said and counted.
+
+    Args:
+        copies: how many images or videos of each prompt.
+    """
     case, path = pipelines.PIPELINES[name], pipelines.folder(name, Path(root))
-    expected = pipelines.run(pipelines.load(path), case, **overrides)
+    alone = pipelines.load(path)
+    overrides |= several(alone, case, copies)
+    expected = pipelines.run(alone, case, **overrides)
     found: dict[str, dict[str, Any]] = {}
     for spec in specs:
         world = xdit_compile.ShardingSpec.parse(spec).world_size
@@ -31,6 +38,17 @@ def differences(name: str, root: str, specs: Sequence[str], **overrides: Any) ->
         found[spec] = {"error": difference(actual, expected), "warnings": [str(w.message) for w in said],
                        "fetched": dict(pipe.crew.turns.fetched) if pipe.crew.turns else {}}
     return found
+
+
+def several(pipe: Any, case: pipelines.PipelineCase, copies: int) -> dict[str, Any]:
+    """Arguments that ask for so many of each."""
+    if copies == 1:
+        return {}
+    call = case.call()
+    if "class_labels" in call:
+        return {"class_labels": call["class_labels"] * copies}
+    (name,) = (p for p in inspect.signature(type(pipe).__call__).parameters if p.endswith("_per_prompt"))
+    return {name: copies}
 
 
 def again(name: str, root: str, spec: str, calls: Sequence[Mapping[str, Any]]) -> list[float]:

@@ -1,5 +1,7 @@
 """xdit_compile: a compiler that runs any Diffusion Transformer on many devices, with the answer of one."""
 
+from xdit_compile.api import capture, parallelize
+from xdit_compile.decorator import parallel
 from xdit_compile.errors import (
     CaptureError,
     LaunchError,
@@ -11,7 +13,6 @@ from xdit_compile.errors import (
 )
 from xdit_compile.explain import explain
 from xdit_compile.launch import init_from_env, launch
-from xdit_compile.parallel import capture, parallelize
 from xdit_compile.spec import ShardingSpec
 from xdit_compile.verify import verify
 
@@ -28,6 +29,7 @@ __all__ = [
     "explain",
     "init_from_env",
     "launch",
+    "parallel",
     "parallelize",
     "verify",
 ]

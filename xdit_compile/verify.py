@@ -10,9 +10,9 @@ import torch
 from rich.console import RenderableType
 from torch import nn
 
+from xdit_compile.api import parallelize
 from xdit_compile.calls import Inputs, call_arguments
 from xdit_compile.errors import XditError
-from xdit_compile.parallel import parallelize
 from xdit_compile.report.blame import NodeDifference, Pair, arguments_of, first_differences
 from xdit_compile.report.difference import Difference, difference
 from xdit_compile.report.plain import jsonable, plain

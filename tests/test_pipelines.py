@@ -1,0 +1,64 @@
+"""Whole pipelines on several processes: the latents of one, with the pipeline's own code untouched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pipeline_runs
+import pipelines
+import pytest
+from pool import Pool
+
+EXACT = 1e-4  # of the largest value, after six steps in float32
+
+QUICK = ["dit", "sd3", "flux_true", "wan_two", "qwen_image", "sdxl", "ltx", "pix2pix", "sd3_skip", "sd3_control"]
+"""Both kinds of guidance, three terms, two transformers, a UNet, a ControlNet; the others run in the whole tests."""
+
+ALONE = ["hunyuan_video15"]
+"""Diffusers itself does not make two videos of one prompt."""
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Where test pipelines are written, each by the first test that needs it."""
+    return str(tmp_path_factory.mktemp("pipelines"))
+
+
+def differences(pool: Pool, name: str, folders: str, specs: list[str], **overrides: Any) -> dict[str, list[Any]]:
+    """By spec, what each rank found."""
+    pipelines.folder(name, Path(folders))
+    seen = pool.run(pipeline_runs.differences, name, folders, specs, timeout=300, **overrides)
+    return {spec: [rank[spec] for rank in seen if spec in rank] for spec in specs}
+
+
+def marked(names: Any) -> list[Any]:
+    return [pytest.param(n, marks=[] if n in QUICK else pytest.mark.whole) for n in names]
+
+
+@pytest.mark.parametrize("name", marked(pipelines.PIPELINES))
+def test_guidance_on_two_groups_of_ranks(pool: Pool, name: str, folders: str) -> None:
+    found = differences(pool, name, folders, ["cfg=2", "cfg=2,ulysses=2"])
+    for ranks in found.values():
+        assert all(r["error"] <= EXACT for r in ranks)
+        # Each exchange served as many calls as the pipeline makes one after the other, if it makes several.
+        calls = {len(step) for step in pipelines.PIPELINES[name].batches} if "twice" in name else set()
+        assert not calls or set(ranks[0]["fetched"]) == calls
+
+
+@pytest.mark.parametrize("name", [n for n, c in pipelines.PIPELINES.items() if c.guidance == "twice"][:3])
+def test_calls_made_one_after_the_other_run_at_once(pool: Pool, name: str, folders: str) -> None:
+    (ranks,) = differences(pool, name, folders, ["cfg=2"]).values()
+    assert [r["fetched"] for r in ranks] == [{2: 6}] * 2  # one exchange per step, for two calls
+
+
+def test_a_result_used_at_once_gains_nothing_and_says_so(pool: Pool, folders: str) -> None:
+    first, second = differences(pool, "flux", folders, ["cfg=2"])["cfg=2"]
+    assert first["error"] == second["error"] == 0.0
+    assert "gained nothing" in first["warnings"][0] and second["warnings"] == []
+
+
+@pytest.mark.parametrize("name", marked(n for n in pipelines.PIPELINES if n not in ALONE))
+def test_prompts_shared_out(pool: Pool, name: str, folders: str) -> None:
+    found = differences(pool, name, folders, ["data=2"], copies=3 if name == "dit" else 2)
+    assert all(r["error"] <= EXACT for r in found["data=2"])
