@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from xdit_compile.errors import SpecError, XditError
+from xdit_compile.loading import Source
 from xdit_compile.run import DTYPES, Request
 from xdit_compile.spec import ShardingSpec
 
@@ -131,11 +132,12 @@ def _add_call(group: Any) -> None:
         group.add_argument(f"--{name}", nargs="*", metavar="TEXT", help="one or several")
     for name, (kind, text) in CALL.items():
         group.add_argument(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=text)
-    group.add_argument("--output_type", choices=("pil", "latent", "pt", "np"), default="pil",
+    group.add_argument("--output_type", choices=("pil", "latent", "pt", "np"),
                        help="pictures (default), or tensors, which are written as safetensors")
-    group.add_argument("--image", "--img_file_path", "--img_file_paths", "--input_images", dest="image", nargs="+",
-                       action="extend", default=[], metavar="[NAME=]FILE",
-                       help="pictures for the argument `image`, or for the one named")
+    for names, text in ((["--image"], "pictures for the argument `image`, or for the one named"),
+                        (["--img_file_path", "--img_file_paths", "--input_images"], argparse.SUPPRESS)):
+        group.add_argument(*names, dest="image", nargs="+", action="extend", default=[], metavar="[NAME=]FILE",
+                           help=text)
     group.add_argument("--arg", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
                        help="any other argument; the value is JSON, or else text")
     group.add_argument("--seed", type=int, default=42, help="of the noise (default 42)")
@@ -171,19 +173,26 @@ def request(options: argparse.Namespace) -> Request:
     for name, why in SWITCHES.items():
         if given[name]:
             raise XditError(f"--{name}: {why}")
-    if options.fps is not None and options.output_type != "pil":
+    if options.fps is not None and options.output_type not in (None, "pil"):
         raise XditError(f"--fps is for videos that are written, but --output_type {options.output_type} writes tensors")
-    source = {"cache_dir": options.download_dir, "trust_remote_code": options.trust_remote_code or None}
-    habits: dict[str, Any] = {"output_type": options.output_type}
+    arguments, pictures = _arguments(options), _pictures(options.image)
+    if both := arguments.keys() & pictures.keys():
+        raise XditError(f"{both.pop()} is given twice, as --arg and as --image")
+    habits: dict[str, Any] = {} if options.output_type else {"output_type": "pil"}
     if options.no_use_resolution_binning:
         habits["use_resolution_binning"] = False
     return Request(
-        model=options.model, spec=_spec(options), output=options.output, arguments=_arguments(options), habits=habits,
-        pictures=_pictures(options.image), seed=options.seed, pipeline=options.pipeline, scheduler=options.scheduler,
-        adapters=tuple(_adapter(text) for text in options.lora), dtype=options.dtype, device=options.device,
-        savings=tuple(n for n in ("enable_tiling", "enable_slicing") if given[n]),
-        offload=options.enable_model_cpu_offload, warmup_calls=options.warmup_calls, frame_rate=options.fps,
-        source={name: value for name, value in source.items() if value is not None})
+        source=_source(options), spec=_spec(options), output=options.output, arguments=arguments, habits=habits,
+        pictures=pictures, seed=options.seed, dtype=options.dtype,
+        device=options.device, offload=options.enable_model_cpu_offload, warmup_calls=options.warmup_calls,
+        frame_rate=options.fps)
+
+
+def _source(options: argparse.Namespace) -> Source:
+    further = {"cache_dir": options.download_dir, "trust_remote_code": options.trust_remote_code or None}
+    return Source(options.model, options.pipeline, options.scheduler, tuple(map(_adapter, options.lora)),
+                  tuple(n for n in ("enable_tiling", "enable_slicing") if vars(options)[n]),
+                  {name: value for name, value in further.items() if value is not None})
 
 
 def _spec(options: argparse.Namespace) -> ShardingSpec:
@@ -206,7 +215,7 @@ def _spec(options: argparse.Namespace) -> ShardingSpec:
 
 def _arguments(options: argparse.Namespace) -> dict[str, Any]:
     given = vars(options)
-    made = {name: given[name] for name in CALL if given[name] is not None}
+    made = {name: given[name] for name in (*CALL, "output_type") if given[name] is not None}
     for name in ("prompt", "negative_prompt"):
         if given[name]:
             made[name] = given[name] if len(given[name]) > 1 else given[name][0]

@@ -70,7 +70,7 @@ def _pictures(value: Any) -> list[Any]:
         # Told by what they can do: their library is there only if one of them is.
         return [value] if hasattr(value, "save") and hasattr(value, "getpixel") else []
     inner = [_pictures(v) for v in value]
-    return sum(inner, []) if all(inner) else []
+    return [picture for some in inner for picture in some] if all(inner) else []
 
 
 def _tensors(name: str, value: Any) -> dict[str, torch.Tensor]:

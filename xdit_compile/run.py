@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import inspect
 import os
-import sys
 import time
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,6 +18,7 @@ from rich.console import RenderableType
 
 from xdit_compile.errors import XditError
 from xdit_compile.launch import launch, place_of
+from xdit_compile.loading import Source, load, only_one_speaks, pictures, pipeline_class
 from xdit_compile.parallel import parallelize
 from xdit_compile.report.plain import jsonable, plain
 from xdit_compile.report.tables import run_table
@@ -30,6 +27,8 @@ from xdit_compile.spec import ShardingSpec
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Auto: bfloat16 on a GPU, float32 on a CPU."""
+FRAME_RATE = 8
+"""Of videos whose pipeline takes none."""
 
 
 @dataclass(frozen=True)
@@ -37,36 +36,26 @@ class Request:
     """What a user wants made.
 
     Attributes:
-        model: a folder or the name of a repository on the hub.
         arguments: of the pipeline's call, given by the user; one that the pipeline does not have is an error.
         habits: further arguments, for those pipelines that have them.
         pictures: files or addresses of pictures, by the argument of the call they are for.
-        pipeline, scheduler: names of classes of diffusers, in place of those that the folder names.
-        adapters: paths and scales.
-        savings: methods that save memory in the component that has them, as ``enable_tiling``.
         offload: keep each component on the CPU until it is called.
         warmup_calls: whole calls before the one that is timed and kept.
         frame_rate: frames a second of a video that is written.
-        source: further arguments of ``from_pretrained``.
     """
 
-    model: str
+    source: Source
     spec: ShardingSpec
     output: Path
-    arguments: Mapping[str, Any]
-    habits: Mapping[str, Any]
-    pictures: Mapping[str, tuple[str, ...]]
-    seed: int
-    pipeline: str | None
-    scheduler: str | None
-    adapters: tuple[tuple[str, float], ...]
-    dtype: str
-    device: str | None
-    savings: tuple[str, ...]
-    offload: bool
-    warmup_calls: int
-    frame_rate: int | None
-    source: Mapping[str, Any]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    habits: Mapping[str, Any] = field(default_factory=dict)
+    pictures: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    seed: int = 42
+    dtype: str = "auto"
+    device: str | None = None
+    offload: bool = False
+    warmup_calls: int = 0
+    frame_rate: int | None = None
 
 
 @dataclass(frozen=True)
@@ -134,13 +123,14 @@ def run_rank(request: Request) -> Run:
     check(request)
     place = place_of(request.spec.world_size, request.device)
     first = os.environ.get("RANK", "0") == "0"
-    _only_one_speaks(first)
+    only_one_speaks(first)
     started = time.perf_counter()
     with _told() as notes:
-        pipe = _loaded(request, place)
+        pipe = load(request.source, getattr(torch, _dtype_name(request, place)))
+        pipe = pipe if request.offload else pipe.to(place)
         pipe.set_progress_bar_config(disable=None if first else True)
         load_seconds = time.perf_counter() - started
-        arguments = _with_pictures(_agreed(type(pipe), request), request)
+        arguments = _agreed(type(pipe), request) | {n: pictures(f) for n, f in request.pictures.items()}
         parallel = parallelize(pipe, request.spec)
         if request.offload:
             parallel.enable_model_cpu_offload(gpu_id=place.index)
@@ -156,11 +146,15 @@ def run_rank(request: Request) -> Run:
         peaks = parallel.crew.gather(torch.cuda.max_memory_allocated(place)) if place.type == "cuda" else ()
         files: list[Path] = []
         if first:
-            files, others = save(result, request.output, request.frame_rate or _frame_rate(arguments))
+            rate = request.frame_rate or int(_value(parallel, arguments, "frame_rate") or FRAME_RATE)
+            files, others = save(result, request.output, rate)
             notes += others
-    return Run(request.model, type(pipe).__name__, request.spec, place.type, _dtype_name(request, place), load_seconds,
-               seconds, _steps(parallel, arguments), request.warmup_calls, tuple(peaks), tuple(map(str, files)),
-               tuple(dict.fromkeys(notes)))
+            if request.frame_rate and not any(f.suffix in (".gif", ".mp4") for f in files):
+                notes.append("--fps had no effect: no video was made")
+    return Run(
+        request.source.model, type(pipe).__name__, request.spec, place.type, _dtype_name(request, place), load_seconds,
+        seconds, _steps(parallel, arguments), request.warmup_calls, tuple(peaks), tuple(map(str, files)),
+        tuple(dict.fromkeys(notes)))
 
 
 def check(request: Request) -> None:
@@ -170,7 +164,7 @@ def check(request: Request) -> None:
         XditError: saying what.
     """
     request.spec.check_world(int(os.environ.get("WORLD_SIZE", request.spec.world_size)))
-    cls = _pipeline_class(request)
+    cls = pipeline_class(request.source)
     if cls is not None:
         _agreed(cls, request)
     for file in (f for files in request.pictures.values() for f in files):
@@ -180,46 +174,10 @@ def check(request: Request) -> None:
         raise XditError("--enable_model_cpu_offload moves components between a GPU and the CPU, but the pipeline runs "
                         "on the CPU; leave it out")
     try:
-        request.output.mkdir(parents=True, exist_ok=True)
+        if os.environ.get("RANK", "0") == "0":
+            request.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise XditError(f"cannot write to {request.output}: {error.strerror}; choose another --output") from error
-
-
-def _diffusers() -> ModuleType:
-    try:
-        return import_module("diffusers")
-    except ImportError as error:
-        raise XditError(f"running a pipeline needs diffusers, which cannot be imported ({error}); "
-                        "pip install 'xdit-compile[pipelines]'") from error
-
-
-def _class_named(name: str, base: str) -> Any:
-    """The class of diffusers that a user named."""
-    diffusers = _diffusers()
-    found = getattr(diffusers, name, None)
-    if not inspect.isclass(found) or not issubclass(found, getattr(diffusers, base)):
-        raise XditError(f"diffusers has no class {name} derived from {base}; names are written as in its documentation")
-    return found
-
-
-@contextmanager
-def _reading(what: str) -> Iterator[None]:
-    """Files that are missing or unfit are the user's to mend: told without a traceback."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError) as error:
-        raise XditError(f"cannot load {what}: {error}") from error
-
-
-def _pipeline_class(request: Request) -> Any:
-    """The class that will be called; None if it is code of its own, which is known only once it is loaded."""
-    diffusers = _diffusers()
-    if request.pipeline:
-        return _class_named(request.pipeline, "DiffusionPipeline")
-    with _reading(f"a pipeline from {request.model}"):
-        config = diffusers.DiffusionPipeline.load_config(request.model, cache_dir=request.source.get("cache_dir"))
-    name = config.get("_class_name")
-    return getattr(diffusers, name, None) if isinstance(name, str) else None
 
 
 def _agreed(cls: type, request: Request) -> dict[str, Any]:
@@ -244,47 +202,6 @@ def _dtype_name(request: Request, place: torch.device) -> str:
     return "float32" if place.type == "cpu" else "bfloat16"
 
 
-def _loaded(request: Request, place: torch.device) -> Any:
-    """The pipeline with its weights and adapters, on its device unless it is offloaded."""
-    diffusers = _diffusers()
-    cls = _class_named(request.pipeline, "DiffusionPipeline") if request.pipeline else diffusers.DiffusionPipeline
-    with _reading(f"a pipeline from {request.model}"):
-        pipe = cls.from_pretrained(request.model, torch_dtype=getattr(torch, _dtype_name(request, place)),
-                                   **request.source)
-    if request.scheduler:
-        pipe.scheduler = _class_named(request.scheduler, "SchedulerMixin").from_config(pipe.scheduler.config)
-    if request.adapters:
-        _adapt(pipe, request.adapters)
-    for method in request.savings:
-        able = [c for c in pipe.components.values() if hasattr(c, method)]
-        if not able:
-            raise XditError(f"no component of {type(pipe).__name__} has {method}; leave --{method} out")
-        for component in able:
-            getattr(component, method)()
-    return pipe if request.offload else pipe.to(place)
-
-
-def _adapt(pipe: Any, adapters: tuple[tuple[str, float], ...]) -> None:
-    if not hasattr(pipe, "load_lora_weights"):
-        raise XditError(f"{type(pipe).__name__} takes no adapters; leave --lora out")
-    names = [f"lora{i}" for i in range(len(adapters))]
-    for name, (path, _) in zip(names, adapters, strict=True):
-        with _reading(f"the adapter {path}"):
-            pipe.load_lora_weights(path, adapter_name=name)
-    pipe.set_adapters(names, [scale for _, scale in adapters])
-
-
-def _with_pictures(arguments: Mapping[str, Any], request: Request) -> dict[str, Any]:
-    """The arguments and the pictures: one as it is, several as a list."""
-    load = import_module("diffusers.utils").load_image
-    read: dict[str, Any] = {}
-    for name, files in request.pictures.items():
-        with _reading(f"the picture {' or '.join(files)}"):
-            pictures = [load(file) for file in files]
-        read[name] = pictures[0] if len(pictures) == 1 else pictures
-    return {**arguments, **read}
-
-
 def _call(pipe: Any, arguments: Mapping[str, Any], seed: int) -> Any:
     """One call with noise from ``seed``, on the CPU so that it is the same wherever the pipeline runs."""
     torch.manual_seed(seed)  # some draw noise without the generator
@@ -302,25 +219,14 @@ def _call(pipe: Any, arguments: Mapping[str, Any], seed: int) -> Any:
 
 def _steps(pipe: Any, arguments: Mapping[str, Any]) -> int:
     """How many steps the last call made: fewer than asked for where it began with a picture."""
-    asked = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
-    steps = getattr(pipe, "num_timesteps", None) or arguments.get("num_inference_steps", asked and asked.default)
+    steps = getattr(pipe, "num_timesteps", None) or _value(pipe, arguments, "num_inference_steps")
     return steps if isinstance(steps, int) else 0
 
 
-def _frame_rate(arguments: Mapping[str, Any]) -> int:
-    """What the video was made for, or what is common."""
-    return int(arguments.get("frame_rate", 8))
-
-
-def _only_one_speaks(first: bool) -> None:
-    """Bars on the terminal are rank 0's; other ranks tell of errors alone."""
-    for name in ("diffusers", "transformers"):
-        if find_spec(name) is not None:
-            log = import_module(f"{name}.utils.logging")
-            if not first:
-                log.set_verbosity_error()
-            if not first or not sys.stderr.isatty():
-                log.disable_progress_bar()
+def _value(pipe: Any, arguments: Mapping[str, Any], name: str) -> Any:
+    """An argument of the call as it was given or is by default; None where there is none."""
+    taken = inspect.signature(type(pipe).__call__).parameters
+    return arguments.get(name, taken[name].default) if name in taken else None
 
 
 @contextmanager
