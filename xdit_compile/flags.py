@@ -16,9 +16,11 @@ from xdit_compile.run import DTYPES, Request
 from xdit_compile.spec import ShardingSpec
 
 HELP = """\
-Run any pipeline of diffusers on many devices and write what it makes. Starts one process for each rank, or takes
-part in the job that torchrun started it for. Command lines for xDiT work as they are: what it does and this package
-does not is refused by name, never ignored. Dashes and underscores in names of flags mean the same.
+Run any pipeline of diffusers on many devices and write what it makes.
+
+Starts one process for each rank, or takes part in the job that torchrun started it for. Command lines for xDiT work
+as they are: what it does and this package does not is refused by name, never ignored. Dashes and underscores in
+names of flags mean the same.
 
 examples:
   xdit-compile run --model DIR_OR_ID --spec cfg=2,ulysses=2 --prompt "a red circle" --output images/
