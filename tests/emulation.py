@@ -17,6 +17,7 @@ from xdit_compile.calls import call_arguments
 from xdit_compile.frontend.capture import capture
 from xdit_compile.passes import localize, plan
 from xdit_compile.program import Note, Program
+from xdit_compile.report.operations import program_flops
 from xdit_compile.spec import ShardingSpec
 from xdit_compile.structure import flatten
 
@@ -27,6 +28,8 @@ class Found:
 
     error: float
     notes: tuple[Note, ...]
+    work: float = 1.0
+    """The busiest rank's operations, times the number of ranks, over those of one device."""
 
     @property
     def methods(self) -> set[str]:
@@ -49,28 +52,36 @@ def _captured(case: Case, batch: int, odd: bool) -> tuple[nn.Module, tuple[Any, 
     return model, arguments, flatten((result, left))[0], program
 
 
-@torch.no_grad()
 def emulate(case: Case, batch: int, odd: bool, spec: str) -> Found:
     """``case`` under ``spec``, each rank's program run in turn, against one call of the model."""
-    model, arguments, expected, program = _captured(case, batch, odd)
+    return together(*_captured(case, batch, odd), spec)
+
+
+@torch.no_grad()
+def together(model: nn.Module, arguments: tuple[Any, Any], expected: list[torch.Tensor], program: Program,
+             spec: str) -> Found:
+    """All ranks' programs of ``program``, that of this call, against ``expected``: the tensors of the result and of
+    what is left in the arguments."""
     parsed = ShardingSpec.parse(spec)
     whole, seeds = plan(program, parsed)
     ranks = [localize(whole, seeds, rank) for rank in range(parsed.world_size)]
     tensors, _ = flatten(arguments)
-    state = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-
-    def held(local: Program) -> list[torch.Tensor]:
-        given = iter(tensors)
-        return [next(given) if i.kind == "argument" else (local.constants if i.kind == "constant" else state)[i.name]
-                for i in local.inputs]
-
     error = 0.0
-    for results in lockstep.run([r.main for r in ranks], [held(r) for r in ranks]):
+    for results in lockstep.run([r.main for r in ranks], [held(model, r, tensors) for r in ranks]):
         mine = copy.deepcopy(arguments)
         actual, _ = flatten((program.finish(mine, flatten(mine)[0], results), mine))
         assert len(actual) == len(expected)
         error = max([error, *map(difference, actual, expected)])
-    return Found(error, ranks[0].notes)
+    work = max(map(program_flops, ranks)) * len(ranks) / program_flops(whole)
+    return Found(error, ranks[0].notes, work)
+
+
+def held(model: nn.Module, local: Program, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What a rank's program is given: its inputs, in order."""
+    state = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    given = iter(tensors)
+    return [next(given) if i.kind == "argument" else (local.constants if i.kind == "constant" else state)[i.name]
+            for i in local.inputs]
 
 
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -67,6 +67,9 @@ def parallelize(model: Any, spec: str | dict | ShardingSpec, *, ranks: Sequence[
     if not isinstance(model, nn.Module) and not is_pipeline(model):
         raise XditError(f"parallelize takes a torch.nn.Module or a pipeline with components, got a "
                         f"{type(model).__name__}")
+    if isinstance(model, nn.Module) and (spec.vae_degree > 1 or spec.encoders != "everywhere"):
+        raise SpecError(f"{spec} speaks of a pipeline's autoencoder or encoders, but {type(model).__name__} is a "
+                        "model; give parallelize the pipeline, or leave out vae and encoders")
     if spec.world_size > 1 and not dist.is_initialized():
         init_from_env(timeout=timeout)
     chosen = list(ranks) if ranks is not None else list(range(dist.get_world_size() if dist.is_initialized() else 1))

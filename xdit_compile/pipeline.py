@@ -12,11 +12,14 @@ from torch import nn
 
 from xdit_compile.compiler import Dump
 from xdit_compile.components import Role, role_of
+from xdit_compile.encoders import spread
 from xdit_compile.errors import CaptureError, RankMismatch, SpecError
 from xdit_compile.facts import facts_of
+from xdit_compile.frontend.method import as_module
 from xdit_compile.runner import Runner
 from xdit_compile.runtime.crew import Crew
 from xdit_compile.runtime.deferred import concrete
+from xdit_compile.spec import ShardingSpec
 from xdit_compile.standin import Parallel, instance_of_subclass, parallel_model
 
 CALLBACKS = ("callback_on_step_end", "callback")
@@ -45,25 +48,45 @@ def parallel_pipeline(pipe: Any, crew: Crew, check_inputs: bool, dump: Dump | No
     """``pipe`` with parallel components.
 
     Raises:
-        SpecError: nothing among the components runs at each step.
+        SpecError: nothing among the components runs at each step, or they lack what the spec speaks of.
     """
-    make = functools.partial(_made_parallel, crew=crew, check_inputs=check_inputs, dump=dump)
     modules = {n: c for n, c in pipe.components.items() if isinstance(c, nn.Module)}
-    if not any(role_of(c) is Role.DENOISER for c in modules.values()):
-        raise SpecError(f"none of the components of this {type(pipe).__name__} takes a timestep: "
-                        f"{', '.join(f'{n} ({type(c).__name__})' for n, c in modules.items())}; parallelize the model "
-                        "that is to be shared out by itself and give it to the pipeline")
-    state = dict(vars(pipe)) | {n: make(c) for n, c in modules.items()}
+    roles = {n: role_of(c) for n, c in modules.items()}
+    _check(pipe, crew.spec, modules, roles)
+    encoders = [n for n, role in roles.items() if role is Role.ENCODER]
+    make = functools.partial(_parallel, crew=crew, check_inputs=check_inputs, dump=dump)
+    parts = {n: make(c, encoders.index(n) if n in encoders else 0) for n, c in modules.items()}
     members = {"__call__": _call(type(pipe)), "crew": crew, "make": staticmethod(make)}
     if isinstance(inspect.getattr_static(type(pipe), "interrupt", None), property):
         members["interrupt"] = property(_interrupted)
-    return instance_of_subclass(pipe, ParallelPipeline, members, state)
+    return instance_of_subclass(pipe, ParallelPipeline, members, dict(vars(pipe)) | parts)
 
 
-def _made_parallel(module: Any, crew: Crew, check_inputs: bool, dump: Dump | None) -> Any:
-    if not isinstance(module, nn.Module) or isinstance(module, Parallel) or role_of(module) is not Role.DENOISER:
+def _check(pipe: Any, spec: ShardingSpec, modules: Mapping[str, nn.Module], roles: Mapping[str, Role]) -> None:
+    for role, asked, lack in (
+            (Role.DENOISER, True, "none of them takes a timestep; parallelize the model that is to be shared out by "
+                                  "itself and give it to the pipeline"),
+            (Role.AUTOENCODER, spec.vae_degree > 1, f"vae={spec.vae_degree} is for one that encodes and decodes"),
+            (Role.ENCODER, spec.encoders == "spread", "encoders=spread is for text and image encoders")):
+        if asked and role not in roles.values():
+            raise SpecError(f"{spec} does not fit this {type(pipe).__name__} with the components "
+                            f"{', '.join(f'{n} ({type(c).__name__})' for n, c in modules.items())}: {lack}")
+
+
+def _parallel(module: Any, turn: int = 0, *, crew: Crew, check_inputs: bool, dump: Dump | None) -> Any:
+    """A component as the spec wants it: a denoiser always, an autoencoder or an encoder if it says so. Of encoders,
+    number ``turn`` lives on rank ``turn`` (all over again when ranks run out)."""
+    if not isinstance(module, nn.Module) or isinstance(module, Parallel):
         return module
-    return parallel_model(module, {"forward": Runner(module, crew, check_inputs, dump)})
+    role = role_of(module)
+    if role is Role.DENOISER:
+        return parallel_model(module, {"forward": Runner(module, crew, check_inputs, dump)})
+    if role is Role.AUTOENCODER and crew.spec.vae_degree > 1:
+        return parallel_model(module, {name: Runner(as_module(module, name), crew.vae, check_inputs, dump)
+                                       for name in ("encode", "decode")})
+    if role is Role.ENCODER and crew.spec.encoders == "spread":
+        return spread(module, crew, turn % len(crew.ranks))
+    return module
 
 
 def _call(cls: type) -> Callable[..., Any]:
@@ -77,7 +100,7 @@ def _call(cls: type) -> Callable[..., Any]:
         for name in CALLBACKS:
             if bound.arguments.get(name) is not None:
                 bound.arguments[name] = _settled_first(bound.arguments[name], crew)
-        before = crew.calls, dict(crew.turns.fetched) if crew.turns else {}
+        before, fetched = crew.counts.copy(), dict(crew.turns.fetched) if crew.turns else {}
         alike: BaseException | None = None
         with crew.control.guard(f"{cls.__name__}", ()):
             try:
@@ -89,12 +112,12 @@ def _call(cls: type) -> Callable[..., Any]:
                 alike = error
             except Exception as error:
                 # Before the first model ran, only the arguments can be at fault, and they are the same everywhere.
-                if crew.calls != before[0]:
+                if crew.counts["calls"] != before["calls"]:
                     raise
                 alike = error
         if alike is not None:
             raise alike
-        _warn_of_nothing_gained(cls.__name__, crew, before[1])
+        _warn_of_nothing_gained(cls.__name__, crew, before["shared"], fetched)
         return result
 
     return call
@@ -118,11 +141,12 @@ def _interrupted(self: Any) -> bool:
     return self.crew.control.anyone("whether to stop", bool(self._interrupt))
 
 
-def _warn_of_nothing_gained(name: str, crew: Crew, before: Mapping[int, int]) -> None:
-    if crew.turns is None or crew.rank != 0:
+def _warn_of_nothing_gained(name: str, crew: Crew, shared: int, fetched: Mapping[int, int]) -> None:
+    """Say so if groups took turns and never two of them computed at once."""
+    if crew.turns is None or crew.rank != 0 or crew.counts["shared"] > shared:
         return
-    now = {calls: times - before.get(calls, 0) for calls, times in crew.turns.fetched.items()}
-    if alone := now.get(1) and not any(now[calls] for calls in now if calls > 1) and now[1]:
-        warnings.warn(f"cfg={crew.spec.cfg_degree} gained nothing in this call of {name}: each of {alone} results was "
+    now = {calls: times - fetched.get(calls, 0) for calls, times in crew.turns.fetched.items()}
+    if now.get(1) == sum(now.values()) > 0:
+        warnings.warn(f"cfg={crew.spec.cfg_degree} gained nothing in this call of {name}: each of {now[1]} results was "
                       "used before the model was called again, so one group computed while the others waited",
                       stacklevel=3)

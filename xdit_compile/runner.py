@@ -62,7 +62,7 @@ class Runner:
                 facts |= digests(named) | others
             if ready is None or not ready.turns:
                 self.crew.control.agree("the call's inputs", facts)
-            self.crew.calls += 1
+            self.crew.counts["calls"] += 1
             ready = ready or self._prepare(bound.args, bound.kwargs)
             results = self._in_turn(ready, tensors, facts) if ready.turns else self._together(ready, tensors)
         except (RankMismatch, CaptureError, SpecError):
@@ -75,6 +75,7 @@ class Runner:
 
     def _together(self, ready: Ready, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """The results, computed by all ranks."""
+        self.crew.counts["shared"] += ready.crew is self.crew
         with self.crew.control.guard("the forward pass", ready.crew.groups.bind()):
             return ready.executor(tensors)
 

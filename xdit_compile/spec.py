@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from xdit_compile.errors import SpecError
 
 BACKENDS = ("eager", "inductor")
+ENCODERS = ("everywhere", "spread")
 KERNELS = ("auto", "torch", "flash_attn", "yunchang")
 PLANNED = ("pipefusion_degree", "num_patches", "warmup_steps")
 """Words of the field whose methods are not built yet: refused by name, never ignored."""
@@ -27,6 +28,10 @@ class ShardingSpec:
             without its condition.
         data_degree: ranks that share out the samples themselves. For one forward both are one thing: its batch is
             cut into ``data_degree * cfg_degree`` parts.
+        vae_degree: ranks that share the height or width of what a pipeline's autoencoder encodes and decodes; the same
+            ranks as above, in groups of this many, each of which computes the whole.
+        encoders: where a pipeline's text and image encoders live: ``everywhere``, or ``spread``: each on one rank,
+            which sends the others the embeddings.
         backend: ``eager`` runs the rewritten graph as it is, ``inductor`` compiles it with torch.compile.
         attention_kernel: ``auto`` takes flash-attn where it is installed and fits, PyTorch's kernels otherwise;
             a kernel asked for by name is used or refused, never replaced.
@@ -39,17 +44,22 @@ class ShardingSpec:
     ring_degree: int = 1
     cfg_degree: int = 1
     data_degree: int = 1
+    vae_degree: int = 1
+    encoders: str = "everywhere"
     backend: str = "eager"
     attention_kernel: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("ulysses_degree", "ring_degree", "cfg_degree", "data_degree"):
+        for name in ("ulysses_degree", "ring_degree", "cfg_degree", "data_degree", "vae_degree"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise SpecError(f"{name} must be a whole number of at least 1, got {value!r}")
-        for name, allowed in (("backend", BACKENDS), ("attention_kernel", KERNELS)):
+        for name, allowed in (("encoders", ENCODERS), ("backend", BACKENDS), ("attention_kernel", KERNELS)):
             if getattr(self, name) not in allowed:
                 raise SpecError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.world_size % self.vae_degree:
+            raise SpecError(f"vae={self.vae_degree} takes groups of {self.vae_degree} of the processes that the other "
+                            f"degrees ask for, but {self.world_size} do not fall into such groups")
 
     @property
     def sequence_degree(self) -> int:

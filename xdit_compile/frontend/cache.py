@@ -48,6 +48,8 @@ def _capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     known = _captures.setdefault(model, _Captures())
     kind, _ = _kind(model, args, kwargs)
     state_token(model, known.held)
+    # But not the model: what is kept with it must not keep it.
+    known.held = [x for x in known.held if x is not model]
     known.programs.setdefault(kind, []).append(program)
     return program
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from types import BuiltinFunctionType, FunctionType, MethodType
+from functools import partial
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from xdit_compile.structure import CONSTANTS
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_DEPTH = 4
+_ITSELF = (nn.Module, torch.Tensor, type, BuiltinFunctionType)
+_DEPTH = 16
 """How deep plain objects are looked into: a processor, its settings, their lists."""
 
 
@@ -22,12 +24,15 @@ def state_token(model: nn.Module, held: list[Any] | None = None) -> Hashable:
     hook or a Python attribute that forward may read changes (an adapter's scale, a processor), and under autocast.
     Values of parameters do not count: programs read them at each call.
 
+    Objects and functions count by what they hold, so that a hook that is taken off and put on again changes nothing.
+
     Args:
         held: given, it receives the objects that count by identity. Whoever keeps the token keeps them too: once
             freed, another object could have the same identity.
     """
     autocast = tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
-    return tuple(_of_module(m, held) for m in model.modules()), autocast
+    seen: dict[int, int] = {}
+    return tuple(_of_module(m, held, seen) for m in model.modules()), autocast
 
 
 def device_of(tensor: torch.Tensor) -> torch.device:
@@ -35,12 +40,12 @@ def device_of(tensor: torch.Tensor) -> torch.device:
     return torch.device("cpu") if tensor.is_meta else tensor.device
 
 
-def _of_module(module: nn.Module, held: list[Any] | None) -> Hashable:
+def _of_module(module: nn.Module, held: list[Any] | None, seen: dict[int, int]) -> Hashable:
     state = vars(module)
     tensors = [(name, t.shape, t.dtype, device_of(t)) for group in (module._parameters, module._buffers)
                for name, t in group.items() if t is not None]
-    rest = [(k, _of_value(v, held, _DEPTH)) for k, v in state.items() if k not in _INTERNAL]
-    hooks = [_identity(h, held) for group in _HOOKS if state[group] for h in state[group].values()]
+    rest = [(k, _of_value(v, held, seen, _DEPTH)) for k, v in state.items() if k not in _INTERNAL]
+    hooks = [_of_value(h, held, seen, _DEPTH) for group in _HOOKS if state[group] for h in state[group].values()]
     return _identity(module, held), type(module), tuple(tensors), tuple(rest), tuple(hooks)
 
 
@@ -50,15 +55,46 @@ def _identity(value: Any, held: list[Any] | None) -> int:
     return id(value)
 
 
-def _of_value(value: Any, held: list[Any] | None, depth: int) -> Hashable:
+def _of_value(value: Any, held: list[Any] | None, seen: dict[int, int], depth: int) -> Hashable:
+    """``seen`` numbers what was described before: objects may refer to one another in circles."""
+    def of(part: Any) -> Hashable:
+        return _of_value(part, held, seen, depth - 1)
+
     if isinstance(value, CONSTANTS):
         return value
-    if depth and isinstance(value, Mapping):
-        return tuple((str(k), _of_value(v, held, depth - 1)) for k, v in value.items())
-    if depth and isinstance(value, (list, tuple, set, frozenset)):
-        return tuple(_of_value(v, held, depth - 1) for v in value)
-    plain = not isinstance(value, (nn.Module, torch.Tensor, type, FunctionType, BuiltinFunctionType, MethodType))
-    if depth and plain and hasattr(value, "__dict__"):
-        inside = tuple((k, _of_value(v, held, depth - 1)) for k, v in vars(value).items())
-        return _identity(value, held), inside
+    if not depth or isinstance(value, _ITSELF):
+        return _identity(value, held)
+    if isinstance(value, partial):
+        return tuple(map(of, (value.func, value.args, value.keywords)))
+    if isinstance(value, MethodType):
+        return of(value.__func__), of(value.__self__)
+    if isinstance(value, (tuple, frozenset)):
+        return tuple(map(of, value))
+    if id(value) in seen:
+        return "seen", seen[id(value)]
+    seen[id(value)] = len(seen)
+    if isinstance(value, Mapping):
+        return tuple((str(k), of(v)) for k, v in value.items())
+    if isinstance(value, (list, set)):
+        return tuple(map(of, value))
+    if isinstance(value, FunctionType):
+        # A hook that is taken off and put on again is another function of the same code around the same things.
+        return (_identity(value.__code__, held), _identity(value.__globals__, held), of(value.__defaults__),
+                of(value.__kwdefaults__), *(of(_content(cell)) for cell in value.__closure__ or ()),
+                *((k, of(v)) for k, v in vars(value).items()))
+    if hasattr(value, "__dict__"):
+        # An object that is more than its attributes counts as itself.
+        same = type(value) if type(value).__basicsize__ == _Plain.__basicsize__ else value
+        return _identity(same, held), *((k, of(v)) for k, v in vars(value).items())
     return _identity(value, held)
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing was assigned yet
+        return None
+
+
+class _Plain:
+    """An object that is its attributes and no more, as those of most classes are; others take more room."""

@@ -108,7 +108,7 @@ def traced(function: Callable[..., tuple[Tensor, ...]], model: nn.Module, tensor
 
         def functionalized(*flat: Tensor) -> tuple[Tensor, ...]:
             above = torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize))
-            with above, functional, _AutocastInside():
+            with above, functional, _Respelled():
                 return run(*flat)
 
         made = make_fx(functionalized, decomposition_table={}, _allow_non_fake_inputs=True,
@@ -122,10 +122,16 @@ def traced(function: Callable[..., tuple[Tensor, ...]], model: nn.Module, tensor
     return Traced(made, tuple(inputs), constants, tuple(written))
 
 
-class _AutocastInside(TorchFunctionMode):
-    """Autocast casts the operands of the matrix product inside einsum. Kept whole, einsum would hide that."""
+class _Respelled(TorchFunctionMode):
+    """What tracing would refuse or get wrong, written in another way.
+
+    Autocast casts the operands of the matrix product inside einsum; kept whole, einsum would hide that. Filling a
+    diagonal in place goes through a strided view, which cannot be made functional; filling a mask can.
+    """
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.fill_diagonal_ and len(args) == 2 and args[0].ndim == 2 and not kwargs:
+            return args[0].masked_fill_(torch.eye(*args[0].shape, dtype=torch.bool, device=args[0].device), args[1])
         if func is torch.einsum and isinstance(args[0], str):
             equation, *operands = args
             parts = operands[0] if isinstance(operands[0], (list, tuple)) else operands

@@ -194,12 +194,13 @@ class Emitter:
         result = []
         for source, a, b in plan[me]:
             if source == me:
-                result.append(mine(a, b))
+                part = mine(a, b)
             else:
-                result.append(self.narrow(received, 0, at[source], at[source] + b - a))
+                part = self.narrow(received, 0, at[source], at[source] + b - a)
                 at[source] += b - a
-        out = self.cat(result, 0) if result else self.narrow(x, 0, 0, 0)
-        return self.call(aten.transpose.int, out, 0, dim) if dim else out
+            # Turned back one by one: joined, they lie in memory as the tensor they are a part of.
+            result.append(self.call(aten.transpose.int, part, 0, dim) if dim else part)
+        return self.cat(result, dim) if result else self.narrow(v.node, dim, 0, 0)
 
     def along(self, axis: str) -> list[Position]:
         """Where the ranks of ``axis`` stand, in order."""

@@ -76,10 +76,16 @@ def choose_seeds(program: Program, sizes: Mapping[str, int], batch: Seeds) -> Se
     entering = list(candidates(program))
     prologues, tried = _prologues(program, entering, parts), _tried(estimate, entering, parts)
     found = gathered(tried)
-    if found[0].flops * parts > 1.05 * whole.flops or found[0].gathers:
+    for further in (
         # Where blocks make grids of tokens again, for convolutions or to attend inside frames, these can be followed
         # if the grid was cut along one of its sides.
-        found = min(found, gathered(tried + _tried(estimate, _grids(entering), parts)), key=lambda f: cost(f[0]))
+        lambda: [gathered(tried + _tried(estimate, _grids(entering), parts))],
+        # Where all is convolutions, with attention in some places, a side of the pictures that are given is to be cut.
+        lambda: [f for f in ((estimate(side), side) for side in _sides(program, parts))
+                 if f[0].flops < 0.98 * whole.flops],
+    ):
+        if found[0].flops * parts > 1.05 * whole.flops or found[0].gathers:
+            found = min([found, *further()], key=lambda f: cost(f[0]))
     if not found[1]:
         _check_tokens(program, parts)
     return found[1]
@@ -108,6 +114,12 @@ def _grids(nodes: Iterable[fx.Node]) -> Iterator[fx.Node]:
             yield grid
 
 
+def _sides(program: Program, parts: int) -> Iterator[Seeds]:
+    """The dimensions of arguments that come after batch and channels, cut evenly."""
+    for node in (n for n in _arguments(program) if n.meta["val"].ndim > 3):
+        yield from (seeds for seeds in _cuts([node], parts) if not any(d.sharded for d in seeds[node.name].dims[:2]))
+
+
 def _cuts(nodes: Iterable[fx.Node], parts: int) -> list[Seeds]:
     """Each dimension of each value, cut evenly."""
     return [{node.name: Layout.replicated(shape).replace(dim, Dim.even(size, parts, SEQUENCE))}
@@ -118,11 +130,15 @@ def _cuts(nodes: Iterable[fx.Node], parts: int) -> list[Seeds]:
 def _prologues(program: Program, entering: Sequence[fx.Node], parts: int) -> list[Seeds]:
     """Each dimension of each argument cut, and what enters the blocks whole again: projections of text that every
     block wants whole are then shared out, at the price of one gather before the blocks."""
-    holders = program.main.graph.find_nodes(op="placeholder")
-    arguments = [n for n, what in zip(holders, program.inputs, strict=True) if what.kind == "argument"
-                 and n.meta["val"].is_floating_point() and n.meta["val"].ndim > 1]
     whole = {n.name: Layout.replicated(n.meta["val"].shape) for n in entering}
-    return [seed | whole for seed in _cuts(arguments, parts)]
+    return [seed | whole for seed in _cuts(_arguments(program), parts)]
+
+
+def _arguments(program: Program) -> list[fx.Node]:
+    """Features that the model is given."""
+    holders = program.main.graph.find_nodes(op="placeholder")
+    return [n for n, what in zip(holders, program.inputs, strict=True) if what.kind == "argument"
+            and n.meta["val"].is_floating_point() and n.meta["val"].ndim > 1]
 
 
 def _check_tokens(program: Program, parts: int) -> None:

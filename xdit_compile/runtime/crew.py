@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch.utils import _pytree as pytree
 
 from xdit_compile.runtime.control import Control
 from xdit_compile.runtime.groups import Groups, forget, make_group
@@ -21,14 +24,15 @@ class Crew:
     Attributes:
         rank: this process's place among them.
         timeout: seconds to wait for another rank.
-        calls: how many calls of parallel models its ranks have made together.
+        counts: how many ``calls`` of parallel models its ranks have made, and how many were ``shared`` by all of them.
     """
 
-    def __init__(self, spec: ShardingSpec, ranks: Sequence[int], timeout: float) -> None:
+    def __init__(self, spec: ShardingSpec, ranks: Sequence[int], timeout: float,
+                 counts: Counter[str] | None = None) -> None:
         self.spec, self.ranks, self.timeout = spec, tuple(ranks), timeout
         self.rank = 0 if len(ranks) == 1 else self.ranks.index(dist.get_rank())
         self.control = Control(self.ranks, timeout)
-        self.calls = 0
+        self.counts: Counter[str] = Counter() if counts is None else counts
 
     @cached_property
     def groups(self) -> Groups:
@@ -44,22 +48,50 @@ class Crew:
         """The group that this rank takes turns with, if there are several. All its ranks ask for it together."""
         if self.turns is None:
             return None
-        spec = replace(self.spec, cfg_degree=1)
-        return Crew(spec, self.turns.members(spec, self.ranks), self.timeout)
+        spec = replace(self.spec, cfg_degree=1, vae_degree=1, encoders="everywhere")
+        return Crew(spec, self.turns.members(spec, self.ranks), self.timeout, self.counts)
+
+    @cached_property
+    def vae(self) -> Crew:
+        """The group that shares an autoencoder with this rank. All its ranks ask for it together."""
+        degree = self.spec.vae_degree
+        first = self.rank - self.rank % degree
+        # A ring, because an autoencoder's attention has a single head.
+        spec = ShardingSpec(ring_degree=degree, backend=self.spec.backend, attention_kernel=self.spec.attention_kernel)
+        return Crew(spec, self.ranks[first : first + degree], self.timeout, self.counts)
+
+    @cached_property
+    def everyone(self) -> dist.ProcessGroup:
+        """All ranks as one group. They ask for it together the first time."""
+        return make_group("xdit_compile.all", self.ranks, self.timeout)
 
     def gather(self, mine: Any) -> list[Any]:
         """What every rank holds, in order: any object that can be pickled."""
         everyone: list[Any] = [mine]
         if len(self.ranks) > 1:
             everyone *= len(self.ranks)
-            dist.all_gather_object(everyone, mine, group=make_group("xdit_compile.all", self.ranks, self.timeout))
+            dist.all_gather_object(everyone, mine, group=self.everyone)
         return everyone
+
+    def broadcast(self, value: Any, owner: int, device: torch.device) -> Any:
+        """What rank ``owner`` holds, on all; tensors arrive on ``device``."""
+        shape = [pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), value)]
+        dist.broadcast_object_list(shape, group=self.everyone, group_src=owner)
+        if self.rank != owner:
+            value = pytree.tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device=device), shape[0])
+        for tensor in pytree.tree_leaves(value):
+            if isinstance(tensor, torch.Tensor):
+                dist.broadcast(tensor.contiguous() if self.rank == owner else tensor, group=self.everyone,
+                               group_src=owner)
+        return value
 
     def forget(self) -> None:
         """Use no group again: a collective failed."""
         known = vars(self)
         if "groups" in known:
             self.groups.forget()
+        if "everyone" in known:
+            forget([self.everyone])
         if "turns" in known and self.turns is not None:
             forget([self.turns.group])
         if "part" in known and self.part is not None:

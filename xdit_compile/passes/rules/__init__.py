@@ -39,7 +39,7 @@ class Rule:
 
 RULES: dict[Any, Rule] = {}
 
-FAMILIES = ("pointwise", "shape", "contraction", "reduction", "along", "index", "convolution", "attention")
+FAMILIES = ("pointwise", "shape", "contraction", "reduction", "along", "index", "convolution", "resize", "attention")
 
 
 def rule(examples: Mapping[Any, Example]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -21,40 +21,62 @@ def _examples(n):
 
 @rule({aten.conv1d.default: _examples(1), aten.conv2d.default: _examples(2), aten.conv3d.default: _examples(3)})
 def convolution(s, x, weight, bias=None, stride=(1,), padding=(0,), dilation=(1,), groups=1):
-    """The window of output o reads inputs o * stride - padding + k * dilation. Kernel = stride on aligned shares
-    (patch embedding) needs nothing from neighbours; else the missing rows are exchanged and only the ends of the
-    whole tensor are padded."""
     n = weight.ndim - 2
-    if x.ndim != n + 2:
-        raise NoRule("a convolution without a batch dimension")
     stride, padding, dilation = (list(v) * n if len(v) == 1 else list(v) for v in (stride, padding, dilation))
     x, weight, bias = s.whole(x, 1), s.whole(weight), bias and s.whole(bias)
-    dims, source = [x.dims[0], Dim.replicated(weight.shape[0])], x
-    for i in range(n):
-        reach = dilation[i] * (weight.shape[2 + i] - 1) + 1
-        size = (x.shape[2 + i] + 2 * padding[i] - reach) // stride[i] + 1
-        dim = x.dims[2 + i]
-        alone = reach == stride[i] == 1 and not padding[i] and all(
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    x, space, padding = _slid(s, x, reach, stride, padding)
+    out = Layout((x.dims[0], Dim.replicated(weight.shape[0]), *space))
+    return s.emit(out, x, weight, bias, stride, padding, dilation, groups)
+
+
+def _pooled(n):
+    return lambda r: (r.tensor(2, 2, *[9, 6, 5][:n]), [r.pick(2, 3)] * n, [r.pick(1, 2)] * n, [r.pick(0, 1)] * n)
+
+
+@rule({aten.avg_pool1d.default: _pooled(1), aten.avg_pool2d.default: _pooled(2), aten.avg_pool3d.default: _pooled(3)})
+def average(s, x, kernel, stride=(), padding=(0,), ceil_mode=False, count_padding=True, divisor=None):
+    n = len(kernel)
+    stride, padding = list(stride) or list(kernel), list(padding) * n if len(padding) == 1 else list(padding)
+    if ceil_mode or not count_padding:
+        raise NoRule("a mean over fewer values at the border")
+    x, space, padding = _slid(s, s.whole(x, 1), kernel, stride, padding)
+    rest = () if divisor is None else (divisor,)
+    return s.emit(Layout((*x.dims[:2], *space)), x, kernel, stride, padding, ceil_mode, count_padding, *rest)
+
+
+def _slid(s, x, reach, stride, padding):
+    """For an operator whose output ``o`` reads inputs ``o * stride - padding`` and so on, ``reach`` of them: what this
+    rank reads, how the outputs are laid out, and the padding that is left to the operator. Windows on aligned shares
+    (patch embedding) need nothing from neighbours; else the missing rows are exchanged and only the ends of the whole
+    tensor are padded."""
+    if x.ndim != len(reach) + 2:
+        raise NoRule("a convolution without a batch dimension")
+    space, source, left = [], x, list(padding)
+    for i, dim in enumerate(x.dims[2:]):
+        size = (x.shape[2 + i] + 2 * padding[i] - reach[i]) // stride[i] + 1
+        alone = reach[i] == stride[i] == 1 and not padding[i] and all(
             dim.local_size({**s.position, axis: rank}) for axis in dim.axes for rank in range(s.sizes[axis]))
         if alone or not dim.sharded:
-            dims.append(dim if alone else Dim.replicated(size))
+            space.append(dim if alone else Dim.replicated(size))
             continue
-        out = _shares(dim, size, stride[i])
+        out = _shares(dim, size, stride[i], padding[i] - (reach[i] - 1) // 2 if stride[i] == 1 else 0)
         if out is None or source is not x:
             raise NoRule(f"space laid out as {x.layout}")
-        dims.append(out)
-        source = _with_halo(s, x, 2 + i, out, stride[i], padding[i], reach)
-        padding[i] = 0
-    return s.emit(Layout(tuple(dims)), source, weight, bias, stride, padding, dilation, groups)
+        space.append(out)
+        source = _with_halo(s, x, 2 + i, out, stride[i], padding[i], reach[i])
+        left[i] = 0
+    return source, space, left
 
 
-def _shares(dim, size, stride):
-    """Who computes which outputs: those whose window starts in its share."""
+def _shares(dim, size, stride, shift):
+    """Who computes which outputs: of stride 1, those in the middle of whose window lies a row of its share, so that
+    padding given to the ranks at the ends leaves with the windows that read it; else one in ``stride`` of its rows."""
     if len(dim.segments) != 1:
         return None
     (segment,) = dim.segments
-    cuts = [min(-(-o // stride), size) for o in segment.offsets]
-    cuts[-1] = size
+    cuts = [min(max(-(-(o + shift) // stride), 0), size) for o in segment.offsets]
+    cuts[0], cuts[-1] = 0, size
     # A rank without outputs would convolve nothing, which PyTorch refuses.
     return Dim.of([Segment(tuple(cuts), segment.axis)]) if all(a < b for a, b in pairwise(cuts)) else None
 

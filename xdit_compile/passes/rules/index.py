@@ -6,6 +6,7 @@ import torch
 
 from xdit_compile.layout import Layout
 from xdit_compile.passes.rules import rule
+from xdit_compile.passes.values import NoRule
 
 aten = torch.ops.aten
 
@@ -36,3 +37,15 @@ def gather(s, x, dim, index, **kwargs):
             else:
                 x, index = s.whole(x, i), s.whole(index, i)
     return s.emit(index.layout, x, dim, index, **kwargs)
+
+
+@rule({aten.index.Tensor: lambda r: (r.tensor(2, 6, 4), r.pick([None, r.indices(6, 3)], [r.indices(2, 5)],
+                                                               [None, None, r.indices(4, 2, 3)]))})
+def index(s, x, indices):
+    """``x[:, indices]``: the dimensions of one index take the place of the one that it looks into."""
+    (dim, one), *more = [(i, given) for i, given in enumerate(indices) if given is not None]
+    if more or one.dtype in (torch.bool, torch.uint8):
+        raise NoRule("several indices, or a mask")
+    x = s.whole(x, dim)
+    one = s.whole(one) if x.sharded else one
+    return s.emit(Layout((*x.dims[:dim], *one.dims, *x.dims[dim + 1 :])), x, [*indices[:dim], one])

@@ -25,6 +25,8 @@ def _two(r):
     aten.zeros_like.default: lambda r: (r.tensor(2, 6),),
     aten.ones_like.default: lambda r: (r.tensor(2, 6),),
     aten.masked_fill.Scalar: lambda r: (r.tensor(2, 6), r.tensor(6) > 0, 0.5),
+    aten.__and__.Tensor: lambda r: (r.tensor(2, 6) > 0, r.tensor(6) > 0),
+    aten.__or__.Tensor: lambda r: (r.tensor(2, 6) > 0, r.tensor(6) > 0),
 })
 def pointwise(s, *args, **kwargs):
     """Any operator tagged element-wise; non-tensor arguments are passed on."""
@@ -34,3 +36,11 @@ def pointwise(s, *args, **kwargs):
     for i, value in zip(tensors, laid, strict=True):
         args[i] = value
     return s.emit(Layout(dims), *args, **kwargs)
+
+
+@rule({aten.new_zeros.default: lambda r: (r.tensor(2, 6), [3, 4]),
+       aten.new_ones.default: lambda r: (r.tensor(2, 6), [3, 4]),
+       aten.new_full.default: lambda r: (r.tensor(2, 6), [3, 4], 0.5)})
+def fresh(s, x, size, *value, **kwargs):
+    """A constant that has no more of ``x`` than its type."""
+    return s.emit(Layout.replicated(size), x, size, *value, **kwargs)

@@ -72,29 +72,33 @@ def group_norm(s, x, groups, weight=None, bias=None, eps=1e-5, cudnn=True):
         x = s.whole(x, *range(2, x.ndim))
         return s.emit(x.layout, x, groups, weight, bias, eps, cudnn)
     batch, channels, *space = x.dims
-    per = channels.size // groups
-    grouped = (batch, Dim.replicated(groups), Dim.replicated(per), *space)
-    local = [d.local_size(s.position) for d in grouped]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    y = s.emit(x.layout, x, dtype=wide, target=aten._to_copy.default)
-    y = s.emit(Layout(grouped), y, local, target=aten.reshape.default)
-    over, count = list(range(2, len(grouped))), per * math.prod(d.size for d in space)
+    grouped = (batch, Dim.replicated(groups), Dim.replicated(channels.size // groups), *space)
+    wide = {"dtype": torch.promote_types(x.dtype, torch.float32)}
+    y = s.emit(Layout(grouped), x, [d.local_size(s.position) for d in grouped], target=aten.reshape.default)
+    over, count = list(range(2, len(grouped))), channels.size // groups * math.prod(d.size for d in space)
     flat = Layout((*grouped[:2], *[Dim.replicated(1)] * len(over)), next(iter(axes)))
 
     def mean(v):
-        total = s.summed(s.emit(flat, v, over, True, target=aten.sum.dim_IntList))
+        total = s.summed(v)
         return s.emit(total.layout, total, count, target=aten.div.Tensor)
 
-    y = s.emit(y.layout, y, mean(y), target=aten.sub.Tensor)
-    scale = mean(s.emit(y.layout, y, y, target=aten.mul.Tensor))
+    centre = mean(s.emit(flat, y, over, True, **wide, target=aten.sum.dim_IntList))
+    # One kernel sums the squares: no tensor of squares beside that of differences.
+    root = s.emit(flat, s.emit(y.layout, y, centre, target=aten.sub.Tensor), 2.0, over, True, **wide,
+                  target=aten.linalg_vector_norm.default)
+    scale = mean(s.emit(flat, root, root, target=aten.mul.Tensor))
     scale = s.emit(scale.layout, scale, eps, target=aten.add.Tensor)
     scale = s.emit(scale.layout, scale, target=aten.rsqrt.default)
-    y = s.emit(y.layout, y, scale, target=aten.mul.Tensor)
+    columns = Layout((batch, *grouped[1:3], *flat.dims[3:]))
+    shape = [1, *(d.size for d in columns.dims[1:])]
+    if weight is not None:
+        weight = s.emit(Layout((Dim.replicated(1), *columns.dims[1:])), weight, shape, target=aten.reshape.default)
+        scale = s.emit(columns, scale, weight, target=aten.mul.Tensor)
+    shift = s.emit(scale.layout, scale, centre, target=aten.mul.Tensor)
+    shift = s.emit(shift.layout, shift, target=aten.neg.default)
+    if bias is not None:
+        bias = s.emit(Layout((Dim.replicated(1), *columns.dims[1:])), bias, shape, target=aten.reshape.default)
+        shift = s.emit(columns, shift, bias, target=aten.add.Tensor)
+    y = s.emit(y.layout, shift, y, scale, target=aten.addcmul.default)
     y = s.emit(x.layout, y, [d.local_size(s.position) for d in x.dims], target=aten.reshape.default)
-    for parameter, op in ((weight, aten.mul.Tensor), (bias, aten.add.Tensor)):
-        if parameter is not None:
-            column = [-1, *[1] * len(space)]
-            shaped = Layout((channels, *[Dim.replicated(1)] * len(space)))
-            column = s.emit(shaped, parameter, column, target=aten.reshape.default)
-            y = s.emit(y.layout, y, column, target=op)
-    return s.emit(x.layout, y, dtype=x.dtype, target=aten._to_copy.default)
+    return y if x.dtype == wide["dtype"] else s.emit(x.layout, y, dtype=x.dtype, target=aten._to_copy.default)

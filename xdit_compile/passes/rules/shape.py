@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 
 import torch
 
@@ -88,13 +89,18 @@ def cat(s, tensors, dim=0):
     tensors = [x for x in tensors if x.shape != (0,)]
     dim %= tensors[0].ndim
     # Along other dimensions the parts agree; along the joined one every part keeps its own layout.
-    largest = max((x for x in tensors if x.sharded), key=lambda x: max(x.shape))
+    # Of two as large, the one whose shares are more even is followed.
+    largest = max((x for x in tensors if x.sharded), key=lambda x: (max(x.shape), -_most(x)))
     axes = {a for x in tensors for a in x.dims[dim].axes}
     dims = [Dim.replicated(d.size) if d.axes & axes else d for d in largest.dims]
     laid = [s.like(x, [d for i, d in enumerate(dims) if i != dim], [i for i in range(x.ndim) if i != dim])
             for x in tensors]
     dims[dim] = concatenate(x.dims[dim] for x in laid)
     return s.emit(Layout(tuple(dims)), laid, dim, target=aten.cat.default)
+
+
+def _most(x):
+    return max((b - a for d in x.dims for seg in d.segments if seg.axis for a, b in pairwise(seg.offsets)), default=0)
 
 
 @rule({aten.stack.default: lambda r: ([r.tensor(2, 3), r.tensor(2, 3)], r.pick(0, 1, -1))})
@@ -126,7 +132,7 @@ def slice_(s, x, dim=0, start=None, stop=None, step=1):
     else:
         last = first + held
     out = x.layout.replace(dim, old.slice(start, stop, step))
-    return s.emit(out, x, dim, first, last, step, target=aten.slice.Tensor)
+    return _not_alone(s, dim, s.emit(out, x, dim, first, last, step, target=aten.slice.Tensor))
 
 
 @rule({aten.slice_scatter.default: lambda r: (r.tensor(2, 5, 8), r.tensor(2, 5, 4), -1, r.pick(0, 1), 8, 2)})
@@ -151,8 +157,14 @@ def split(s, x, sizes, dim=0):
         parts.append(old.slice(at, at + n))
         at += n
     local = [p.local_size(s.position) for p in parts]
-    return s.emit_many([x.layout.replace(dim, p) for p in parts], x, local, dim,
+    made = s.emit_many([x.layout.replace(dim, p) for p in parts], x, local, dim,
                        target=aten.split_with_sizes.default)
+    return tuple(_not_alone(s, dim, part) for part in made)
+
+
+def _not_alone(s, dim, x):
+    """A single index that one rank holds is given to all: elsewhere a size of one means that it may be repeated."""
+    return s.whole(x, dim) if x.shape[dim] == 1 else x
 
 
 @rule({aten.unbind.int: lambda r: (r.tensor(2, 3, 4), r.pick(0, 1, -1))})
@@ -170,29 +182,6 @@ def select(s, x, dim, index):
     # Only the one slice that is asked for travels.
     one = s.whole(slice_(s, x, dim, index, index + 1), dim)
     return s.emit(Layout(x.dims[:dim] + x.dims[dim + 1 :]), one, dim, 0)
-
-
-@rule({aten.constant_pad_nd.default: lambda r: (
-    r.tensor(2, 5, 4), r.pick([1, 0], [0, 0, 0, 3], [0, 0, 2, 1], [-1, 0, 0, 1]), 0.5)})
-def pad(s, x, pads, value=0):
-    """Padding joins constant segments before and after; a sharded dimension is padded by concatenation."""
-    pads = list(pads) + [0] * (2 * x.ndim - len(pads))
-    free = [0 if x.dims[x.ndim - 1 - i // 2].sharded else p for i, p in enumerate(pads)]
-    sizes = [d if d.sharded else Dim.replicated(d.size + sum(free[2 * (x.ndim - 1 - i) :][:2]))
-             for i, d in enumerate(x.dims)]
-    out = s.emit(Layout(tuple(sizes)), x, free, value) if any(free) else x
-    for i, d in enumerate(x.dims):
-        before, after = pads[2 * (x.ndim - 1 - i) :][:2]
-        if d.sharded and (before or after):
-            if min(before, after) < 0:
-                raise NoRule("negative padding of a sharded dimension")
-            ends = []
-            for n in (before, after):
-                shape = Layout(out.dims).replace(i, Dim.replicated(n))
-                size = list(shape.local_shape(s.position))
-                ends.append(s.emit(shape, out, size, value, target=aten.new_full.default))
-            out = cat(s, [ends[0], out, ends[1]], i)
-    return out
 
 
 @rule({aten.view_as_complex.default: lambda r: (r.tensor(3, 4, 2),)})

@@ -1,0 +1,56 @@
+"""Encoders that live on one rank each: a text encoder runs once per prompt and need not fill every device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from xdit_compile.calls import bind_call, named_leaves
+from xdit_compile.runtime.crew import Crew
+from xdit_compile.runtime.deferred import concrete
+from xdit_compile.runtime.digest import digests
+from xdit_compile.standin import Parallel, instance_of_subclass
+
+
+def spread(encoder: nn.Module, crew: Crew, owner: int) -> Any:
+    """``encoder`` on rank ``owner`` of the crew alone. The others give up their weights, which are put on the meta
+    device, and receive what its forward returns."""
+    device, dtype = _home(encoder)
+    members: dict[str, Any] = {"forward": _forward(type(encoder), crew, owner), "runners": {}}
+    if crew.rank != owner:
+        for module in encoder.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        members |= {"_apply": _apply, "device": property(lambda self: self.home.device),
+                    "dtype": property(lambda self: self.home.dtype), "home": torch.empty(0, device=device, dtype=dtype)}
+    return instance_of_subclass(encoder, Parallel, members, vars(encoder))
+
+
+def _home(encoder: nn.Module) -> tuple[torch.device, torch.dtype]:
+    first = next(encoder.parameters())
+    return first.device, first.dtype
+
+
+def _forward(cls: Any, crew: Crew, owner: int) -> Callable[..., Any]:
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = concrete((args, kwargs))
+        named, others = named_leaves(bind_call(self, args, kwargs))
+        crew.control.agree(f"the inputs of {cls.__name__}", digests(named) | others)
+        crew.counts["calls"] += 1
+        with crew.control.guard(cls.__name__, (crew.everyone,)):
+            result = cls.forward(self, *args, **kwargs) if crew.rank == owner else None
+            return crew.broadcast(result, owner, self.device)
+
+    return forward
+
+
+def _apply(self: Any, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    """Moving or casting a module without weights: it remembers where it would be."""
+    type(self).home = fn(self.home)
+    return self
