@@ -69,18 +69,13 @@ def latents(name: str, root: Path, **call: Any) -> torch.Tensor:
     ("--use_torch_compile --ulysses_degree 1", "backend=inductor"),
     ("--spec cfg=2,attention_kernel=torch --ulysses_degree 2", "cfg=2,ulysses=2,kernel=torch"),
     ("--spec ulysses_degree=2 --ulysses_degree 2", "ulysses=2"),
+    ("--use_parallel_vae --use_cfg_parallel --ring_degree 2", "cfg=2,ring=2,vae=4"),
+    ("--use_parallel_vae --spec ulysses=4,vae=2", "ulysses=4,vae=2"),
     ("--pipefusion_parallel_degree 1 --tensor-parallel-degree 1 --warmup_steps 1 --num_pipeline_patch 1 "
      "--attn_layer_num_for_pp --split_scheme row --ring_degree 2", "ring=2"),
 ])  # fmt: skip
 def test_the_spec_that_flags_stand_for(arguments: str, spec: str) -> None:
     assert asked(*arguments.split()).spec == ShardingSpec.parse(spec)
-
-
-def test_a_parallel_autoencoder_is_the_spec_s_word_for_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = []
-    monkeypatch.setattr(flags.ShardingSpec, "parse", lambda text: texts.append(text) or ShardingSpec(ulysses_degree=4))
-    asked("--use_parallel_vae", "--ulysses_degree", "4")
-    assert texts[-1] == "ulysses=4,vae=4"
 
 
 def test_the_call_that_flags_ask_for() -> None:
@@ -111,6 +106,7 @@ def test_pictures_adapters_and_where_things_are() -> None:
     ("--tensor_parallel_degree 2", "every rank holds all weights"),
     ("--use_teacache", "--use_teacache: nothing is skipped or approximated here"),
     ("--use-fbcache", "--use_fbcache: "),
+    ("--shard_t5_encoder", "use --spec encoders=spread"),
     ("--use_onediff", "use --use_torch_compile"),
     ("--use_fp8_t5_encoder", "choose it with --dtype"),
     ("--enable_sequential_cpu_offload", "use --enable_model_cpu_offload"),

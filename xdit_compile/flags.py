@@ -35,6 +35,7 @@ exit status: 0 if the files are written, 2 if not.
 _PIPEFUSION = "PipeFusion is not built yet; give those devices to --ulysses_degree or --ring_degree"
 _WHOLE = ("every rank holds all weights; share the work with --ulysses_degree and --ring_degree, and where memory is "
           "short use --enable_model_cpu_offload")
+_ENCODERS = "encoders are not cut, but each can live on a rank of its own: use --spec encoders=spread"
 _EXACT = "nothing is skipped or approximated here; for faster steps use more devices, as in --ulysses_degree"
 _PRECISION = "weights and traffic keep the model's type; choose it with --dtype, or load a folder quantized before"
 _TOGETHER = "all processes take part in everything; leave it out"
@@ -49,7 +50,7 @@ VALUES: dict[str, tuple[tuple[str, ...], str]] = {
     "attn_layer_num_for_pp": ((), _PIPEFUSION),
     "warmup_steps": (("0", "1"), f"steps of warming up belong to PipeFusion. {_PIPEFUSION}"),
     "tensor_parallel_degree": (("1",), _WHOLE),
-    "text_encoder_tp_degree": (("1",), _WHOLE),
+    "text_encoder_tp_degree": (("1",), _ENCODERS),
     "fully_shard_degree": (("1",), _WHOLE),
     "split_scheme": (("row",), _WHOLE),
     "dit_parallel_size": (("0",), _TOGETHER),
@@ -78,8 +79,9 @@ SWITCHES: dict[str, str] = {
     **dict.fromkeys(("use_teacache", "use_fbcache", "use_fast_attn", "use_hybrid_attn_schedule"), _EXACT),
     **dict.fromkeys(("use_fp8_t5_encoder", "use_fp8_text_encoder", "use_fp8_gemms", "use_fp4_gemms", "use_int8_gemms",
                      "use_fp8_comms", "use_hybrid_gemm_schedule"), _PRECISION),
-    **dict.fromkeys(("shard_dit", "shard_t5_encoder", "memory_efficient_sharding"), _WHOLE),
+    **dict.fromkeys(("shard_dit", "memory_efficient_sharding"), _WHOLE),
     **dict.fromkeys(("enable_sequential_cpu_offload", "enable_group_cpu_offload"), _OFFLOAD),
+    "shard_t5_encoder": _ENCODERS,
     "use_onediff": "it is not supported; use --use_torch_compile",
     "use_ray": "processes are started by torchrun, or by this command itself",
     "resize_input_images": "give pictures of the size wanted",
@@ -150,7 +152,7 @@ def _add_xdit(group: Any) -> None:
         group.add_argument(f"--{name}", type=int, metavar="N", help=f"the spec's {word}=N")
     for name, text in {
         "use_cfg_parallel": "the spec's cfg=2",
-        "use_parallel_vae": "the spec's vae, over all processes",
+        "use_parallel_vae": "the spec's vae=N, N being all processes",
         "use_torch_compile": "the spec's backend=inductor",
         "no_use_resolution_binning": "take height and width as they are",
         "enable_model_cpu_offload": "keep each component on the CPU until it is called",
