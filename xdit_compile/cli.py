@@ -1,4 +1,4 @@
-"""The command line: explain what parallelising a model would do, or verify that it is right."""
+"""The command line: explain what parallelising a model would do, verify that it is right, or run a pipeline."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.utils import _pytree as pytree
 
+from xdit_compile import flags
 from xdit_compile.errors import LaunchError, XditError
 from xdit_compile.explain import Explanation, explain
-from xdit_compile.launch import init_from_env, launch
+from xdit_compile.launch import launch, place_of
 from xdit_compile.program import Program
 from xdit_compile.report.plain import plain
 from xdit_compile.report.target import build, load
+from xdit_compile.run import Run, run
 from xdit_compile.spec import ShardingSpec
 from xdit_compile.verify import Verification, verify
 
@@ -53,11 +55,16 @@ exit status: 0 if every output is within the tolerance, 1 if not, 2 if there was
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(flags.spelled(words) if words[:1] == ["run"] else words)
     _quieten()
+    report: Explanation | Verification | Run
     try:
-        spec = ShardingSpec.parse(options.spec)
-        report = _explain(options, spec) if options.command == "explain" else _verify(options, spec)
+        if options.command == "run":
+            report = _run(options)
+        else:
+            spec = ShardingSpec.parse(options.spec)
+            report = _explain(options, spec) if options.command == "explain" else _verify(options, spec)
     except XditError as error:
         cause = error.__cause__ if isinstance(error, LaunchError) and isinstance(
             error.__cause__, XditError) else error
@@ -69,18 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if _first():
         _show(report, options.json)
-    return 0 if isinstance(report, Explanation) or report.ok else 1
+    return 1 if isinstance(report, Verification) and not report.ok else 0
 
 
 def verify_target(target: str, spec: ShardingSpec, tolerance: float, device: str | None) -> Verification:
     """What one rank of a verification does. Every rank draws the target's weights from the same seed."""
     _quieten()
-    if dist.is_initialized():
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    if spec.world_size > 1:
-        place = init_from_env(device)
-    else:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = place_of(spec.world_size, device)
     torch.manual_seed(0)
     model, inputs = build(load(target))
     if place.type != "cpu" and not any(p.is_meta for p in model.parameters()):
@@ -115,6 +117,13 @@ def _verify(options: argparse.Namespace, spec: ShardingSpec) -> Verification:
         return launch(verify_target, *task, world_size=spec.world_size, device=options.device)[0]
 
 
+def _run(options: argparse.Namespace) -> Run:
+    made = run(flags.request(options))
+    if dist.is_initialized():
+        dist.destroy_process_group()  # nothing follows; NCCL complains of a group that is left
+    return made
+
+
 class _Dump:
     """Writes the program after each pass, as ``00-canonicalize.py``; a file is there whole or not at all."""
 
@@ -130,7 +139,7 @@ class _Dump:
         self.count += 1
 
 
-def _show(report: Explanation | Verification, as_json: bool) -> None:
+def _show(report: Explanation | Verification | Run, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     elif sys.stdout.isatty():
@@ -157,6 +166,10 @@ def _progress(what: str) -> Iterator[None]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="xdit-compile", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command = commands.add_parser("run", help=flags.HELP.partition("\n")[0], description=flags.HELP, allow_abbrev=False,
+                                  usage="xdit-compile run --model DIR_OR_ID [--spec SPEC] [--prompt TEXT] ...",
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_arguments(command)
     for name, text in (("explain", EXPLAIN), ("verify", VERIFY)):
         command = commands.add_parser(name, help=text.partition("\n")[0], description=text,
                                       formatter_class=argparse.RawDescriptionHelpFormatter)

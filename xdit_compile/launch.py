@@ -105,6 +105,15 @@ def init_from_env(device: str | None = None, timeout: float = 600.0) -> torch.de
     return local
 
 
+def place_of(world_size: int, device: str | None) -> torch.device:
+    """The device of this process, be it a rank of a job (which it joins) or, for a world of one, alone."""
+    if dist.is_initialized():
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    if world_size > 1:
+        return init_from_env(device)
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 class Failure(NamedTuple):
     """What one failed rank left behind."""
 

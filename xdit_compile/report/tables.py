@@ -14,6 +14,7 @@ from xdit_compile.report.units import plural, size, work
 
 if TYPE_CHECKING:
     from xdit_compile.explain import Explanation, Row
+    from xdit_compile.run import Run
     from xdit_compile.verify import Verification
 
 def table(title: str, *columns: str) -> Table:
@@ -124,6 +125,22 @@ def verification_table(v: Verification) -> RenderableType:
         nodes.add_row(name(n.function, f"{n.node} = {n.operator}"), place(n.module, n.source), n.layout,
                       ",".join(map(str, n.ranks)), f"{n.absolute:.3g}", f"{n.relative:.3g}")
     return sections(Text(summary_of_verification(v)), outputs, nodes if v.nodes else None)
+
+
+def run_table(r: Run) -> RenderableType:
+    """What a run took and made."""
+    each = f", {r.seconds_per_step:.3g} s for each of {plural(r.steps, 'step')}" if r.seconds_per_step else ""
+    first = "" if r.warmup_calls else ", capturing the models included"
+    head = Text.assemble((r.pipeline, "bold"), f" under {r.spec} on {plural(r.processes, 'process', 'processes')} "
+                         f"({r.device}, {r.dtype}): {r.seconds:.2f} s{each}{first}; loaded in {r.load_seconds:.2f} s")
+    memory = table("Peak memory", "rank", ">bytes")
+    for rank, peak in enumerate(r.peak_memory):
+        memory.add_row(str(rank), size(peak))
+    files, notes = table("Written", "file"), table("To be noted", "")
+    for made, lines in ((files, r.files), (notes, r.notes)):
+        for line in lines:
+            made.add_row(Text(line))
+    return sections(head, *(made for made in (memory, files, notes) if made.row_count))
 
 
 def _blame(v: Verification) -> str:

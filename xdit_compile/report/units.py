@@ -13,9 +13,9 @@ def work(count: float) -> str:
     return _scaled(count, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"))
 
 
-def plural(count: int, word: str) -> str:
-    """``1 collective``, ``2 collectives``."""
-    return f"{count:,} {word}" + ("" if count == 1 else "s")
+def plural(count: int, word: str, words: str = "") -> str:
+    """``1 collective``, ``2 collectives``; ``words`` is the plural where it is not made by an s."""
+    return f"{count:,} {word if count == 1 else words or f'{word}s'}"
 
 
 def _scaled(count: float, names: tuple[str, ...]) -> str:
