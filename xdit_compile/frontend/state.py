@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from functools import partial
-from types import BuiltinFunctionType, CellType, FunctionType, MethodType
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from xdit_compile.structure import CONSTANTS
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_ITSELF = (nn.Module, torch.Tensor, type, BuiltinFunctionType)
+_ITSELF = (nn.Module, torch.Tensor, type, BuiltinFunctionType, ModuleType)
 _DEPTH = 16
 """How deep plain objects are looked into: a processor, its settings, their lists."""
 
@@ -73,7 +73,7 @@ def _of_value(value: Any, held: list[Any] | None, seen: dict[int, int], depth: i
     if id(value) in seen:
         return "seen", seen[id(value)]
     seen[id(value)] = len(seen)
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return tuple((str(k), of(v)) for k, v in value.items())
     if isinstance(value, (list, set)):
         return tuple(map(of, value))

@@ -1,0 +1,295 @@
+"""Scenes with a parallel pipeline, played by all ranks. Most return the difference to one process."""
+
+from __future__ import annotations
+
+import io
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pipelines
+import torch
+from emulation import difference
+
+import xdit_compile
+from xdit_compile.runtime.deferred import Deferred
+
+SCHEDULERS = ["UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler",
+              "EulerAncestralDiscreteScheduler", "DDIMScheduler", "HeunDiscreteScheduler", "thresholding"]
+
+
+def both(name: str, root: str, spec: str = "cfg=2", **options: Any) -> tuple[Any, Any, Any]:
+    """The case, its pipeline, and another one made parallel."""
+    path = pipelines.folder(name, Path(root))
+    case, alone, other = pipelines.PIPELINES[name], pipelines.load(path), pipelines.load(path)
+    return case, alone, xdit_compile.parallelize(other, spec, ranks=range(2), timeout=60, **options)
+
+
+def rank() -> int:
+    return torch.distributed.get_rank()
+
+
+def apart(case: Any, pipe: Any, alone: Any, **call: Any) -> float:
+    return difference(pipelines.run(pipe, case, **call), pipelines.run(alone, case, **call))
+
+
+def called_back(name: str, root: str) -> list[float]:
+    case, alone, pipe = both(name, root)
+
+    def seen(which: Any) -> list[torch.Tensor]:
+        found = []
+
+        def keep(_: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
+            assert not isinstance(given["latents"], Deferred)
+            found.append(given["latents"].clone())
+            return given
+
+        pipelines.run(which, case, callback_on_step_end=keep)
+        return found
+
+    return [difference(a, b) for a, b in zip(seen(pipe), seen(alone), strict=True)]
+
+
+def looked_at_on_one_rank(name: str, root: str) -> list[float]:
+    case, _, pipe = both(name, root)
+    found = []
+
+    def look(_: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if rank() == 0:
+            found.append(given["latents"].mean().item())
+        return given
+
+    pipelines.run(pipe, case, callback_on_step_end=look)
+    return found
+
+
+def guidance_switched_off(name: str, root: str) -> float:
+    """Half-way, as pipelines with a batch of both conditions are told to."""
+    case, alone, pipe = both(name, root)
+
+    def off(which: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if step == 2:
+            which._guidance_scale = 0.0
+            for key in ("prompt_embeds", "pooled_prompt_embeds"):
+                given[key] = given[key][-1:]
+            given["latents"] = given["latents"] * 1.01
+        return given
+
+    wanted = ["latents", "prompt_embeds", "pooled_prompt_embeds"]
+    return apart(case, pipe, alone, callback_on_step_end=off, callback_on_step_end_tensor_inputs=wanted)
+
+
+def generators(name: str, root: str) -> float:
+    case, alone, pipe = both(name, root, "data=2")
+    call = case.call() | {"num_images_per_prompt": 3, "return_dict": False}
+
+    def run(which: Any) -> torch.Tensor:
+        return which(**call, generator=[torch.Generator().manual_seed(i) for i in (5, 6, 7)])[0]
+
+    return difference(run(pipe), run(alone))
+
+
+def output(name: str, root: str, output_type: str) -> float:
+    case, alone, pipe = both(name, root)
+
+    def run(which: Any) -> torch.Tensor:
+        result = which(**case.call() | {"output_type": output_type}, generator=torch.Generator().manual_seed(0))
+        images = result.images
+        if output_type == "pil":
+            return torch.stack([torch.from_numpy(np.asarray(i).astype(np.float32)) for i in images]) / 255
+        return torch.as_tensor(images)
+
+    a, b = run(pipe), run(alone)
+    # Pictures are rounded to 256 steps.
+    return max(difference(a, b) - (1.01 / 255 if output_type == "pil" else 0.0), 0.0)
+
+
+def scheduler(name: str, root: str, chosen: str) -> float:
+    import diffusers
+
+    case, alone, pipe = both(name, root)
+    for which in (alone, pipe):
+        options: dict[str, Any] = {}
+        cls = chosen
+        if chosen == "thresholding":
+            cls, options = "DPMSolverMultistepScheduler", {"thresholding": True, "sample_max_value": 1.5}
+        if name == "wan":
+            options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+        which.scheduler = getattr(diffusers, cls).from_config(which.scheduler.config, **options)
+    return apart(case, pipe, alone)
+
+
+def called_again(name: str, root: str) -> list[float]:
+    case, alone, pipe = both(name, root)
+    calls: list[dict[str, Any]] = [
+        {}, {"prompt": "something else, and longer"}, {"height": 112, "width": 144}, {"num_inference_steps": 3},
+        {"true_cfg_scale": 1.0}, {}]
+    return [apart(case, pipe, alone, **call) for call in calls]
+
+
+def interrupted(name: str, root: str) -> int:
+    """How many steps ended on this rank, of six; rank 1 asks to stop after the third."""
+    case, _, pipe = both(name, root)
+    ended = []
+
+    def stop(which: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
+        ended.append(step)
+        if step == 2 and rank() == 1:
+            which._interrupt = True
+        return given
+
+    pipelines.run(pipe, case, callback_on_step_end=stop)
+    return len(ended)
+
+
+def told_apart(name: str, root: str, what: str) -> tuple[str, int, float]:
+    """Rank 1 calls with something else. The error, how many models had run, and how a proper call does afterwards."""
+    case, alone, pipe = both(name, root)
+    call = case.call()
+    generator: torch.Generator | None = torch.Generator().manual_seed(rank() if what == "generator" else 0)
+    if what == "prompt" and rank() == 1:
+        call["prompt"] = "something else"
+    if what == "seed":
+        torch.manual_seed(rank())
+        generator = None
+    try:
+        pipe(**call, generator=generator)
+        text = ""
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+    return text, pipe.crew.counts["calls"], apart(case, pipe, alone)
+
+
+def refused(name: str, root: str) -> tuple[str, float]:
+    case, alone, pipe = both(name, root)
+    try:
+        pipelines.run(pipe, case, height=13)
+        text = ""
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+    return text, apart(case, pipe, alone)
+
+
+def failing(name: str, root: str) -> str:
+    """Rank 1's callback fails in the second step."""
+    case, _, pipe = both(name, root)
+
+    def fail(_: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if step == 1 and rank() == 1:
+            raise LookupError("out of ideas")
+        return given
+
+    try:
+        pipelines.run(pipe, case, callback_on_step_end=fail)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def bars(name: str, root: str) -> str:
+    case, _, pipe = both(name, root)
+    pipe.set_progress_bar_config(desc="steps")
+    with redirect_stderr(io.StringIO()) as said:
+        pipelines.run(pipe, case)
+    return said.getvalue()
+
+
+def offloaded(name: str, root: str) -> float:
+    """To the CPU from the CPU, which is all that can be had everywhere: the hooks are the same."""
+    case, alone, pipe = both(name, root, "cfg=2,vae=2")
+    pipe.enable_model_cpu_offload(device="cpu")
+    return apart(case, pipe, alone, output_type="pt")
+
+
+def half(name: str, root: str) -> tuple[float, float]:
+    """The difference to one process, and what rounding to bfloat16 makes."""
+    from diffusers import DiffusionPipeline
+
+    path = pipelines.folder(name, Path(root))
+    case = pipelines.PIPELINES[name]
+
+    def load() -> Any:
+        return DiffusionPipeline.from_pretrained(path, torch_dtype=torch.bfloat16)
+
+    whole = pipelines.run(pipelines.load(path), case)
+    alone = pipelines.run(load(), case)
+    mine = pipelines.run(xdit_compile.parallelize(load(), "cfg=2", ranks=range(2), timeout=60), case)
+    assert mine.dtype == alone.dtype
+    return difference(mine.float(), alone.float()), difference(alone.float(), whole)
+
+
+def decorated(name: str, root: str) -> dict[str, Any]:
+    case, alone, _ = both(name, root)
+    pipe = pipelines.load(pipelines.folder(name, Path(root)))
+    options: dict[str, Any] = {"ranks": range(2), "timeout": 60}
+    seen = []
+
+    @xdit_compile.parallel("cfg=2", **options)
+    def generate(given: Any, seed: int) -> torch.Tensor:
+        seen.append(given)
+        return pipelines.run(given, case, seed)
+
+    class Own(type(pipe)):  # type: ignore[misc]
+        @torch.no_grad()
+        @xdit_compile.parallel("cfg=2", **options)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__(*args, **kwargs)
+
+    expected = pipelines.run(alone, case, 3)
+    function = max(difference(generate(pipe, 3), expected) for _ in range(2))
+    assert seen[0] is seen[1] and seen[0] is not pipe
+    method = difference(pipelines.run(Own(**pipe.components), case, 3), expected)
+    return {"function": function, "method": method, "captures": len(seen[0].transformer.runners["forward"].programs)}
+
+
+def exchanged(name: str, root: str) -> tuple[float, bool]:
+    case, alone, pipe = both(name, root)
+    other = pipelines.load(pipelines.folder(name, Path(root))).transformer
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    alone.transformer = other
+    pipe.transformer = other
+    return apart(case, pipe, alone), hasattr(pipe.transformer, "runners")
+
+
+def unchanged(name: str, root: str) -> bool:
+    pipe = pipelines.load(pipelines.folder(name, Path(root)))
+    before = dict(vars(pipe)), type(pipe)
+    made = xdit_compile.parallelize(pipe, "cfg=2", ranks=range(2), timeout=60)
+    same = before == (dict(vars(pipe)), type(pipe)) and isinstance(made, type(pipe))
+    return same and made.config == pipe.config and list(made.components) == list(pipe.components)
+
+
+def decoded(name: str, root: str, spec: str) -> float:
+    case, alone, pipe = both(name, root, spec)
+    return apart(case, pipe, alone, output_type="pt")
+
+
+def spread(name: str, root: str) -> tuple[float, tuple[int, int]]:
+    """The difference to one process; bytes of encoders' weights here, and as they were."""
+    from xdit_compile.components import Role, role_of
+
+    case, alone, pipe = both(name, root, "cfg=2,encoders=spread")
+
+    def held(which: Any) -> int:
+        modules = [c for c in which.components.values() if isinstance(c, torch.nn.Module)]
+        encoders = [m for m in modules if role_of(m) is Role.ENCODER]
+        return sum(p.nbytes for c in encoders for p in c.parameters() if not p.is_meta)
+
+    pipe.to("cpu")
+    return apart(case, pipe, alone), (held(pipe), held(alone))
+
+
+def unfit(name: str, root: str) -> tuple[str, str, str]:
+    pipe = pipelines.load(pipelines.folder(name, Path(root)))
+
+    def said(thing: Any, spec: str) -> str:
+        try:
+            xdit_compile.parallelize(thing, spec, ranks=range(2), timeout=60)
+        except xdit_compile.SpecError as error:
+            return str(error)
+        return ""
+
+    return said(pipe, "cfg=2,encoders=spread"), said(pipe.transformer, "cfg=2,vae=2"), said(pipe, "cfg=2,vae=3")
