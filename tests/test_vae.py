@@ -63,7 +63,9 @@ def assert_split(found: Found, most: float, gathers: int = 1) -> None:
 
 @pytest.mark.parametrize(("name", "n"), DECODERS)
 def test_decoding(name: str, n: int) -> None:
-    assert_split(together(*of(name, "decode"), f"ring={n}"), most=1.15)
+    # On two ranks one of them changes from rows to columns, of which there is an even number after up-sampling.
+    gathers = 2 if name == "temporal" else 1
+    assert_split(together(*of(name, "decode"), f"ring={n}"), most=1.15, gathers=gathers)
 
 
 @pytest.mark.parametrize("name", vaes.CASES)

@@ -39,7 +39,7 @@ def _class(cls: type[nn.Module], method: str) -> type[nn.Module]:
     def init(self: Any, model: nn.Module) -> None:
         nn.Module.__init__(self)
         self.model = model
-        self.train(model.training)
+        self.training = model.training
 
     # What ``inspect.signature`` says of forward is what it says of the method.
     @functools.wraps(function)

@@ -1,8 +1,8 @@
 """One way of writing each thing: what tracing leaves behind is removed, manual attention becomes attention.
 
-Assertions and copies mean nothing in a functional graph of static shapes. Views become reshapes, because a
-rank's piece need not have the strides the whole tensor had. Writes into ranges become concatenations, einsum a
-matrix product, and softmax(q k^T) v written by hand one attention node.
+Assertions and copies mean nothing in a functional graph of static shapes, but for what they let go of. Views become
+reshapes, because a rank's piece need not have the strides the whole tensor had. Writes into ranges become
+concatenations, einsum a matrix product, and softmax(q k^T) v written by hand one attention node.
 """
 
 from __future__ import annotations
@@ -43,9 +43,18 @@ def canonicalize(program: Program) -> Program:
     return program.rebuilt(functions, "canonical", notes=program.notes + tuple(notes))
 
 
+def _lets_go(node: fx.Node) -> bool:
+    """Whether the model copies a part so that the rest need not be kept, as for what the next frame wants of this."""
+    source = node.args[0]
+    while source.target is aten.slice.Tensor:
+        source = source.args[0]
+    return node.target is aten.clone.default and not node.kwargs and (
+        source.meta["val"].numel() > node.meta["val"].numel() > 0)
+
+
 def _clean(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
-        if node.target in COPIES:
+        if node.target in COPIES and not _lets_go(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif node.target in JOINS:

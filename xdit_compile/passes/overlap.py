@@ -8,6 +8,7 @@ while the result travels back. Collectives start in the order in which they did,
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import takewhile
 
 import torch
 from torch import fx
@@ -16,6 +17,10 @@ from xdit_compile.costs import flops
 from xdit_compile.program import Program, is_collective
 
 WAIT = torch.ops._c10d_functional.wait_tensor.default
+
+NEAR = 8
+"""Work moves past no more than this many starts, back or forth: what is made early or read late is kept long, and
+where a model does one frame after the other, none may be begun or ended far from its turn."""
 
 
 def overlap(program: Program) -> Program:
@@ -32,6 +37,7 @@ class _Schedule:
     def __init__(self, graph: fx.Graph, starting: set[str]) -> None:
         self.left = dict.fromkeys(graph.nodes)
         """What is not emitted yet, in order."""
+        self.place = {n: i for i, n in enumerate(graph.nodes)}
         self.inputs = {n: n.all_input_nodes for n in graph.nodes}
         # A rank to which nothing is sent reads no result, but waits like the others.
         *before, output = self.left
@@ -46,19 +52,25 @@ class _Schedule:
             self._emit(node)
         goals = [*self.starts, next(reversed(self.left))]
         for i, goal in enumerate(goals):
-            self._towards(goal, share=1 / (len(goals) - i))
+            if i >= NEAR:
+                for node in self._until(goals[i - NEAR]):
+                    self._emit(node)
+            left = min(len(goals) - i, NEAR)
+            self._towards(goal, goals[i + left - 1], share=1 / left)
         return self.new
 
-    def _towards(self, goal: fx.Node, share: float) -> None:
-        """Emit ``goal`` and what it needs; before its first wait also ``share`` of the work that could be done now."""
+    def _towards(self, goal: fx.Node, end: fx.Node, share: float) -> None:
+        """Emit ``goal`` and what it needs; before its first wait also ``share`` of the work before ``end`` that could
+        be done now."""
         needed = self._needed(goal)
         late = self._late(n for n in needed if n is not goal)
         for node in needed:
             if node not in late and node is not goal:
                 self._emit(node)
         if late:
-            late = self._late(self.left)
-            free = [n for n in self.left if n not in late and n is not goal]
+            near = self._until(end)
+            late = self._late(near)
+            free = [n for n in near if n not in late and n is not goal]
             budget = share * sum(map(_cost, free))
             for node in free:
                 if budget <= 0:
@@ -68,6 +80,10 @@ class _Schedule:
         for node in needed:
             if node in self.left:
                 self._emit(node)
+
+    def _until(self, end: fx.Node) -> list[fx.Node]:
+        """What is left up to ``end``, in order."""
+        return list(takewhile(lambda n: self.place[n] <= self.place[end], self.left))
 
     def _needed(self, goal: fx.Node) -> list[fx.Node]:
         """``goal`` and all it depends on, as far as it is left, in order."""

@@ -20,6 +20,7 @@ def _two(r):
     aten.mul.Tensor: _two,
     aten.gelu.default: lambda r: (r.tensor(2, 6, 4),),
     aten._to_copy.default: lambda r: (r.tensor(2, 6, 4),),
+    aten.clone.default: lambda r: (r.tensor(2, 6, 4),),
     aten.where.self: lambda r: (r.tensor(6, 1) > 0, r.tensor(2, 6, 4), r.tensor(4)),
     aten.full_like.default: lambda r: (r.tensor(2, 6), 3.0),
     aten.zeros_like.default: lambda r: (r.tensor(2, 6),),

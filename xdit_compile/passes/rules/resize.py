@@ -74,7 +74,8 @@ def _padded(s, x, pads, *how):
 def _upsampled(n):
     side = (5, 4, 3)[:n]
     sizes = ([10, 12, 3][:n], [2 * m - 1 for m in side], [2 * m + 1 for m in side])
-    return lambda r: (r.tensor(2, 2, *side), *r.pick(*((size, None) for size in sizes), (None, [2.0] * n)))
+    return lambda r: (r.tensor(2, 2, *side), *r.pick(*((size, None) for size in sizes), (None, [2.0] * n),
+                                                     (None, [2.0, 2.9, 1.4][:n])))
 
 
 @rule({op.vec: _upsampled(n) for n, ops in enumerate((
@@ -87,7 +88,9 @@ def upsample(s, x, sizes, factors=None):
     sizes = s.node.meta["val"].shape[2:]
     for i, size in enumerate(sizes, 2):
         rows = _rows(x.shape[i], size, factors and factors[i - 2], exact)
-        if rows != [o // -(-size // x.shape[i]) for o in range(size)]:
+        if rows != _rows(x.shape[i], size, None, exact):
+            x = s.whole(x, *range(2, x.ndim))  # a factor says more than sizes do
+        elif rows != [o // -(-size // x.shape[i]) for o in range(size)]:
             x = s.whole(x, i)
     if not any(d.sharded for d in x.dims[2:]):
         same = [None, factors] if factors else [list(sizes), None]
