@@ -128,7 +128,7 @@ SENT: dict[str, Callable[..., float]] = {
     "all_reduce_coalesced": lambda x, op, group: 2 * _share(x, group),
     "reduce_scatter_tensor": lambda x, op, n, group: _share(x, group),
     "broadcast": lambda x, root, group: _broadcast(x, group, root),
-    "broadcast_": lambda x, root, group, *_: _broadcast(x, group, root),
+    "broadcast_": lambda x, group, root, *_: _broadcast(x, group, root),
     "isend": lambda x, to, tag, group: _size(x),
     "alltoall_base_": lambda out, x, group, to, splits, *_: _others(x, splits, group),
     "alltoall_": lambda out, x, group, *_: _size(x) - _size(x[_group(group).rank()]),
