@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,33 @@ def several(pipe: Any, case: pipelines.PipelineCase, copies: int) -> dict[str, A
     return {name: copies}
 
 
-def again(name: str, root: str, spec: str, calls: Sequence[Mapping[str, Any]]) -> list[float]:
-    """One pipeline, called in several ways one after the other: the difference of each."""
+def shapes(specs: Sequence[str], steps: int) -> dict[str, float]:
+    """By spec, the PSNR in dB of the trained example's images against those of one process, and the report's text."""
+    from diffusers import DiTPipeline
+
+    folder = Path(__file__).parents[1] / "examples" / "shapes" / "model"
+
+    def images(pipe: Any) -> torch.Tensor:
+        labels = pipe.get_label_ids(["red circle", "blue square", "green star"])
+        made = pipe(labels, guidance_scale=4.0, num_inference_steps=steps, output_type="np",
+                    generator=torch.Generator().manual_seed(7)).images
+        return torch.from_numpy(made)
+
+    expected, found = images(DiTPipeline.from_pretrained(folder)), {}
+    for spec in specs:
+        world = xdit_compile.ShardingSpec.parse(spec).world_size
+        if torch.distributed.get_rank() < world:
+            pipe = xdit_compile.parallelize(DiTPipeline.from_pretrained(folder), spec, ranks=range(world), timeout=100)
+            error = (images(pipe) - expected).square().mean()
+            found[spec] = -10 * torch.log10(error.clamp_min(1e-20)).item()
+    return found
+
+
+def reported(name: str, root: str, spec: str) -> dict[str, Any]:
+    """What a pipeline says of itself after a call."""
     case, path = pipelines.PIPELINES[name], pipelines.folder(name, Path(root))
-    alone, pipe = pipelines.load(path), xdit_compile.parallelize(pipelines.load(path), spec, timeout=100)
-    return [difference(pipelines.run(pipe, case, **c), pipelines.run(alone, case, **c)) for c in calls]
+    world = xdit_compile.ShardingSpec.parse(spec).world_size
+    pipe = xdit_compile.parallelize(pipelines.load(path), spec, ranks=range(world), timeout=100)
+    pipelines.run(pipe, case, output_type="pt")
+    assert type(pipe).__name__ in str(pipe.report())
+    return pipe.report().to_dict()

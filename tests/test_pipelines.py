@@ -62,3 +62,20 @@ def test_a_result_used_at_once_gains_nothing_and_says_so(pool: Pool, folders: st
 def test_prompts_shared_out(pool: Pool, name: str, folders: str) -> None:
     found = differences(pool, name, folders, ["data=2"], copies=3 if name == "dit" else 2)
     assert all(r["error"] <= EXACT for r in found["data=2"])
+
+
+def test_the_trained_example_draws_the_same_pictures(pool: Pool) -> None:
+    specs = ["cfg=2", "cfg=2,ulysses=2", "data=2", "cfg=2,vae=2"]
+    for rank in pool.run(pipeline_runs.shapes, specs, 10, timeout=300):
+        assert all(decibels >= 60 for decibels in rank.values())
+
+
+def test_the_report_says_what_each_component_does(pool: Pool, folders: str) -> None:
+    pipelines.folder("qwen_image", Path(folders))
+    report, _ = pool.run(pipeline_runs.reported, "qwen_image", folders, "cfg=2,vae=2", ranks=range(2), timeout=300)
+    parts = {p["component"]: p for p in report["parts"]}
+    assert "in turns by 2 groups" in parts["transformer"]["what"] and parts["transformer"]["sent"] == 0
+    assert parts["vae"]["what"].startswith("decode: shared out by ring=2")
+    assert parts["vae"]["activations"] < 0.75 * parts["vae"]["whole_activations"]
+    assert parts["text_encoder"]["what"] == "whole on every rank, as it is"
+    assert report["fetched"] == {"2": 6} and report["sent"] > 0

@@ -16,6 +16,7 @@ from xdit_compile.compiler import Dump, compile_program
 from xdit_compile.costs import FORMULAS
 from xdit_compile.errors import SpecError
 from xdit_compile.frontend.cache import captured
+from xdit_compile.frontend.method import as_module
 from xdit_compile.program import Note, Program, module_of, source_of
 from xdit_compile.report.costs import Costs, costs_of
 from xdit_compile.report.operations import contractions
@@ -131,7 +132,7 @@ class Explanation:
 
 
 def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, inputs: Inputs, *,
-            rank: int = 0, dump: Dump | None = None) -> Explanation:
+            rank: int = 0, dump: Dump | None = None, method: str = "forward") -> Explanation:
     """Capture one call of ``model``, make ``rank``'s program for ``spec``, and say what it does and costs.
 
     Nothing is computed, sent or started, and the model may be on the meta device.
@@ -142,6 +143,7 @@ def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, i
         inputs: example inputs, a dict of keyword arguments or a tuple of positional ones.
         rank: whose program is described. Where shares are uneven, ranks differ.
         dump: called with the name of each pass and the program it made.
+        method: which of the model's methods is called; an autoencoder's ``decode``, say.
 
     Raises:
         SpecError: the spec does not fit the model, or has no such rank.
@@ -150,6 +152,8 @@ def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, i
     spec = ShardingSpec.parse(spec)
     if not 0 <= rank < spec.world_size:
         raise SpecError(f"rank {rank} is none of the {spec.world_size} ranks of {spec}")
+    if method != "forward":
+        model = as_module(model, method)
     args, kwargs = call_arguments(model, inputs)
     start = time.perf_counter()
     program = captured(model, args, kwargs)

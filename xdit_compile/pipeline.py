@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -16,6 +16,7 @@ from xdit_compile.encoders import spread
 from xdit_compile.errors import CaptureError, RankMismatch, SpecError
 from xdit_compile.facts import facts_of
 from xdit_compile.frontend.method import as_module
+from xdit_compile.report.parts import Part, PipelineReport, part_of
 from xdit_compile.runner import Runner
 from xdit_compile.runtime.crew import Crew
 from xdit_compile.runtime.deferred import concrete
@@ -42,6 +43,16 @@ class ParallelPipeline:
     def __setattr__(self, name: str, value: Any) -> None:
         # A component that is exchanged becomes parallel as the one before it was.
         super().__setattr__(name, self.make(value) if isinstance(vars(self).get(name), Parallel) else value)
+
+    def report(self) -> PipelineReport:
+        """What ran so far: how each component is shared out, what a call of it costs this rank, and whether calls
+        that follow each other ran at once."""
+        modules = {n: c for n, c in vars(self).items() if isinstance(c, nn.Module)}
+        turns = self.crew.turns
+        return PipelineReport(
+            type(self).__name__, self.crew.spec, self.crew.rank,
+            tuple(part for name, module in modules.items() for part in _parts(name, module, self.crew)),
+            dict(turns.fetched) if turns else {}, turns.sent if turns else 0)
 
 
 def parallel_pipeline(pipe: Any, crew: Crew, check_inputs: bool, dump: Dump | None) -> Any:
@@ -134,6 +145,19 @@ def _settled_first(callback: Any, crew: Crew) -> Any:
     if inspect.isroutine(callback):
         return functools.partial(settled, None)
     return instance_of_subclass(callback, object, {"__call__": settled}, vars(callback))
+
+
+def _parts(name: str, module: nn.Module, crew: Crew) -> Iterator[Part]:
+    model = type(module).__name__
+    runners = module.runners if isinstance(module, Parallel) else {}
+    for method, runner in runners.items():
+        for ready in runner.programs.values():
+            how = (f"taken in turns by {crew.spec.cfg_degree} groups" if ready.turns else
+                   f"whole on every rank of {ready.crew.spec}" if not ready.compiled.seeds else
+                   f"shared out by {ready.crew.spec}")
+            yield part_of(name, model, f"{method}: {how}", ready.compiled)
+    if not runners:
+        yield Part(name, model, "on one rank" if isinstance(module, Parallel) else "whole on every rank, as it is")
 
 
 def _interrupted(self: Any) -> bool:

@@ -1,0 +1,88 @@
+"""What became of the components of a parallel pipeline, call by call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from xdit_compile.compiler import Compiled
+from xdit_compile.report.costs import costs_of
+from xdit_compile.report.plain import jsonable, plain
+from xdit_compile.report.tables import sections, table
+from xdit_compile.report.units import plural, size, work
+from xdit_compile.spec import ShardingSpec
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kind of call of a component, or a component that is left as it is.
+
+    Attributes:
+        component, model: its name in the pipeline, and its class.
+        what: how it runs.
+        spec: under which spec, if it is compiled; flops, sent, activations: operations, bytes sent and bytes of
+            activations at the worst moment, of this rank in one call; ``whole`` flops and activations of one device.
+    """
+
+    component: str
+    model: str
+    what: str
+    spec: ShardingSpec | None = None
+    flops: int = 0
+    sent: int = 0
+    activations: int = 0
+    whole_flops: int = 0
+    whole_activations: int = 0
+
+
+@dataclass(frozen=True)
+class PipelineReport:
+    """What a parallel pipeline has run so far, as this rank sees it.
+
+    Attributes:
+        fetched: how often results of calls that groups take turns in were exchanged, by how many calls each exchange
+            served; with one, groups waited for each other and nothing was gained.
+        sent: bytes this rank sent in those exchanges.
+    """
+
+    pipeline: str
+    spec: ShardingSpec
+    rank: int
+    parts: tuple[Part, ...]
+    fetched: Mapping[int, int]
+    sent: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as what JSON can say."""
+        return jsonable(self) | {"spec": str(self.spec)}
+
+    def __rich__(self) -> RenderableType:
+        rows = table("Components", "component", "class", "how", ">operations", ">x ranks", ">sent", ">activations",
+                     ">of")
+        for p in self.parts:
+            figures = () if p.spec is None else (
+                work(p.flops), f"{p.flops * p.spec.world_size / max(p.whole_flops, 1):.3f}", size(p.sent),
+                size(p.activations), size(p.whole_activations))
+            rows.add_row(p.component, p.model, p.what, *figures)
+        turns = table("Calls taken in turns", ">calls at once", ">times", "")
+        for calls, times in sorted(self.fetched.items()):
+            turns.add_row(str(calls), str(times), "nothing gained" if calls == 1 else "")
+        head = Text(f"{self.pipeline} under {self.spec}, rank {self.rank} of {self.spec.world_size}; per call")
+        sent = Text(f"{size(self.sent)} sent for them") if self.fetched else None
+        return sections(head, rows, turns if self.fetched else None, sent)
+
+    def __str__(self) -> str:
+        return plain(self)
+
+
+def part_of(component: str, model: str, what: str, compiled: Compiled) -> Part:
+    """The figures of one compiled kind of call."""
+    local, whole = costs_of(compiled.local), costs_of(compiled.whole)
+    fallbacks = sum(note.kind == "fallback" for note in compiled.local.notes)
+    said = f"{what}; {plural(fallbacks, 'operator')} computed whole for want of a rule" if fallbacks else what
+    return Part(component, model, said, compiled.local.spec, local.flops, local.sent, local.activations, whole.flops,
+                whole.activations)
