@@ -25,7 +25,8 @@ class Vae:
     """One autoencoder: its latents have ``channels``, ``frames`` (None for pictures) and sides of 1/``factor``."""
 
     name: str
-    build: Callable[[], nn.Module]
+    build: Callable[..., nn.Module]
+    """Called with how many times as wide as tiny it shall be; once, by default."""
     channels: int
     factor: int
     frames: int | None = None
@@ -55,59 +56,60 @@ def made(vae: Vae) -> Any:
     return model
 
 
-def kl(**changes: Any) -> nn.Module:
-    given = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4,
+def kl(w: int = 1, **changes: Any) -> nn.Module:
+    given = {"block_out_channels": (8 * w, 16 * w), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4,
              "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     return d.AutoencoderKL(**(given | changes))
 
 
-def wan(**changes: Any) -> nn.Module:
-    given = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1,
+def wan(w: int = 1, **changes: Any) -> nn.Module:
+    given = {"base_dim": 8 * w, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1,
              "temperal_downsample": [False, True], "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
     return d.AutoencoderKLWan(**(given | changes))
 
 
-def hunyuan(**changes: Any) -> nn.Module:
-    given = {"block_out_channels": (8, 8, 16, 16), "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4}
-    return d.AutoencoderKLHunyuanVideo(**(given | changes))
+def hunyuan(w: int = 1) -> nn.Module:
+    return d.AutoencoderKLHunyuanVideo(block_out_channels=(8 * w, 8 * w, 16 * w, 16 * w), latent_channels=4,
+                                       layers_per_block=1, norm_num_groups=4)
 
 
 CASES = {v.name: v for v in [
     Vae("kl", kl, 4, 2),
-    Vae("kl_plain", lambda: kl(mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False), 4, 2),
-    Vae("cogvideox", lambda: d.AutoencoderKLCogVideoX(
-        block_out_channels=(8, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4,
+    Vae("kl_plain", lambda w=1: kl(
+        w, mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False), 4, 2),
+    Vae("cogvideox", lambda w=1: d.AutoencoderKLCogVideoX(
+        block_out_channels=(8 * w, 16 * w), layers_per_block=1, latent_channels=4, norm_num_groups=4,
         down_block_types=("CogVideoXDownBlock3D",) * 2, up_block_types=("CogVideoXUpBlock3D",) * 2,
         temporal_compression_ratio=2), 4, 2, 3, 2),
-    Vae("mochi", lambda: d.AutoencoderKLMochi(
-        in_channels=15, encoder_block_out_channels=(32, 32, 32, 32), decoder_block_out_channels=(32, 32, 32, 32),
+    Vae("mochi", lambda w=1: d.AutoencoderKLMochi(
+        in_channels=15, encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32 * w,) * 4,
         latent_channels=4, layers_per_block=(1, 1, 1, 1, 1), add_attention_block=(False, True, False, False, True)),
         4, 8, 2, 6),
     Vae("wan", wan, 4, 4, 3, 2),
-    Vae("wan_residual", lambda: wan(is_residual=True, patch_size=2, in_channels=12, out_channels=12,
-                                    decoder_base_dim=8), 4, 8, 2, 2),
-    Vae("qwen", lambda: d.AutoencoderKLQwenImage(
-        base_dim=8, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True],
+    Vae("wan_residual", lambda w=1: wan(w, is_residual=True, patch_size=2, in_channels=12, out_channels=12,
+                                        decoder_base_dim=8 * w), 4, 8, 2, 2),
+    Vae("qwen", lambda w=1: d.AutoencoderKLQwenImage(
+        base_dim=8 * w, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True],
         latents_mean=[0.0] * 4, latents_std=[1.0] * 4), 4, 4, 1, 2),
-    Vae("ltx", lambda: d.AutoencoderKLLTXVideo(
-        latent_channels=4, block_out_channels=(8, 8, 16), decoder_block_out_channels=(8, 8, 16),
+    Vae("ltx", lambda w=1: d.AutoencoderKLLTXVideo(
+        latent_channels=4, block_out_channels=(8, 8, 16), decoder_block_out_channels=(8 * w, 8 * w, 16 * w),
         down_block_types=("LTXVideoDownBlock3D",) * 3, layers_per_block=(1, 1, 1, 1),
         decoder_layers_per_block=(1, 1, 1, 1), spatio_temporal_scaling=(True, True, False),
         decoder_spatio_temporal_scaling=(True, True, False), decoder_inject_noise=(False,) * 4,
         downsample_type=("conv",) * 3, upsample_residual=(False,) * 3, upsample_factor=(1,) * 3, patch_size=2),
         4, 8, 2, 4),
     Vae("hunyuan", hunyuan, 4, 8, 2, 4),
-    Vae("hunyuan15", lambda: d.AutoencoderKLHunyuanVideo15(
-        latent_channels=4, block_out_channels=(16, 16, 32), layers_per_block=1, spatial_compression_ratio=4,
+    Vae("hunyuan15", lambda w=1: d.AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(16 * w, 16 * w, 32 * w), layers_per_block=1, spatial_compression_ratio=4,
         temporal_compression_ratio=4), 4, 4, 2, 4),
-    Vae("dc", lambda: d.AutoencoderDC(
+    Vae("dc", lambda w=1: d.AutoencoderDC(
         latent_channels=4, attention_head_dim=8, encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
         decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"), encoder_block_out_channels=(8, 16, 16),
-        decoder_block_out_channels=(8, 16, 16), encoder_layers_per_block=(1, 1, 1),
+        decoder_block_out_channels=(8 * w, 16 * w, 16 * w), encoder_layers_per_block=(1, 1, 1),
         decoder_layers_per_block=(1, 1, 1), encoder_qkv_multiscales=((), (), (5,)),
         decoder_qkv_multiscales=((), (), (5,))), 4, 4),
-    Vae("temporal", lambda: d.AutoencoderKLTemporalDecoder(
-        block_out_channels=(32, 32), layers_per_block=1, latent_channels=4,
+    Vae("temporal", lambda w=1: d.AutoencoderKLTemporalDecoder(
+        block_out_channels=(32 * w, 32 * w), layers_per_block=1, latent_channels=4,
         down_block_types=("DownEncoderBlock2D",) * 2), 4, 2, extra={"num_frames": 1}),
 ]}
 
