@@ -293,3 +293,29 @@ def unfit(name: str, root: str) -> tuple[str, str, str]:
         return ""
 
     return said(pipe, "cfg=2,encoders=spread"), said(pipe.transformer, "cfg=2,vae=2"), said(pipe, "cfg=2,vae=3")
+
+
+def alone_in_the_world(name: str, root: str) -> float:
+    path = pipelines.folder(name, Path(root))
+    case, alone = pipelines.PIPELINES[name], pipelines.load(path)
+    return apart(case, xdit_compile.parallelize(pipelines.load(path), "encoders=spread"), alone)
+
+
+def modular(name: str, root: str) -> tuple[float, dict[int, int]]:
+    """The same components in a modular pipeline."""
+    from diffusers.modular_pipelines import QwenImageAutoBlocks
+
+    case, path = pipelines.PIPELINES[name], pipelines.folder(name, Path(root))
+    call = {k: v for k, v in case.call().items() if k not in ("output_type", "guidance_scale", "true_cfg_scale")}
+
+    def load() -> Any:
+        pipe = QwenImageAutoBlocks().init_pipeline()
+        pipe.update_components(**pipelines.load(path).components)
+        return pipe
+
+    def run(pipe: Any) -> torch.Tensor:
+        with redirect_stderr(io.StringIO()):
+            return pipe(**call, generator=torch.Generator().manual_seed(0), output="latents")
+
+    pipe = xdit_compile.parallelize(load(), "cfg=2", ranks=range(2), timeout=60)
+    return difference(run(pipe), run(load())), dict(pipe.crew.turns.fetched)

@@ -140,3 +140,13 @@ def test_words_that_a_pipeline_has_no_part_for(pool: Pool, folders: str) -> None
         assert "encoders=spread is for text and image encoders" in encoders
         assert "give parallelize the pipeline" in model
         assert "groups of 3" in uneven
+
+
+def test_one_process_needs_no_group(folders: str) -> None:  # noqa: F811
+    pipelines.folder("qwen_image", Path(folders))
+    assert habits.alone_in_the_world("qwen_image", folders) <= EXACT
+
+
+def test_pipelines_of_blocks(pool: Pool, folders: str) -> None:  # noqa: F811
+    for error, fetched in act(pool, habits.modular, "qwen_image", folders):
+        assert error <= EXACT and fetched == {2: 6}

@@ -95,7 +95,7 @@ def _parallel(module: Any, turn: int = 0, *, crew: Crew, check_inputs: bool, dum
     if role is Role.AUTOENCODER and crew.spec.vae_degree > 1:
         return parallel_model(module, {name: Runner(as_module(module, name), crew.vae, check_inputs, dump)
                                        for name in ("encode", "decode")})
-    if role is Role.ENCODER and crew.spec.encoders == "spread":
+    if role is Role.ENCODER and crew.spec.encoders == "spread" and len(crew.ranks) > 1:
         return spread(module, crew, turn % len(crew.ranks))
     return module
 
