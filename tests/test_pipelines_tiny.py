@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 
 from pipelines import PIPELINES, folder, load, run
 from pipelines_parts import PipelineCase, made
+from test_pipelines import QUICK
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,7 +59,10 @@ def batches(case: PipelineCase) -> list[int]:
     return [batch for step in case.batches for batch in step]
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+EVERY = [pytest.param(n, marks=[] if n in QUICK else pytest.mark.whole) for n in PIPELINES]
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_what_is_asked_shows(name: str, root: Path) -> None:
     case = PIPELINES[name]
     pipe = load(folder(name, root))
@@ -91,7 +95,7 @@ def test_a_pipeline_is_the_same_wherever_it_is_built(name: str, root: Path) -> N
     assert [p.name for p in root.iterdir() if p.name.startswith(".")] == [], "nothing half written stays"
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", EVERY)
 def test_no_parameter_is_zero(name: str, root: Path) -> None:
     for part in load(folder(name, root)).components.values():
         if isinstance(part, nn.Module):
