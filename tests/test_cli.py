@@ -32,6 +32,9 @@ class Tiny(nn.Module):
         super().__init__()
         self.enter, self.blocks = nn.Linear(8, 16), nn.ModuleList(Block() for _ in range(2))
 
+    def twice(self, x):
+        return self(self(x)[..., :8])
+
     def forward(self, x):
         x = self.enter(x)
         for block in self.blocks:
@@ -80,6 +83,16 @@ def test_explain_as_text_with_every_pass_written_down(model, tmp_path):
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files[:2] == ["00-canonicalize.py", "01-shard.py"] and all(name.endswith(".py") for name in files)
     assert "scaled_dot_product_attention" in (tmp_path / "00-canonicalize.py").read_text()
+
+
+def test_explain_another_method(model, capsys):
+    command = ["explain", f"{model}:example", "--spec", "ulysses=2", "--json"]
+    flops = []
+    for method in ("forward", "twice"):
+        assert main([*command, "--method", method]) == 0
+        flops.append(json.loads(capsys.readouterr().out)["costs"]["flops"])
+    assert flops[1] == 2 * flops[0]
+    assert main([*command, "--method", "thrice"]) == 2 and "no method 'thrice'" in capsys.readouterr().err
 
 
 def test_verify_starts_its_ranks_and_answers_as_json(model):

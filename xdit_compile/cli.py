@@ -38,6 +38,7 @@ examples:
   xdit-compile explain model.py:example --spec ulysses=8
   xdit-compile explain my_package.models:example --spec ulysses=4,ring=2 --json > report.json
   xdit-compile explain model.py:example --spec ulysses=2 --rank 1 --dump programs
+  xdit-compile explain model.py:autoencoder --spec ring=4 --method decode
 """
 
 VERIFY = """\
@@ -100,7 +101,7 @@ def _explain(options: argparse.Namespace, spec: ShardingSpec) -> Explanation:
     with _progress(f"capturing {options.target}"):
         model, inputs = build(function)
         dump = _Dump(Path(options.dump)) if options.dump else None
-        return explain(model, spec, inputs, rank=options.rank, dump=dump)
+        return explain(model, spec, inputs, rank=options.rank, dump=dump, method=options.method)
 
 
 def _verify(options: argparse.Namespace, spec: ShardingSpec) -> Verification:
@@ -178,6 +179,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="print the report as JSON")
         if name == "explain":
             command.add_argument("--rank", type=int, default=0, help="whose program is described (default 0)")
+            command.add_argument("--method", default="forward", metavar="NAME",
+                                 help="which of the model's methods is called, as an autoencoder's decode")
             command.add_argument("--dump", metavar="DIR", help="write the program after each pass there")
         else:
             command.add_argument("--world-size", type=int, metavar="N",
