@@ -91,7 +91,7 @@ def test_explain_another_method(model, capsys):
     for method in ("forward", "twice"):
         assert main([*command, "--method", method]) == 0
         flops.append(json.loads(capsys.readouterr().out)["costs"]["flops"])
-    assert flops[1] == 2 * flops[0]
+    assert 1.9 < flops[1] / flops[0] < 2.1
     assert main([*command, "--method", "thrice"]) == 2 and "no method 'thrice'" in capsys.readouterr().err
 
 
