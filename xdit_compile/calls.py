@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from xdit_compile.errors import XditError
+from xdit_compile.structure import CONSTANTS
 
 Inputs = Mapping[str, Any] | Sequence[Any]
 """Keyword arguments by name, or positional arguments in order."""
@@ -51,5 +52,5 @@ def named_leaves(bound: inspect.BoundArguments) -> tuple[dict[str, torch.Tensor]
         if isinstance(leaf, torch.Tensor):
             tensors[name] = leaf
         else:
-            others[name] = repr(leaf)
+            others[name] = repr(leaf) if isinstance(leaf, CONSTANTS) else type(leaf).__qualname__
     return tensors, others

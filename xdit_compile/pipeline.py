@@ -85,14 +85,14 @@ def _check(pipe: Any, spec: ShardingSpec, modules: Mapping[str, nn.Module], role
 
 
 def _parallel(module: Any, turn: int = 0, *, crew: Crew, check_inputs: bool, dump: Dump | None) -> Any:
-    """A component as the spec wants it: a denoiser always, an autoencoder or an encoder if it says so. Of encoders,
-    number ``turn`` lives on rank ``turn`` (all over again when ranks run out)."""
+    """A component as the spec wants it: a denoiser always, an autoencoder for ``vae`` and ``data``, an encoder if it is
+    to be spread. Of encoders, number ``turn`` lives on rank ``turn`` (all over again when ranks run out)."""
     if not isinstance(module, nn.Module) or isinstance(module, Parallel):
         return module
     role = role_of(module)
     if role is Role.DENOISER:
         return parallel_model(module, {"forward": Runner(module, crew, check_inputs, dump)})
-    if role is Role.AUTOENCODER and crew.spec.vae_degree > 1:
+    if role is Role.AUTOENCODER and crew.spec.vae_degree * crew.spec.data_degree > 1:
         return parallel_model(module, {name: Runner(as_module(module, name), crew.vae, check_inputs, dump)
                                        for name in ("encode", "decode")})
     if role is Role.ENCODER and crew.spec.encoders == "spread" and len(crew.ranks) > 1:

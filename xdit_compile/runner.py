@@ -106,7 +106,7 @@ class Runner:
         self.crew.control.agree("the plan", compiled.digest())
         if not compiled.seeds and crew.spec.world_size > 1 and self.crew.rank == 0:
             warnings.warn(f"{type(self.model).__name__} under {crew.spec}: {NOTHING}", stacklevel=4)
-        turns = crew is not self.crew and not whole.changes_arguments
+        turns = crew is not self.crew and self.crew.turns is not None and not whole.changes_arguments
         self.programs[id(whole)] = Ready(compiled, Executor(compiled.local, self.model), crew, turns)
         return self.programs[id(whole)]
 

@@ -35,8 +35,15 @@ class Structure:
         return _rebuilt(self.spec, iter([next(queue) if c is TENSOR else c for c in self.constants]))
 
     def key(self) -> tuple[Any, ...]:
-        """Equal for two structures exactly when they are the same containers around the same constants."""
-        return str(self.spec), tuple((type(c), c if isinstance(c, CONSTANTS) else id(c)) for c in self.constants)
+        """Equal for two structures exactly when they are the same containers around the same constants. Generators
+        count by their device: a program draws no random numbers, so that which one it was given makes no difference."""
+        return str(self.spec), tuple((type(c), _mark(c)) for c in self.constants)
+
+
+def _mark(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Generator):
+        return leaf.device
+    return leaf if isinstance(leaf, CONSTANTS) else id(leaf)
 
 
 class _Tensor:

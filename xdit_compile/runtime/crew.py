@@ -24,6 +24,7 @@ class Crew:
     Attributes:
         rank: this process's place among them.
         timeout: seconds to wait for another rank.
+        data_if_possible: whether a batch that ``data`` cannot cut is no error.
         counts: how many ``calls`` of parallel models its ranks have made, and how many were ``shared`` by all of them.
     """
 
@@ -33,6 +34,7 @@ class Crew:
         self.rank = 0 if len(ranks) == 1 else self.ranks.index(dist.get_rank())
         self.control = Control(self.ranks, timeout)
         self.counts: Counter[str] = Counter() if counts is None else counts
+        self.data_if_possible = False
 
     @cached_property
     def groups(self) -> Groups:
@@ -45,20 +47,29 @@ class Crew:
 
     @cached_property
     def part(self) -> Crew | None:
-        """The group that this rank takes turns with, if there are several. All its ranks ask for it together."""
-        if self.turns is None:
-            return None
-        spec = replace(self.spec, cfg_degree=1, vae_degree=1, encoders="everywhere")
-        return Crew(spec, self.turns.members(spec, self.ranks), self.timeout, self.counts)
+        """The ranks that run what is too small to be shared out by all: the group that this rank takes turns with, or
+        those that share an autoencoder for one sample. All its ranks ask for it together."""
+        if self.turns is not None:
+            spec = replace(self.spec, cfg_degree=1, vae_degree=1, encoders="everywhere")
+            return Crew(spec, self.turns.members(spec, self.ranks), self.timeout, self.counts)
+        return self._block(replace(self.spec, data_degree=1)) if self.data_if_possible else None
 
     @cached_property
     def vae(self) -> Crew:
-        """The group that shares an autoencoder with this rank. All its ranks ask for it together."""
-        degree = self.spec.vae_degree
-        first = self.rank - self.rank % degree
+        """The group that shares an autoencoder with this rank: the sides of its pictures, and the pictures themselves
+        if there are ranks enough. All its ranks ask for it together."""
+        own = self.spec
+        data = own.data_degree if own.world_size % (own.data_degree * own.vae_degree) == 0 else 1
         # A ring, because an autoencoder's attention has a single head.
-        spec = ShardingSpec(ring_degree=degree, backend=self.spec.backend, attention_kernel=self.spec.attention_kernel)
-        return Crew(spec, self.ranks[first : first + degree], self.timeout, self.counts)
+        made = self._block(ShardingSpec(ring_degree=own.vae_degree, data_degree=data, backend=own.backend,
+                                        attention_kernel=own.attention_kernel))
+        made.data_if_possible = data > 1
+        return made
+
+    def _block(self, spec: ShardingSpec) -> Crew:
+        """This rank and its neighbours, as many as ``spec`` asks for."""
+        first = self.rank - self.rank % spec.world_size
+        return Crew(spec, self.ranks[first : first + spec.world_size], self.timeout, self.counts)
 
     @cached_property
     def everyone(self) -> dist.ProcessGroup:
@@ -94,5 +105,6 @@ class Crew:
             forget([self.everyone])
         if "turns" in known and self.turns is not None:
             forget([self.turns.group])
-        if "part" in known and self.part is not None:
-            self.part.forget()
+        for name in ("part", "vae"):
+            if known.get(name) is not None:
+                known[name].forget()
