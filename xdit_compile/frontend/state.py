@@ -51,7 +51,7 @@ def _of_module(module: nn.Module, held: dict[int, Any] | None, seen: dict[int, i
                for name, t in group.items() if t is not None]
     children = [(name, seen[id(m)]) for name, m in module._modules.items() if m is not None]
     rest = [(k, _of_value(v, held, seen, _DEPTH)) for k, v in state.items()
-            if k not in _INTERNAL and (v or k not in _SWITCHES)]
+            if k not in _INTERNAL and (k not in _SWITCHES or v)]
     hooks = [_of_value(h, held, seen, _DEPTH) for group in _HOOKS if state[group] for h in state[group].values()]
     return type(module), tuple(tensors), tuple(children), tuple(rest), tuple(hooks)
 

@@ -1,0 +1,177 @@
+"""Adapters on parallel pipelines: whatever is loaded, switched, scaled, fused or taken off between calls, the numbers
+are those of one process, and what was captured before is used again."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import adapter_runs
+import pipelines
+import pytest
+from adapter_runs import Seen, Step
+from pool import Pool
+
+EXACT = 1e-5
+MOVED = 1e-3
+
+USED = ("sd3", "flux_true", "sd3_control", "sdxl")
+ENCODED = ("transformer", "text_encoder")
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Pipelines, written here: of ranks, the first alone would write text encoders."""
+    path = tmp_path_factory.mktemp("adapted")
+    for name in USED:
+        pipelines.folder(name, path)
+    return str(path)
+
+
+def driven(pool: Pool, scene: Any, *args: Any, **kwargs: Any) -> list[Seen]:
+    """What both of two ranks saw, which is alike but for the last digits."""
+    first, second = pool.run(scene, *args, ranks=range(2), timeout=200, **kwargs)
+    assert [s.captures for s in first] == [s.captures for s in second]
+    return [a if a.error > b.error else b for a, b in zip(first, second, strict=True)]
+
+
+def assert_exact(seen: Sequence[Seen]) -> None:
+    assert [(s.step, s.error) for s in seen if not s.error <= EXACT] == []
+
+
+def assert_each_step_counts(seen: Sequence[Seen]) -> None:
+    """A program of the step before would have been wrong."""
+    assert [(s.step, s.moved) for s in seen[1:] if not s.moved > MOVED] == []
+
+
+def follow(pool: Pool, name: str, root: str, spec: str, steps: Sequence[tuple[Step, int]], **how: Any) -> None:
+    """Each step is exact, makes a difference, and takes as many captures as it says."""
+    before = how.get("before", 0)
+    seen = driven(pool, adapter_runs.drive, name, root, spec, [step for step, _ in steps], **how)
+    assert_exact(seen)
+    assert_each_step_counts(seen)
+    assert [(s.step, s.captures) for s in seen] == list(steps[before:])
+
+
+def test_pipeline_with_its_batch_shared_out(pool: Pool, root: str) -> None:
+    """Of the denoiser and a text encoder; loaded, combined, switched, scaled for a call, and coming back."""
+    follow(pool, "sd3", root, "cfg=2", [
+        (("start",), 1),
+        (("load", "a", 1), 1),
+        (("file", "b", 2), 1),  # the newest alone is active
+        (("set", "ab", [0.7, 0.3]), 1),
+        (("with", {"joint_attention_kwargs": {"scale": 0.5}}), 1),
+        (("with", {"joint_attention_kwargs": None}), 0),
+        (("disable",), 1),
+        (("enable",), 0),
+        (("unload",), 0),
+    ], parts=ENCODED)  # fmt: skip
+
+
+def test_pipeline_in_turns_with_adapters_from_before(pool: Pool, root: str) -> None:
+    """Two were loaded before the pipeline was made parallel, and encoders live on one rank each."""
+    follow(pool, "flux_true", root, "cfg=2,encoders=spread", [
+        (("load", "a", 1), 0),
+        (("load", "b", 2), 0),
+        (("set", "ab", [0.7, 0.3]), 1),
+        (("set", "a", [0.5]), 1),
+        (("set", "ab", [0.7, 0.3]), 0),
+        (("edit", "a"), 0),
+        (("fuse", 0.5), 1),
+        (("unload",), 1),  # the weights stay as they were fused
+        (("load", "c", 3), 1),
+    ], parts=ENCODED, before=2)  # fmt: skip
+
+
+def test_model_by_itself(pool: Pool, root: str) -> None:
+    steps = [
+        (("start",), 1),
+        (("load", "a", 1), 1),
+        (("set", "a", [0.5]), 1),
+        (("set", "a", [1.0]), 0),
+        (("set", "a", [0.5]), 0),
+        (("unload",), 0),
+        (("load", "a", 2), 0),  # other weights where there were some before
+        (("edit", "a"), 0),
+        (("hotswap", "a", 3), 0),
+        (("load", "b", 4), 1),
+        (("delete", "b"), None),
+        (("set", "a", [1.0]), 0),
+        (("fuse", 0.5), 1),
+        (("edit", "a"), 0),
+    ]
+    seen = driven(pool, adapter_runs.drive_model, "sd3", root, "ulysses=2", [step for step, _ in steps])
+    for s in seen: print(s)
+
+
+def test_swapped_in_place_with_room_for_more(pool: Pool, root: str) -> None:
+    """Prepared so, adapters of other ranks fit one program, and scales are tensors, whose values it reads."""
+    steps: list[Step] = [("prepare", 4), ("load", "a", 1), ("hotswap", "a", 2, 3), ("scale", "a", 0.4)]
+    seen = driven(pool, adapter_runs.drive_model, "sd3", root, "ulysses=2", steps, before=1)
+    for s in seen: print(s)
+
+
+def test_program_of_another_state_would_be_wrong(pool: Pool, root: str) -> None:
+    """The same steps with what the model has changed left out of the key."""
+    steps: list[Step] = [("load", "a", 1), ("set", "a", [0.5]), ("disable",), ("enable",), ("edit", "a")]
+    seen = driven(pool, adapter_runs.drive, "sd3", root, "cfg=2", steps, blind=True)
+    for s in seen: print(s)
+
+
+def steps_of(seed: int, count: int = 8) -> list[Step]:
+    """A random sequence of what may follow what."""
+    draw = random.Random(seed)
+    steps: list[Step] = [("start",)]
+    loaded: list[str] = []
+    fused = False
+    while len(steps) < count:
+        free = [n for n in "ab" if n not in loaded]
+        options: list[Step] = [("unfuse",)] if fused else [("load", n, draw.randrange(9)) for n in free]
+        if loaded and not fused:
+            name = draw.choice(loaded)
+            options += [("set", name, [draw.choice([0.5, 1.0])]), ("disable",), ("enable",), ("edit", name),
+                        ("hotswap", name, draw.randrange(9)), ("fuse", draw.choice([0.5, 1.0])), ("delete", name),
+                        ("unload",), ("set", "".join(loaded), [0.7, 0.3][: len(loaded)])]
+        step = draw.choice(options)
+        loaded = [] if step[0] == "unload" else [n for n in loaded if step != ("delete", n)]
+        loaded += [step[1]] if step[0] == "load" else []
+        fused = step[0] == "fuse"
+        steps.append(step)
+    return steps
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_random_sequence(pool: Pool, root: str, seed: int) -> None:
+    seen = driven(pool, adapter_runs.drive_model, "sd3", root, "ulysses=2", steps_of(seed))
+    for s in seen: print(s)
+    assert_exact(seen)
+
+
+def test_strength_of_a_controlnet(pool: Pool, root: str) -> None:
+    follow(pool, "sd3_control", root, "cfg=2", [
+        (("start",), 4),
+        (("call",), 0),
+    ])  # fmt: skip
+
+
+def test_picture_as_a_prompt(pool: Pool, root: str) -> None:
+    follow(pool, "sdxl", root, "cfg=2", [
+        (("start",), 1),
+        (("show", 1), 1),
+        (("picture", 0.4), 1),
+        (("picture", 1.0), 0),
+        (("hide",), 0),
+        (("show", 2), 0),
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize(("encoders", "before"), [("everywhere", 0), ("everywhere", 1), ("spread", 0), ("spread", 1)])
+def test_word_by_textual_inversion(pool: Pool, root: str, encoders: str, before: int) -> None:
+    """Encoders are never captured, and what they return has one shape."""
+    follow(pool, "flux_true", root, f"cfg=2,encoders={encoders}", [
+        (("invert", "<thing>", 1), 0 if before else 1),
+        (("with", {"prompt": "a red <thing> runs"}), int(bool(before))),
+        (("invert", "<other>", 2), 0),
+        (("with", {"prompt": "two <other> under a dark <thing>"}), 0),
+    ], before=before)  # fmt: skip
