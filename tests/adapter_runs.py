@@ -220,7 +220,8 @@ def drive(name: str, root: str, spec: str, steps: Sequence[Step], *, before: int
     return _driven(alone, other, spec, steps, before, blind, run)
 
 
-def drive_model(name: str, root: str, spec: str, steps: Sequence[Step], *, before: int = 0) -> list[Seen]:
+def drive_model(name: str, root: str, spec: str, steps: Sequence[Step], *, before: int = 0,
+                blind: bool = False) -> list[Seen]:
     """Take a model of the zoo through the steps."""
     case = zoo.CASES[name]
     alone, other = (Subject(made(case), Path(root)) for _ in range(2))
@@ -229,7 +230,7 @@ def drive_model(name: str, root: str, spec: str, steps: Sequence[Step], *, befor
     def run(subject: Subject) -> Tensor:
         return subject.target(**(case.inputs(1, True) | subject.call), return_dict=False)[0]
 
-    return _driven(alone, other, spec, steps, before, False, run)
+    return _driven(alone, other, spec, steps, before, blind, run)
 
 
 def _driven(alone: Subject, other: Subject, spec: str, steps: Sequence[Step], before: int, blind: bool,

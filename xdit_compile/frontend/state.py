@@ -50,8 +50,11 @@ def _of_module(module: nn.Module, held: dict[int, Any] | None, seen: dict[int, i
     tensors = [(name, type(t), t.shape, t.dtype, device_of(t)) for group in (module._parameters, module._buffers)
                for name, t in group.items() if t is not None]
     children = [(name, seen[id(m)]) for name, m in module._modules.items() if m is not None]
-    rest = [(k, _of_value(v, held, seen, _DEPTH)) for k, v in state.items()
-            if k not in _INTERNAL and (k not in _SWITCHES or v)]
+    plain = {k: v for k, v in state.items() if k not in _INTERNAL and (k not in _SWITCHES or v)}
+    # None reads the same wherever it is kept, and what is set anew comes last: order means nothing.
+    plain |= {k: None for group in (module._parameters, module._buffers, module._modules)
+              for k, v in group.items() if v is None}
+    rest = [(k, _of_value(plain[k], held, seen, _DEPTH)) for k in sorted(plain)]
     hooks = [_of_value(h, held, seen, _DEPTH) for group in _HOOKS if state[group] for h in state[group].values()]
     return type(module), tuple(tensors), tuple(children), tuple(rest), tuple(hooks)
 
