@@ -114,7 +114,7 @@ def test_program_of_another_state_would_be_wrong(pool: Pool, root: str) -> None:
     assert all(s.error > MOVED and s.captures == 0 for s in others)
 
 
-def steps_of(seed: int, count: int = 8) -> list[Step]:
+def steps_of(seed: int, count: int = 7) -> list[Step]:
     """A random sequence of what may follow what."""
     draw = random.Random(seed)
     steps: list[Step] = [("start",)]
@@ -136,7 +136,7 @@ def steps_of(seed: int, count: int = 8) -> list[Step]:
     return steps
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [2, pytest.param(1, marks=pytest.mark.whole)])
 def test_random_sequence(pool: Pool, root: str, seed: int) -> None:
     assert_exact(driven(pool, drive_model, "sd3", root, "ulysses=2", steps_of(seed)))
 
@@ -163,11 +163,13 @@ def test_picture_as_a_prompt(pool: Pool, root: str) -> None:
 
 @pytest.mark.parametrize(("encoders", "before"), [("everywhere", 0), ("spread", 0), ("spread", 1)])
 def test_word_by_textual_inversion(pool: Pool, root: str, encoders: str, before: int) -> None:
-    """Encoders are not captured, and what they return keeps its shape."""
+    """Encoders are not captured, and what they return keeps its shape. A rank that has given up an encoder's weights
+    cannot take words off again."""
+    off = [(("uninvert", "<thing>"), 0)] if encoders == "everywhere" else []
     follow(pool, drive, "flux_true", root, f"cfg=2,encoders={encoders}", [
         (("invert", "<thing>", 1), 0 if before else 1),
         (("with", {"prompt": "a red <thing> runs"}), int(bool(before))),
         (("invert", "<other>", 2), 0),
         (("with", {"prompt": "two <other> under a dark <thing>"}), 0),
-        (("uninvert", "<thing>"), 0),
+        *off,
     ], before=before, still=[("invert", "<other>", 2)])  # fmt: skip
