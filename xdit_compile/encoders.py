@@ -15,6 +15,9 @@ from xdit_compile.runtime.deferred import concrete
 from xdit_compile.runtime.digest import digests
 from xdit_compile.standin import Parallel, instance_of_subclass
 
+RESIZE = "resize_token_embeddings"
+"""How new words are made room for, by the mean of the known ones."""
+
 
 def spread(encoder: nn.Module, crew: Crew, owner: int) -> Any:
     """``encoder`` on rank ``owner`` of the crew alone. The others give up their weights, which are put on the meta
@@ -22,13 +25,20 @@ def spread(encoder: nn.Module, crew: Crew, owner: int) -> Any:
     device, dtype = _home(encoder)
     members: dict[str, Any] = {"forward": _forward(type(encoder), crew, owner), "runners": {}}
     if crew.rank != owner:
-        for module in encoder.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        _give_up(encoder)
         members |= {"_apply": _apply, "device": property(lambda self: self.home.device),
                     "dtype": property(lambda self: self.home.dtype), "home": torch.empty(0, device=device, dtype=dtype)}
+    if hasattr(encoder, RESIZE):
+        members[RESIZE] = _resized(type(encoder), crew, owner)
     return instance_of_subclass(encoder, Parallel, members, vars(encoder))
+
+
+def _give_up(encoder: nn.Module) -> None:
+    """Put its weights on the meta device, those of adapters and new words too that were loaded since."""
+    for module in encoder.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
 def _home(encoder: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -44,10 +54,29 @@ def _forward(cls: Any, crew: Crew, owner: int) -> Callable[..., Any]:
         crew.control.agree(f"the inputs of {cls.__name__}", digests(named) | others)
         crew.counts["calls"] += 1
         with crew.control.guard(cls.__name__, (crew.everyone,)):
+            if crew.rank != owner:
+                _give_up(self)
             result = cls.forward(self, *args, **kwargs) if crew.rank == owner else None
             return crew.broadcast(result, owner, self.device)
 
     return forward
+
+
+def _resized(cls: Any, crew: Crew, owner: int) -> Callable[..., Any]:
+    @functools.wraps(getattr(cls, RESIZE))
+    def resize(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Without weights there is no mean.
+        how = kwargs if crew.rank == owner else kwargs | {"mean_resizing": False}
+        with crew.control.guard(f"{cls.__name__}.{RESIZE}", (crew.everyone,)):
+            result = getattr(cls, RESIZE)(self, *args, **how)
+            if crew.rank != owner:
+                # Until forward is called: whoever asks for room writes words into it.
+                result.weight = nn.Parameter(torch.zeros_like(result.weight, device=self.device), requires_grad=False)
+            # The owner drew random numbers for the new words; all go on from where it is.
+            torch.set_rng_state(crew.broadcast(torch.get_rng_state(), owner, torch.device("cpu")))
+        return result
+
+    return resize
 
 
 def _apply(self: Any, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:

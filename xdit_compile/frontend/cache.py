@@ -11,17 +11,29 @@ import torch
 from torch import nn
 
 from xdit_compile.frontend.capture import capture
+from xdit_compile.frontend.opaque import modules_in
 from xdit_compile.frontend.state import device_of, state_token
 from xdit_compile.program import Program
 from xdit_compile.structure import flatten, sharing
 
 
+@dataclass(frozen=True)
+class _Captured:
+    program: Program
+    modules: Mapping[str, nn.Module]
+    """By path, those that the program calls themselves; all others it knows by what they hold."""
+
+    def serves(self, model: nn.Module, tensors: Sequence[torch.Tensor]) -> bool:
+        return self.program.guards.hold(tensors) and all(
+            model.get_submodule(path) is module for path, module in self.modules.items())
+
+
 @dataclass
 class _Captures:
-    programs: dict[Hashable, list[Program]] = field(default_factory=dict)
+    programs: dict[Hashable, list[_Captured]] = field(default_factory=dict)
     """By kind of call; several where values that the model reads make a difference."""
-    held: list[Any] = field(default_factory=list)
-    """Objects whose identity is part of a key, so that no other object gets it."""
+    held: dict[int, Any] = field(default_factory=dict)
+    """Objects whose identity is part of a key, by that, so that no other object gets it."""
 
 
 _captures: WeakKeyDictionary[nn.Module, _Captures] = WeakKeyDictionary()
@@ -39,8 +51,8 @@ def find(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Pr
     and devices of tensors, structure and state of the model, and the tensor values the model read.
     """
     kind, tensors = _kind(model, args, kwargs)
-    programs = _captures.setdefault(model, _Captures()).programs.get(kind, ())
-    return next((p for p in programs if p.guards.hold(tensors)), None)
+    known = _captures.setdefault(model, _Captures()).programs.get(kind, ())
+    return next((c.program for c in known if c.serves(model, tensors)), None)
 
 
 def _capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
@@ -48,9 +60,7 @@ def _capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     known = _captures.setdefault(model, _Captures())
     kind, _ = _kind(model, args, kwargs)
     state_token(model, known.held)
-    # But not the model: what is kept with it must not keep it.
-    known.held = [x for x in known.held if x is not model]
-    known.programs.setdefault(kind, []).append(program)
+    known.programs.setdefault(kind, []).append(_Captured(program, modules_in(program)))
     return program
 
 

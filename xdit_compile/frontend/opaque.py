@@ -9,6 +9,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from xdit_compile.errors import XditError
 from xdit_compile.frontend.known import plain
+from xdit_compile.program import Program
 from xdit_compile.structure import Structure, flatten
 
 _library = torch.library.Library("xdit_compile", "FRAGMENT")
@@ -29,12 +31,23 @@ VALUES = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutp
 
 Shape = tuple[torch.Size, torch.dtype]
 
-_calls: dict[str, tuple[Callable[..., Any], list[Shape]]] = {}
-"""By name: a function of the flat inputs, and what it returns. Programs refer to it as long as the process lives."""
+
+@dataclass(frozen=True)
+class _Left:
+    """A module left in Python, at a path of the model: as a function of the flat inputs, and what that returns."""
+
+    module: nn.Module
+    path: str
+    function: Callable[..., Any]
+    shapes: list[Shape]
+
+
+_calls: dict[str, _Left] = {}
+"""By name. Programs refer to them as long as the process lives."""
 
 
 def _python(name: str, inputs: list[Tensor]) -> list[Tensor]:
-    function, shapes = _calls[name]
+    function, shapes = _calls[name].function, _calls[name].shapes
     # Exchanges leave other strides than the model would see, and its code may take views.
     results, _ = flatten(function([x.contiguous() for x in inputs]))
     if [(r.shape, r.dtype) for r in results] != shapes:
@@ -49,7 +62,14 @@ _library.impl("python", _python, "CUDA")
 
 @torch.library.register_fake("xdit_compile::python", lib=_library)
 def _fake(name: str, inputs: list[Tensor]) -> list[Tensor]:
-    return [inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in _calls[name][1]]
+    return [inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in _calls[name].shapes]
+
+
+def modules_in(program: Program) -> dict[str, nn.Module]:
+    """The modules that a program calls as they are, by path: it is of no use to a model that has others there."""
+    called = [_calls[n.args[0]] for _, m in program.functions()
+              for n in m.graph.find_nodes(op="call_function", target=OPAQUE)]
+    return {left.path: left.module for left in called}
 
 
 def culprit(error: BaseException, model: nn.Module) -> type[nn.Module] | None:
@@ -67,7 +87,7 @@ def left_in_python(model: nn.Module, classes: Sequence[type[nn.Module]]) -> Iter
     """Within: calls of modules of these classes are traced as opaque operators."""
     forwards = {cls: cls.forward for cls in classes}
     # Tracing puts its own tensors in their places.
-    states = {id(m): _state(m) for m in model.modules() if type(m) in forwards}
+    states = {id(m): (path, _state(m)) for path, m in model.named_modules() if type(m) in forwards}
     for cls in classes:
         cls.forward = _stand_in(cls, forwards[cls], states)  # type: ignore[method-assign]
     try:
@@ -77,7 +97,8 @@ def left_in_python(model: nn.Module, classes: Sequence[type[nn.Module]]) -> Iter
             cls.forward = forward  # type: ignore[method-assign]
 
 
-def _stand_in(cls: type[nn.Module], original: Callable[..., Any], states: dict[int, dict[str, Tensor]]) -> Any:
+def _stand_in(cls: type[nn.Module], original: Callable[..., Any],
+              states: dict[int, tuple[str, dict[str, Tensor]]]) -> Any:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         tensors, inputs = flatten((args, kwargs))
         names = list(_state(self))
@@ -88,10 +109,11 @@ def _stand_in(cls: type[nn.Module], original: Callable[..., Any], states: dict[i
             with _originally(cls, original):
                 return torch.func.functional_call(self, state, given, named)
 
-        held = [states[id(self)][n] for n in names]
+        path, state = states[id(self)]
+        held = [state[n] for n in names]
         outputs, shapes = _example(call, tensors, held)
         name = f"{cls.__qualname__}_{len(_calls)}"
-        _calls[name] = call, shapes
+        _calls[name] = _Left(self, path, call, shapes)
         return outputs.build(OPAQUE(name, [*tensors, *_state(self).values()]))
 
     return forward

@@ -24,24 +24,41 @@ class Executor:
         assert program.spec is not None
         self.program = program
         self._module = _compiled(program.main) if program.spec.backend == "inductor" else program.main
-        self._slots = [_slot(model, program, i.kind, i.name) for i in program.inputs]
+        self._state = State(model, [i.name for i in program.inputs if i.kind == "parameter"])
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        given = iter(tensors)
-        arguments = [next(given) if slot is None else slot[0][slot[1]] for slot in self._slots]
+        given, held = iter(tensors), iter(self._state.read())
+        arguments = [next(given) if i.kind == "argument" else next(held) if i.kind == "parameter"
+                     else self.program.constants[i.name] for i in self.program.inputs]
         with torch.no_grad():
             return self._module(*arguments)
 
 
-def _slot(model: nn.Module, program: Program, kind: str, name: str) -> tuple[dict, str] | None:
-    """Where to read an input at each call: the module's own table, so that replaced parameters are seen."""
-    if kind == "argument":
-        return None
-    if kind == "constant":
-        return dict(program.constants), name
-    path, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(path)
-    return (owner._parameters if leaf in owner._parameters else owner._buffers), leaf
+class State:
+    """Parameters and buffers of a model by name, looked up anew at each call: they and the modules that have them may
+    have been replaced. No module is held, so that weights which are unloaded are freed."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        self._model = model
+        self._steps: list[tuple[int, str]] = []
+        """How to come by every module that is needed: a child, by name, of the model (0) or of the n-th step's."""
+        places = {"": 0}
+        split = [name.rpartition(".") for name in names]
+        self._leaves = [(self._place(path, places), leaf) for path, _, leaf in split]
+
+    def _place(self, path: str, places: dict[str, int]) -> int:
+        if path not in places:
+            parent, _, child = path.rpartition(".")
+            self._steps.append((self._place(parent, places), child))
+            places[path] = len(self._steps)
+        return places[path]
+
+    def read(self) -> list[Any]:
+        modules: list[Any] = [self._model]
+        for parent, child in self._steps:
+            modules.append(modules[parent]._modules[child])
+        return [m._parameters[leaf] if leaf in (m := modules[place])._parameters else m._buffers[leaf]
+                for place, leaf in self._leaves]
 
 
 def _compiled(main: fx.GraphModule) -> nn.Module:
