@@ -116,6 +116,7 @@ import os, signal, sys, threading, time
 sys.path.insert(0, {tests!r})
 from test_launch import one_hangs
 from xdit_compile.launch import launch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell runs in the background
 threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
     launch(one_hangs, world_size=2, device="cpu")
@@ -126,7 +127,7 @@ except KeyboardInterrupt:
 
 
 def test_ctrl_c_ends_the_ranks() -> None:
-    ran = python(INTERRUPTED.format(tests=os.path.dirname(__file__)))
+    ran = python(INTERRUPTED.format(tests=os.path.dirname(__file__)), timeout=120)
     assert ran.stdout == "interrupted with 0 children\n", ran.stderr
 
 

@@ -113,8 +113,9 @@ def _call(cls: type) -> Callable[..., Any]:
                 bound.arguments[name] = _settled_first(bound.arguments[name], crew)
         before, fetched = crew.counts.copy(), dict(crew.turns.fetched) if crew.turns else {}
         alike: BaseException | None = None
-        with crew.control.guard(f"{cls.__name__}", ()):
+        with crew.control.guard(cls.__name__):
             try:
+                crew.running = True
                 result = cls.__call__(*bound.args, **bound.kwargs)
                 if crew.turns:
                     crew.turns.settle()
@@ -126,6 +127,8 @@ def _call(cls: type) -> Callable[..., Any]:
                 if crew.counts["calls"] != before["calls"]:
                     raise
                 alike = error
+            finally:
+                crew.running = False
         if alike is not None:
             raise alike
         _warn_of_nothing_gained(cls.__name__, crew, before["shared"], fetched)
@@ -161,8 +164,10 @@ def _parts(name: str, module: nn.Module, crew: Crew) -> Iterator[Part]:
 
 
 def _interrupted(self: Any) -> bool:
-    """Whether any rank was told to stop: all must, or the others would wait for it."""
-    return self.crew.control.anyone("whether to stop", bool(self._interrupt))
+    """Whether any rank was told to stop: all must, or the others would wait for it. Between calls ranks may ask or
+    not, so that each answers for itself."""
+    mine = bool(self._interrupt)
+    return self.crew.control.anyone("whether to stop", mine) if self.crew.running else mine
 
 
 def _warn_of_nothing_gained(name: str, crew: Crew, shared: int, fetched: Mapping[int, int]) -> None:

@@ -25,6 +25,7 @@ class Crew:
         rank: this process's place among them.
         timeout: seconds to wait for another rank.
         data_if_possible: whether a batch that ``data`` cannot cut is no error.
+        running: whether a pipeline's call is under way.
         counts: how many ``calls`` of parallel models its ranks have made, and how many were ``shared`` by all of them.
     """
 
@@ -34,7 +35,7 @@ class Crew:
         self.rank = 0 if len(ranks) == 1 else self.ranks.index(dist.get_rank())
         self.control = Control(self.ranks, timeout)
         self.counts: Counter[str] = Counter() if counts is None else counts
-        self.data_if_possible = False
+        self.data_if_possible = self.running = False
 
     @cached_property
     def groups(self) -> Groups:
