@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from pool import Pool, RemoteError
 
 from xdit_compile.errors import RankFailure, RankMismatch
 from xdit_compile.launch import launch
+from xdit_compile.runtime.abort import Connections, _between, _packed, abort
 from xdit_compile.runtime.control import Control
 from xdit_compile.runtime.digest import digest, digests
 
@@ -292,3 +294,18 @@ def test_the_host_of_the_store_dies(tmp_path: Path) -> None:
         seconds, text = (tmp_path / str(rank)).read_text().split("|")
         assert text.startswith("rank 0 stopped responding (process gone?) during forward")
         assert float(seconds) < SLACK
+
+
+def test_a_port_that_is_given_to_another_group_is_left_alone() -> None:
+    """Aborting ends the connections a group had, not those that came to its address afterwards."""
+    group = Connections.__new__(Connections)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        first = socket.create_connection(server.getsockname()), server.accept()[0]
+        group.nccl, group.gloo = [], _between([_packed(server.getsockname())])
+        second = socket.create_connection(server.getsockname()), server.accept()[0]
+        abort([group])
+        assert first[0].recv(1) == first[1].recv(1) == b""
+        second[0].sendall(b"alive")
+        assert second[1].recv(5) == b"alive"
+        for end in (*first, *second):
+            end.close()

@@ -9,10 +9,15 @@ import stat
 import struct
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import count
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore, ProcessGroup, Store
+
+Ends = tuple[tuple[Any, ...], tuple[Any, ...]]
+"""The two addresses of a connection, this process's first."""
 
 _PEER_LOST = re.compile(
     r"Connection (closed|reset) by peer|Socket closed|Broken pipe|Timed out waiting|Application timeout"
@@ -33,25 +38,27 @@ def is_peer_loss(error: BaseException) -> bool:
 class Connections:
     """What it takes to `abort` one process group later.
 
-    Everything that needs the store is read at construction: when a rank fails, the store may be gone too.
+    All is found out at construction: when a rank fails, the store may be gone; and when a group is, the system gives
+    its port to another one, so that connections go by both their ends, as long as they live.
     """
 
     def __init__(self, group: ProcessGroup) -> None:
         self.nccl: list[dist.ProcessGroupNCCL] = []
-        self.published: list[bytes] = []
+        published: list[bytes] = []
         for device in group._device_types:
             backend = group._get_backend(device)
             if dist.is_nccl_available() and isinstance(backend, dist.ProcessGroupNCCL):
                 self.nccl.append(backend)
             elif isinstance(backend, dist.ProcessGroupGloo):
                 store = dist.distributed_c10d._world.pg_map[group][1]
-                self.published += _published(PrefixStore(f"{device}/", store), group.size())
+                published += _published(PrefixStore(f"{device}/", store), group.size())
+        self.gloo = _between(published)
 
     @classmethod
     def of_gloo(cls, store: Store, size: int) -> Connections:
         """Those of a bare ProcessGroupGloo of `size` ranks that was made on `store`."""
         made = cls.__new__(cls)
-        made.nccl, made.published = [], _published(store, size)
+        made.nccl, made.gloo = [], _between(_published(store, size))
         return made
 
 
@@ -70,17 +77,22 @@ def abort(connections: Sequence[Connections]) -> None:
         for backend in nccl:
             backend.abort()
         nccl[0]._group_end()
-    published = [text for one in connections for text in one.published]
-    if not published:
-        return
-    for connection in _open_sockets():
+    ours = {ends for one in connections for ends in one.gloo}
+    for ends, connection in _open_connections() if ours else ():
         with connection:
-            try:
-                ends = [_packed(connection.getsockname()), _packed(connection.getpeername())]
-                if any(end in text for end in ends if end for text in published):
+            if ends in ours:
+                with suppress(OSError):  # closed meanwhile
                     connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                continue  # listening, or closed meanwhile
+
+
+def _between(published: Sequence[bytes]) -> frozenset[Ends]:
+    """The connections that are open now, one end of which is among the addresses that were published."""
+    found = set()
+    for ends, connection in _open_connections() if published else ():
+        with connection:
+            if any((end := _packed(address)) and end in text for address in ends for text in published):
+                found.add(ends)
+    return frozenset(found)
 
 
 def _published(store: Store, size: int) -> list[bytes]:
@@ -94,8 +106,8 @@ def _published(store: Store, size: int) -> list[bytes]:
     return found
 
 
-def _open_sockets() -> Iterator[socket.socket]:
-    """Duplicates of all internet sockets this process has open."""
+def _open_connections() -> Iterator[tuple[Ends, socket.socket]]:
+    """Duplicates of all connected internet sockets this process has open, with both their ends."""
     folder = "/proc/self/fd" if sys.platform == "linux" else "/dev/fd"
     for name in os.listdir(folder) if os.path.isdir(folder) else ():
         try:
@@ -105,12 +117,13 @@ def _open_sockets() -> Iterator[socket.socket]:
         except OSError:
             continue  # closed meanwhile
         if found.family in (socket.AF_INET, socket.AF_INET6):
-            yield found
-        else:
-            found.close()
+            with suppress(OSError):  # listening, or closed meanwhile
+                yield (found.getsockname(), found.getpeername()), found
+                continue
+        found.close()
 
 
-def _packed(address: tuple[str, int] | tuple[str, int, int, int]) -> bytes:
+def _packed(address: tuple[Any, ...]) -> bytes:
     """The start of the sockaddr of an internet address: how gloo writes it to the store."""
     host, port = address[:2]
     if len(address) == 2:
