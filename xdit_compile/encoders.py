@@ -72,8 +72,10 @@ def _resized(cls: Any, crew: Crew, owner: int) -> Callable[..., Any]:
             if crew.rank != owner:
                 # Until forward is called: whoever asks for room writes words into it.
                 result.weight = nn.Parameter(torch.zeros_like(result.weight, device=self.device), requires_grad=False)
-            # The owner drew random numbers for the new words; all go on from where it is.
-            torch.set_rng_state(crew.broadcast(torch.get_rng_state(), owner, torch.device("cpu")))
+            # The owner drew random numbers for the new words; all go on from where it is. Sent as an object: NCCL takes
+            # no tensors on the CPU.
+            state = crew.broadcast(torch.get_rng_state().numpy().tobytes(), owner, self.device)
+            torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
         return result
 
     return resize
