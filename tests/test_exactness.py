@@ -91,3 +91,9 @@ def test_bfloat16_differs_no_more_than_bfloat16_makes(pool: Pool, name: str) -> 
     for seen in pool.run(exactness.differences_in_bfloat16, name, specs, ranks=range(2), timeout=240):
         assert seen["rounding"] > 1e-4, "bfloat16 must make a difference, or this says nothing"
         assert all(seen[spec] <= 1.5 * seen["rounding"] for spec in specs), seen
+
+
+def test_what_a_model_leaves_in_containers_it_is_given(pool: Pool) -> None:
+    """They are the caller's own, on every rank."""
+    for rank in run(pool, "wan_animate2", 2, True, ["ulysses=2"])["ulysses=2"]:
+        assert rank["error"] <= EXACT

@@ -46,8 +46,7 @@ class Runner:
         """By the identity of the captured program, which ``Compiled`` keeps alive."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = concrete((args, kwargs))
-        bound = bind_call(self.model, args, kwargs)
+        bound = bind_call(self.model, [concrete(a) for a in args], {n: concrete(a) for n, a in kwargs.items()})
         tensors, _ = flatten((bound.args, bound.kwargs))
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise XditError("a parallel model computes no gradients, but an input requires them; "

@@ -138,7 +138,10 @@ class Deferred(torch.Tensor):
 
 
 def concrete(tree: Any) -> Any:
-    """The same containers with the values of deferred tensors."""
+    """The same containers with the values of deferred tensors; ``tree`` itself if there are none in it, for a model may
+    be about to write into containers that it is given."""
+    if not any(isinstance(leaf, Deferred) for leaf in pytree.tree_leaves(tree)):
+        return tree
     return pytree.tree_map_only(Deferred, Deferred.value, tree)
 
 
