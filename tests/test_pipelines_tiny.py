@@ -8,14 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-pytest.importorskip("diffusers")
-pytest.importorskip("transformers")
-
 from pipelines import PIPELINES, folder, load, run
 from pipelines_parts import PipelineCase, made
 from test_pipelines import QUICK
+from torch import Tensor, nn
 
 
 @pytest.fixture(scope="module", autouse=True)
