@@ -9,6 +9,9 @@ Joint attention over text and image, each split, is a dimension of two sharded s
 A rank's local tensor is its pieces of all segments, in order. Everything here is pure arithmetic on those
 lists: no tensors, no devices, no processes. The notation is printed by ``str``: ``7`` replicated, ``8/2``
 sharded evenly over two ranks, ``7/(4,3)`` unevenly.
+
+A segment may also belong to a **patch**: PipeFusion (arXiv 2405.14430) cuts the tokens in time as well, and what is
+computed at one time holds the segments of one patch only. ``8@1`` is such a segment of patch 1.
 """
 
 from __future__ import annotations
@@ -28,6 +31,12 @@ SEQUENCE = "sequence"
 BATCH = "batch"
 """The mesh axis along which batches are shared out (data x cfg)."""
 
+PATCH = "patch"
+"""Where a program stands in time: its patch, or EVERY."""
+
+EVERY = -1
+"""All patches at once."""
+
 Spans = list[tuple[int, int]]
 """Index ranges, one after the other."""
 
@@ -37,10 +46,12 @@ MAX_SEGMENTS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of indices: replicated (``axis`` is None, ``offsets`` = (0, length)) or one slice per rank of ``axis``."""
+    """A run of indices: replicated (``axis`` is None, ``offsets`` = (0, length)) or one slice per rank of ``axis``;
+    there at all times, or with one ``patch`` only."""
 
     offsets: tuple[int, ...]
     axis: str | None = None
+    patch: int | None = None
 
     @property
     def length(self) -> int:
@@ -48,20 +59,28 @@ class Segment:
 
     def bounds(self, position: Position) -> tuple[int, int]:
         """The part of this segment that the rank at ``position`` holds."""
+        if self.patch is not None and position[PATCH] not in (self.patch, EVERY):
+            return 0, 0
         if self.axis is None:
             return 0, self.length
         index = position[self.axis]
         return self.offsets[index], self.offsets[index + 1]
 
     def map(self, transform) -> Segment:
-        return Segment(tuple(transform(o) for o in self.offsets), self.axis)
+        return Segment(tuple(transform(o) for o in self.offsets), self.axis, self.patch)
+
+    @property
+    def cut(self) -> bool:
+        """Whether some rank, or some time, lacks it."""
+        return self.axis is not None or self.patch is not None
 
     def __str__(self) -> str:
+        when = "" if self.patch is None else f"@{self.patch}"
         if self.axis is None:
-            return str(self.length)
+            return f"{self.length}{when}"
         sizes = [b - a for a, b in pairwise(self.offsets)]
-        even = len(set(sizes)) == 1
-        return f"{self.length}/{len(sizes)}" if even else f"{self.length}/({','.join(map(str, sizes))})"
+        shares = f"{len(sizes)}" if len(set(sizes)) == 1 else f"({','.join(map(str, sizes))})"
+        return f"{self.length}/{shares}{when}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +105,7 @@ class Dim:
         for segment in segments:
             if segment.length == 0:
                 continue
-            if segment.axis is None and joined and joined[-1].axis is None:
+            if not segment.cut and joined and not joined[-1].cut:
                 joined[-1] = Segment((0, joined[-1].length + segment.length))
             else:
                 joined.append(segment)
@@ -101,17 +120,30 @@ class Dim:
         """Split over ``parts`` ranks as evenly as whole numbers allow, larger shares first."""
         return Dim.of([Segment(even_offsets(length, parts), axis)])
 
+    @staticmethod
+    def patched(offsets: Sequence[int], parts: int, unit: int = 1) -> Dim:
+        """One segment for each patch, of borders ``offsets``, each shared out to ``parts`` ranks by ``unit`` indices."""
+        axis = SEQUENCE if parts > 1 else None
+        return Dim.of(Segment(tuple(o * unit for o in even_offsets((b - a) // unit, parts)), axis, i)
+                      for i, (a, b) in enumerate(pairwise(offsets)))
+
+    def gathered(self, axis: str) -> Dim:
+        """The same with every rank of ``axis`` holding what they share."""
+        return Dim.of(Segment((0, s.length), None, s.patch) if s.axis == axis else s for s in self.segments)
+
     @property
     def size(self) -> int:
         return sum(s.length for s in self.segments)
 
     @property
     def axes(self) -> frozenset[str]:
-        return frozenset(s.axis for s in self.segments if s.axis is not None)
+        """What cuts it: mesh axes, and PATCH."""
+        ranks = frozenset(s.axis for s in self.segments if s.axis is not None)
+        return ranks | {PATCH} if any(s.patch is not None for s in self.segments) else ranks
 
     @property
     def sharded(self) -> bool:
-        return any(s.axis is not None for s in self.segments)
+        return any(s.cut for s in self.segments)
 
     def local_size(self, position: Position) -> int:
         return sum(stop - start for start, stop in (s.bounds(position) for s in self.segments))
@@ -133,6 +165,11 @@ class Dim:
     def local_spans(self, position: Position, sharded: bool) -> Spans:
         """Where the sharded, or the replicated, segments lie in the local tensor."""
         return joined((p.at, p.at + p.stop - p.start) for p in self.pieces(position) if p.sharded is sharded)
+
+    def places(self, spans: Iterable[tuple[int, int]], position: Position) -> Spans:
+        """Where these global index ranges lie in the local tensor; what is not there is left out."""
+        found = (((max(start, p.start), min(stop, p.stop)), p) for start, stop in spans for p in self.pieces(position))
+        return joined((p.at + a - p.start, p.at + b - p.start) for (a, b), p in found if a < b)
 
     def slice(self, start: int, stop: int, step: int = 1) -> Dim:
         """The indices ``start:stop:step``; a segment keeps its owner, so shares may become uneven or empty."""

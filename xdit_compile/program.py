@@ -17,6 +17,7 @@ from torch import fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from xdit_compile.guards import Guards
+from xdit_compile.keeping import refresh
 from xdit_compile.spec import ShardingSpec
 from xdit_compile.structure import Structure, write_back
 
@@ -24,9 +25,10 @@ from xdit_compile.structure import Structure, write_back
 @dataclass(frozen=True)
 class Input:
     """What a placeholder of ``main`` stands for: a parameter or buffer by its name in the model, a constant made
-    inside forward, or the n-th tensor among the flattened arguments of the call."""
+    inside forward, or the n-th tensor among the flattened arguments of the call. In a stage of a pipeline also a
+    value computed ``once`` per step, one ``received`` from another stage, or a ``cache`` that outlives the call."""
 
-    kind: Literal["parameter", "constant", "argument"]
+    kind: Literal["parameter", "constant", "argument", "once", "received", "cache"]
     name: str
 
 
@@ -34,7 +36,7 @@ class Input:
 class Note:
     """One thing a pass decided, for the report and for the check that all ranks decided the same."""
 
-    kind: Literal["seed", "attention", "gather", "fallback", "collective", "canonical"]
+    kind: Literal["seed", "attention", "gather", "fallback", "collective", "canonical", "kept"]
     node: str
     text: str
     module: str = ""
@@ -58,6 +60,7 @@ class Program:
         outputs: how the flat outputs become a pair: the object the model returns, and its arguments as it left them
             if it changed what is in them, else None.
         written: which arguments the model writes into; the first results are their new values.
+        part: whether this is a part of a forward, a stage of a pipeline: its results are not the model's.
         guards: what was read of the arguments' values while tracing; other answers need another program.
         facts: what holds of the graphs (``captured``, ``canonical``, ``sharded``, ``lowered``).
         spec, position: for which sharding spec and rank this is the local program; None for the global one.
@@ -74,6 +77,7 @@ class Program:
     notes: tuple[Note, ...] = field(default=(), repr=False)
     written: tuple[int, ...] = ()
     guards: Guards = field(default_factory=Guards)
+    part: bool = False
 
     def functions(self) -> Iterator[tuple[str, fx.GraphModule]]:
         """``main`` and each block function, by name."""
@@ -144,12 +148,16 @@ def output_args(graph: fx.Graph) -> tuple[Any, ...]:
 
 def drop_unused(graph: fx.Graph) -> None:
     """Remove what nobody reads, except collectives: a rank to which nothing is sent reads no result, but the others
-    wait for it all the same."""
-    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or is_collective(n))
+    wait for it all the same. And except what is kept for a later call."""
+    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or is_collective(n) or is_write(n))
 
 
 def is_collective(node: fx.Node) -> bool:
     return getattr(node.target, "namespace", "") == "_c10d_functional"
+
+
+def is_write(node: fx.Node) -> bool:
+    return node.target is refresh
 
 
 def module_of(node: fx.Node) -> str:

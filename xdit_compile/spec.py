@@ -11,8 +11,11 @@ from xdit_compile.errors import SpecError
 BACKENDS = ("eager", "inductor")
 ENCODERS = ("everywhere", "spread")
 KERNELS = ("auto", "torch", "flash_attn", "yunchang")
-PLANNED = ("pipefusion_degree", "num_patches", "warmup_steps")
-"""Words of the field whose methods are not built yet: refused by name, never ignored."""
+ALL = "all"
+SHORT = {"kernel": "attention_kernel", "patches": "num_patches", "warmup": "warmup_steps"}
+"""Other words for fields; a degree's may also leave out ``_degree``."""
+DEGREES = ("ulysses_degree", "ring_degree", "cfg_degree", "data_degree", "pipefusion_degree", "vae_degree")
+NUMBERS = (*DEGREES, "num_patches", "warmup_steps")
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,13 @@ class ShardingSpec:
             without its condition.
         data_degree: ranks that share out the samples themselves. For one forward both are one thing: its batch is
             cut into ``data_degree * cfg_degree`` parts.
+        pipefusion_degree: stages of a pipeline (PipeFusion, arXiv 2405.14430), each with its share of the blocks and
+            of their parameters.
+        num_patches: patches of the tokens that follow each other through the stages; 0 for as many as stages. With one,
+            the pipeline is exact and runs one stage at a time.
+        warmup_steps: steps at the start of a denoising loop that are exact, or ``all``. In others, patches attend to
+            keys and values of the step before where those of this one have not come yet.
+        stage_blocks: blocks of each stage, as in ``10+9``; by their operations if it is empty.
         vae_degree: ranks that share the height or width of what a pipeline's autoencoder encodes and decodes; the same
             ranks as above, in groups of this many, each of which computes the whole.
         encoders: where a pipeline's text and image encoders live: ``everywhere``, or ``spread``: each on one rank,
@@ -44,22 +54,54 @@ class ShardingSpec:
     ring_degree: int = 1
     cfg_degree: int = 1
     data_degree: int = 1
+    pipefusion_degree: int = 1
+    num_patches: int = 0
+    warmup_steps: int | str = 1
+    stage_blocks: str = ""
     vae_degree: int = 1
     encoders: str = "everywhere"
     backend: str = "eager"
     attention_kernel: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("ulysses_degree", "ring_degree", "cfg_degree", "data_degree", "vae_degree"):
+        least = dict.fromkeys(DEGREES, 1) | {"num_patches": 0}
+        for name in (*least, *(["warmup_steps"] if self.warmup_steps != ALL else [])):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise SpecError(f"{name} must be a whole number of at least 1, got {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or value < least.get(name, 1):
+                also = f", or {ALL}" if name == "warmup_steps" else ""
+                raise SpecError(f"{name} must be a whole number of at least {least.get(name, 1)}{also}, got {value!r}")
         for name, allowed in (("encoders", ENCODERS), ("backend", BACKENDS), ("attention_kernel", KERNELS)):
             if getattr(self, name) not in allowed:
                 raise SpecError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        self._check_pipefusion()
         if self.world_size % self.vae_degree:
             raise SpecError(f"vae={self.vae_degree} takes groups of {self.vae_degree} of the processes that the other "
                             f"degrees ask for, but {self.world_size} do not fall into such groups")
+
+    def _check_pipefusion(self) -> None:
+        if self.pipefusion_degree == 1:
+            given = [n for n, default in (("num_patches", 0), ("warmup_steps", 1), ("stage_blocks", ""))
+                     if getattr(self, n) != default]
+            if given:
+                raise SpecError(f"{' and '.join(given)} belong to pipefusion, which is 1; add pipefusion=2 or more")
+        elif self.ring_degree > 1:
+            raise SpecError(f"pipefusion={self.pipefusion_degree} and ring={self.ring_degree} do not go together: what "
+                            "stages keep of other patches is shared out by heads; use ulysses instead of ring")
+        if self.stage_blocks:
+            counts = self.stage_blocks.split("+")
+            if len(counts) != self.pipefusion_degree or not all(c.isdecimal() and int(c) for c in counts):
+                raise SpecError(f"stage_blocks names the blocks of each of {self.pipefusion_degree} stages, as in "
+                                f"{'+'.join(['7'] * self.pipefusion_degree)}, got {self.stage_blocks!r}")
+
+    @property
+    def patches(self) -> int:
+        """Patches of a step that is not exact; one if all steps are."""
+        return 1 if self.warmup_steps == ALL else self.num_patches or self.pipefusion_degree
+
+    @property
+    def model_degree(self) -> int:
+        """Ranks that run one forward of one sample together."""
+        return self.sequence_degree * self.pipefusion_degree
 
     @property
     def sequence_degree(self) -> int:
@@ -71,7 +113,7 @@ class ShardingSpec:
 
     @property
     def world_size(self) -> int:
-        return self.batch_degree * self.sequence_degree
+        return self.batch_degree * self.model_degree
 
     @staticmethod
     def parse(spec: str | Mapping[str, object] | ShardingSpec) -> ShardingSpec:
@@ -86,25 +128,23 @@ class ShardingSpec:
             raise SpecError(f"a sharding spec is text, a mapping or a ShardingSpec, got {spec!r}")
         pairs = _pairs(spec) if isinstance(spec, str) else [(str(k), v) for k, v in spec.items()]
         known = {f.name: f.name for f in fields(ShardingSpec)}
-        known |= {name.removesuffix("_degree"): name for name in known} | {"kernel": "attention_kernel"}
+        known |= {name.removesuffix("_degree"): name for name in known} | SHORT
         values: dict[str, object] = {}
         for word, value in pairs:
-            if word in PLANNED or f"{word}_degree" in PLANNED or word in ("patches", "warmup"):
-                raise SpecError(f"{word!r} is not supported yet; today's words are {', '.join(known)}")
             if word not in known:
                 raise SpecError(f"unknown word {word!r} in the sharding spec; known words are {', '.join(known)}")
             name = known[word]
             if name in values:
                 raise SpecError(f"{name} is given twice in the sharding spec")
-            values[name] = _number(word, value) if name.endswith("_degree") else value
+            values[name] = _number(word, value) if name in NUMBERS and value != ALL else value
         return ShardingSpec(**values)  # type: ignore[arg-type]
 
     def check_world(self, world_size: int) -> None:
         """Raise SpecError unless the degrees multiply to ``world_size``, naming degrees that would."""
         if self.world_size == world_size:
             return
-        words = {n: getattr(self, f"{n}_degree") for n in ("data", "cfg")}
-        kept = words if world_size % self.batch_degree == 0 else dict.fromkeys(words, 1)
+        words = {n: getattr(self, f"{n}_degree") for n in ("data", "cfg", "pipefusion")}
+        kept = words if world_size % math.prod(words.values()) == 0 else dict.fromkeys(words, 1)
         rest = world_size // math.prod(kept.values())
         before = "".join(f"{n}={d}," for n, d in kept.items() if d > 1)
         fits = [f"{before}ulysses={u},ring={rest // u}" for u in range(1, rest + 1) if rest % u == 0]
@@ -115,7 +155,8 @@ class ShardingSpec:
         )
 
     def __str__(self) -> str:
-        words = [f"{f.name.removesuffix('_degree')}={getattr(self, f.name)}" for f in fields(self)
+        short = {name: word for word, name in SHORT.items()}
+        words = [f"{short.get(f.name, f.name.removesuffix('_degree'))}={getattr(self, f.name)}" for f in fields(self)
                  if getattr(self, f.name) != f.default]
         return ",".join(words) or "ulysses=1"
 

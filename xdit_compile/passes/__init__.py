@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from xdit_compile.layout import Position
+from xdit_compile.layout import EVERY, PATCH, Layout, Position
 from xdit_compile.mesh import axis_sizes, position_of
 from xdit_compile.passes.batch import batch_seeds, joined
 from xdit_compile.passes.canonicalize import canonicalize
@@ -15,7 +16,7 @@ from xdit_compile.passes.check import check
 from xdit_compile.passes.lower import lower_attention
 from xdit_compile.passes.overlap import overlap
 from xdit_compile.passes.seeds import choose_seeds
-from xdit_compile.passes.shard import Seeds, shard
+from xdit_compile.passes.shard import Leave, Seeds, shard
 from xdit_compile.passes.simplify import simplify
 from xdit_compile.program import Note, Program
 from xdit_compile.spec import ShardingSpec
@@ -29,6 +30,8 @@ class Context:
     sizes: dict[str, int]
     mode: FakeTensorMode
     seeds: Seeds
+    given: Mapping[str, Layout]
+    leave: Leave | None
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Pass:
 
 
 PASSES: tuple[Pass, ...] = (
-    Pass("shard", lambda p, c: shard(p, c.seeds, c.position, c.sizes, c.mode),
+    Pass("shard", lambda p, c: shard(p, c.seeds, c.position, c.sizes, c.mode, c.given, c.leave),
          frozenset({"canonical"}), frozenset({"sharded"})),
     Pass("lower_attention", lambda p, c: lower_attention(p, c.sizes, c.mode),
          frozenset({"sharded"}), frozenset({"lowered"})),
@@ -77,12 +80,19 @@ def plan(program: Program, spec: ShardingSpec) -> tuple[Program, Seeds]:
     return program, seeds
 
 
-def localize(program: Program, seeds: Seeds, rank: int,
-             dump: Callable[[str, Program], None] | None = None) -> Program:
-    """Rank ``rank``'s local program. ``dump`` is called with each pass's name and result."""
+def localize(program: Program, seeds: Seeds, rank: int, dump: Callable[[str, Program], None] | None = None, *,
+             patch: int = EVERY, given: Mapping[str, Layout] = MappingProxyType({}),
+             leave: Leave | None = None) -> Program:
+    """Rank ``rank``'s local program.
+
+    Args:
+        dump: called with each pass's name and result.
+        patch: the time it is for.
+        given, leave: how inputs come and results go, where they are not whole on every rank (``shard.Walk.main``).
+    """
     assert program.spec is not None
-    context = Context(position_of(rank, program.spec), axis_sizes(program.spec),
-                      FakeTensorMode(allow_non_fake_inputs=True), seeds)
+    context = Context({**position_of(rank, program.spec), PATCH: patch}, axis_sizes(program.spec),
+                      FakeTensorMode(allow_non_fake_inputs=True), seeds, given, leave)
     if dump:
         dump("canonicalize", program)
     for step in PASSES:

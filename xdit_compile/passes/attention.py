@@ -14,13 +14,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from xdit_compile.errors import PlanError
-from xdit_compile.layout import SEQUENCE, Dim, Layout, Position, Spans, even_offsets, length
+from xdit_compile.layout import PATCH, SEQUENCE, Dim, Layout, Position, Spans, even_offsets, length
 from xdit_compile.mesh import RING, ULYSSES
 
 
 def sharded_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
-                      scale: float | None) -> torch.Tensor:
-    """Softmax attention of this rank's queries to every rank's keys. A marker: lowered before anything runs."""
+                      scale: float | None, *caches: torch.Tensor) -> torch.Tensor:
+    """Softmax attention of this rank's queries to every rank's keys, and, if there are ``caches`` of keys and values,
+    to those of other patches in them. A marker: lowered before anything runs."""
     if not isinstance(q, FakeTensor):
         raise PlanError("sharded_attention was executed; the attention pass has not lowered it")
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
@@ -45,6 +46,7 @@ class AttentionPlan:
     element_size: int
     ulysses: int
     ring: int
+    patch: int | None = None
 
     @property
     def method(self) -> str:
@@ -66,7 +68,8 @@ class AttentionPlan:
         return a // group, max(-(-b // group), a // group)
 
     def rank(self, u: int, r: int) -> Position:
-        return {SEQUENCE: r * self.ulysses + u, ULYSSES: u, RING: r}
+        where = {SEQUENCE: r * self.ulysses + u, ULYSSES: u, RING: r}
+        return where if self.patch is None else {**where, PATCH: self.patch}
 
     def replicated(self, dim: Dim) -> Spans:
         """Global ranges of the tokens that every rank holds."""
@@ -138,4 +141,4 @@ def plan_attention(q, k, v, spec, position) -> AttentionPlan:
         queries=q.dims[-2], keys=k.dims[-2], heads=q.shape[-3] if q.ndim > 2 else 1,
         kv_heads=k.shape[-3] if k.ndim > 2 else 1, head_dim=q.shape[-1], value_dim=v.shape[-1],
         batch=math.prod(Layout(q.dims[:-3]).local_shape(position)), element_size=q.dtype.itemsize,
-        ulysses=spec.ulysses_degree, ring=spec.ring_degree)
+        ulysses=spec.ulysses_degree, ring=spec.ring_degree, patch=position.get(PATCH))

@@ -11,8 +11,9 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
-from xdit_compile.layout import Dim, Layout, Position, Spans, length
+from xdit_compile.layout import PATCH, Dim, Layout, Position, Spans, length
 from xdit_compile.mesh import group_name
 from xdit_compile.passes.values import Value
 from xdit_compile.program import output_args
@@ -29,6 +30,8 @@ class Emitter:
         self.graph = fx.Graph()
         self.mode, self.position, self.sizes = mode, position, sizes
         self._origin: fx.Node | None = None
+        self._last_input: fx.Node | None = None
+        self.caches: list[fx.Node] = []
 
     @contextmanager
     def standing_for(self, node: fx.Node) -> Iterator[None]:
@@ -41,12 +44,23 @@ class Emitter:
 
     def placeholder(self, name: str, example: torch.Tensor, shape: Sequence[int]) -> fx.Node:
         """An input like ``example``, of which this rank holds ``shape``."""
-        node = self.graph.placeholder(name)
+        node = self._last_input = self.graph.placeholder(name)
         with self.mode:
             node.meta["val"] = torch.empty_strided(
                 shape, example.stride(), dtype=example.dtype, device=example.device
             ) if tuple(shape) == tuple(example.shape) else torch.empty(
                 shape, dtype=example.dtype, device=example.device)
+        return node
+
+    def cache(self, shape: Sequence[int], dtype: torch.dtype, like: Any) -> fx.Node:
+        """A further input, after all others: memory on the device of ``like``."""
+        assert self._last_input is not None
+        device = next(t.device for t in pytree.tree_leaves(like) if isinstance(t, torch.Tensor))
+        with self.graph.inserting_after(self._last_input):
+            node = self._last_input = self.graph.placeholder("cache")
+        with self.mode:
+            node.meta["val"] = torch.empty(list(shape), dtype=dtype, device=device)
+        self.caches.append(node)
         return node
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
@@ -140,7 +154,7 @@ class Emitter:
         equal sizes; the padding is cut off again before anything sees it."""
         assert v.node is not None
         old, shape = v.dims[dim], list(v.node.meta["val"].shape)
-        (axis,) = old.axes
+        (axis,) = old.axes - {PATCH}
         if (rows := len(old.segments)) > 1 and len(set(old.segments)) == 1:
             # Rows of a grid, cut alike: their columns are gathered as a dimension of their own.
             grid = self.call(aten.reshape.default, v.node, [*shape[:dim], rows, -1, *shape[dim + 1 :]])

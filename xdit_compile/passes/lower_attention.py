@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from xdit_compile import kernels
+from xdit_compile.keeping import refresh
 from xdit_compile.layout import Spans, length
 from xdit_compile.mesh import RING, ULYSSES
 from xdit_compile.passes.attention import AttentionPlan
@@ -28,7 +29,7 @@ ours = torch.ops.xdit_compile
 def lower(e: Emitter, node: fx.Node, args: Sequence[fx.Node | None], kernel: str) -> fx.Node:
     """Emit what computes ``node``, a ``sharded_attention``; ``args`` are its arguments in the new graph."""
     plan: AttentionPlan = node.meta["attention"]
-    q, k, v, mask, scale = args
+    q, k, v, mask, scale, *caches = args
     shape = node.meta["val"].shape
     lead = tuple(q.meta["val"].shape[:-3])
     q, k, v = (_four(e, x) for x in (q, k, v))
@@ -36,7 +37,7 @@ def lower(e: Emitter, node: fx.Node, args: Sequence[fx.Node | None], kernel: str
     value = _val(q)
     name = kernels.resolve(kernel, device=value.device, dtype=value.dtype, head_dim=plan.head_dim,
                            value_dim=plan.value_dim, masked=mask is not None)
-    out = _Lowering(e, plan, mask, scale, name).run(q, k, v)
+    out = _Lowering(e, plan, mask, scale, name).run(q, k, v, caches)
     return out if len(shape) == 4 else e.call(aten.reshape.default, out, list(shape))
 
 
@@ -47,7 +48,7 @@ class _Lowering:
         self.u, self.r = e.position[ULYSSES], e.position[RING]
         self.cuts = plan.head_cuts()
 
-    def run(self, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
+    def run(self, q: fx.Node, k: fx.Node, v: fx.Node, caches: Sequence[fx.Node]) -> fx.Node:
         plan, e = self.plan, self.e
         q_fixed, q_moving = self._by_kind(q, plan.queries)
         k_fixed, k_moving = self._by_kind(k, plan.keys)
@@ -65,7 +66,12 @@ class _Lowering:
             k_fixed, v_fixed = (x and e.narrow(x, 1, *plan.kv_range(self.u)) for x in (k_fixed, v_fixed))
         queries = e.cat([x for x in (q_fixed, q_moving) if x is not None], 2)
         rows = plan.replicated_share(self.r) + plan.group_spans(plan.queries, self.r)
-        if plan.ring == 1:
+        if caches:
+            spans = plan.replicated(plan.keys) + plan.group_spans(plan.keys, 0)
+            k, v = (e.call(refresh, cache, self._join(*kinds), 2, spans) for cache, kinds in zip(
+                caches, ((k_fixed, k_moving), (v_fixed, v_moving)), strict=True))
+            out = self._attend(queries, k, v, rows, [(0, plan.keys.size)])
+        elif plan.ring == 1:
             out = self._attend(queries, self._join(k_fixed, k_moving), self._join(v_fixed, v_moving), rows,
                                plan.replicated(plan.keys) + plan.group_spans(plan.keys, 0))
         else:

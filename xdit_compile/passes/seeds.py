@@ -116,7 +116,7 @@ def _grids(nodes: Iterable[fx.Node]) -> Iterator[fx.Node]:
 
 def _sides(program: Program, parts: int) -> Iterator[Seeds]:
     """The dimensions of arguments that come after batch and channels, cut evenly."""
-    for node in (n for n in _arguments(program) if n.meta["val"].ndim > 3):
+    for node in (n for n in arguments(program) if n.meta["val"].ndim > 3):
         yield from (seeds for seeds in _cuts([node], parts) if not any(d.sharded for d in seeds[node.name].dims[:2]))
 
 
@@ -131,10 +131,10 @@ def _prologues(program: Program, entering: Sequence[fx.Node], parts: int) -> lis
     """Each dimension of each argument cut, and what enters the blocks whole again: projections of text that every
     block wants whole are then shared out, at the price of one gather before the blocks."""
     whole = {n.name: Layout.replicated(n.meta["val"].shape) for n in entering}
-    return [seed | whole for seed in _cuts(_arguments(program), parts)]
+    return [seed | whole for seed in _cuts(arguments(program), parts)]
 
 
-def _arguments(program: Program) -> list[fx.Node]:
+def arguments(program: Program) -> list[fx.Node]:
     """Features that the model is given."""
     holders = program.main.graph.find_nodes(op="placeholder")
     return [n for n, what in zip(holders, program.inputs, strict=True) if what.kind == "argument"

@@ -8,25 +8,29 @@ computed whole, and is noted by name. Without an emitter the same walk only coun
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import fx
 
 from xdit_compile.costs import flops
-from xdit_compile.layout import BATCH, Dim, Layout, Position, length
+from xdit_compile.keeping import refresh
+from xdit_compile.layout import BATCH, PATCH, SEQUENCE, Dim, Layout, Position, length
 from xdit_compile.mesh import position_of
 from xdit_compile.passes.attention import AttentionPlan
 from xdit_compile.passes.emit import Emitter
 from xdit_compile.passes.rules import find_rule
 from xdit_compile.passes.values import NoRule, Value
-from xdit_compile.program import Note, Program, graph_module, module_of, source_of
+from xdit_compile.program import Input, Note, Program, graph_module, module_of, source_of
 
 Result = Value | tuple[Any, ...] | None
+Leave = Callable[["Sharder", int, Value], Value]
 Seeds = Mapping[str, Layout]
 """Where to begin: how values of ``main``, by the names of their nodes, are laid out."""
 
@@ -38,15 +42,18 @@ class Tally:
     flops: int = 0
     sent: int = 0
     moved: int = 0
+    kept: int = 0
     attentions: int = 0
     gathers: int = 0
     notes: list[Note] = field(default_factory=list)
     cut: set[str] = field(default_factory=set)  # values of main, along all of a dimension
+    results: tuple[Layout, ...] = ()  # of main, as they were computed
 
     def add(self, other: Tally) -> None:
         self.flops += other.flops
         self.sent += other.sent
         self.moved += other.moved
+        self.kept += other.kept
         self.attentions += other.attentions
         self.gathers += other.gathers
 
@@ -116,11 +123,17 @@ class Sharder:
             return value
         key = (id(value), layout)
         if key not in self._relaid:
-            if not old.sharded:
+            if not old.sharded or old == new.gathered(SEQUENCE):
                 node = None if self.emitter is None else self.emitter.take(
-                    self._node(value), dim, new.spans(self.position))
-            elif not new.sharded:
+                    self._node(value), dim, old.places(new.spans(self.position), self.position))
+            elif old.gathered(SEQUENCE) == new or old.axes == {BATCH} and not new.sharded:
                 node = self._gather(value, dim)
+            elif PATCH in old.axes | new.axes and BATCH not in old.axes:
+                if old.axes != {PATCH}:
+                    return self.lay(self.lay(value, dim, old.gathered(SEQUENCE)), dim, new)
+                if new.sharded:
+                    return self.lay(self.lay(value, dim, Dim.replicated(old.size)), dim, new)
+                node = self._kept(value, dim)
             elif old.axes == new.axes:
                 (axis,) = new.axes
                 spans = [new.spans({**self.position, axis: i}) for i in range(self.sizes[axis])]
@@ -132,6 +145,26 @@ class Sharder:
             self._relaid[key] = Value(node, layout, value.dtype)
             self._keep.append(value)
         return self._relaid[key]
+
+    def _kept(self, value: Value, dim: int) -> fx.Node | None:
+        """All patches of dimension ``dim``: those that have not come in this step as they were in the one before."""
+        shape = list(value.local_shape(self.position))
+        shape[dim] = value.shape[dim]
+        self.note("kept", f"dimension {dim} of {value.layout} is read with other patches as they were a step before",
+                  math.prod(shape) * value.dtype.itemsize)
+        cache = self.cache(shape, value.dtype)
+        return cache and self.emitter.call(refresh, cache, value.node, dim, value.dims[dim].spans(self.position))
+
+    def cache(self, shape: Sequence[int], dtype: torch.dtype) -> fx.Node | None:
+        """Memory that outlives the call, a further input of the function."""
+        self.tally.kept += math.prod(shape) * dtype.itemsize
+        return None if self.emitter is None else self.emitter.cache(shape, dtype, self.node.meta["val"])
+
+    def positions(self, dim: Dim) -> list[Position]:
+        """All that hold pieces of ``dim``, seen from here."""
+        axes = sorted(dim.axes)
+        return [{**self.position, **dict(zip(axes, at, strict=True))}
+                for at in itertools.product(*(range(self.sizes[a]) for a in axes))]
 
     def whole(self, value: Value, *dims: int) -> Value:
         """``value`` with these dimensions (all if none is named) on every rank, and no sum pending."""
@@ -233,7 +266,7 @@ class Sharder:
                 env[node] = self._standing(node, lambda v=value, n=node.name: self._seed(v, seeds[n]))
         if self.function == "main":
             self.tally.cut = {n.name for n, v in env.items() if isinstance(v, Value) and any(
-                d.sharded and all(seg.axis for seg in d.segments) for d in v.dims)}
+                d.sharded and all(seg.cut for seg in d.segments) for d in v.dims)}
         return outputs
 
     def _seed(self, value: Value, layout: Layout) -> Value:
@@ -306,7 +339,8 @@ class Sharder:
         if self.emitter is None:
             return tuple(Value(None, lay, t) for lay, t in zip(layouts, dtypes, strict=True))
         results = self.walk.results[name]
-        call = self.emitter.call_function_module(name, [self._node(a) for a in args], results)
+        caches = [self.emitter.cache(c.shape, c.dtype, c) for c in self.walk.caches[name]]
+        call = self.emitter.call_function_module(name, [*(self._node(a) for a in args), *caches], results)
         pieces = []
         for i, (layout, dtype) in enumerate(zip(layouts, dtypes, strict=True)):
             piece = self.emitter.call(operator.getitem, call, i)
@@ -328,7 +362,7 @@ class Sharder:
 
     def _gather(self, value: Value, dim: int) -> fx.Node | None:
         old = value.dims[dim]
-        (axis,) = old.axes
+        (axis,) = old.axes - {PATCH}
         row = value.local_bytes(self.position) // max(old.local_size(self.position), 1)
         held = max(length(old.spans({**self.position, axis: i}, sharded=True)) for i in range(self.sizes[axis]))
         self.tally.gathers += self.function != "main"
@@ -342,6 +376,14 @@ class Sharder:
         return value.node
 
 
+@dataclass(frozen=True)
+class Main:
+    """What a walk found: what it counted, and how the results are left."""
+
+    tally: Tally
+    layouts: tuple[Layout, ...]
+
+
 class Walk:
     """One interpretation of a whole program: ``main`` and its block functions, each once per layout of inputs."""
 
@@ -353,14 +395,22 @@ class Walk:
         self.notes: list[Note] = []
         self.functions: dict[str, fx.GraphModule] = {}
         self.results: dict[str, tuple[Any, ...]] = {}
+        self.caches: dict[str, list[torch.Tensor]] = {}
         self.memo = memo or Memo()
         self._graphs = dict(program.functions())
 
-    def main(self) -> Tally:
-        """Interpret ``main``; its arguments and results are whole on every rank."""
+    def main(self, given: Mapping[str, Layout] = MappingProxyType({}), leave: Leave | None = None) -> Main:
+        """Interpret ``main``.
+
+        Args:
+            given: how its inputs are laid out, by name, where they are not whole on every rank.
+            leave: what becomes of its n-th result; by default it is made whole on every rank.
+        """
         graph = self._graphs["main"].graph
-        arguments = tuple(Layout.replicated(n.meta["val"].shape) for n in graph.find_nodes(op="placeholder"))
-        return self._interpret("main", "main", arguments, self.seeds)[1]
+        layouts = tuple(given.get(n.name) or Layout.replicated(n.meta["val"].shape)
+                        for n in graph.find_nodes(op="placeholder"))
+        self._leave = leave or (lambda s, i, value: s.whole(value))
+        return Main(*self._interpret("main", "main", layouts, self.seeds)[::-1])
 
     def function(self, name: str, layouts: tuple[Layout, ...]) -> tuple[str, tuple[Layout, ...], Tally]:
         """The local form of block function ``name`` for inputs laid out like this, made once."""
@@ -387,23 +437,28 @@ class Walk:
             arguments.append(Value(holder, layout, example.dtype))
         outputs = sharder.run(graph, arguments, seeds)
         # The caller of main expects whole tensors, main takes what a block returns as it is laid out.
-        outputs = [sharder.whole(v) if local == "main" else sharder.summed(v) for v in outputs]
+        sharder.tally.results = tuple(v.layout for v in outputs)
+        outputs = [self._leave(sharder, i, v) if local == "main" else sharder.summed(v) for i, v in enumerate(outputs)]
         if emitter:
             self.notes += sharder.tally.notes
             out = emitter.graph.output(tuple(sharder._node(v) for v in outputs))
             out.meta["val"] = tuple(sharder._node(v).meta["val"] for v in outputs)
             self.results[local] = out.meta["val"]
+            self.caches[local] = [c.meta["val"] for c in emitter.caches]
             self.functions[local] = graph_module(
                 local, emitter.graph, self.functions if local == "main" else None)
         return tuple(v.layout for v in outputs), sharder.tally
 
 
-def shard(program: Program, seeds: Seeds, position: Position, sizes: Mapping[str, int], mode: Any) -> Program:
-    """The local program of one rank: needs a canonical program with a spec, guarantees a layout on every value."""
+def shard(program: Program, seeds: Seeds, position: Position, sizes: Mapping[str, int], mode: Any,
+          given: Mapping[str, Layout] = MappingProxyType({}), leave: Leave | None = None) -> Program:
+    """The local program of one rank: needs a canonical program with a spec, guarantees a layout on every value.
+    ``given`` and ``leave`` are as in ``Walk.main``."""
     walk = Walk(program, seeds, position, sizes, mode)
-    walk.main()
+    walk.main(given, leave)
+    caches = tuple(Input("cache", str(i)) for i in range(len(walk.caches["main"])))
     return program.having("sharded", main=walk.functions["main"], position=dict(position),
-                           notes=program.notes + tuple(walk.notes))
+                          inputs=program.inputs + caches, notes=program.notes + tuple(walk.notes))
 
 
 class Estimator:
@@ -418,7 +473,7 @@ class Estimator:
     def __call__(self, seeds: Seeds) -> Tally:
         """The cost of the busiest rank."""
         walks = (Walk(self.program, seeds, end, self.sizes, memo=memo) for end, memo in self._ends)
-        return max((walk.main() for walk in walks), key=lambda tally: tally.flops)
+        return max((walk.main().tally for walk in walks), key=lambda tally: tally.flops)
 
 
 def _map_values(f: Callable[[Value], Any], tree: Any) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from xdit_compile.layout import BATCH, Dim, Layout
+from xdit_compile.layout import BATCH, PATCH, SEQUENCE, Dim, Layout
+from xdit_compile.mesh import ULYSSES
 from xdit_compile.passes.attention import plan_attention, sharded_attention
 from xdit_compile.passes.rules import rule
 
@@ -39,8 +40,12 @@ def attention(s, q, k, v, mask=None, dropout=0.0, is_causal=False, *, scale=None
         q = s.whole(q, -2)
     heads = q.shape[-3] if q.ndim > 2 else 1
     if tokens.sharded:
-        parts = max(len(seg.offsets) - 1 for seg in tokens.segments if seg.axis)
-        if heads < s.spec.ulysses_degree:
+        parts = max(len(seg.offsets) - 1 for seg in tokens.segments if seg.cut)
+        if PATCH in tokens.axes and SEQUENCE not in tokens.axes & q.dims[-2].axes:
+            # Of this step what has come already, of the step before what has not: all of it is here.
+            s.tally.attentions += 1
+            k, v = s.whole(k, -2), s.whole(v, -2)
+        elif heads < s.spec.ulysses_degree:
             s.note("attention", f"{heads} heads are fewer than ulysses_degree={s.spec.ulysses_degree}: "
                    "keys and values are gathered")
             k, v = s.whole(k, -2), s.whole(v, -2)
@@ -71,7 +76,11 @@ def _distributed(s, q, k, v, mask, scale, out):
             mask = s.lay(mask, i, q.dims[i]) if mask.shape[i] != 1 else mask
     plan = plan_attention(q, k, v, s.spec, s.position)
     s.attend(plan)
-    value = s.emit(out, q, k, v, mask, scale, target=sharded_attention)
+    caches = []
+    if PATCH in k.dims[-2].axes:
+        kept = (plan.batch, (lambda a, b: b - a)(*plan.kv_range(s.position[ULYSSES])), k.shape[-2])
+        caches = [s.cache((*kept, x.shape[-1]), x.dtype) for x in (k, v)]
+    value = s.emit(out, q, k, v, mask, scale, *caches, target=sharded_attention)
     if value.node is not None:
         value.node.meta["attention"] = plan
     return value

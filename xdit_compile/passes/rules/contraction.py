@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from xdit_compile.layout import Layout
+from xdit_compile.layout import PATCH, Layout
 from xdit_compile.passes.rules import rule
 
 aten = torch.ops.aten
@@ -14,7 +14,8 @@ def contract(s, a, b, at):
     """Lay out ``a``'s last and ``b``'s ``at`` dimension alike; returns them and the axis a sum is pending over.
 
     Both sharded alike: a partial sum. One sharded: the other is sliced to it if replicated. A mixed dimension
-    (replicated text beside sharded image) is gathered, or its replicated part would be summed once per rank.
+    (replicated text beside sharded image) is gathered, or its replicated part would be summed once per rank. Patches
+    are gathered too: what is kept of those of the step before are their values, not their sums.
     """
     for x, i in ((a, -1), (b, at)):
         dim = x.dims[i]
@@ -22,7 +23,7 @@ def contract(s, a, b, at):
             a, b = s.whole(a, -1), s.whole(b, at)
     dim = a.dims[-1] if a.dims[-1].sharded else b.dims[at]
     free = {axis for d in (*a.dims[:-1], *(d for i, d in enumerate(b.dims) if i != at % b.ndim)) for axis in d.axes}
-    if len(dim.axes) > 1 or dim.axes & free:
+    if len(dim.axes) > 1 or dim.axes & (free | {PATCH}):
         return s.whole(a, -1), s.whole(b, at), None
     return s.lay(a, -1, dim), s.lay(b, at, dim), next(iter(dim.axes), None)
 

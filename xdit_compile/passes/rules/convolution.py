@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 
-from xdit_compile.layout import Dim, Layout, Segment
+from xdit_compile.layout import PATCH, Dim, Layout, Segment
 from xdit_compile.passes.rules import rule
 from xdit_compile.passes.values import NoRule, Value
 
@@ -25,9 +25,9 @@ def convolution(s, x, weight, bias=None, stride=(1,), padding=(0,), dilation=(1,
     stride, padding, dilation = (list(v) * n if len(v) == 1 else list(v) for v in (stride, padding, dilation))
     x, weight, bias = s.whole(x, 1), s.whole(weight), bias and s.whole(bias)
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True)]
-    x, space, padding = _slid(s, x, reach, stride, padding)
+    x, space, padding, finish = _slid(s, x, reach, stride, padding)
     out = Layout((x.dims[0], Dim.replicated(weight.shape[0]), *space))
-    return s.emit(out, x, weight, bias, stride, padding, dilation, groups)
+    return finish(s.emit(out, x, weight, bias, stride, padding, dilation, groups))
 
 
 def _pooled(n):
@@ -40,25 +40,41 @@ def average(s, x, kernel, stride=(), padding=(0,), ceil_mode=False, count_paddin
     stride, padding = list(stride) or list(kernel), list(padding) * n if len(padding) == 1 else list(padding)
     if ceil_mode or not count_padding:
         raise NoRule("a mean over fewer values at the border")
-    x, space, padding = _slid(s, s.whole(x, 1), kernel, stride, padding)
+    x, space, padding, finish = _slid(s, s.whole(x, 1), kernel, stride, padding)
     rest = () if divisor is None else (divisor,)
-    return s.emit(Layout((*x.dims[:2], *space)), x, kernel, stride, padding, ceil_mode, count_padding, *rest)
+    return finish(s.emit(Layout((*x.dims[:2], *space)), x, kernel, stride, padding, ceil_mode, count_padding, *rest))
 
 
 def _slid(s, x, reach, stride, padding):
     """For an operator whose output ``o`` reads inputs ``o * stride - padding`` and so on, ``reach`` of them: what this
-    rank reads, how the outputs are laid out, and the padding that is left to the operator. Windows on aligned shares
-    (patch embedding) need nothing from neighbours; else the missing rows are exchanged and only the ends of the whole
-    tensor are padded."""
+    rank reads, how the outputs are laid out, the padding that is left to the operator, and what is to be done with its
+    result. Windows on aligned shares (patch embedding) need nothing from neighbours; else the missing rows are exchanged
+    and only the ends of the whole tensor are padded."""
     if x.ndim != len(reach) + 2:
         raise NoRule("a convolution without a batch dimension")
-    space, source, left = [], x, list(padding)
+    space, source, left, relaid = [], x, list(padding), {}
     for i, dim in enumerate(x.dims[2:]):
         size = (x.shape[2 + i] + 2 * padding[i] - reach[i]) // stride[i] + 1
-        alone = reach[i] == stride[i] == 1 and not padding[i] and all(
-            dim.local_size({**s.position, axis: rank}) for axis in dim.axes for rank in range(s.sizes[axis]))
+        filled = all(map(dim.local_size, s.positions(dim)))
+        alone = reach[i] == stride[i] == 1 and not padding[i] and filled
         if alone or not dim.sharded:
             space.append(dim if alone else Dim.replicated(size))
+            continue
+        if PATCH in dim.axes:
+            borders = {o for seg in dim.segments for o in seg.offsets}
+            if filled and reach[i] == stride[i] and not padding[i] and all(o % stride[i] == 0 for o in borders):
+                space.append(Dim.of(seg.map(lambda o, by=stride[i]: o // by) for seg in dim.segments))
+                continue
+            source = s.whole(source, 2 + i)
+            if size == dim.size and stride[i] == 1 and filled and len(dim.spans(s.position)) == 1:
+                source = _padded_window(s, source, 2 + i, dim, padding[i], reach[i])
+                left[i] = 0
+                space.append(dim)
+                continue
+            # Of scattered rows, or rows that come out otherwise, all are computed.
+            space.append(Dim.replicated(size))
+            if size == dim.size:
+                relaid[2 + i] = dim
             continue
         out = _shares(dim, size, stride[i], padding[i] - (reach[i] - 1) // 2 if stride[i] == 1 else 0)
         if out is None or source is not x:
@@ -66,7 +82,24 @@ def _slid(s, x, reach, stride, padding):
         space.append(out)
         source = _with_halo(s, x, 2 + i, out, stride[i], padding[i], reach[i])
         left[i] = 0
-    return source, space, left
+
+    def finish(out):
+        for at, dim in relaid.items():
+            out = s.lay(out, at, dim)
+        return out
+
+    return source, space, left, finish
+
+
+def _padded_window(s, x, i, out, padding, reach):
+    """The rows of dimension ``i`` of ``x``, all of which are here, that this position's outputs read, padded at the ends
+    of the whole."""
+    (low, high), = [(a - padding, b - 1 - padding + reach) for a, b in out.spans(s.position)]
+    before, after = max(-low, 0), max(high - x.shape[i], 0)
+    node = s.local(aten.slice.Tensor, x, i, low + before, high - after)
+    if node is not None and (before or after):
+        node = s.local(aten.constant_pad_nd.default, node, [0, 0] * (x.ndim - 1 - i) + [before, after])
+    return Value(node, x.layout.replace(i, out), x.dtype)
 
 
 def _shares(dim, size, stride, shift):

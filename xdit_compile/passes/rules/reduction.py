@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from xdit_compile.layout import Dim, Layout
+from xdit_compile.layout import PATCH, Dim, Layout
 from xdit_compile.passes.rules import rule
 from xdit_compile.passes.values import Value
 
@@ -28,7 +28,7 @@ def _reduced(x, dims, keepdim):
 def sums(s, x, dims=None, keepdim=False, *, dtype=None):
     over = _dims(x, dims)
     axes = {a for i in over for a in x.dims[i].axes}
-    if len(axes) > 1 or any(x.dims[i].sharded and not all(seg.axis for seg in x.dims[i].segments) for i in over):
+    if len(axes) > 1 or PATCH in axes or any(x.dims[i].sharded and not all(seg.axis for seg in x.dims[i].segments) for i in over):
         x, axes = s.whole(x, *over), set()
     out = Layout(_reduced(x, over, keepdim), next(iter(axes), None))
     if not axes or s.node.target is aten.sum.dim_IntList:
@@ -68,7 +68,7 @@ def group_norm(s, x, groups, weight=None, bias=None, eps=1e-5, cudnn=True):
     mixed = any(d.sharded and not all(seg.axis for seg in d.segments) for d in x.dims)
     if not axes:
         return s.emit(x.layout, x, groups, weight, bias, eps, cudnn)
-    if len(axes) > 1 or mixed:
+    if len(axes) > 1 or mixed or PATCH in axes:
         x = s.whole(x, *range(2, x.ndim))
         return s.emit(x.layout, x, groups, weight, bias, eps, cudnn)
     batch, channels, *space = x.dims

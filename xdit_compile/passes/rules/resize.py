@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from xdit_compile.layout import Dim, Layout, Segment
+from xdit_compile.layout import PATCH, Dim, Layout, Segment
 from xdit_compile.passes.rules import rule
 from xdit_compile.passes.rules.shape import cat, slice_
 from xdit_compile.passes.values import NoRule, Value
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 def pad(s, x, pads, value=0):
     """A dimension of several segments is padded by concatenation with constant ones."""
     pads = list(pads) + [0] * (2 * x.ndim - len(pads))
-    joined = [i for i, d in enumerate(x.dims) if len(d.segments) > 1]
+    joined = [i for i, d in enumerate(x.dims) if len(d.segments) > 1 or PATCH in d.axes]
     free = [0 if x.ndim - 1 - i // 2 in joined else p for i, p in enumerate(pads)]
     if any(p < 0 and x.dims[x.ndim - 1 - i // 2].sharded for i, p in enumerate(pads)):
         raise NoRule("negative padding of a sharded dimension")
@@ -49,7 +49,7 @@ def _filled(s, x, dims, least=1):
     """``x`` with those of ``dims`` whole of which some rank holds less than ``least``."""
     for i in dims:
         d = x.dims[i]
-        if any(d.local_size({**s.position, axis: r}) < least for axis in d.axes for r in range(s.sizes[axis])):
+        if PATCH in d.axes or any(d.local_size(p) < least for p in s.positions(d)):
             x = s.whole(x, i)
     return x
 

@@ -1,0 +1,161 @@
+"""From a program to one rank's stage of a pipeline over patches (PipeFusion, arXiv 2405.14430).
+
+A stage's program is made once for each patch, and once more for all of them together, which is what exact steps run and
+what fills the memory that patches read. All are the same interpretation of the same graph under the same layouts; only
+the place in time differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from xdit_compile.errors import PlanError, SpecError
+from xdit_compile.layout import BATCH, EVERY, PATCH, SEQUENCE, Dim, Layout
+from xdit_compile.mesh import STAGE, axis_sizes, position_of
+from xdit_compile.passes import localize
+from xdit_compile.passes.batch import batch_seeds, joined
+from xdit_compile.passes.canonicalize import canonicalize
+from xdit_compile.passes.patches import patch_seeds
+from xdit_compile.passes.seeds import arguments, check_heads, choose_seeds
+from xdit_compile.passes.shard import Leave, Seeds, Sharder, Walk
+from xdit_compile.passes.stages import Stage, hoist, stages
+from xdit_compile.passes.values import Value
+from xdit_compile.program import Program
+from xdit_compile.spec import ShardingSpec
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The stages of one program, the same on every rank.
+
+    Attributes:
+        whole: the canonical program; ``seeds``: where its layouts begin.
+        stages: what each stage computes.
+        samples: arguments that are cut into patches, by the names of their inputs, as a rank of the first stage takes
+            them.
+        layouts: of the values that are computed once, and of those that stages send.
+        results: of the model's results: cut into patches along one dimension, or whole.
+    """
+
+    whole: Program
+    seeds: Seeds
+    stages: tuple[Stage, ...]
+    samples: Mapping[str, Layout]
+    layouts: Mapping[str, Layout]
+    results: tuple[Layout, ...]
+
+
+@dataclass(frozen=True)
+class LocalStage:
+    """One rank's programs: ``once`` per step, and ``units`` for each patch and for EVERY."""
+
+    once: Program
+    units: Mapping[int, Program]
+
+
+def plan_pipeline(program: Program, spec: ShardingSpec) -> Pipeline:
+    """The stages of ``program`` under ``spec``.
+
+    Raises:
+        SpecError: the model has fewer blocks than stages, fewer tokens than patches, or writes into its arguments.
+    """
+    if program.changes_arguments:
+        raise SpecError(f"{spec} runs stages one after the other, but this call of the model writes into its arguments, "
+                        "which only one stage would see; use ulysses or ring")
+    program = replace(canonicalize(program), spec=spec)
+    sizes = axis_sizes(spec)
+    batch = batch_seeds(program, sizes)
+    if spec.ulysses_degree > 1:
+        check_heads(program)
+    if spec.patches > 1:
+        seeds = joined(batch, patch_seeds(program, sizes, batch))
+        begin = {name for name, layout in seeds.items() if any(PATCH in d.axes for d in layout.dims)}
+    else:
+        seeds = joined(batch, choose_seeds(program, sizes, batch))
+        begin = _flowing_from(program, sizes, batch)
+    hoisted, flowing = hoist(program, begin)
+    given = [int(n) for n in spec.stage_blocks.split("+")] if spec.stage_blocks else []
+    made = stages(hoisted, flowing, spec.pipefusion_degree, given)
+    of_argument = {n.name: n for n in arguments(program)}
+    samples = {name: Layout(tuple(_without(d, BATCH).gathered(SEQUENCE) for d in seeds[name].dims))
+               for name in begin if name in of_argument and name in seeds and spec.patches > 1}
+    samples = {n: lay for n, lay in samples.items() if any(len(d.segments) > 1 for d in lay.dims)}
+    layouts: dict[str, Layout] = {}
+    results: dict[int, Layout] = {}
+    for index, stage in enumerate(made):
+        position = {**position_of(index * spec.sequence_degree, spec), PATCH: EVERY}
+        once = Walk(stage.once, batch, position, sizes).main(leave=_leave(stage, once=True))
+        layouts |= dict(zip(_once_names(stage), once.layouts, strict=False))
+        body = Walk(stage.body, seeds, position, sizes).main(_given(stage, samples, layouts), _leave(stage))
+        layouts |= dict(zip(stage.sends, body.layouts, strict=False))
+        results |= dict(zip(stage.results, body.layouts[len(stage.sends):], strict=True))
+        results |= dict(zip(stage.fixed, once.layouts[len(_once_names(stage)):], strict=True))
+    return Pipeline(program, seeds, made, samples, layouts, tuple(results[i] for i in sorted(results)))
+
+
+def localize_stage(pipeline: Pipeline, rank: int) -> LocalStage:
+    """The programs of ``rank``, which all keep the same values."""
+    spec = pipeline.whole.spec
+    assert spec is not None
+    stage = pipeline.stages[position_of(rank, spec)[STAGE]]
+    batch = {n: Layout(tuple(d if BATCH in d.axes else Dim.replicated(d.size) for d in lay.dims))
+             for n, lay in pipeline.seeds.items() if any(BATCH in d.axes for d in lay.dims)}
+    once = localize(stage.once, batch, rank, leave=_leave(stage, once=True))
+    given = _given(stage, pipeline.samples, pipeline.layouts)
+    times = [EVERY, *range(spec.patches)] if spec.patches > 1 else [EVERY]
+    units = {patch: localize(stage.body, pipeline.seeds, rank, patch=patch, given=given, leave=_leave(stage))
+             for patch in times}
+    if len({_kept(program) for program in units.values()}) > 1:
+        raise PlanError("patches of one stage do not keep the same values")
+    return LocalStage(once, units)
+
+
+def _kept(program: Program) -> tuple[object, ...]:
+    holders = program.main.graph.find_nodes(op="placeholder")
+    return tuple((tuple(n.meta["val"].shape), n.meta["val"].dtype) for n, i in zip(
+        holders, program.inputs, strict=True) if i.kind == "cache")
+
+
+def _flowing_from(program: Program, sizes: Mapping[str, int], batch: Seeds) -> set[str]:
+    """Where the flow begins when there are no patches: where it would if there were two, or in all that is no scalar."""
+    assert program.spec is not None
+    try:
+        return set(patch_seeds(program, {**sizes, PATCH: 2, SEQUENCE: 1}, batch))
+    except SpecError:
+        return {n.name for n in arguments(program)}
+
+
+def _once_names(stage: Stage) -> list[str]:
+    return [i.name for i in stage.body.inputs if i.kind == "once"]
+
+
+def _given(stage: Stage, samples: Mapping[str, Layout], layouts: Mapping[str, Layout]) -> dict[str, Layout]:
+    """How the inputs of the stage's body come, where they are not whole."""
+    given = {}
+    for node, what in zip(stage.body.main.graph.find_nodes(op="placeholder"), stage.body.inputs, strict=True):
+        found = (samples if what.kind == "argument" else layouts if what.kind in ("once", "received") else {}).get(
+            node.name)
+        if found is not None:
+            given[node.name] = found
+    return given
+
+
+def _leave(stage: Stage, once: bool = False) -> Leave:
+    """What a stage sends stays as it is laid out; results of the model are whole on all ranks, patch by patch."""
+    kept = len(_once_names(stage)) if once else len(stage.sends)
+
+    def leave(s: Sharder, index: int, value: Value) -> Value:
+        value = s.summed(value)
+        if index < kept:
+            return value
+        cut = [i for i, d in enumerate(value.dims) if PATCH in d.axes]
+        for i, dim in enumerate(value.dims):
+            value = s.lay(value, i, dim.gathered(SEQUENCE) if cut == [i] else Dim.replicated(dim.size))
+        return value
+
+    return leave
+
+
+def _without(dim: Dim, axis: str) -> Dim:
+    return Dim.replicated(dim.size) if axis in dim.axes else dim

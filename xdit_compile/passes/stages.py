@@ -1,0 +1,259 @@
+"""Cut a program into the stages of a pipeline (PipeFusion, arXiv 2405.14430, section 3.1).
+
+Values that depend on neither the sample nor joint text are computed ``once`` per step, by every stage that needs them:
+embeddings of time and text, modulations, masks, positions, keys and values of cross attention. What depends on them
+flows: it is computed patch by patch, and sent to the stage that goes on with it. Blocks are shared out so that the
+busiest stage has least to do; what lies between follows its inputs.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import fx
+
+from xdit_compile.costs import flops
+from xdit_compile.errors import SpecError
+from xdit_compile.program import Input, Program, graph_module, module_of, output_args
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage computes, as global programs.
+
+    Attributes:
+        once: run once per step; returns what ``body`` takes as ``once`` inputs, then the results that do not flow.
+        body: run for each patch; returns the values in ``sends``, then the results of the model in ``results``.
+        blocks: paths of its blocks.
+        sends: name of each value that later stages need, and which do.
+        results: places among the model's results of what ``body``, and of what ``once`` returns.
+    """
+
+    once: Program
+    body: Program
+    blocks: tuple[str, ...]
+    sends: Mapping[str, tuple[int, ...]]
+    results: tuple[int, ...]
+    fixed: tuple[int, ...]
+
+
+def hoist(program: Program, begin: Collection[str]) -> tuple[Program, set[str]]:
+    """``program`` with every block function parted into what does not flow, called first, and the rest; and the names
+    of values of ``main`` that flow.
+
+    Args:
+        begin: names of values of ``main`` where the flow begins: what is cut, and what uses the others.
+    """
+    functions = dict(program.functions())
+    parted: dict[tuple[str, tuple[bool, ...]], _Parts] = {}
+    graphs: dict[str, fx.Graph] = {}
+    new = fx.Graph()
+    env: dict[Any, fx.Node] = {}
+    flowing: set[fx.Node] = set()
+    given = {n: i.kind == "argument" for n, i in zip(
+        program.main.graph.find_nodes(op="placeholder"), program.inputs, strict=True)}
+    for node in program.main.graph.nodes:
+        flows = (given.get(node, False) and node.name in begin) or any(
+            n in flowing or n.name in begin for n in node.all_input_nodes)
+        if node.op == "call_module" and flows:
+            mask = tuple(a in flowing or a.name in begin for a in node.args)
+            key = (str(node.target), mask)
+            if key not in parted:
+                parted[key] = _part(functions[key[0]].graph, mask)
+                parts, name = parted[key], f"{key[0]}{'_' * sum(k[0] == key[0] for k in list(parted)[:-1])}"
+                graphs |= {f"{name}_once": parts.once, f"{name}_flow": parts.rest}
+                parts.names += [f"{name}_once", f"{name}_flow"]
+            parts = parted[key]
+            held: list[fx.Node] = []
+            if count := len(output_args(parts.once)):
+                call = _call(new, parts.names[0], [env[node.args[i]] for i in parts.once_takes], parts.once, node)
+                held = [_item(new, call, i, node) for i in range(count)]
+            rest = _call(new, parts.names[1], [env[node.args[i]] for i in parts.rest_takes] + held, parts.rest, node)
+            env[node] = rest
+            flowing.add(node)
+            flowing.add(rest)
+            continue
+        if node.op == "call_module":
+            graphs[str(node.target)] = functions[str(node.target)].graph
+        env[node] = new.node_copy(node, lambda n: env[n])
+        if flows:
+            flowing |= {node, env[node]}
+    names = {n.name for n in new.nodes if n in flowing}
+    return program.rebuilt({"main": new, **graphs}), names
+
+
+@dataclass
+class _Parts:
+    """A block function, parted: graphs, and which of its arguments each of them takes."""
+
+    once: fx.Graph
+    rest: fx.Graph
+    once_takes: list[int]
+    rest_takes: list[int]
+    names: list[str] = field(default_factory=list)
+
+
+def _part(graph: fx.Graph, flows: Sequence[bool]) -> _Parts:
+    holders = graph.find_nodes(op="placeholder")
+    flowing = {n for n, f in zip(holders, flows, strict=True) if f}
+    for node in graph.nodes:
+        if any(n in flowing for n in node.all_input_nodes):
+            flowing.add(node)
+    held = [n for n in graph.nodes if n not in flowing and n.op == "call_function" and isinstance(
+        n.meta["val"], torch.Tensor) and any(u in flowing or u.op == "output" for u in n.users)]
+    once, takes = _extract(graph, [n for n in graph.nodes if n not in flowing and n.op == "call_function"], held)
+    rest, rest_takes = _extract(graph, [n for n in graph.nodes if n in flowing and n.op == "call_function"],
+                                list(output_args(graph)), held)
+    place = {n: i for i, n in enumerate(holders)}
+    return _Parts(once, rest, [place[n] for n in takes], [place[n] for n in rest_takes if n in place])
+
+
+def _extract(graph: fx.Graph, nodes: Sequence[fx.Node], results: Sequence[fx.Node],
+             extra: Sequence[fx.Node] = ()) -> tuple[fx.Graph, list[fx.Node]]:
+    """A graph of ``nodes`` and the results; and what it takes, in order: inputs of ``graph``, then ``extra``."""
+    inside = set(nodes)
+    needed = {n for node in nodes for n in node.all_input_nodes} | set(results)
+    takes = [n for n in graph.nodes if n in needed and n not in inside and n not in extra] + list(extra)
+    new, env = fx.Graph(), {}
+    for node in takes:
+        env[node] = new.placeholder(node.name)
+        env[node].meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack", "stack_trace")}
+    for node in nodes:
+        env[node] = new.node_copy(node, lambda n: env[n])
+    out = new.output(tuple(env[n] for n in results))
+    out.meta["val"] = tuple(n.meta["val"] for n in results)
+    return new, takes
+
+
+def _call(graph: fx.Graph, name: str, args: Sequence[fx.Node], function: fx.Graph, like: fx.Node) -> fx.Node:
+    node = graph.call_module(name, tuple(args))
+    node.meta = {k: v for k, v in like.meta.items() if k != "val"}
+    node.meta["val"] = tuple(n.meta["val"] for n in output_args(function))
+    return node
+
+
+def _item(graph: fx.Graph, call: fx.Node, index: int, like: fx.Node) -> fx.Node:
+    node = graph.call_function(operator.getitem, (call, index))
+    node.meta = {k: v for k, v in like.meta.items() if k != "val"}
+    node.meta["val"] = call.meta["val"][index]
+    return node
+
+
+def stages(program: Program, flowing: Collection[str], count: int, given: Sequence[int] = ()) -> tuple[Stage, ...]:
+    """The stages of a hoisted program.
+
+    Args:
+        given: how many blocks each stage has; by their operations if it is empty.
+
+    Raises:
+        SpecError: there are fewer blocks than stages, or not as many as given.
+    """
+    graph = program.main.graph
+    flow = [n for n in graph.nodes if n.name in flowing and n.op in ("call_function", "call_module")]
+    blocks = _blocks(program, flow)
+    stage_of_block = _shared_out(program, blocks, count, given)
+    stage: dict[fx.Node, int] = {n: 0 for n in graph.nodes if n.name in flowing and n.op == "placeholder"}
+    for node in flow:
+        before = max((stage[n] for n in node.all_input_nodes if n in stage), default=0)
+        stage[node] = before if node.target is operator.getitem else max(before, stage_of_block.get(_block(node), 0))
+    outputs = output_args(graph)
+    made = []
+    for index in range(count):
+        mine = [n for n in flow if stage[n] == index]
+        sends = {n: tuple(sorted({stage[u] for u in n.users if stage.get(u, index) > index})) for n in mine
+                 if isinstance(n.meta["val"], torch.Tensor)}
+        sends = {n: to for n, to in sends.items() if to}
+        results = [i for i, n in enumerate(outputs) if stage.get(n, -1) == index]
+        fixed = [i for i, n in enumerate(outputs) if n not in stage] if index == count - 1 else []
+        body, taken = _extract(graph, mine, [*sends, *(outputs[i] for i in results)])
+        held = [n for n in taken if n.name not in flowing and n.op != "placeholder"]
+        needed = _needed([*held, *(outputs[i] for i in fixed)])
+        once, once_taken = _extract(graph, [n for n in graph.nodes if n in needed], [*held, *(outputs[i] for i in fixed)])
+        made.append(Stage(
+            _program(program, once, once_taken, ()), _program(program, body, taken, held),
+            tuple(b for b, s in stage_of_block.items() if s == index), {n.name: to for n, to in sends.items()},
+            tuple(results), tuple(fixed)))
+    return tuple(made)
+
+
+def _needed(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """All that makes these, but inputs of the graph."""
+    found, queue = set(), [n for n in nodes if n.op != "placeholder"]
+    while queue:
+        if (node := queue.pop()) not in found:
+            found.add(node)
+            queue += [n for n in node.all_input_nodes if n.op != "placeholder"]
+    return found
+
+
+def _program(program: Program, main: fx.Graph, taken: Sequence[fx.Node], held: Collection[fx.Node]) -> Program:
+    known = dict(zip((n.name for n in program.main.graph.find_nodes(op="placeholder")), program.inputs, strict=True))
+    inputs = tuple(known[n.name] if n.op == "placeholder" else Input("once" if n in held else "received", n.name)
+                   for n in taken)
+    called = {n.target for n in main.find_nodes(op="call_module")}
+    children = {name: module for name, module in program.functions() if name in called}
+    return program.having(main=graph_module("main", main, children), inputs=inputs, part=True)
+
+
+# Blocks
+
+
+def _block(node: fx.Node) -> str:
+    """The path of the block that made ``node``: that of the outermost numbered module."""
+    names = module_of(node).split(".")
+    numbered = next((i for i, name in enumerate(names) if name.isdecimal()), -1)
+    return ".".join(names[: numbered + 1])
+
+
+def _blocks(program: Program, flow: Sequence[fx.Node]) -> dict[str, int]:
+    """Blocks in the order in which they run, and their operations; those with less than a tenth of the largest's are
+    none, but heads and embeddings."""
+    functions = dict(program.functions())
+    cost: dict[str, int] = {}
+    for node in flow:
+        own = _work(functions[str(node.target)].graph) if node.op == "call_module" else _flops(node)
+        if path := _block(node):
+            cost[path] = cost.get(path, 0) + own
+    most = max(cost.values(), default=0)
+    return {path: c for path, c in cost.items() if 10 * c >= most}
+
+
+def _work(graph: fx.Graph) -> int:
+    return sum(map(_flops, graph.nodes))
+
+
+def _flops(node: fx.Node) -> int:
+    if node.op != "call_function" or not isinstance(node.meta["val"], torch.Tensor):
+        return 0
+    args = fx.map_arg(tuple(node.args), lambda n: n.meta["val"].shape if isinstance(n.meta["val"], torch.Tensor) else None)
+    return flops(node.target, args, node.meta["val"].shape)
+
+
+def _shared_out(program: Program, blocks: Mapping[str, int], count: int, given: Sequence[int]) -> dict[str, int]:
+    """The stage of each block, in their order: as given, or so that the busiest stage has least to do."""
+    if len(blocks) < count:
+        raise SpecError(f"{program.spec} asks for {count} stages, but the model has {len(blocks)} blocks to share out "
+                        f"({', '.join(blocks)}); use at most pipefusion={max(len(blocks), 1)}")
+    if given and sum(given) != len(blocks):
+        raise SpecError(f"{program.spec} gives stages {sum(given)} blocks, but the model has {len(blocks)}")
+    sizes = given or _balanced(list(blocks.values()), count)
+    borders = list(accumulate(sizes))
+    return {path: sum(i >= b for b in borders) for i, path in enumerate(blocks)}
+
+
+def _balanced(costs: Sequence[int], count: int) -> list[int]:
+    """How many of these, in order, go to each of ``count`` stages, so that the largest sum is least."""
+    total = [0, *accumulate(costs)]
+    best: dict[tuple[int, int], tuple[int, list[int]]] = {(0, 0): (0, [])}
+    for n in range(1, count + 1):
+        for end in range(n, len(costs) + 1):
+            options = [(max(best[n - 1, start][0], total[end] - total[start]), best[n - 1, start][1] + [end - start])
+                       for start in range(n - 1, end) if (n - 1, start) in best]
+            if options:
+                best[n, end] = min(options)
+    return best[count, len(costs)][1]
