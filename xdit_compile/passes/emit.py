@@ -57,7 +57,7 @@ class Emitter:
         assert self._last_input is not None
         device = next(t.device for t in pytree.tree_leaves(like) if isinstance(t, torch.Tensor))
         with self.graph.inserting_after(self._last_input):
-            node = self._last_input = self.graph.placeholder("cache")
+            node = self._last_input = self.graph.placeholder(f"cache_{len(self.caches)}")
         with self.mode:
             node.meta["val"] = torch.empty(list(shape), dtype=dtype, device=device)
         self.caches.append(node)

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
+
+from torch import fx
 
 from xdit_compile.errors import SpecError
 from xdit_compile.layout import EVERY, PATCH, SEQUENCE, Dim, Layout, Segment, even_offsets
 from xdit_compile.mesh import position_of
 from xdit_compile.passes.batch import joined
 from xdit_compile.passes.seeds import arguments, candidates
-from xdit_compile.passes.shard import Memo, Seeds, Tally, Walk
+from xdit_compile.passes.shard import Seeds, Walk
+from xdit_compile.passes.stages import hoist, work
 from xdit_compile.program import Program
 
 UNITS = (1, 2, 4, 8, 16)
@@ -27,11 +31,14 @@ FIRST = (1.0, 0.75, 0.5, 0.25, 0.0)
 
 @dataclass(frozen=True)
 class Tried:
-    """A cut of the tokens, and what it costs: the operations of all patches, and of the largest as often."""
+    """A cut of the tokens and what it costs: the operations of all patches, and of the largest as often; whether
+    patches attend to each other, whether they save work, and which values of ``main`` are cut."""
 
     cost: float
     seeds: Seeds
-    tally: Tally
+    attentions: bool
+    saves: bool
+    cut: frozenset[str]
 
 
 def patch_seeds(program: Program, sizes: Mapping[str, int], batch: Seeds) -> Seeds:
@@ -42,10 +49,7 @@ def patch_seeds(program: Program, sizes: Mapping[str, int], batch: Seeds) -> See
     """
     assert program.spec is not None
     count, ranks = sizes[PATCH], sizes[SEQUENCE]
-    walks = _Walks(program, sizes, batch)
-    wanted = [(node, dim, unit) for node in arguments(program) for dim in range(1, node.meta["val"].ndim)
-              for unit in UNITS if node.meta["val"].shape[dim] % unit == 0]
-    fitting = [(n, d, u) for n, d, u in wanted if n.meta["val"].shape[d] // u >= count]
+    measure = _Measure(program, sizes, batch)
 
     def cut(node, dim, unit, first=1.0) -> Seeds:
         shape = tuple(node.meta["val"].shape)
@@ -54,46 +58,59 @@ def patch_seeds(program: Program, sizes: Mapping[str, int], batch: Seeds) -> See
         offsets = [0, *(lead + o for o in even_offsets(rows - lead, count - 1))]
         return {node.name: Layout.replicated(shape).replace(dim, Dim.patched([o * unit for o in offsets], ranks, unit))}
 
-    tried = [(walks(cut(*where)), where) for where in fitting]
-    tried = [t for t in tried if t[0].tally.attentions]
+    tried: list[tuple[Tried, tuple[fx.Node, int, int]]] = []
+    most = 0
+    for node in arguments(program):
+        for dim, size in list(enumerate(node.meta["val"].shape))[1:]:
+            most, least = max(most, size), inf
+            for unit in (u for u in UNITS if size % u == 0 and size // u >= count):
+                new = measure(cut(node, dim, unit))
+                if new.cost >= least:
+                    break
+                least = new.cost
+                tried += [(new, (node, dim, unit))] if new.attentions or new.saves else []
     if not tried:
-        most = max((n.meta["val"].shape[d] for n, d, _ in wanted), default=0)
         raise SpecError(
             f"{program.spec} cuts the tokens into {count} patches, but " + (
                 f"the sample has {most} rows of them at most; use fewer patches" if most < 2 * count else
-                "no cut of the model's arguments leads to attention between patches; use patches=1"))
+                "no cut of the model's arguments lets patches be computed one after the other; use patches=1"))
     best, where = min(tried, key=lambda t: t[0].cost)
+    alone = best
     for node in candidates(program):
-        if node.name in best.tally.cut or node.name in best.seeds:
-            continue
-        for dim in range(1, node.meta["val"].ndim):
-            shape = tuple(node.meta["val"].shape)
+        shape = tuple(node.meta["val"].shape)
+        for dim in range(1, len(shape)) if node.name not in best.cut and node.name not in best.seeds else ():
             text = Segment(even_offsets(shape[dim], ranks), SEQUENCE if ranks > 1 else None, 0)
-            new = walks(best.seeds | {node.name: Layout.replicated(shape).replace(dim, Dim.of([text]))})
+            new = measure(best.seeds | {node.name: Layout.replicated(shape).replace(dim, Dim.of([text]))})
             best = min(best, new, key=lambda t: t.cost)
-    return min((walks(best.seeds | cut(*where, first)) for first in FIRST), key=lambda t: t.cost).seeds
+    if best is alone:
+        return best.seeds
+    return min((measure(best.seeds | cut(*where, first)) for first in FIRST), key=lambda t: t.cost).seeds
 
 
-class _Walks:
-    """What a cut would cost, counted for the first patch, the last, and one between them that stands for the rest."""
+class _Measure:
+    """What a cut costs: counted for the first patch, the last, and one between them that stands for the rest."""
 
     def __init__(self, program: Program, sizes: Mapping[str, int], batch: Seeds) -> None:
         assert program.spec is not None
         self.program, self.sizes, self.batch = program, sizes, batch
         last = sizes[PATCH] - 1
-        times = {0: 1, last: 1} | ({last // 2: last - 1} if last > 1 else {})
-        here = position_of(0, program.spec)
-        self._patches = [({**here, PATCH: patch}, n, Memo()) for patch, n in times.items()]
-        self._whole = self._walk(batch, {**here, PATCH: EVERY}, Memo())
-
-    def _walk(self, seeds: Seeds, position: Mapping[str, int], memo: Memo) -> Tally:
-        return Walk(self.program, seeds, position, self.sizes, memo=memo).main().tally
+        self._here = position_of(0, program.spec)
+        self._times = {0: 1, last: 1} | ({last // 2: last - 1} if last > 1 else {})
+        self._whole = Walk(program, batch, {**self._here, PATCH: EVERY}, sizes).main().tally
 
     def __call__(self, seeds: Seeds) -> Tried:
-        tallies = [(self._walk(joined(self.batch, seeds), at, memo), n) for at, n, memo in self._patches]
-        flops = max(self._whole.flops, 1) / self.sizes[SEQUENCE]
-        total = sum(t.flops * n for t, n in tallies) / flops
-        largest = max(t.flops for t, _ in tallies) * self.sizes[PATCH] / flops
-        kept = tallies[0][0].kept / max(self._whole.moved, 1)
-        whole = sum(not any(d.axes >= {PATCH} for d in r.dims) for r in tallies[0][0].results)
-        return Tried(total + largest + 0.1 * kept + whole, seeds, tallies[0][0])
+        hoisted, flowing = hoist(self.program, cut_by_patches(seeds))
+        once = work(hoisted, flowing)
+        walks = [(Walk(hoisted, joined(self.batch, seeds), {**self._here, PATCH: patch}, self.sizes).main().tally, n)
+                 for patch, n in self._times.items()]
+        first, each = walks[0][0], max(self._whole.flops, 1) / self.sizes[SEQUENCE]
+        total = once + sum((t.flops - once) * n for t, n in walks)
+        largest = max(t.flops - once for t, _ in walks) * self.sizes[PATCH]
+        whole = sum(not any(PATCH in d.axes for d in layout.dims) for layout in first.results)
+        cost = (total + largest) / each + 0.1 * first.kept / max(self._whole.moved, 1) + whole
+        return Tried(cost, seeds, first.attentions > 0, total < 0.5 * each * self.sizes[PATCH], frozenset(first.cut))
+
+
+def cut_by_patches(seeds: Seeds) -> set[str]:
+    """The names of values that are cut into patches, or belong to one."""
+    return {name for name, layout in seeds.items() if any(PATCH in d.axes for d in layout.dims)}

@@ -16,7 +16,7 @@ from xdit_compile.mesh import STAGE, axis_sizes, position_of
 from xdit_compile.passes import localize
 from xdit_compile.passes.batch import batch_seeds, joined
 from xdit_compile.passes.canonicalize import canonicalize
-from xdit_compile.passes.patches import patch_seeds
+from xdit_compile.passes.patches import cut_by_patches, patch_seeds
 from xdit_compile.passes.seeds import arguments, check_heads, choose_seeds
 from xdit_compile.passes.shard import Leave, Seeds, Sharder, Walk
 from xdit_compile.passes.stages import Stage, hoist, stages
@@ -70,7 +70,7 @@ def plan_pipeline(program: Program, spec: ShardingSpec) -> Pipeline:
         check_heads(program)
     if spec.patches > 1:
         seeds = joined(batch, patch_seeds(program, sizes, batch))
-        begin = {name for name, layout in seeds.items() if any(PATCH in d.axes for d in layout.dims)}
+        begin = cut_by_patches(seeds)
     else:
         seeds = joined(batch, choose_seeds(program, sizes, batch))
         begin = _flowing_from(program, sizes, batch)

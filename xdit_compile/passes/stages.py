@@ -71,9 +71,9 @@ def hoist(program: Program, begin: Collection[str]) -> tuple[Program, set[str]]:
             parts = parted[key]
             held: list[fx.Node] = []
             if count := len(output_args(parts.once)):
-                call = _call(new, parts.names[0], [env[node.args[i]] for i in parts.once_takes], parts.once, node)
+                call = _call(new, parts.names[0], [env[node.args[i]] for i in parts.once_takes], parts.once, node, "_once")
                 held = [_item(new, call, i, node) for i in range(count)]
-            rest = _call(new, parts.names[1], [env[node.args[i]] for i in parts.rest_takes] + held, parts.rest, node)
+            rest = _call(new, parts.names[1], [env[node.args[i]] for i in parts.rest_takes] + held, parts.rest, node, "")
             env[node] = rest
             flowing.add(node)
             flowing.add(rest)
@@ -130,15 +130,17 @@ def _extract(graph: fx.Graph, nodes: Sequence[fx.Node], results: Sequence[fx.Nod
     return new, takes
 
 
-def _call(graph: fx.Graph, name: str, args: Sequence[fx.Node], function: fx.Graph, like: fx.Node) -> fx.Node:
-    node = graph.call_module(name, tuple(args))
+def _call(graph: fx.Graph, name: str, args: Sequence[fx.Node], function: fx.Graph, like: fx.Node,
+          suffix: str) -> fx.Node:
+    node = graph.create_node("call_module", name, tuple(args), {}, like.name + suffix)
     node.meta = {k: v for k, v in like.meta.items() if k != "val"}
     node.meta["val"] = tuple(n.meta["val"] for n in output_args(function))
     return node
 
 
 def _item(graph: fx.Graph, call: fx.Node, index: int, like: fx.Node) -> fx.Node:
-    node = graph.call_function(operator.getitem, (call, index))
+    # Names of the values that were there before stay theirs.
+    node = graph.create_node("call_function", operator.getitem, (call, index), {}, f"{call.name}_{index}")
     node.meta = {k: v for k, v in like.meta.items() if k != "val"}
     node.meta["val"] = call.meta["val"][index]
     return node
@@ -221,6 +223,13 @@ def _blocks(program: Program, flow: Sequence[fx.Node]) -> dict[str, int]:
             cost[path] = cost.get(path, 0) + own
     most = max(cost.values(), default=0)
     return {path: c for path, c in cost.items() if 10 * c >= most}
+
+
+def work(program: Program, flowing: Collection[str]) -> int:
+    """Operations of what does not flow in a hoisted program."""
+    functions = dict(program.functions())
+    return sum(_work(functions[str(n.target)].graph) if n.op == "call_module" else _flops(n)
+               for n in program.main.graph.nodes if n.name not in flowing)
 
 
 def _work(graph: fx.Graph) -> int:
