@@ -15,6 +15,7 @@ from xdit_compile.garbage import uncollected
 from xdit_compile.passes import localize, plan
 from xdit_compile.passes.shard import Seeds
 from xdit_compile.program import Program
+from xdit_compile.runtime.flow import StageProgram
 from xdit_compile.spec import ShardingSpec
 
 Dump = Callable[[str, Program], None]
@@ -23,12 +24,13 @@ Dump = Callable[[str, Program], None]
 @dataclass(frozen=True)
 class Compiled:
     """One captured call under one spec: the program as captured, in canonical form, where sharding begins, and one
-    rank's program."""
+    rank's program. As a stage of a pipeline a rank has several: ``local`` is the one for all patches."""
 
     captured: Program
     whole: Program
     seeds: Seeds
     local: Program
+    stage: StageProgram | None = None
 
     @cached_property
     def name(self) -> str:
@@ -37,7 +39,10 @@ class Compiled:
 
     def digest(self) -> dict[str, str]:
         """What all ranks must have decided alike, as short texts."""
-        notes = "\n".join(str(n) for n in self.local.notes)
+        if self.stage is not None:
+            notes = "; ".join([*map(str, self.stage.edges), *map(str, self.stage.cuts), *map(str, self.stage.blocks)])
+        else:
+            notes = "\n".join(str(n) for n in self.local.notes)
         return {
             "spec": str(self.whole.spec),
             "seeds": "; ".join(f"{name} {layout}" for name, layout in self.seeds.items()),

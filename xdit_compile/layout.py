@@ -166,6 +166,15 @@ class Dim:
         """Where the sharded, or the replicated, segments lie in the local tensor."""
         return joined((p.at, p.at + p.stop - p.start) for p in self.pieces(position) if p.sharded is sharded)
 
+    def borders(self) -> tuple[int, ...] | None:
+        """Where its patches begin and end, if they follow each other; None if they do not, or there are none."""
+        if any(s.patch is None or s.axis for s in self.segments):
+            return None
+        patches = [s.patch for s in self.segments]
+        ends = accumulate(s.length for s in self.segments)
+        borders = {patch: end for patch, end in zip(patches, ends, strict=True)}
+        return (0, *borders.values()) if patches == sorted(patches) and len(borders) == max(patches) + 1 else None
+
     def places(self, spans: Iterable[tuple[int, int]], position: Position) -> Spans:
         """Where these global index ranges lie in the local tensor; what is not there is left out."""
         found = (((max(start, p.start), min(stop, p.stop)), p) for start, stop in spans for p in self.pieces(position))

@@ -116,10 +116,10 @@ def _call(cls: type) -> Callable[..., Any]:
         with crew.control.guard(cls.__name__):
             try:
                 crew.running = True
+                crew.epoch += 1
                 result = cls.__call__(*bound.args, **bound.kwargs)
-                if crew.turns:
-                    crew.turns.settle()
-                    result = concrete(result)
+                crew.settle()
+                result = concrete(result)
             except (RankMismatch, CaptureError, SpecError) as error:
                 alike = error
             except Exception as error:
@@ -140,9 +140,8 @@ def _call(cls: type) -> Callable[..., Any]:
 def _settled_first(callback: Any, crew: Crew) -> Any:
     """The user's callback, which may do on one rank what the others do not: it is given no deferred tensors."""
     def settled(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if crew.turns:
-            crew.turns.settle()
-            args, kwargs = concrete((args, kwargs))
+        crew.settle()
+        args, kwargs = concrete((args, kwargs))
         return callback(*args, **kwargs)
 
     if inspect.isroutine(callback):

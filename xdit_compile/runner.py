@@ -19,7 +19,12 @@ from xdit_compile.program import Program
 from xdit_compile.runtime.crew import Crew
 from xdit_compile.runtime.deferred import Deferred, concrete
 from xdit_compile.runtime.digest import digests
-from xdit_compile.runtime.executor import Executor
+from xdit_compile.runtime.executor import Executor, keep_only
+from xdit_compile.runtime.flow import Flow
+from xdit_compile.runtime.lanes import Lanes
+from xdit_compile.runtime.schedule import RESULT
+from xdit_compile.spec import ALL
+from xdit_compile.staging import compile_stage
 from xdit_compile.structure import flatten
 
 
@@ -28,7 +33,7 @@ class Ready:
     """A program that can run, and the ranks that run it together: all of them, or the group whose turn it is."""
 
     compiled: Compiled
-    executor: Executor
+    executor: Executor | Flow
     crew: Crew
     turns: bool
 
@@ -44,9 +49,12 @@ class Runner:
         self.model, self.crew, self.check_inputs, self.dump = model, crew, check_inputs, dump
         self.programs: dict[int, Ready] = {}
         """By the identity of the captured program, which ``Compiled`` keeps alive."""
+        self.lanes = Lanes()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        bound = bind_call(self.model, [concrete(a) for a in args], {n: concrete(a) for n, a in kwargs.items()})
+        if self.crew.spec.pipefusion_degree == 1:
+            args, kwargs = [concrete(a) for a in args], {n: concrete(a) for n, a in kwargs.items()}
+        bound = bind_call(self.model, args, kwargs)
         tensors, _ = flatten((bound.args, bound.kwargs))
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise XditError("a parallel model computes no gradients, but an input requires them; "
@@ -56,14 +64,17 @@ class Runner:
             ready = self.programs.get(id(whole))
             # Also which program: a rank that has to capture one waits for the others to do so too.
             facts = {"program": ready.compiled.name if ready else "still to be made"}
+            named, others = named_leaves(bound)
             if self.check_inputs:
-                named, others = named_leaves(bound)
-                facts |= digests(named) | others
-            if ready is None or not ready.turns:
+                facts |= digests({n: t for n, t in named.items() if not isinstance(t, Deferred)}) | others
+            if ready is None or not (ready.turns or self._flows(ready, tensors)):
                 self.crew.control.agree("the call's inputs", facts)
             self.crew.counts["calls"] += 1
             ready = ready or self._prepare(bound.args, bound.kwargs)
-            results = self._in_turn(ready, tensors, facts) if ready.turns else self._together(ready, tensors)
+            if isinstance(ready.executor, Flow):
+                results = self._through_stages(ready, ready.executor, tensors, named, facts)
+            else:
+                results = self._in_turn(ready, tensors, facts) if ready.turns else self._together(ready, tensors)
         except (RankMismatch, CaptureError, SpecError):
             # All ranks raise alike, before any collective: the next call may well succeed.
             raise
@@ -93,6 +104,28 @@ class Runner:
                 results = ready.executor(tensors)
         return turns.promise(owner, results, ready.compiled.captured.results(), facts)
 
+    @staticmethod
+    def _flows(ready: Ready, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether the call follows from results that are still on their way, so that it must not wait for anybody."""
+        return any(isinstance(t, Deferred) and t.promise.values is None for t in tensors)
+
+    def _through_stages(self, ready: Ready, flow: Flow, tensors: Sequence[torch.Tensor],
+                        named: Mapping[str, torch.Tensor], facts: Mapping[str, str]) -> Sequence[Deferred]:
+        """The results as the last stage will send them."""
+        stream, spec, turns = flow.stream, ready.crew.spec, self.crew.turns if ready.turns else None
+        samples = {id(tensors[i]) for i in flow.stage.samples}
+        others = {n: concrete(t) for n, t in named.items() if id(t) not in samples}
+        times = tuple(x for t in others.values() if t.ndim < 2 for x in t.double().flatten().tolist())
+        key = (id(ready), tuple(digests({n: t for n, t in others.items() if t.ndim > 1}).items()))
+        with self.crew.control.guard("the forward pass", (*ready.crew.groups.bind(), *stream.groups())):
+            owner = turns.next(self) if turns else 0
+            mine = turns is None or owner == turns.mine
+            lane = self.lanes.next(key, times, self.crew.epoch, flow.caches if mine else list)
+            exact = spec.warmup_steps == ALL or lane.steps <= int(spec.warmup_steps)
+            size = len(stream.column)
+            last = stream.audience[(owner + 1) * size - 1]
+            return flow(tensors, lane, exact, facts, ready.compiled.captured.results(), last, mine)
+
     def _prepare(self, args: Any, kwargs: Any) -> Ready:
         """Capture and compile a new kind of call."""
         try:
@@ -103,18 +136,28 @@ class Runner:
             self.crew.control.agree("the plan", {"error": f"{type(error).__name__}: {error}"})
             raise
         self.crew.control.agree("the plan", compiled.digest())
-        if not compiled.seeds and crew.spec.world_size > 1 and self.crew.rank == 0:
+        executor = self._executor(compiled, crew)
+        if not compiled.seeds and crew.spec.sequence_degree > 1 and self.crew.rank == 0:
             warnings.warn(f"{type(self.model).__name__} under {crew.spec}: {NOTHING}", stacklevel=4)
         turns = crew is not self.crew and self.crew.turns is not None and not whole.changes_arguments
-        self.programs[id(whole)] = Ready(compiled, Executor(compiled.local, self.model), crew, turns)
+        self.programs[id(whole)] = Ready(compiled, executor, crew, turns)
         return self.programs[id(whole)]
 
     def _compiled(self, whole: Program) -> tuple[Compiled, Crew]:
         """The program for this rank, and who runs it."""
         crew = self.crew
+        compiler = compile_stage if crew.spec.pipefusion_degree > 1 else compile_program
         try:
-            return compile_program(whole, crew.spec, crew.rank, self.dump), crew
+            return compiler(whole, crew.spec, crew.rank, self.dump), crew
         except SpecError:
             if crew.part is None:
                 raise
-        return compile_program(whole, crew.part.spec, crew.part.rank, self.dump), crew.part
+        return compiler(whole, crew.part.spec, crew.part.rank, self.dump), crew.part
+
+    def _executor(self, compiled: Compiled, crew: Crew) -> Executor | Flow:
+        """What runs the program here. All ranks come to it together."""
+        if compiled.stage is None:
+            return Executor(compiled.local, self.model)
+        crew.stream.connect([(e.source, e.target) for e in compiled.stage.edges if e.name != RESULT])
+        keep_only(self.model, compiled.stage.parameters)
+        return Flow(compiled.stage, self.model, crew.stream)

@@ -7,7 +7,7 @@ the place in time differs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from xdit_compile.errors import PlanError, SpecError
@@ -86,16 +86,18 @@ def plan_pipeline(program: Program, spec: ShardingSpec) -> Pipeline:
     for index, stage in enumerate(made):
         position = {**position_of(index * spec.sequence_degree, spec), PATCH: EVERY}
         once = Walk(stage.once, batch, position, sizes).main(leave=_leave(stage, once=True))
-        layouts |= dict(zip(_once_names(stage), once.layouts, strict=False))
+        layouts |= dict(zip(stage.held, once.layouts, strict=False))
         body = Walk(stage.body, seeds, position, sizes).main(_given(stage, samples, layouts), _leave(stage))
         layouts |= dict(zip(stage.sends, body.layouts, strict=False))
         results |= dict(zip(stage.results, body.layouts[len(stage.sends):], strict=True))
-        results |= dict(zip(stage.fixed, once.layouts[len(_once_names(stage)):], strict=True))
+        results |= dict(zip(stage.fixed, once.layouts[len(stage.held):], strict=True))
     return Pipeline(program, seeds, made, samples, layouts, tuple(results[i] for i in sorted(results)))
 
 
-def localize_stage(pipeline: Pipeline, rank: int) -> LocalStage:
-    """The programs of ``rank``, which all keep the same values."""
+def localize_stage(pipeline: Pipeline, rank: int,
+                   dump: Callable[[str, Program], None] | None = None) -> LocalStage:
+    """The programs of ``rank``, which all keep the same values. ``dump`` is called with each pass's name and result, for
+    that of all patches."""
     spec = pipeline.whole.spec
     assert spec is not None
     stage = pipeline.stages[position_of(rank, spec)[STAGE]]
@@ -104,8 +106,8 @@ def localize_stage(pipeline: Pipeline, rank: int) -> LocalStage:
     once = localize(stage.once, batch, rank, leave=_leave(stage, once=True))
     given = _given(stage, pipeline.samples, pipeline.layouts)
     times = [EVERY, *range(spec.patches)] if spec.patches > 1 else [EVERY]
-    units = {patch: localize(stage.body, pipeline.seeds, rank, patch=patch, given=given, leave=_leave(stage))
-             for patch in times}
+    units = {patch: localize(stage.body, pipeline.seeds, rank, dump if patch == EVERY else None, patch=patch,
+                             given=given, leave=_leave(stage)) for patch in times}
     if len({_kept(program) for program in units.values()}) > 1:
         raise PlanError("patches of one stage do not keep the same values")
     return LocalStage(once, units)
@@ -126,10 +128,6 @@ def _flowing_from(program: Program, sizes: Mapping[str, int], batch: Seeds) -> s
         return {n.name for n in arguments(program)}
 
 
-def _once_names(stage: Stage) -> list[str]:
-    return [i.name for i in stage.body.inputs if i.kind == "once"]
-
-
 def _given(stage: Stage, samples: Mapping[str, Layout], layouts: Mapping[str, Layout]) -> dict[str, Layout]:
     """How the inputs of the stage's body come, where they are not whole."""
     given = {}
@@ -143,7 +141,7 @@ def _given(stage: Stage, samples: Mapping[str, Layout], layouts: Mapping[str, La
 
 def _leave(stage: Stage, once: bool = False) -> Leave:
     """What a stage sends stays as it is laid out; results of the model are whole on all ranks, patch by patch."""
-    kept = len(_once_names(stage)) if once else len(stage.sends)
+    kept = len(stage.held) if once else len(stage.sends)
 
     def leave(s: Sharder, index: int, value: Value) -> Value:
         value = s.summed(value)

@@ -126,7 +126,7 @@ class Sharder:
             if not old.sharded or old == new.gathered(SEQUENCE):
                 node = None if self.emitter is None else self.emitter.take(
                     self._node(value), dim, old.places(new.spans(self.position), self.position))
-            elif old.gathered(SEQUENCE) == new or old.axes == {BATCH} and not new.sharded:
+            elif old.gathered(SEQUENCE) == new or (old.axes == {BATCH} and not new.sharded):
                 node = self._gather(value, dim)
             elif PATCH in old.axes | new.axes and BATCH not in old.axes:
                 if old.axes != {PATCH}:

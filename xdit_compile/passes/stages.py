@@ -28,7 +28,7 @@ class Stage:
 
     Attributes:
         once: run once per step; returns what ``body`` takes as ``once`` inputs, then the results that do not flow.
-        body: run for each patch; returns the values in ``sends``, then the results of the model in ``results``.
+        body: run for each patch; returns the values in ``sends``, then, in the last stage, the model's ``results``.
         blocks: paths of its blocks.
         sends: name of each value that later stages need, and which do.
         results: places among the model's results of what ``body``, and of what ``once`` returns.
@@ -40,6 +40,11 @@ class Stage:
     sends: Mapping[str, tuple[int, ...]]
     results: tuple[int, ...]
     fixed: tuple[int, ...]
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Names of what ``body`` takes of what ``once`` computes."""
+        return tuple(i.name for i in self.body.inputs if i.kind == "once")
 
 
 def hoist(program: Program, begin: Collection[str]) -> tuple[Program, set[str]]:
@@ -169,9 +174,11 @@ def stages(program: Program, flowing: Collection[str], count: int, given: Sequen
         mine = [n for n in flow if stage[n] == index]
         sends = {n: tuple(sorted({stage[u] for u in n.users if stage.get(u, index) > index})) for n in mine
                  if isinstance(n.meta["val"], torch.Tensor)}
+        end = index == count - 1
+        sends = {n: to if end or n not in outputs else tuple({*to, count - 1}) for n, to in sends.items()}
         sends = {n: to for n, to in sends.items() if to}
-        results = [i for i, n in enumerate(outputs) if stage.get(n, -1) == index]
-        fixed = [i for i, n in enumerate(outputs) if n not in stage] if index == count - 1 else []
+        results = [i for i, n in enumerate(outputs) if n in stage] if end else []
+        fixed = [i for i, n in enumerate(outputs) if n not in stage] if end else []
         body, taken = _extract(graph, mine, [*sends, *(outputs[i] for i in results)])
         held = [n for n in taken if n.name not in flowing and n.op != "placeholder"]
         needed = _needed([*held, *(outputs[i] for i in fixed)])

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from xdit_compile.runtime.control import Control
 from xdit_compile.runtime.groups import Groups, forget, make_group
+from xdit_compile.runtime.stream import Stream
 from xdit_compile.runtime.turns import Turns
 from xdit_compile.spec import ShardingSpec
 
@@ -25,6 +26,8 @@ class Crew:
         rank: this process's place among them.
         timeout: seconds to wait for another rank.
         data_if_possible: whether a batch that ``data`` cannot cut is no error.
+        audience: the ranks that are told what this one's pipeline computes; empty for those of the pipeline itself.
+        epoch: counts a pipeline's calls: what was kept in one is of another picture.
         running: whether a pipeline's call is under way.
         counts: how many ``calls`` of parallel models its ranks have made, and how many were ``shared`` by all of them.
     """
@@ -36,10 +39,32 @@ class Crew:
         self.control = Control(self.ranks, timeout)
         self.counts: Counter[str] = Counter() if counts is None else counts
         self.data_if_possible = self.running = False
+        self.epoch = 0
+        self.audience: tuple[int, ...] = ()
 
     @cached_property
     def groups(self) -> Groups:
         return Groups(self.spec, self.ranks, self.timeout)
+
+    @property
+    def stage(self) -> int:
+        """Which stage of a pipeline this rank is."""
+        return self.rank // self.spec.sequence_degree % self.spec.pipefusion_degree
+
+    @cached_property
+    def stream(self) -> Stream:
+        """What the stages of this rank's pipeline exchange. All its ranks ask for it together the first time."""
+        first = self.rank - self.stage * self.spec.sequence_degree
+        column = [self.ranks[first + i * self.spec.sequence_degree] for i in range(self.spec.pipefusion_degree)]
+        return Stream(column, self.stage, self.audience or column, self.control, self.timeout)
+
+    def settle(self) -> None:
+        """Wait for all that was promised."""
+        if self.turns:
+            self.turns.settle()
+        for crew in (self, vars(self).get("part")):
+            if crew is not None and "stream" in vars(crew):
+                crew.stream.settle()
 
     @cached_property
     def turns(self) -> Turns | None:
@@ -52,7 +77,12 @@ class Crew:
         those that share an autoencoder for one sample. All its ranks ask for it together."""
         if self.turns is not None:
             spec = replace(self.spec, cfg_degree=1, vae_degree=1, encoders="everywhere")
-            return Crew(spec, self.turns.members(spec, self.ranks), self.timeout, self.counts)
+            made = Crew(spec, self.turns.members(spec, self.ranks), self.timeout, self.counts)
+            shift = self.rank - self.turns.mine * spec.model_degree
+            made.audience = tuple(
+                self.ranks[shift + i * spec.model_degree + (stage - self.stage) * spec.sequence_degree]
+                for i in range(self.turns.degree) for stage in range(spec.pipefusion_degree))
+            return made
         return self._block(replace(self.spec, data_degree=1)) if self.data_if_possible else None
 
     @cached_property
@@ -104,6 +134,8 @@ class Crew:
             self.groups.forget()
         if "everyone" in known:
             forget([self.everyone])
+        if "stream" in known:
+            self.stream.forget()
         if "turns" in known and self.turns is not None:
             forget([self.turns.group])
         for name in ("part", "vae"):

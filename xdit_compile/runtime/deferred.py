@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from xdit_compile.runtime.pieces import Cut, Followed, follow
+
 aten = torch.ops.aten
 
 MOVES = {
@@ -32,24 +34,68 @@ IN_MEMORY = {"numpy", "tolist", "data", "data_ptr", "untyped_storage", "storage"
 
 
 class Promise:
-    """What a call or an operator returns: ``values`` once they are known."""
+    """What a call or an operator returns: ``values`` once they are known.
 
-    def __init__(self, values: Sequence[torch.Tensor] | None = None) -> None:
-        self.values = values
+    Attributes:
+        cuts: how each value comes in pieces, if it does.
+    """
+
+    def __init__(self, values: Sequence[torch.Tensor] | None = None, cuts: Sequence[Cut | None] = ()) -> None:
+        self.values, self.cuts = values, cuts
+
+    def piece(self, place: int, patch: int) -> torch.Tensor:
+        """Patch ``patch`` of a value that comes in pieces; waits for no other."""
+        cut = self.cuts[place]
+        assert cut is not None
+        return self._piece(place, patch) if self.values is None else cut.piece(self.values[place], patch)
+
+    def _piece(self, place: int, patch: int) -> torch.Tensor:
+        raise NotImplementedError
+
+    def operands(self) -> Any:
+        """What it is computed from."""
+        return ()
 
 
 class _Recorded(Promise):
-    """An operator to be carried out."""
+    """An operator to be carried out, as a whole or for one patch."""
 
-    def __init__(self, op: Any, args: Any, kwargs: Any) -> None:
-        super().__init__()
-        self.op, self.args, self.kwargs = op, args, kwargs
+    def __init__(self, op: Any, args: Any, kwargs: Any, followed: Followed | None, results: int) -> None:
+        super().__init__(cuts=[followed and followed.cut] * results)
+        self.op, self.args, self.kwargs, self.followed = op, args, kwargs, followed
+        self._pieces: dict[int, Sequence[torch.Tensor]] = {}
+
+    def operands(self) -> Any:
+        return self.args, self.kwargs
+
+    @property
+    def ready(self) -> bool:
+        """Whether all that it works on is known."""
+        return all(t.promise.values is not None for t in pytree.tree_leaves(self.operands()) if isinstance(t, Deferred))
 
     def compute(self) -> None:
         args, kwargs = concrete((self.args, self.kwargs))
         result = self.op(*args, **kwargs)
         self.values = result if isinstance(result, (list, tuple)) else (result,)
         self.args, self.kwargs = (), {}
+        self._pieces.clear()
+
+    def _piece(self, place: int, patch: int) -> torch.Tensor:
+        if patch not in self._pieces:
+            followed = self.followed
+            assert followed is not None
+            cut = followed.source
+
+            def local(t: torch.Tensor) -> torch.Tensor:
+                if isinstance(t, Deferred) and t.promise.values is None:
+                    return t.promise.piece(t.place, patch)
+                t = concrete(t)
+                return cut.piece(t, patch) if t.ndim >= -cut.dim and t.shape[cut.dim] == cut.size > 1 else t
+
+            args, kwargs = pytree.tree_map_only(torch.Tensor, local, (self.args, self.kwargs))
+            result = self.op(*followed.arguments(args, patch), **kwargs)
+            self._pieces[patch] = result if isinstance(result, (list, tuple)) else (result,)
+        return self._pieces[patch][place]
 
 
 class Tape:
@@ -78,11 +124,23 @@ class Tape:
         args, kwargs = pytree.tree_map_only(torch.Tensor, held, (args, kwargs))
         shown_args, shown = pytree.tree_map_only(torch.Tensor, meta, (args, kwargs))
         result = op(*shown_args, **{k: v for k, v in shown.items() if k != "device"})
-        node = _Recorded(op, args, kwargs)
-        self._recorded.append(weakref.ref(node))
         several = isinstance(result, (list, tuple))
-        made = [Deferred(r, device, self, node, i) for i, r in enumerate(result if several else [result])]
+        results = result if several else [result]
+        followed = follow(op, shown_args, shown, _cuts((args, kwargs), (shown_args, shown)), results[0])
+        node = _Recorded(op, args, kwargs, followed, len(results))
+        self._recorded.append(weakref.ref(node))
+        made = [Deferred(r, device, self, node, i) for i, r in enumerate(results)]
         return made if several else made[0]
+
+    def advance(self) -> None:
+        """Compute what is recorded, in order, up to what still waits for a call."""
+        while self._recorded:
+            node = self._recorded[0]()
+            if node and not node.ready:
+                return
+            if node:
+                node.compute()
+            del self._recorded[0]
 
     def play(self) -> None:
         """Fetch what is promised, then compute what is recorded and still wanted, in order: views of one tensor must
@@ -92,6 +150,14 @@ class Tape:
         for reference in recorded:
             if node := reference():
                 node.compute()
+
+
+def _cuts(tree: Any, shown: Any) -> dict[int, Cut]:
+    """How tensors in ``shown`` come in pieces, by their ``id``; none at all if one of them comes, but not so."""
+    pairs = [(t, s) for t, s in zip(pytree.tree_leaves(tree), pytree.tree_leaves(shown), strict=True)
+             if isinstance(t, Deferred) and t.promise.values is None]
+    cuts = {id(s): cut for t, s in pairs if (cut := t.cut) is not None}
+    return cuts if len(cuts) == len(pairs) else {}
 
 
 class Deferred(torch.Tensor):
@@ -114,6 +180,11 @@ class Deferred(torch.Tensor):
             self.tape.play()
         assert self.promise.values is not None
         return self.promise.values[self.place]
+
+    @property
+    def cut(self) -> Cut | None:
+        """How it comes in pieces, if it does."""
+        return self.promise.cuts[self.place] if self.promise.cuts else None
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

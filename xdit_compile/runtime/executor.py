@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from xdit_compile.program import Program
+
+NONE: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 INDUCTOR_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     # Collectives must come in one order on every rank; ranks with uneven shares have different graphs, for
@@ -18,7 +21,10 @@ INDUCTOR_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
 
 
 class Executor:
-    """A program bound to a model: called with the flat argument tensors, it returns the flat results."""
+    """A program bound to a model: called with the flat argument tensors, it returns the flat results.
+
+    That of a stage also takes what was computed ``once`` or ``received``, by name, and the caches it keeps.
+    """
 
     def __init__(self, program: Program, model: nn.Module) -> None:
         assert program.spec is not None
@@ -26,12 +32,29 @@ class Executor:
         self._module = _compiled(program.main) if program.spec.backend == "inductor" else program.main
         self._state = State(model, [i.name for i in program.inputs if i.kind == "parameter"])
 
-    def __call__(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        given, held = iter(tensors), iter(self._state.read())
-        arguments = [next(given) if i.kind == "argument" else next(held) if i.kind == "parameter"
-                     else self.program.constants[i.name] for i in self.program.inputs]
+    def __call__(self, tensors: Sequence[torch.Tensor], values: Mapping[str, torch.Tensor] = NONE,
+                 caches: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
+        given = {f"arg_{i}": t for i, t in enumerate(tensors)}
+        held, kept = iter(self._state.read()), iter(caches)
+        find: dict[str, Callable[[str], torch.Tensor]] = {
+            "argument": given.__getitem__, "parameter": lambda _: next(held), "cache": lambda _: next(kept),
+            "constant": self.program.constants.__getitem__, "once": values.__getitem__,
+            "received": values.__getitem__}
         with torch.no_grad():
-            return self._module(*arguments)
+            return self._module(*(find[i.kind](i.name) for i in self.program.inputs))
+
+
+def keep_only(model: nn.Module, names: Collection[str]) -> None:
+    """Give up the memory of all parameters and buffers but these, and those that are one with them."""
+    held = [(module, store, leaf, f"{path}.{leaf}".lstrip(".")) for path, module in model.named_modules()
+            for store in (module._parameters, module._buffers) for leaf, t in store.items() if t is not None]
+    kept = {id(store[leaf]) for _, store, leaf, name in held if name in names}
+    for _, store, leaf, _ in held:
+        tensor = store[leaf]
+        if id(tensor) not in kept and not tensor.is_meta:
+            gone = tensor.detach().to("meta")
+            store[leaf] = nn.Parameter(gone, requires_grad=tensor.requires_grad) if isinstance(
+                tensor, nn.Parameter) else gone
 
 
 class State:

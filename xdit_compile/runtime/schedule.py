@@ -123,7 +123,8 @@ class Timeline:
 
 def step_ops(stage: int, stages: int, units_before: tuple[int, ...] | None, units: tuple[int, ...], step: int,
              edges: Sequence[Edge]) -> tuple[Op, ...]:
-    """What one stage does for one denoising step.
+    """What one stage does for one denoising step. Only the first stage computes from the sample; the others receive
+    results when they have done their part of the step, for by then all have been there.
 
     Args:
         units_before: of the step before, if its results are outstanding and this step's sample is computed from them
@@ -134,11 +135,12 @@ def step_ops(stage: int, stages: int, units_before: tuple[int, ...] | None, unit
     ops: list[Op] = []
     for unit in units:
         first, last = _needs(units_before or (), units, unit)
-        ops += [Op("recv", step - 1, u, e) for u in first for e in results]
+        ops += [Op("recv", step - 1, u, e) for u in first for e in results if stage == 0]
         ops += [Op("recv", step, unit, e) for e in into]
         ops += [Op("run", step, unit)]
         ops += [Op("send", step, unit, e) for e in out]
         ops += [Op("free", step, unit, e) for e in into]
+        ops += [Op("recv", step - 1, u, e) for u in last for e in results if stage > 0]
         ops += [Op("free", step - 1, u, e) for u in last for e in results]
     return tuple(ops)
 
@@ -265,7 +267,9 @@ def _orders(schedule: Schedule, stage: int) -> Iterator[tuple[Op, Op]]:
             yield from ((Op("recv", step, unit, e), Op("free", step, unit, e)) for e in results)
             # Without a chain the results of a step were used once they were received.
             first, last = _needs(before, units, unit) if schedule.chained else (before, ())
-            yield from ((Op("recv", step - 1, u, e), run) for u in first for e in results)
+            late = schedule.chained and stage > 0
+            yield from ((Op("recv", step - 1, u, e), run) for u in first for e in results if not late)
+            yield from ((run, Op("recv", step - 1, u, e)) for u in last for e in results if late)
             yield from ((run, Op("free", step - 1, u, e)) for u in last for e in results)
             previous = run
         before = units

@@ -50,10 +50,10 @@ class Turns:
     """
 
     def __init__(self, spec: ShardingSpec, ranks: Sequence[int], control: Control, timeout: float) -> None:
-        here, sequence = ranks.index(dist.get_rank()), spec.sequence_degree
-        self.degree, self.mine = spec.cfg_degree, here // sequence % spec.cfg_degree
-        base = here - self.mine * sequence
-        peers = tuple(ranks[base + i * sequence] for i in range(self.degree))
+        here, size = ranks.index(dist.get_rank()), spec.model_degree
+        self.degree, self.mine = spec.cfg_degree, here // size % spec.cfg_degree
+        base = here - self.mine * size
+        peers = tuple(ranks[base + i * size] for i in range(self.degree))
         self._control, self.group = control, make_group("xdit_compile.cfg", peers, timeout)
         self._tape = Tape(self._fetch)
         self._calls: list[_Call] = []
@@ -64,7 +64,7 @@ class Turns:
 
     def members(self, spec: ShardingSpec, ranks: Sequence[int]) -> list[int]:
         """The ranks of this rank's group, which together run a call under ``spec`` without ``cfg``."""
-        return [r for i, r in enumerate(ranks) if i // spec.sequence_degree % self.degree == self.mine]
+        return [r for i, r in enumerate(ranks) if i // spec.model_degree % self.degree == self.mine]
 
     def next(self, model: object) -> int:
         """Whose turn it is to compute the next call of ``model``. Never begun anew, so that it does not depend on

@@ -1,0 +1,252 @@
+"""One rank's stage of a pipeline over patches, run step by step (PipeFusion, arXiv 2405.14430).
+
+A call of the model does what the schedule says for this stage and returns without waiting for later stages: its results
+are promised patch by patch. In the next call the first stage computes patch p of the sample from patch p of these.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from xdit_compile.errors import XditError
+from xdit_compile.program import Program
+from xdit_compile.runtime.deferred import Deferred, concrete
+from xdit_compile.runtime.executor import Executor
+from xdit_compile.runtime.lanes import Lane
+from xdit_compile.runtime.pieces import Cut
+from xdit_compile.runtime.schedule import RESULT, WHOLE, Bar, Edge, Op, step_ops
+from xdit_compile.runtime.stream import Pieces, Shapes, Stream, digest
+
+
+@dataclass(frozen=True)
+class StageProgram:
+    """What one rank of a stage runs.
+
+    Attributes:
+        once: run once per step: returns the values ``held``, then results that are the same for all patches.
+        units: run for each patch, and for WHOLE: returns what is sent, then the other results.
+        held: names of what ``once`` computes for ``units``.
+        samples: how arguments come in pieces, by their place.
+        sends: names of the values for each later stage; ``returns``: names of all, in the order of ``units``' results.
+        receives: names of the values from each earlier stage; ``shapes``: of one of them in one unit.
+        cuts: how the model's results come in pieces.
+        results, fixed: places of the model's results among those of ``units``, and of ``once``.
+        edges: all that is sent between stages; blocks: those of each stage.
+    """
+
+    once: Program
+    units: Mapping[int, Program]
+    held: tuple[str, ...]
+    samples: Mapping[int, Cut]
+    sends: Mapping[int, tuple[str, ...]]
+    returns: tuple[str, ...]
+    receives: Mapping[int, tuple[str, ...]]
+    shapes: Mapping[tuple[str, int], tuple[tuple[int, ...], torch.dtype]]
+    cuts: tuple[Cut | None, ...]
+    results: tuple[int, ...]
+    fixed: tuple[int, ...]
+    edges: tuple[Edge, ...]
+    blocks: tuple[tuple[str, ...], ...]
+
+    @property
+    def parameters(self) -> set[str]:
+        """The names of those that this stage uses."""
+        return {i.name for p in (self.once, *self.units.values()) for i in p.inputs if i.kind == "parameter"}
+
+    @property
+    def patches(self) -> tuple[int, ...]:
+        """The units of a step that is not exact."""
+        return tuple(u for u in self.units if u != WHOLE) or (WHOLE,)
+
+
+class Flow:
+    """A stage's programs bound to a model and to the ranks of its pipeline.
+
+    Attributes:
+        drained: how often a step waited for all results of the one before, because they were used otherwise than
+            element-wise.
+        bars: what this stage did and when, in seconds of this machine's clock.
+    """
+
+    def __init__(self, stage: StageProgram, model: nn.Module, stream: Stream) -> None:
+        self.stage, self.stream = stage, stream
+        self._once = Executor(stage.once, model)
+        self._units = {unit: Executor(program, model) for unit, program in stage.units.items()}
+        self.bars: list[Bar] = []
+        self.steps = self.drained = 0
+
+    def caches(self) -> list[torch.Tensor]:
+        """Memory for what is kept from step to step."""
+        program = self.stage.units[WHOLE]
+        holders = program.main.graph.find_nodes(op="placeholder")
+        return [torch.zeros(n.meta["val"].shape, dtype=n.meta["val"].dtype, device=n.meta["val"].device)
+                for n, i in zip(holders, program.inputs, strict=True) if i.kind == "cache"]
+
+    def __call__(self, tensors: Sequence[torch.Tensor], lane: Lane, exact: bool, facts: Mapping[str, str],
+                 likes: Sequence[torch.Tensor], owner: int, mine: bool) -> list[Deferred]:
+        """The results of one call, promised.
+
+        Args:
+            tensors: the arguments; samples may be deferred.
+            lane: what is kept of this condition's steps; exact: whether this step uses none of it.
+            facts: what all ranks must hold alike for the call to be one and the same.
+            likes: tensors shaped as the results.
+            owner: the global rank that will send the results; mine: whether this rank's pipeline computes them.
+        """
+        stream, units = self.stream, (WHOLE,) if exact else self.stage.patches
+        tensors, before = self._prepared(tensors, units)
+        call = stream.promise(likes, self.stage.cuts, units)
+        if not (mine and stream.last):
+            for unit in units:
+                stream.expect(call, unit, likes, owner)
+        if mine:
+            _Step(self, tensors, lane, facts, call, before, self.steps).run()
+        self.steps += 1
+        stream.advance()
+        return stream.deferred(call, likes)
+
+    def _prepared(self, tensors: Sequence[torch.Tensor], units: Sequence[int]) -> tuple[list[torch.Tensor], list[Pieces]]:
+        """The arguments, whole but for samples whose patches follow from those of earlier results; and these."""
+        made, before = list(tensors), dict[Pieces, None]()
+        for i, t in enumerate(tensors):
+            if not isinstance(t, Deferred):
+                continue
+            if t.promise.values is None and WHOLE not in units:
+                if t.tape is self.stream.tape and t.cut == self.stage.samples.get(i):
+                    before |= dict.fromkeys(_sources(t))
+                    continue
+                self.drained += 1
+            made[i] = concrete(t)
+        return made, list(before)
+
+
+class _Step:
+    """One call: what is at hand while the schedule is carried out."""
+
+    def __init__(self, flow: Flow, tensors: Sequence[torch.Tensor], lane: Lane, facts: Mapping[str, str],
+                 call: Pieces, before: Sequence[Pieces], number: int) -> None:
+        self.flow, self.stage, self.stream = flow, flow.stage, flow.stream
+        self.tensors, self.lane, self.facts = tensors, lane, facts
+        self.call, self.before, self.number = call, before, number
+        self.values: dict[str, torch.Tensor] = {}
+        self.coming: dict[tuple[int, int], Callable[[], list[torch.Tensor]]] = {}
+        self.made: Sequence[torch.Tensor] = ()
+
+    def run(self) -> None:
+        stage, stream, units = self.stage, self.stream, self.call.units
+        for unit in units[:2]:
+            self._post(unit)
+        self.once = flow_once = self.flow._once(self.tensors)
+        self.values |= dict(zip(stage.held, flow_once, strict=False))
+        same = {c.units for c in self.before}
+        units_before = same.pop() if len(same) == 1 else (WHOLE,) if same else None
+        ops = step_ops(stream.stage, len(stream.column), tuple(units_before) if units_before else None, tuple(units),
+                       self.number, stage.edges)
+        do = {"recv": self._receive, "run": self._run, "send": self._send, "free": self._free}
+        for op in ops:
+            do[op.kind](op)
+        if stream.last:
+            self.stream.collect(self.before)
+
+    def _post(self, unit: int) -> None:
+        """Begin to receive what ``unit`` takes from other stages."""
+        for source, names in self.stage.receives.items():
+            self.coming[source, unit] = self.stream.receive(source, self._message(names, unit), self._device)
+
+    def _message(self, names: Sequence[str], unit: int) -> Shapes:
+        """With the first values of a step comes a digest of what it is made with."""
+        header = [((16,), torch.uint8)] if unit == self.call.units[0] else []
+        return [self.stage.shapes[name, unit] for name in names] + header
+
+    @property
+    def _device(self) -> torch.device:
+        return self.tensors[0].device
+
+    def _receive(self, op: Op) -> None:
+        assert op.edge is not None
+        start = time.time()
+        if op.edge.name == RESULT:
+            for call in self.before:
+                call.wait(op.unit if op.unit in call.units else WHOLE) if call.values is None else None
+        else:
+            names = self.stage.receives[op.edge.source]
+            tensors = self.coming.pop((op.edge.source, op.unit))()
+            if len(tensors) > len(names):
+                self._compare(tensors.pop(), op.edge.source)
+            self.values |= dict(zip(names, tensors, strict=True))
+            units = self.call.units
+            if (ahead := units.index(op.unit) + 2) < len(units) and op.edge.source == max(self.stage.receives):
+                self._post(units[ahead])
+        self._bar(op, start)
+
+    def _compare(self, header: torch.Tensor, source: int) -> None:
+        if not torch.equal(header.cpu(), digest(self.facts, torch.device("cpu"))):
+            raise XditError(f"stage {source} computes another call than stage {self.stream.stage}, which was called with "
+                            f"{dict(self.facts)}; ranks must call the model alike")
+
+    def _run(self, op: Op) -> None:
+        start = time.time()
+        arguments = [self._argument(i, t, op.unit) for i, t in enumerate(self.tensors)]
+        self.made = self.flow._units[op.unit](arguments, self.values, self.lane.caches)
+        if self.stream.last:
+            mine = dict(zip(self.stage.results, self.made[len(self.stage.returns):], strict=True))
+            mine |= dict(zip(self.stage.fixed, self.once[len(self.stage.held):], strict=True))
+            end = op.unit in (WHOLE, self.call.units[-1])
+            self.stream.publish(self.call, op.unit, [
+                mine[i] if end or self.stage.cuts[i] else mine[i].new_empty([0]) for i in range(len(self.stage.cuts))])
+        self._bar(op, start)
+
+    def _argument(self, place: int, tensor: torch.Tensor, unit: int) -> torch.Tensor:
+        cut = self.stage.samples.get(place)
+        if unit == WHOLE or cut is None:
+            return tensor
+        if isinstance(tensor, Deferred):
+            # Only the stages that use the sample make its pieces.
+            return tensor.promise.piece(tensor.place, unit) if self._uses(place) else tensor
+        return cut.piece(tensor, unit)
+
+    def _uses(self, place: int) -> bool:
+        return any(i.kind == "argument" and i.name == f"arg_{place}" for i in self.stage.units[WHOLE].inputs)
+
+    def _send(self, op: Op) -> None:
+        assert op.edge is not None
+        if op.edge.name == RESULT:
+            return  # published with the run that made it, to all at once
+        returned = dict(zip(self.stage.returns, self.made, strict=False))
+        tensors = [returned[name] for name in self.stage.sends[op.edge.target]]
+        if op.unit == self.call.units[0]:
+            tensors.append(digest(self.facts, self._device))
+        self.stream.send(op.edge.target, tensors)
+
+    def _free(self, op: Op) -> None:
+        assert op.edge is not None
+        if op.edge.name != RESULT:
+            for name in self.stage.receives[op.edge.source]:
+                del self.values[name]
+        elif op.unit == max((u for c in self.before for u in c.units), default=op.unit):
+            self.stream.collect(self.before)
+
+    def _bar(self, op: Op, start: float) -> None:
+        self.flow.bars.append(Bar(self.stream.stage, op.kind, op.step, op.unit, start, time.time()))
+
+
+def _sources(tensor: Deferred) -> list[Pieces]:
+    """The calls that a deferred tensor is computed from."""
+    found: dict[Pieces, None] = {}
+    queue, seen = [tensor.promise], set()
+    while queue:
+        promise = queue.pop()
+        if promise in seen or promise.values is not None:
+            continue
+        seen.add(promise)
+        if isinstance(promise, Pieces):
+            found[promise] = None
+        else:
+            queue += [t.promise for t in pytree.tree_leaves(promise.operands()) if isinstance(t, Deferred)]
+    return list(found)

@@ -1,0 +1,73 @@
+"""What a denoising loop keeps from step to step, and when a new loop begins, which must use nothing of it.
+
+A lane is one condition's way through the steps: a pipeline that calls its model with the condition and without it has
+two. Calls belong to a lane if all their tensors but the sample and the times are equal. A lane begins anew when times go
+back or start again, when it missed a step, and with each call of a pipeline: values of another picture, prompt or
+resolution are never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Times = tuple[float, ...]
+
+
+@dataclass
+class Lane:
+    """A condition's steps so far.
+
+    Attributes:
+        caches: memory that stages' programs keep values in.
+        steps: how many there were; ``first`` and ``last`` are their times, ``seen`` counts the loop's.
+    """
+
+    caches: Sequence[torch.Tensor]
+    first: Times
+    last: Times
+    seen: int
+    steps: int = 0
+
+    def goes_on(self, times: Times, seen: int) -> bool:
+        """Whether a step at ``times`` follows the last one."""
+        if times == self.first or seen - self.seen > 1:
+            return False
+        moves = [(new - last) * (last - first)
+                 for new, last, first in zip(times, self.last, self.first, strict=True)]
+        return all(move >= 0 for move in moves)
+
+
+class Lanes:
+    """The lanes of one model."""
+
+    def __init__(self) -> None:
+        self._lanes: dict[Hashable, Lane] = {}
+        self._epoch = self._seen = 0
+        self._times: Times | None = None
+
+    def next(self, key: Hashable, times: Times, epoch: int, make: Callable[[], Sequence[torch.Tensor]]) -> Lane:
+        """The lane of a call, one step further.
+
+        Args:
+            key: of the condition.
+            epoch: which loop this is, where that is known.
+            make: new memory for it.
+        """
+        if epoch != self._epoch:
+            self._lanes.clear()
+            self._epoch = epoch
+        self._seen += times != self._times
+        self._times = times
+        self._lanes = {k: lane for k, lane in self._lanes.items() if self._seen - lane.seen <= 1}
+        lane = self._lanes.get(key)
+        if lane is None or not lane.goes_on(times, self._seen):
+            lane = self._lanes[key] = Lane(lane.caches if lane else make(), times, times, self._seen)
+        lane.last, lane.seen, lane.steps = times, self._seen, lane.steps + 1
+        return lane
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._lanes.clear()
