@@ -20,7 +20,7 @@ def loop(model: Any, entry: displaced.Displaced, inputs: dict[str, Any], steps: 
     sample = inputs[entry.layout.sample]
     for i, time in enumerate(displaced.times(inputs, steps)):
         with torch.no_grad():
-            out = model(**{**inputs, entry.layout.sample: sample, "timestep": time}, return_dict=False)[0]
+            out = model(**inputs | {entry.layout.sample: sample, "timestep": time, "return_dict": False})[0]
         sample = displaced.euler(sample, out, i)
     return sample
 

@@ -108,7 +108,7 @@ class _Measure:
         largest = max(t.flops - once for t, _ in walks) * self.sizes[PATCH]
         whole = sum(not any(PATCH in d.axes for d in layout.dims) for layout in first.results)
         cost = (total + largest) / each + 0.1 * first.kept / max(self._whole.moved, 1) + whole
-        return Tried(cost, seeds, first.attentions > 0, total < 0.5 * each * self.sizes[PATCH], frozenset(first.cut))
+        return Tried(cost, seeds, first.attentions > 0, total < 0.5 * each * (1 + self.sizes[PATCH]), frozenset(first.cut))
 
 
 def cut_by_patches(seeds: Seeds) -> set[str]:
