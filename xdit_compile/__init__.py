@@ -14,6 +14,7 @@ from xdit_compile.errors import (
 from xdit_compile.explain import explain
 from xdit_compile.launch import init_from_env, launch
 from xdit_compile.spec import ShardingSpec
+from xdit_compile.timeline import timeline
 from xdit_compile.verify import verify
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "launch",
     "parallel",
     "parallelize",
+    "timeline",
     "verify",
 ]

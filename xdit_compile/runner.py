@@ -49,7 +49,7 @@ class Runner:
         self.model, self.crew, self.check_inputs, self.dump = model, crew, check_inputs, dump
         self.programs: dict[int, Ready] = {}
         """By the identity of the captured program, which ``Compiled`` keeps alive."""
-        self.lanes = Lanes()
+        self.lanes, self.steps = Lanes(), 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.crew.spec.pipefusion_degree == 1:
@@ -121,6 +121,9 @@ class Runner:
             owner = turns.next(self) if turns else 0
             mine = turns is None or owner == turns.mine
             lane = self.lanes.next(key, times, self.crew.epoch, flow.caches if mine else list)
+            if lane.steps == 1 < self.steps:
+                flow.begin()
+            self.steps = lane.steps
             exact = spec.warmup_steps == ALL or lane.steps <= int(spec.warmup_steps)
             size = len(stream.column)
             last = stream.audience[(owner + 1) * size - 1]

@@ -71,7 +71,8 @@ class Flow:
     Attributes:
         drained: how often a step waited for all results of the one before, because they were used otherwise than
             element-wise.
-        bars: what this stage did and when, in seconds of this machine's clock.
+        bars: what this stage did in the last denoising loop and when, in seconds of this machine's clock.
+        history: of each of its steps the units, and those of the step before that it was computed from.
     """
 
     def __init__(self, stage: StageProgram, model: nn.Module, stream: Stream) -> None:
@@ -79,7 +80,12 @@ class Flow:
         self._once = Executor(stage.once, model)
         self._units = {unit: Executor(program, model) for unit, program in stage.units.items()}
         self.bars: list[Bar] = []
-        self.steps = self.drained = 0
+        self.history: list[tuple[tuple[int, ...], tuple[int, ...] | None]] = []
+        self.drained = 0
+
+    def begin(self) -> None:
+        """A new denoising loop."""
+        self.bars, self.history = [], []
 
     def caches(self) -> list[torch.Tensor]:
         """Memory for what is kept from step to step."""
@@ -106,8 +112,7 @@ class Flow:
             for unit in units:
                 stream.expect(call, unit, likes, owner)
         if mine:
-            _Step(self, tensors, lane, facts, call, before, self.steps).run()
-        self.steps += 1
+            _Step(self, tensors, lane, facts, call, before, len(self.history)).run()
         stream.advance()
         return stream.deferred(call, likes)
 
@@ -146,8 +151,8 @@ class _Step:
         self.values |= dict(zip(stage.held, flow_once, strict=False))
         same = {c.units for c in self.before}
         units_before = same.pop() if len(same) == 1 else (WHOLE,) if same else None
-        ops = step_ops(stream.stage, len(stream.column), tuple(units_before) if units_before else None, tuple(units),
-                       self.number, stage.edges)
+        ops = step_ops(stream.stage, len(stream.column), units_before, units, self.number, stage.edges)
+        self.flow.history.append((units, units_before))
         do = {"recv": self._receive, "run": self._run, "send": self._send, "free": self._free}
         for op in ops:
             do[op.kind](op)

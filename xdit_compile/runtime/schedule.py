@@ -91,6 +91,10 @@ class Bar:
     start: float
     end: float
 
+    def since(self, start: float) -> Bar:
+        """The same, told from ``start`` on."""
+        return replace(self, start=self.start - start, end=self.end - start)
+
 
 @dataclass(frozen=True)
 class Timeline:
@@ -177,6 +181,19 @@ def schedule(stages: int, patches: int, steps: int, warmup: int, edges: Sequence
             if not chained or step == steps - 1:
                 made += drain_ops(stage, stages, now, step, edges)
     return Schedule(units, tuple(edges), tuple(map(tuple, ops)), chained)
+
+
+def retold(stages: int, steps: Sequence[tuple[tuple[int, ...], tuple[int, ...] | None]],
+           edges: Sequence[Edge]) -> Schedule:
+    """The schedule of a run that was not known beforehand: of each step its units, and those of the step before if its
+    sample was computed from their results as they came."""
+    ops: list[list[Op]] = [[] for _ in range(stages)]
+    for stage, made in enumerate(ops):
+        for step, (units, before) in enumerate(steps):
+            made += step_ops(stage, stages, before, units, step, edges)
+            if step == len(steps) - 1 or steps[step + 1][1] is None:
+                made += drain_ops(stage, stages, units, step, edges)
+    return Schedule(tuple(units for units, _ in steps), tuple(edges), tuple(map(tuple, ops)))
 
 
 def check(schedule: Schedule, blocking: bool = False) -> None:

@@ -34,7 +34,7 @@ def digest(facts: Mapping[str, str], device: torch.device) -> torch.Tensor:
 class Pieces(Promise):
     """The results of one call, which come unit by unit: the whole at once, or patch by patch."""
 
-    def __init__(self, units: Sequence[int], cuts: Sequence[Cut | None]) -> None:
+    def __init__(self, units: tuple[int, ...], cuts: Sequence[Cut | None]) -> None:
         super().__init__(cuts=cuts)
         self.units = units
         self.tensors: dict[int, Sequence[torch.Tensor]] = {}
@@ -132,7 +132,8 @@ class Stream:
 
     # Results
 
-    def promise(self, likes: Sequence[torch.Tensor], cuts: Sequence[Cut | None], units: Sequence[int]) -> Pieces:
+    def promise(self, likes: Sequence[torch.Tensor], cuts: Sequence[Cut | None],
+                units: tuple[int, ...]) -> Pieces:
         """What a call will return, in units; tensors shaped as ``likes`` in all."""
         call = Pieces(units, cuts)
         self._calls.append(call)
