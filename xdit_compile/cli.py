@@ -18,7 +18,7 @@ from rich.console import Console
 from torch.utils import _pytree as pytree
 
 from xdit_compile import flags
-from xdit_compile.errors import LaunchError, XditError
+from xdit_compile.errors import LaunchError, SpecError, XditError
 from xdit_compile.explain import Explanation, explain
 from xdit_compile.launch import launch, place_of
 from xdit_compile.program import Program
@@ -39,6 +39,7 @@ examples:
   xdit-compile explain my_package.models:example --spec ulysses=4,ring=2 --json > report.json
   xdit-compile explain model.py:example --spec ulysses=2 --rank 1 --dump programs
   xdit-compile explain model.py:autoencoder --spec ring=4 --method decode
+  xdit-compile explain model.py:example --spec pipefusion=4,patches=8 --timeline stages.svg --steps 12
 """
 
 VERIFY = """\
@@ -101,7 +102,12 @@ def _explain(options: argparse.Namespace, spec: ShardingSpec) -> Explanation:
     with _progress(f"capturing {options.target}"):
         model, inputs = build(function)
         dump = _Dump(Path(options.dump)) if options.dump else None
-        return explain(model, spec, inputs, rank=options.rank, dump=dump, method=options.method)
+        made = explain(model, spec, inputs, rank=options.rank, dump=dump, method=options.method)
+    if options.timeline:
+        if made.stages is None:
+            raise SpecError(f"--timeline shows the stages of a pipeline, but {spec} has none; add pipefusion=2 or more")
+        made.stages.draw(options.timeline, options.steps, options.tflops * 1e12, options.gbytes * 1e9)
+    return made
 
 
 def _verify(options: argparse.Namespace, spec: ShardingSpec) -> Verification:
@@ -181,6 +187,11 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--rank", type=int, default=0, help="whose program is described (default 0)")
             command.add_argument("--method", default="forward", metavar="NAME",
                                  help="which of the model's methods is called, as an autoencoder's decode")
+            command.add_argument("--timeline", metavar="SVG", help="draw when the stages of a pipeline run")
+            for flag, default, text in (("--steps", 8, "steps of denoising drawn"),
+                                        ("--tflops", 100.0, "10^12 operations a second of each device"),
+                                        ("--gbytes", 10.0, "10^9 bytes a second between two stages")):
+                command.add_argument(flag, type=type(default), default=default, help=f"{text} (default %(default)s)")
             command.add_argument("--dump", metavar="DIR", help="write the program after each pass there")
         else:
             command.add_argument("--world-size", type=int, metavar="N",

@@ -17,13 +17,17 @@ from xdit_compile.costs import FORMULAS
 from xdit_compile.errors import SpecError
 from xdit_compile.frontend.cache import captured
 from xdit_compile.frontend.method import as_module
+from xdit_compile.mesh import STAGE, position_of
+from xdit_compile.passes.pipefusion import plan_pipeline
 from xdit_compile.program import Note, Program, module_of, source_of
 from xdit_compile.report.costs import Costs, costs_of
 from xdit_compile.report.operations import contractions
 from xdit_compile.report.origins import Piece, global_functions, pieces
 from xdit_compile.report.plain import jsonable, plain
+from xdit_compile.report.stages import Stages, stages_of
 from xdit_compile.report.tables import explanation_table, summary_of_explanation
 from xdit_compile.spec import ShardingSpec
+from xdit_compile.staging import staged
 
 MOST = 10
 """How many of the largest replicated operations are listed."""
@@ -83,7 +87,8 @@ class Explanation:
         fallbacks: operators computed whole for want of a rule.
         replicated: the most expensive operators that every rank computes whole.
         replicated_flops: this rank's operations in all that every rank computes whole.
-        local, whole: costs of this rank, and of the model on one device.
+        local, whole: costs of this rank, and of the model on one device; under ``pipefusion``, of one step.
+        stages: of a pipeline, what each of them does; the rows above are then those of this rank's stage.
     """
 
     model: str
@@ -102,6 +107,7 @@ class Explanation:
     replicated_flops: int
     local: Costs
     whole: Costs
+    stages: Stages | None = None
 
     @property
     def work_ratio(self) -> float:
@@ -158,20 +164,39 @@ def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, i
     start = time.perf_counter()
     program = captured(model, args, kwargs)
     middle = time.perf_counter()
-    compiled = compile_program(program, spec, rank, dump)
+    stages = None
+    if spec.pipefusion_degree > 1:
+        whole, body, local, costs, stages = _stage(program, spec, rank, dump)
+    else:
+        compiled = compile_program(program, spec, rank, dump)
+        whole, local = compiled.whole, compiled.local
+        body, costs = whole, costs_of(local)
     end = time.perf_counter()
-    whole, local = compiled.whole, compiled.local
-    costs = costs_of(local)
     notes, calls = local.notes, local.calls()
     replicated = sorted(_replicated(local), key=lambda row: -row.flops) if spec.world_size > 1 else []
     return Explanation(
         type(model).__name__, spec, rank, calls, _operators(program), middle - start, end - middle,
         tuple(_row(n, calls) for n in notes if n.kind == "seed"),
-        tuple(_rewritten(whole, local, costs, "scaled_dot_product_attention")),
-        tuple(_rewritten(whole, local, costs, "conv")),
+        tuple(_rewritten(body, local, costs, "scaled_dot_product_attention")),
+        tuple(_rewritten(body, local, costs, "conv")),
         _traffic(costs),
         tuple(_row(n, calls) for n in notes if n.kind == "fallback"),
-        tuple(replicated[:MOST]), sum(row.flops for row in replicated), costs, costs_of(whole))
+        tuple(replicated[:MOST]), sum(row.flops for row in replicated), costs, costs_of(whole), stages)
+
+
+def _stage(program: Program, spec: ShardingSpec, rank: int,
+           dump: Dump | None) -> tuple[Program, Program, Program, Costs, Stages]:
+    """The whole program, what ``rank``'s stage is of it, that rank's program for a patch and its costs of a step, and
+    all stages."""
+    pipeline = plan_pipeline(program, spec)
+    _, stage = staged(pipeline, rank, dump)
+    found = stages_of(pipeline, stage.edges)
+    units = [costs_of(stage.units[unit]) for unit in stage.patches]
+    once = costs_of(stage.once)
+    costs = Costs(once.flops + sum(u.flops for u in units), max(u.activations for u in (once, *units)),
+                  tuple(c for u in (once, *units) for c in u.collectives))
+    index = position_of(rank, spec)[STAGE]
+    return pipeline.whole, pipeline.stages[index].body, stage.units[stage.patches[-1]], costs, found
 
 
 def _operators(program: Program) -> dict[str, int]:

@@ -25,7 +25,7 @@ from xdit_compile.program import Program
 UNITS = (1, 2, 4, 8, 16)
 """Rows of a sample are cut in multiples of these: as many as one token covers, so that tokens need no neighbours."""
 
-FIRST = (1.0, 0.75, 0.5, 0.25, 0.0)
+FIRST = (1.0, 0.75, 0.5, 0.25, 0.125, 0.0)
 """Of an even share of the sample, what the first patch may get that has text beside it."""
 
 

@@ -18,7 +18,7 @@ from xdit_compile.passes.batch import batch_seeds, joined
 from xdit_compile.passes.canonicalize import canonicalize
 from xdit_compile.passes.patches import cut_by_patches, patch_seeds
 from xdit_compile.passes.seeds import arguments, check_heads, choose_seeds
-from xdit_compile.passes.shard import Leave, Seeds, Sharder, Walk
+from xdit_compile.passes.shard import Leave, Seeds, Sharder, Tally, Walk
 from xdit_compile.passes.stages import Stage, hoist, stages
 from xdit_compile.passes.values import Value
 from xdit_compile.program import Program
@@ -44,6 +44,12 @@ class Pipeline:
     samples: Mapping[str, Layout]
     layouts: Mapping[str, Layout]
     results: tuple[Layout, ...]
+
+    @property
+    def batch(self) -> Seeds:
+        """The seeds of the batch alone."""
+        return {n: Layout(tuple(d if BATCH in d.axes else Dim.replicated(d.size) for d in lay.dims))
+                for n, lay in self.seeds.items() if any(BATCH in d.axes for d in lay.dims)}
 
 
 @dataclass(frozen=True)
@@ -101,9 +107,7 @@ def localize_stage(pipeline: Pipeline, rank: int,
     spec = pipeline.whole.spec
     assert spec is not None
     stage = pipeline.stages[position_of(rank, spec)[STAGE]]
-    batch = {n: Layout(tuple(d if BATCH in d.axes else Dim.replicated(d.size) for d in lay.dims))
-             for n, lay in pipeline.seeds.items() if any(BATCH in d.axes for d in lay.dims)}
-    once = localize(stage.once, batch, rank, leave=_leave(stage, once=True))
+    once = localize(stage.once, pipeline.batch, rank, leave=_leave(stage, once=True))
     given = _given(stage, pipeline.samples, pipeline.layouts)
     times = [EVERY, *range(spec.patches)] if spec.patches > 1 else [EVERY]
     units = {patch: localize(stage.body, pipeline.seeds, rank, dump if patch == EVERY else None, patch=patch,
@@ -111,6 +115,22 @@ def localize_stage(pipeline: Pipeline, rank: int,
     if len({_kept(program) for program in units.values()}) > 1:
         raise PlanError("patches of one stage do not keep the same values")
     return LocalStage(once, units)
+
+
+def tallies(pipeline: Pipeline) -> list[tuple[Tally, Mapping[int, Tally]]]:
+    """What one rank of each stage has to do once per step, and for each patch and for EVERY."""
+    spec = pipeline.whole.spec
+    assert spec is not None
+    sizes, found = axis_sizes(spec), []
+    times = [EVERY, *range(spec.patches)] if spec.patches > 1 else [EVERY]
+    for index, stage in enumerate(pipeline.stages):
+        position = position_of(index * spec.sequence_degree, spec)
+        given = _given(stage, pipeline.samples, pipeline.layouts)
+        once = Walk(stage.once, pipeline.batch, {**position, PATCH: EVERY}, sizes).main(leave=_leave(stage, once=True))
+        units = {patch: Walk(stage.body, pipeline.seeds, {**position, PATCH: patch}, sizes).main(
+            given, _leave(stage)).tally for patch in times}
+        found.append((once.tally, units))
+    return found
 
 
 def _kept(program: Program) -> tuple[object, ...]:

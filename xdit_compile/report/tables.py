@@ -61,7 +61,7 @@ def explanation_table(e: Explanation) -> RenderableType:
     captured = Text(f"Captured {plural(nodes, 'node')} of {plural(len(e.operators), 'operator')} in "
                     f"{e.capture_seconds:.1f} s, passes {e.passes_seconds:.1f} s. Functions: {blocks}")
     return sections(
-        Group(head, captured), _costs(e),
+        Group(head, captured), _costs(e), e.stages,
         _rows("Where the token axes start", e.seeds, e),
         _rows("Attention", e.attentions, e, sent=True),
         _rows("Convolutions", e.convolutions, e, sent=True),
