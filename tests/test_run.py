@@ -73,6 +73,8 @@ def latents(name: str, root: Path, **call: Any) -> torch.Tensor:
     ("--use_parallel_vae --spec ulysses=4,vae=2", "ulysses=4,vae=2"),
     ("--pipefusion_parallel_degree 1 --tensor-parallel-degree 1 --warmup_steps 1 --num_pipeline_patch 1 "
      "--attn_layer_num_for_pp --split_scheme row --ring_degree 2", "ring=2"),
+    ("--pipefusion_parallel_degree 2 --num_pipeline_patch 4 --warmup_steps 3 --attn_layer_num_for_pp 10 9 "
+     "--use_cfg_parallel", "cfg=2,pipefusion=2,patches=4,warmup=3,stage_blocks=10+9"),
 ])  # fmt: skip
 def test_the_spec_that_flags_stand_for(arguments: str, spec: str) -> None:
     assert asked(*arguments.split()).spec == ShardingSpec.parse(spec)
@@ -100,9 +102,9 @@ def test_pictures_adapters_and_where_things_are() -> None:
 
 
 @pytest.mark.parametrize(("arguments", "complaint"), [
-    ("--pipefusion_parallel_degree 2", "PipeFusion is not built yet; give those devices to --ulysses_degree"),
-    ("--attn_layer_num_for_pp 10 9", "--attn_layer_num_for_pp 10 9: PipeFusion"),
-    ("--warmup-steps 4", "--warmup_steps 4: "),
+    ("--attn_layer_num_for_pp 10 9", "stage_blocks belong to pipefusion"),
+    ("--warmup-steps 4", "--warmup_steps 4 belongs to PipeFusion; add --pipefusion_parallel_degree N"),
+    ("--num_pipeline_patch 4", "--num_pipeline_patch 4 belongs to PipeFusion"),
     ("--tensor_parallel_degree 2", "every rank holds all weights"),
     ("--use_teacache", "--use_teacache: nothing is skipped or approximated here"),
     ("--use-fbcache", "--use_fbcache: "),
@@ -137,7 +139,7 @@ def test_what_is_not_there_is_refused_by_name(arguments: str, complaint: str) ->
     ([*PLAIN, "--lora", "somewhere"], "DiTPipeline takes no adapters"),
     ([*PLAIN, "--enable_model_cpu_offload", "--device", "cpu"], "the pipeline runs on the CPU; leave it out"),
     ([*PLAIN, "--output", str(SHAPES / "model_index.json")], "cannot write to"),
-    ([*PLAIN, "--pipefusion_parallel_degree", "2"], "--pipefusion_parallel_degree 2: PipeFusion is not built yet"),
+    ([*PLAIN, "--pipefusion_parallel_degree", "2", "--ring_degree", "2"], "do not go together"),
 ])  # fmt: skip
 def test_a_user_s_mistake_is_told_before_anything_runs(
     arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import FrozenInstanceError, fields
 from typing import Any
 
@@ -11,16 +12,22 @@ from hypothesis import strategies as st
 
 from xdit_compile import ShardingSpec, SpecError
 
-PLANNED = ["pipefusion", "pipefusion_degree", "patches", "num_patches", "warmup", "warmup_steps"]
-
 specs = st.builds(
     ShardingSpec,
     ulysses_degree=st.integers(1, 128),
     ring_degree=st.integers(1, 128),
     cfg_degree=st.integers(1, 2),
     data_degree=st.integers(1, 4),
+    pipefusion_degree=st.just(1),
     backend=st.sampled_from(["eager", "inductor"]),
     attention_kernel=st.sampled_from(["auto", "torch", "flash_attn", "yunchang"]),
+) | st.builds(
+    ShardingSpec,
+    ulysses_degree=st.integers(1, 8),
+    cfg_degree=st.integers(1, 2),
+    pipefusion_degree=st.integers(2, 8),
+    num_patches=st.integers(0, 16),
+    warmup_steps=st.integers(1, 9) | st.just("all"),
 )
 
 
@@ -49,7 +56,8 @@ def test_equal_specs_are_one_key_and_never_change(spec: ShardingSpec) -> None:
 
 @given(specs)
 def test_world_is_the_product(spec: ShardingSpec) -> None:
-    assert spec.world_size == spec.data_degree * spec.cfg_degree * spec.ulysses_degree * spec.ring_degree
+    degrees = (spec.data_degree, spec.cfg_degree, spec.pipefusion_degree, spec.ulysses_degree, spec.ring_degree)
+    assert spec.world_size == math.prod(degrees)
     spec.check_world(spec.world_size)
     with pytest.raises(SpecError):
         spec.check_world(spec.world_size + 1)
@@ -80,11 +88,32 @@ def test_printed_short_and_without_what_is_usual() -> None:
     assert str(ShardingSpec()) == "ulysses=1"
 
 
-@pytest.mark.parametrize("word", PLANNED)
-def test_planned_words_are_refused_by_name(word: str) -> None:
-    for spec in (f"ulysses=2,{word}=4", {"ulysses": 2, word: 4}, f"{word}=1"):
-        with pytest.raises(SpecError, match=rf"'{word}' is not supported yet.*ulysses"):
-            ShardingSpec.parse(spec)
+def test_pipefusion_words() -> None:
+    spec = ShardingSpec.parse("cfg=2,pipefusion=4,patches=8,warmup=2,stage_blocks=3+4+4+4")
+    assert (spec.pipefusion_degree, spec.num_patches, spec.warmup_steps) == (4, 8, 2)
+    assert str(spec) == "cfg=2,pipefusion=4,patches=8,warmup=2,stage_blocks=3+4+4+4"
+    assert spec.patches == 8 and spec.world_size == 8 and spec.model_degree == 4
+    assert ShardingSpec.parse("pipefusion=3").patches == 3
+    assert ShardingSpec.parse("pipefusion=3,patches=6,warmup=all").patches == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("patches=4", "num_patches belong to pipefusion"),
+        ("ulysses=2,warmup=3", "warmup_steps belong to pipefusion"),
+        ("stage_blocks=1+1", "stage_blocks belong to pipefusion"),
+        ("pipefusion=2,ring=2", "do not go together.*use ulysses"),
+        ("pipefusion=2,warmup=0", "at least 1, or all, got 0"),
+        ("pipefusion=2,warmup=some", "must be a whole number"),
+        ("pipefusion=2,patches=-1", "num_patches must be a whole number"),
+        ("pipefusion=2,stage_blocks=3", r"blocks of each of 2 stages, as in 7\+7"),
+        ("pipefusion=2,stage_blocks=3+0", "stage_blocks"),
+    ],
+)
+def test_pipefusion_words_that_do_not_go_together(text: str, says: str) -> None:
+    with pytest.raises(SpecError, match=says):
+        ShardingSpec.parse(text)
 
 
 def test_unknown_words_are_refused_with_the_known_ones() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from xdit_compile.runner import Runner
 from xdit_compile.runtime.crew import Crew
 from xdit_compile.spec import ShardingSpec
 from xdit_compile.standin import Parallel, parallel_model
+from xdit_compile.weights import Weights
 
 
 def capture(model: nn.Module, inputs: Inputs) -> Program:
@@ -37,7 +39,8 @@ def capture(model: nn.Module, inputs: Inputs) -> Program:
 
 
 def parallelize(model: Any, spec: str | dict | ShardingSpec, *, ranks: Sequence[int] | None = None,
-                timeout: float = 600.0, check_inputs: bool = True, dump: Dump | None = None) -> Any:
+                timeout: float = 600.0, check_inputs: bool = True, dump: Dump | None = None,
+                weights: str | Path | Mapping[str, str | Path] | None = None) -> Any:
     """Make a model, or all of a pipeline, run on many devices. Every process calls this with the same one and spec.
 
     The result is called as the original was and returns what that returned, on every rank. It shares the
@@ -46,6 +49,9 @@ def parallelize(model: Any, spec: str | dict | ShardingSpec, *, ranks: Sequence[
 
     With ``cfg``, the batch of a call is shared out if it can be; if not, groups of ranks take turns in the calls and
     the results are deferred: they are exchanged at their first use other than element-wise, which all ranks must make.
+
+    With ``pipefusion``, a rank gives up the parameters of all other stages at the first call: they move to the meta
+    device, in the original as well. Results come patch by patch and are deferred.
 
     Args:
         model: any DiT as a torch.nn.Module, in eval mode, or a pipeline of diffusers: an object with ``components``.
@@ -56,6 +62,8 @@ def parallelize(model: Any, spec: str | dict | ShardingSpec, *, ranks: Sequence[
         check_inputs: compare the inputs of all ranks before each call (a checksum of each tensor, exchanged in one
             small message).
         dump: called with the name of each pass and the program it made.
+        weights: a safetensors file or a folder of them, for a model on the meta device: each rank reads those tensors
+            that it uses, at the first call. For a pipeline, by the names of components.
 
     Raises:
         SpecError: the spec does not fit the processes or the model. CaptureError: the model cannot be captured.
@@ -77,5 +85,12 @@ def parallelize(model: Any, spec: str | dict | ShardingSpec, *, ranks: Sequence[
     crew = Crew(spec, chosen, timeout)
     crew.control.agree("parallelize", {"spec": str(spec), "model": type(model).__qualname__})
     if is_pipeline(model):
-        return parallel_pipeline(model, crew, check_inputs, dump)
-    return parallel_model(model, {"forward": Runner(model, crew, check_inputs, dump)})
+        if weights is not None and not isinstance(weights, Mapping):
+            raise XditError("weights of a pipeline are given by component, as in "
+                            f"weights={{'transformer': {str(weights)!r}}}")
+        read = {name: Weights.at(path) for name, path in (weights or {}).items()}
+        return parallel_pipeline(model, crew, check_inputs, dump, read)
+    if isinstance(weights, Mapping):
+        raise XditError("weights of a model are a file or a folder; those by component are for a pipeline")
+    read_one = None if weights is None else Weights.at(weights)
+    return parallel_model(model, {"forward": Runner(model, crew, check_inputs, dump, read_one)})

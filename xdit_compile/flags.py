@@ -32,7 +32,6 @@ examples:
 exit status: 0 if the files are written, 2 if not.
 """
 
-_PIPEFUSION = "PipeFusion is not built yet; give those devices to --ulysses_degree or --ring_degree"
 _WHOLE = ("every rank holds all weights; share the work with --ulysses_degree and --ring_degree, and where memory is "
           "short use --enable_model_cpu_offload")
 _ENCODERS = "encoders are not cut, but each can live on a rank of its own: use --spec encoders=spread"
@@ -45,10 +44,6 @@ _REPEAT = "one call is timed and kept; calls before it are asked for with --warm
 _OFFLOAD = "parallel models read their weights themselves; use --enable_model_cpu_offload"
 
 VALUES: dict[str, tuple[tuple[str, ...], str]] = {
-    "pipefusion_parallel_degree": (("1",), _PIPEFUSION),
-    "num_pipeline_patch": (("1",), _PIPEFUSION),
-    "attn_layer_num_for_pp": ((), _PIPEFUSION),
-    "warmup_steps": (("0", "1"), f"steps of warming up belong to PipeFusion. {_PIPEFUSION}"),
     "tensor_parallel_degree": (("1",), _WHOLE),
     "text_encoder_tp_degree": (("1",), _ENCODERS),
     "fully_shard_degree": (("1",), _WHOLE),
@@ -95,8 +90,14 @@ CALL: dict[str, tuple[type, str]] = {
 }
 """Flags that are arguments of the pipeline's call by the same name."""
 
-DEGREES = {"ulysses_degree": "ulysses", "ring_degree": "ring", "data_parallel_degree": "data"}
+DEGREES = {"ulysses_degree": "ulysses", "ring_degree": "ring", "data_parallel_degree": "data",
+           "pipefusion_parallel_degree": "pipefusion"}
 """Flags that are words of the spec."""
+
+PIPEFUSION = {"num_pipeline_patch": "patches", "warmup_steps": "warmup"}
+"""Those that mean something with PipeFusion only."""
+NEUTRAL = {"num_pipeline_patch": (None, 1), "warmup_steps": (None, 0, 1)}
+"""What they may be without it: xDiT's scripts give them always."""
 
 
 def spelled(arguments: Sequence[str]) -> list[str]:
@@ -148,8 +149,10 @@ def _add_call(group: Any) -> None:
 
 
 def _add_xdit(group: Any) -> None:
-    for name, word in DEGREES.items():
+    for name, word in (DEGREES | PIPEFUSION).items():
         group.add_argument(f"--{name}", type=int, metavar="N", help=f"the spec's {word}=N")
+    group.add_argument("--attn_layer_num_for_pp", type=int, nargs="*", metavar="N",
+                       help="blocks of each stage, the spec's stage_blocks=N+N")
     for name, text in {
         "use_cfg_parallel": "the spec's cfg=2",
         "use_parallel_vae": "the spec's vae=N, N being all processes",
@@ -202,6 +205,16 @@ def _source(options: argparse.Namespace) -> Source:
 def _spec(options: argparse.Namespace) -> ShardingSpec:
     """The words of ``--spec`` and those that xDiT's flags stand for."""
     words = {word: str(vars(options)[flag]) for flag, word in DEGREES.items() if vars(options)[flag] is not None}
+    if options.attn_layer_num_for_pp:
+        words["stage_blocks"] = "+".join(map(str, options.attn_layer_num_for_pp))
+    if words.get("pipefusion", "1") != "1" or "pipefusion" in options.spec:
+        given = {word: vars(options)[flag] for flag, word in PIPEFUSION.items()}
+        words |= {word: str(value) for word, value in given.items() if value is not None}
+    else:
+        for flag, neutral in NEUTRAL.items():
+            if vars(options)[flag] not in neutral:
+                raise SpecError(f"--{flag} {vars(options)[flag]} belongs to PipeFusion; add "
+                                "--pipefusion_parallel_degree N")
     if options.use_cfg_parallel:
         words["cfg"] = "2"
     if options.use_torch_compile:

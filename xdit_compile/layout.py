@@ -122,7 +122,7 @@ class Dim:
 
     @staticmethod
     def patched(offsets: Sequence[int], parts: int, unit: int = 1) -> Dim:
-        """One segment for each patch, of borders ``offsets``, each shared out to ``parts`` ranks by ``unit`` indices."""
+        """One segment for each patch, of borders ``offsets``, each shared out to ``parts`` ranks by the ``unit``."""
         axis = SEQUENCE if parts > 1 else None
         return Dim.of(Segment(tuple(o * unit for o in even_offsets((b - a) // unit, parts)), axis, i)
                       for i, (a, b) in enumerate(pairwise(offsets)))
@@ -170,9 +170,8 @@ class Dim:
         """Where its patches begin and end, if they follow each other; None if they do not, or there are none."""
         if any(s.patch is None or s.axis for s in self.segments):
             return None
-        patches = [s.patch for s in self.segments]
-        ends = accumulate(s.length for s in self.segments)
-        borders = {patch: end for patch, end in zip(patches, ends, strict=True)}
+        patches = [s.patch or 0 for s in self.segments]
+        borders = dict(zip(patches, accumulate(s.length for s in self.segments), strict=True))
         return (0, *borders.values()) if patches == sorted(patches) and len(borders) == max(patches) + 1 else None
 
     def places(self, spans: Iterable[tuple[int, int]], position: Position) -> Spans:

@@ -13,7 +13,7 @@ from torch import nn
 from xdit_compile.compiler import Dump
 from xdit_compile.components import Role, role_of
 from xdit_compile.encoders import spread
-from xdit_compile.errors import CaptureError, RankMismatch, SpecError
+from xdit_compile.errors import CaptureError, RankMismatch, SpecError, XditError
 from xdit_compile.facts import facts_of
 from xdit_compile.frontend.method import as_module
 from xdit_compile.report.parts import Part, PipelineReport, part_of
@@ -22,6 +22,7 @@ from xdit_compile.runtime.crew import Crew
 from xdit_compile.runtime.deferred import concrete
 from xdit_compile.spec import ShardingSpec
 from xdit_compile.standin import Parallel, instance_of_subclass, parallel_model
+from xdit_compile.weights import Weights
 
 CALLBACKS = ("callback_on_step_end", "callback")
 """Arguments of a pipeline's call that are the user's functions, called at the end of a step."""
@@ -55,7 +56,8 @@ class ParallelPipeline:
             dict(turns.fetched) if turns else {}, turns.sent if turns else 0)
 
 
-def parallel_pipeline(pipe: Any, crew: Crew, check_inputs: bool, dump: Dump | None) -> Any:
+def parallel_pipeline(pipe: Any, crew: Crew, check_inputs: bool, dump: Dump | None,
+                      weights: Mapping[str, Weights]) -> Any:
     """``pipe`` with parallel components.
 
     Raises:
@@ -65,8 +67,10 @@ def parallel_pipeline(pipe: Any, crew: Crew, check_inputs: bool, dump: Dump | No
     roles = {n: role_of(c) for n, c in modules.items()}
     _check(pipe, crew.spec, modules, roles)
     encoders = [n for n, role in roles.items() if role is Role.ENCODER]
+    if unknown := weights.keys() - {n for n, role in roles.items() if role is Role.DENOISER}:
+        raise XditError(f"weights are read for what runs at each step, which {', '.join(sorted(unknown))} is not")
     make = functools.partial(_parallel, crew=crew, check_inputs=check_inputs, dump=dump)
-    parts = {n: make(c, encoders.index(n) if n in encoders else 0) for n, c in modules.items()}
+    parts = {n: make(c, encoders.index(n) if n in encoders else 0, weights=weights.get(n)) for n, c in modules.items()}
     members = {"__call__": _call(type(pipe)), "crew": crew, "make": staticmethod(make)}
     if isinstance(inspect.getattr_static(type(pipe), "interrupt", None), property):
         members["interrupt"] = property(_interrupted)
@@ -84,14 +88,15 @@ def _check(pipe: Any, spec: ShardingSpec, modules: Mapping[str, nn.Module], role
                             f"{', '.join(f'{n} ({type(c).__name__})' for n, c in modules.items())}: {lack}")
 
 
-def _parallel(module: Any, turn: int = 0, *, crew: Crew, check_inputs: bool, dump: Dump | None) -> Any:
+def _parallel(module: Any, turn: int = 0, *, crew: Crew, check_inputs: bool, dump: Dump | None,
+              weights: Weights | None = None) -> Any:
     """A component as the spec wants it: a denoiser always, an autoencoder for ``vae`` and ``data``, an encoder if it is
     to be spread. Of encoders, number ``turn`` lives on rank ``turn`` (all over again when ranks run out)."""
     if not isinstance(module, nn.Module) or isinstance(module, Parallel):
         return module
     role = role_of(module)
     if role is Role.DENOISER:
-        return parallel_model(module, {"forward": Runner(module, crew, check_inputs, dump)})
+        return parallel_model(module, {"forward": Runner(module, crew, check_inputs, dump, weights)})
     if role is Role.AUTOENCODER and crew.spec.vae_degree * crew.spec.data_degree > 1:
         return parallel_model(module, {name: Runner(as_module(module, name), crew.vae, check_inputs, dump)
                                        for name in ("encode", "decode")})
@@ -166,7 +171,11 @@ def _interrupted(self: Any) -> bool:
     """Whether any rank was told to stop: all must, or the others would wait for it. Between calls ranks may ask or
     not, so that each answers for itself."""
     mine = bool(self._interrupt)
-    return self.crew.control.anyone("whether to stop", mine) if self.crew.running else mine
+    if not self.crew.running:
+        return mine
+    # Stages are in different steps, and asking would bring them together: they learn it one step later.
+    later = self.crew.spec.pipefusion_degree > 1
+    return self.crew.said_before(mine) if later else self.crew.control.anyone("whether to stop", mine)
 
 
 def _warn_of_nothing_gained(name: str, crew: Crew, shared: int, fetched: Mapping[int, int]) -> None:

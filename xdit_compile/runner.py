@@ -19,13 +19,14 @@ from xdit_compile.program import Program
 from xdit_compile.runtime.crew import Crew
 from xdit_compile.runtime.deferred import Deferred, concrete
 from xdit_compile.runtime.digest import digests
-from xdit_compile.runtime.executor import Executor, keep_only
+from xdit_compile.runtime.executor import Executor, absent_of, keep_only
 from xdit_compile.runtime.flow import Flow
 from xdit_compile.runtime.lanes import Lanes
 from xdit_compile.runtime.schedule import RESULT
 from xdit_compile.spec import ALL
 from xdit_compile.staging import compile_stage
 from xdit_compile.structure import flatten
+from xdit_compile.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,17 @@ class Runner:
     groups take turns in: one of the calls that guidance makes in a row.
     """
 
-    def __init__(self, model: nn.Module, crew: Crew, check_inputs: bool, dump: Dump | None) -> None:
+    def __init__(self, model: nn.Module, crew: Crew, check_inputs: bool, dump: Dump | None,
+                 weights: Weights | None = None) -> None:
         self.model, self.crew, self.check_inputs, self.dump = model, crew, check_inputs, dump
+        self.weights = weights
         self.programs: dict[int, Ready] = {}
         """By the identity of the captured program, which ``Compiled`` keeps alive."""
         self.lanes, self.steps = Lanes(), 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.crew.spec.pipefusion_degree == 1:
-            args, kwargs = [concrete(a) for a in args], {n: concrete(a) for n, a in kwargs.items()}
+            args, kwargs = tuple(map(concrete, args)), {n: concrete(a) for n, a in kwargs.items()}
         bound = bind_call(self.model, args, kwargs)
         tensors, _ = flatten((bound.args, bound.kwargs))
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -71,10 +74,13 @@ class Runner:
                 self.crew.control.agree("the call's inputs", facts)
             self.crew.counts["calls"] += 1
             ready = ready or self._prepare(bound.args, bound.kwargs)
+            results: Sequence[torch.Tensor]
             if isinstance(ready.executor, Flow):
                 results = self._through_stages(ready, ready.executor, tensors, named, facts)
+            elif ready.turns:
+                results = self._in_turn(ready, ready.executor, tensors, facts)
             else:
-                results = self._in_turn(ready, tensors, facts) if ready.turns else self._together(ready, tensors)
+                results = self._together(ready, ready.executor, tensors)
         except (RankMismatch, CaptureError, SpecError):
             # All ranks raise alike, before any collective: the next call may well succeed.
             raise
@@ -83,13 +89,14 @@ class Runner:
             raise
         return ready.compiled.captured.finish((bound.args, bound.kwargs), tensors, results)
 
-    def _together(self, ready: Ready, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def _together(self, ready: Ready, executor: Executor, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """The results, computed by all ranks."""
         self.crew.counts["shared"] += ready.crew is self.crew
         with self.crew.control.guard("the forward pass", ready.crew.groups.bind()):
-            return ready.executor(tensors)
+            return executor(tensors)
 
-    def _in_turn(self, ready: Ready, tensors: Sequence[torch.Tensor], facts: Mapping[str, str]) -> Sequence[Deferred]:
+    def _in_turn(self, ready: Ready, executor: Executor, tensors: Sequence[torch.Tensor],
+                 facts: Mapping[str, str]) -> Sequence[Deferred]:
         """The results as promised by the group whose turn it is, which computes them now."""
         turns, results = self.crew.turns, None
         assert turns is not None
@@ -101,7 +108,7 @@ class Runner:
                 except RankMismatch as error:
                     # The other groups are elsewhere and must be told: to them it is a failure.
                     raise XditError(str(error)) from error
-                results = ready.executor(tensors)
+                results = executor(tensors)
         return turns.promise(owner, results, ready.compiled.captured.results(), facts)
 
     @staticmethod
@@ -159,8 +166,17 @@ class Runner:
 
     def _executor(self, compiled: Compiled, crew: Crew) -> Executor | Flow:
         """What runs the program here. All ranks come to it together."""
-        if compiled.stage is None:
+        stage = compiled.stage
+        names = stage.parameters if stage else {i.name for i in compiled.local.inputs if i.kind == "parameter"}
+        if self.weights is not None:
+            self.weights.load(self.model, names, torch.device("cuda", torch.cuda.current_device()) if
+                              torch.cuda.is_available() else torch.device("cpu"))
+        if absent := absent_of(self.model, names):
+            raise XditError(f"{absent[0]} and {len(absent) - 1} more that this rank needs are on the meta device: give "
+                            "parallelize weights=FOLDER, or, if another call of this pipeline gave them up because it "
+                            "cut the stages elsewhere, name the same stage_blocks for both")
+        if stage is None:
             return Executor(compiled.local, self.model)
-        crew.stream.connect([(e.source, e.target) for e in compiled.stage.edges if e.name != RESULT])
-        keep_only(self.model, compiled.stage.parameters)
-        return Flow(compiled.stage, self.model, crew.stream)
+        crew.stream.connect([(e.source, e.target) for e in stage.edges if e.name != RESULT])
+        keep_only(self.model, names)
+        return Flow(stage, self.model, crew.stream)

@@ -147,7 +147,9 @@ class ShardingSpec:
         kept = words if world_size % math.prod(words.values()) == 0 else dict.fromkeys(words, 1)
         rest = world_size // math.prod(kept.values())
         before = "".join(f"{n}={d}," for n, d in kept.items() if d > 1)
-        fits = [f"{before}ulysses={u},ring={rest // u}" for u in range(1, rest + 1) if rest % u == 0]
+        rings = kept["pipefusion"] == 1
+        fits = [f"{before}ulysses={u}" + (f",ring={rest // u}" if rings else "") for u in range(1, rest + 1)
+                if rest % u == 0 and (rings or u == rest)]
         factors = [d for d in words.values() if d > 1] + [self.ulysses_degree, self.ring_degree]
         raise SpecError(
             f"{self} needs {' x '.join(map(str, factors))} = {self.world_size} processes, but "

@@ -17,8 +17,8 @@ from xdit_compile.spec import ShardingSpec
 
 
 def compile_stage(captured: Program, spec: ShardingSpec, rank: int = 0, dump: Dump | None = None) -> Compiled:
-    """Rank ``rank``'s stage of the pipeline that ``spec`` asks for. ``dump`` is called with each pass's name and result,
-    for the program of all patches together."""
+    """Rank ``rank``'s stage of the pipeline that ``spec`` asks for. ``dump`` is called with each pass's name and
+    result, for the program of all patches together."""
     with uncollected():
         pipeline = plan_pipeline(captured, spec)
         return Compiled(captured, pipeline.whole, pipeline.seeds, *staged(pipeline, rank, dump))
@@ -46,10 +46,10 @@ def staged(pipeline: Pipeline, rank: int, dump: Dump | None = None) -> tuple[Pro
     sent = {pair: names for pair, names in sent.items() if names}
     edges = [Edge(a, b, tuple(nbytes(names, p) for p in patches), nbytes(names, EVERY),
                   "hidden" if b == a + 1 else "skip") for (a, b), names in sent.items()]
-    example = output_args(pipeline.whole.main.graph)
-    sizes = [sum(math.prod(lay.local_shape({PATCH: p})) * n.meta["val"].dtype.itemsize
-                 for lay, n in zip(pipeline.results, example, strict=True) if _cut(lay) or p in (EVERY, spec.patches - 1))
-             for p in (*patches, EVERY)]
+    results = [(lay, n.meta["val"].dtype) for lay, n in zip(
+        pipeline.results, output_args(pipeline.whole.main.graph), strict=True)]
+    sizes = [sum(math.prod(lay.local_shape({PATCH: p})) * dtype.itemsize for lay, dtype in results
+                 if _cut(lay) or p in (EVERY, spec.patches - 1)) for p in (*patches, EVERY)]
     edges += [Edge(last, to, tuple(sizes[:-1]), sizes[-1], RESULT) for to in range(last)]
     place = {n.name: int(i.name.removeprefix("arg_")) for n, i in zip(
         pipeline.whole.main.graph.find_nodes(op="placeholder"), pipeline.whole.inputs, strict=True)
@@ -68,7 +68,8 @@ def staged(pipeline: Pipeline, rank: int, dump: Dump | None = None) -> tuple[Pro
 
 def _cut(layout: Layout) -> Cut | None:
     """How a value comes in pieces, if it does."""
-    found = [(i, d.borders()) for i, d in enumerate(layout.dims) if PATCH in d.axes]
-    if len(found) != 1 or found[0][1] is None:
+    found = [(i - len(layout.dims), d.borders()) for i, d in enumerate(layout.dims) if PATCH in d.axes]
+    if len(found) != 1:
         return None
-    return Cut(found[0][0] - len(layout.dims), found[0][1])
+    (dim, borders), = found
+    return None if borders is None else Cut(dim, borders)

@@ -1,8 +1,8 @@
 """How the tokens are cut into patches, found by trying, as ``seeds.py`` finds where ranks' shares begin.
 
-PipeFusion (arXiv 2405.14430) cuts the sample that a model is given. A cut of one of its dimensions must lead to attention
-over kept keys and values. Tokens of text that attend together with those of the sample belong to the first patch: they
-are computed once per step.
+PipeFusion (arXiv 2405.14430) cuts the sample that a model is given. A cut of one of its dimensions must lead to
+attention over kept keys and values, or at least save work. Tokens of text that attend together with those of the sample
+belong to the first patch: they are computed once per step.
 """
 
 from __future__ import annotations
@@ -101,14 +101,16 @@ class _Measure:
     def __call__(self, seeds: Seeds) -> Tried:
         hoisted, flowing = hoist(self.program, cut_by_patches(seeds))
         once = work(hoisted, flowing)
-        walks = [(Walk(hoisted, joined(self.batch, seeds), {**self._here, PATCH: patch}, self.sizes).main().tally, n)
+        both = joined(self.batch, seeds)
+        walks = [(Walk(hoisted, both, {**self._here, PATCH: patch}, self.sizes).main().tally, n)
                  for patch, n in self._times.items()]
         first, each = walks[0][0], max(self._whole.flops, 1) / self.sizes[SEQUENCE]
         total = once + sum((t.flops - once) * n for t, n in walks)
         largest = max(t.flops - once for t, _ in walks) * self.sizes[PATCH]
         whole = sum(not any(PATCH in d.axes for d in layout.dims) for layout in first.results)
         cost = (total + largest) / each + 0.1 * first.kept / max(self._whole.moved, 1) + whole
-        return Tried(cost, seeds, first.attentions > 0, total < 0.5 * each * (1 + self.sizes[PATCH]), frozenset(first.cut))
+        saves = total < 0.5 * each * (1 + self.sizes[PATCH])
+        return Tried(cost, seeds, first.attentions > 0, saves, frozenset(first.cut))
 
 
 def cut_by_patches(seeds: Seeds) -> set[str]:

@@ -67,8 +67,8 @@ def plan_pipeline(program: Program, spec: ShardingSpec) -> Pipeline:
         SpecError: the model has fewer blocks than stages, fewer tokens than patches, or writes into its arguments.
     """
     if program.changes_arguments:
-        raise SpecError(f"{spec} runs stages one after the other, but this call of the model writes into its arguments, "
-                        "which only one stage would see; use ulysses or ring")
+        raise SpecError(f"{spec} cuts the model into stages, but this call of it writes into its arguments, which only "
+                        "one stage would see; use ulysses or ring")
     program = replace(canonicalize(program), spec=spec)
     sizes = axis_sizes(spec)
     batch = batch_seeds(program, sizes)
@@ -102,8 +102,8 @@ def plan_pipeline(program: Program, spec: ShardingSpec) -> Pipeline:
 
 def localize_stage(pipeline: Pipeline, rank: int,
                    dump: Callable[[str, Program], None] | None = None) -> LocalStage:
-    """The programs of ``rank``, which all keep the same values. ``dump`` is called with each pass's name and result, for
-    that of all patches."""
+    """The programs of ``rank``, which all keep the same values. ``dump`` is called with each pass's name and result,
+    for that of all patches."""
     spec = pipeline.whole.spec
     assert spec is not None
     stage = pipeline.stages[position_of(rank, spec)[STAGE]]
@@ -140,7 +140,7 @@ def _kept(program: Program) -> tuple[object, ...]:
 
 
 def _flowing_from(program: Program, sizes: Mapping[str, int], batch: Seeds) -> set[str]:
-    """Where the flow begins when there are no patches: where it would if there were two, or in all that is no scalar."""
+    """Where the flow begins when there are no patches: where it would with two of them, or in all features."""
     assert program.spec is not None
     try:
         return set(patch_seeds(program, {**sizes, PATCH: 2, SEQUENCE: 1}, batch))

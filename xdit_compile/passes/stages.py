@@ -76,9 +76,11 @@ def hoist(program: Program, begin: Collection[str]) -> tuple[Program, set[str]]:
             parts = parted[key]
             held: list[fx.Node] = []
             if count := len(output_args(parts.once)):
-                call = _call(new, parts.names[0], [env[node.args[i]] for i in parts.once_takes], parts.once, node, "_once")
+                taken = [env[node.args[i]] for i in parts.once_takes]
+                call = _call(new, parts.names[0], taken, parts.once, node, "_once")
                 held = [_item(new, call, i, node) for i in range(count)]
-            rest = _call(new, parts.names[1], [env[node.args[i]] for i in parts.rest_takes] + held, parts.rest, node, "")
+            taken = [env[node.args[i]] for i in parts.rest_takes]
+            rest = _call(new, parts.names[1], taken + held, parts.rest, node, "")
             env[node] = rest
             flowing.add(node)
             flowing.add(rest)
@@ -181,8 +183,9 @@ def stages(program: Program, flowing: Collection[str], count: int, given: Sequen
         fixed = [i for i, n in enumerate(outputs) if n not in stage] if end else []
         body, taken = _extract(graph, mine, [*sends, *(outputs[i] for i in results)])
         held = [n for n in taken if n.name not in flowing and n.op != "placeholder"]
-        needed = _needed([*held, *(outputs[i] for i in fixed)])
-        once, once_taken = _extract(graph, [n for n in graph.nodes if n in needed], [*held, *(outputs[i] for i in fixed)])
+        wanted = [*held, *(outputs[i] for i in fixed)]
+        needed = _needed(wanted)
+        once, once_taken = _extract(graph, [n for n in graph.nodes if n in needed], wanted)
         made.append(Stage(
             _program(program, once, once_taken, ()), _program(program, body, taken, held),
             tuple(b for b, s in stage_of_block.items() if s == index), {n.name: to for n, to in sends.items()},
@@ -246,7 +249,7 @@ def _work(graph: fx.Graph) -> int:
 def _flops(node: fx.Node) -> int:
     if node.op != "call_function" or not isinstance(node.meta["val"], torch.Tensor):
         return 0
-    args = fx.map_arg(tuple(node.args), lambda n: n.meta["val"].shape if isinstance(n.meta["val"], torch.Tensor) else None)
+    args = fx.map_arg(tuple(node.args), lambda n: getattr(n.meta["val"], "shape", None))
     return flops(node.target, args, node.meta["val"].shape)
 
 

@@ -41,6 +41,7 @@ class Crew:
         self.data_if_possible = self.running = False
         self.epoch = 0
         self.audience: tuple[int, ...] = ()
+        self._asked: tuple[torch.Tensor, dist.Work] | None = None
 
     @cached_property
     def groups(self) -> Groups:
@@ -59,7 +60,10 @@ class Crew:
         return Stream(column, self.stage, self.audience or column, self.control, self.timeout)
 
     def settle(self) -> None:
-        """Wait for all that was promised."""
+        """Wait for all that was promised and asked."""
+        if self._asked:
+            self._asked[1].wait()
+            self._asked = None
         if self.turns:
             self.turns.settle()
         for crew in (self, vars(self).get("part")):
@@ -107,6 +111,17 @@ class Crew:
         """All ranks as one group. They ask for it together the first time."""
         return make_group("xdit_compile.all", self.ranks, self.timeout)
 
+    def said_before(self, mine: bool) -> bool:
+        """Whether any rank said yes when this was asked the last time; waits for nobody that is a step behind. All
+        ranks ask as often."""
+        group = self.everyone
+        flag = torch.tensor([mine], dtype=torch.int32, device=_device_of(group))
+        before, self._asked = self._asked, (flag, dist.all_reduce(flag, dist.ReduceOp.MAX, group, async_op=True))
+        if before is None:
+            return False
+        before[1].wait()
+        return bool(before[0].item())
+
     def gather(self, mine: Any) -> list[Any]:
         """What every rank holds, in order: any object that can be pickled."""
         everyone: list[Any] = [mine]
@@ -141,3 +156,9 @@ class Crew:
         for name in ("part", "vae"):
             if known.get(name) is not None:
                 known[name].forget()
+
+
+def _device_of(group: dist.ProcessGroup) -> torch.device:
+    """Where tensors must be for a collective of ``group``."""
+    on_gpu = dist.get_backend(group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

@@ -61,7 +61,7 @@ class _Recorded(Promise):
     """An operator to be carried out, as a whole or for one patch."""
 
     def __init__(self, op: Any, args: Any, kwargs: Any, followed: Followed | None, results: int) -> None:
-        super().__init__(cuts=[followed and followed.cut] * results)
+        super().__init__(cuts=[followed.cut if followed else None] * results)
         self.op, self.args, self.kwargs, self.followed = op, args, kwargs, followed
         self._pieces: dict[int, Sequence[torch.Tensor]] = {}
 

@@ -57,6 +57,12 @@ def keep_only(model: nn.Module, names: Collection[str]) -> None:
                 tensor, nn.Parameter) else gone
 
 
+def absent_of(model: nn.Module, names: Collection[str]) -> list[str]:
+    """Which of these parameters and buffers have no values."""
+    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return [name for name, tensor in held if tensor.is_meta and name in names]
+
+
 class State:
     """Parameters and buffers of a model by name, looked up anew at each call: they and the modules that have them may
     have been replaced. No module is held, so that weights which are unloaded are freed."""

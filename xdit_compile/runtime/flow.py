@@ -116,7 +116,8 @@ class Flow:
         stream.advance()
         return stream.deferred(call, likes)
 
-    def _prepared(self, tensors: Sequence[torch.Tensor], units: Sequence[int]) -> tuple[list[torch.Tensor], list[Pieces]]:
+    def _prepared(self, tensors: Sequence[torch.Tensor],
+                  units: Sequence[int]) -> tuple[list[torch.Tensor], list[Pieces]]:
         """The arguments, whole but for samples whose patches follow from those of earlier results; and these."""
         made, before = list(tensors), dict[Pieces, None]()
         for i, t in enumerate(tensors):
@@ -192,8 +193,8 @@ class _Step:
 
     def _compare(self, header: torch.Tensor, source: int) -> None:
         if not torch.equal(header.cpu(), digest(self.facts, torch.device("cpu"))):
-            raise XditError(f"stage {source} computes another call than stage {self.stream.stage}, which was called with "
-                            f"{dict(self.facts)}; ranks must call the model alike")
+            raise XditError(f"stage {source} computes another call than stage {self.stream.stage}, which was called "
+                            f"with {dict(self.facts)}; ranks must call the model alike")
 
     def _run(self, op: Op) -> None:
         start = time.time()

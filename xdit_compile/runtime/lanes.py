@@ -1,8 +1,8 @@
 """What a denoising loop keeps from step to step, and when a new loop begins, which must use nothing of it.
 
 A lane is one condition's way through the steps: a pipeline that calls its model with the condition and without it has
-two. Calls belong to a lane if all their tensors but the sample and the times are equal. A lane begins anew when times go
-back or start again, when it missed a step, and with each call of a pipeline: values of another picture, prompt or
+two. Calls belong to a lane if all their tensors but the sample and the times are equal. A lane begins anew when times
+go back or start again, when it missed a step, and with each call of a pipeline: values of another picture, prompt or
 resolution are never read.
 """
 

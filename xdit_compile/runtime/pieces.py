@@ -62,8 +62,8 @@ class Followed:
 
 def follow(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], cuts: Mapping[int, Cut],
            result: torch.Tensor) -> Followed | None:
-    """How the results of ``op`` are cut if its tensors ``cuts`` (by ``id``) come in pieces; None if no piece of them can
-    be computed from the pieces.
+    """How the results of ``op`` are cut if its tensors ``cuts`` (by ``id``) come in pieces; None if no piece of them
+    can be computed from the pieces.
 
     Args:
         args, kwargs: tensors in them need shapes only.

@@ -158,8 +158,9 @@ class Stream:
                 shape[cut.dim] = cut.borders[unit + 1] - cut.borders[unit]
             elif unit not in (WHOLE, call.units[-1]):
                 shape[:] = [0]
-        call.tensors[unit] = [torch.empty(s, dtype=t.dtype, device=t.device) for s, t in zip(shapes, likes, strict=True)]
-        call.works[unit] = self._broadcast([t for t in call.tensors[unit] if t.numel()], owner)
+        made = [torch.empty(s, dtype=t.dtype, device=t.device) for s, t in zip(shapes, likes, strict=True)]
+        call.tensors[unit] = made
+        call.works[unit] = self._broadcast([t for t in made if t.numel()], owner)
 
     def advance(self) -> None:
         """Compute what was recorded of results that are here, so that it need not be remembered."""

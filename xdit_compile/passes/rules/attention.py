@@ -38,22 +38,7 @@ def attention(s, q, k, v, mask=None, dropout=0.0, is_causal=False, *, scale=None
     k, v = s.lay(k, -2, tokens), s.lay(v, -2, tokens)
     if q.dims[-2].axes & batch_axes:
         q = s.whole(q, -2)
-    heads = q.shape[-3] if q.ndim > 2 else 1
-    if tokens.sharded:
-        parts = max(len(seg.offsets) - 1 for seg in tokens.segments if seg.cut)
-        if PATCH in tokens.axes and SEQUENCE not in tokens.axes & q.dims[-2].axes:
-            # Of this step what has come already, of the step before what has not: all of it is here.
-            s.tally.attentions += 1
-            k, v = s.whole(k, -2), s.whole(v, -2)
-        elif heads < s.spec.ulysses_degree:
-            s.note("attention", f"{heads} heads are fewer than ulysses_degree={s.spec.ulysses_degree}: "
-                   "keys and values are gathered")
-            k, v = s.whole(k, -2), s.whole(v, -2)
-        elif not q.dims[-2].sharded:
-            if q.shape[-2] >= parts:
-                q = s.lay(q, -2, Dim.even(q.shape[-2], parts, *tokens.axes))
-            else:
-                k, v = s.whole(k, -2), s.whole(v, -2)
+    q, k, v = _within_reach(s, q, k, v)
     if is_causal and (q.dims[-2].sharded or k.dims[-2].sharded):
         mask, is_causal = _causal(s, q, k), False
     out = Layout((*q.dims[:-1], v.dims[-1]))
@@ -66,6 +51,29 @@ def attention(s, q, k, v, mask=None, dropout=0.0, is_causal=False, *, scale=None
     if q.dims[-2].sharded:
         s.note("attention", f"local: queries [{q.dims[-2]}] attend to whole keys [{k.dims[-2]}]")
     return s.emit(out, q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def _within_reach(s, q, k, v):
+    """Keys and values whole where attention over pieces of them cannot be distributed; queries cut if they are."""
+    tokens = k.dims[-2]
+    if not tokens.sharded:
+        return q, k, v
+    heads = q.shape[-3] if q.ndim > 2 else 1
+    parts = max(len(seg.offsets) - 1 for seg in tokens.segments if seg.cut)
+    if PATCH in tokens.axes and SEQUENCE not in tokens.axes & q.dims[-2].axes:
+        # Of this step what has come already, of the step before what has not: all of it is here.
+        s.tally.attentions += 1
+        k, v = s.whole(k, -2), s.whole(v, -2)
+    elif heads < s.spec.ulysses_degree:
+        s.note("attention", f"{heads} heads are fewer than ulysses_degree={s.spec.ulysses_degree}: "
+               "keys and values are gathered")
+        k, v = s.whole(k, -2), s.whole(v, -2)
+    elif not q.dims[-2].sharded:
+        if q.shape[-2] >= parts:
+            q = s.lay(q, -2, Dim.even(q.shape[-2], parts, *tokens.axes))
+        else:
+            k, v = s.whole(k, -2), s.whole(v, -2)
+    return q, k, v
 
 
 def _distributed(s, q, k, v, mask, scale, out):
