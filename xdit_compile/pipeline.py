@@ -17,9 +17,10 @@ from xdit_compile.errors import CaptureError, RankMismatch, SpecError, XditError
 from xdit_compile.facts import facts_of
 from xdit_compile.frontend.method import as_module
 from xdit_compile.report.parts import Part, PipelineReport, part_of
-from xdit_compile.runner import Runner
+from xdit_compile.runner import Ready, Runner
 from xdit_compile.runtime.crew import Crew
 from xdit_compile.runtime.deferred import concrete
+from xdit_compile.runtime.flow import Flow
 from xdit_compile.spec import ShardingSpec
 from xdit_compile.standin import Parallel, instance_of_subclass, parallel_model
 from xdit_compile.weights import Weights
@@ -159,12 +160,17 @@ def _parts(name: str, module: nn.Module, crew: Crew) -> Iterator[Part]:
     runners = module.runners if isinstance(module, Parallel) else {}
     for method, runner in runners.items():
         for ready in runner.programs.values():
-            how = (f"taken in turns by {crew.spec.cfg_degree} groups" if ready.turns else
-                   f"whole on every rank of {ready.crew.spec}" if not ready.compiled.seeds else
-                   f"shared out by {ready.crew.spec}")
-            yield part_of(name, model, f"{method}: {how}", ready.compiled)
+            yield part_of(name, model, f"{method}: {_how(ready, crew)}", ready.compiled)
     if not runners:
         yield Part(name, model, "on one rank" if isinstance(module, Parallel) else "whole on every rank, as it is")
+
+
+def _how(ready: Ready, crew: Crew) -> str:
+    if isinstance(ready.executor, Flow):
+        return f"an exact step of one of {ready.crew.spec.pipefusion_degree} stages of {crew.spec}"
+    if ready.turns:
+        return f"taken in turns by {crew.spec.cfg_degree} groups"
+    return f"shared out by {ready.crew.spec}" if ready.compiled.seeds else f"whole on every rank of {ready.crew.spec}"
 
 
 def _interrupted(self: Any) -> bool:

@@ -148,6 +148,9 @@ def _blame(v: Verification) -> str:
         return ("The captured program already differs from the model on one device: its forward depends on "
                 "something that is no input, such as a Python value that changes between calls, or draws "
                 "random numbers.")
+    if v.cause == "stages":
+        return ("No rank has all parameters any more, so that the first operator that differs cannot be named; verify "
+                "the model under ulysses=2, which names it.")
     if v.cause == "execution":
         return f"Run node by node every value is right: the difference is made by backend={v.spec.backend}."
     first = v.nodes[0]

@@ -8,6 +8,7 @@ everything recorded is computed, in its order. Every rank runs the same Python, 
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -103,10 +104,14 @@ class Tape:
 
     Args:
         fetch: gives all promised calls their values; every rank comes to it at the same place.
+
+    Attributes:
+        played_for: what last needed a number: the use, and the line of it.
     """
 
     def __init__(self, fetch: Callable[[], None]) -> None:
         self._fetch = fetch
+        self.played_for = ""
         self._recorded: list[weakref.ref[_Recorded]] = []
 
     def deferred(self, promise: Promise, likes: Sequence[torch.Tensor]) -> list[Deferred]:
@@ -193,6 +198,9 @@ class Deferred(torch.Tensor):
         if name == "__get__":  # of a property, which has the name
             name = getattr(func.__self__, "__name__", "")
         if name in IN_MEMORY:
+            for t in pytree.tree_leaves((args, kwargs)):
+                if isinstance(t, Deferred) and t.promise.values is None:
+                    t.tape.played_for = f"{name}{_line()}"
             args, kwargs = concrete((args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -204,8 +212,18 @@ class Deferred(torch.Tensor):
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Deferred) and t.promise.values is None]
         if len({t.tape for t in given}) == 1 and _recordable(func, kwargs, given[0].device):
             return given[0].tape.record(func, args, kwargs, given[0].device)
+        for t in given:
+            t.tape.played_for = f"{func}{_line()}"
         args, kwargs = concrete((args, kwargs))
         return func(*args, **kwargs)
+
+
+def _line() -> str:
+    """The line of the user's, or a library's, that uses a deferred tensor."""
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "xdit_compile"):
+        frame = frame.f_back
+    return f" at {frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
 
 
 def concrete(tree: Any) -> Any:

@@ -7,6 +7,7 @@ are promised patch by patch. In the next call the first stage computes patch p o
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -107,6 +108,8 @@ class Flow:
         """
         stream, units = self.stream, (WHOLE,) if exact else self.stage.patches
         tensors, before = self._prepared(tensors, units)
+        if WHOLE not in units and not before:
+            self._drains()
         call = stream.promise(likes, self.stage.cuts, units)
         if not (mine and stream.last):
             for unit in units:
@@ -123,13 +126,22 @@ class Flow:
         for i, t in enumerate(tensors):
             if not isinstance(t, Deferred):
                 continue
-            if t.promise.values is None and WHOLE not in units:
-                if t.tape is self.stream.tape and t.cut == self.stage.samples.get(i):
-                    before |= dict.fromkeys(_sources(t))
-                    continue
-                self.drained += 1
+            if t.promise.values is None and WHOLE not in units and t.tape is self.stream.tape and (
+                    t.cut == self.stage.samples.get(i)):
+                before |= dict.fromkeys(_sources(t))
+                continue
+            if t.promise.values is None:
+                t.tape.played_for = "the model, which takes its sample otherwise than its results come"
             made[i] = concrete(t)
         return made, list(before)
+
+    def _drains(self) -> None:
+        """Say once that steps wait for each other."""
+        self.drained += 1
+        if self.drained == 1 and self.stream.stage == 0:
+            why = self.stream.tape.played_for or "a callback, or the sample itself, which was not computed from them"
+            warnings.warn(f"all stages wait between steps, because all of the results were needed by {why}; values "
+                          "are the same, but patches of one step do not follow those of the step before", stacklevel=6)
 
 
 class _Step:

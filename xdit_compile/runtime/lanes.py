@@ -22,17 +22,20 @@ class Lane:
 
     Attributes:
         caches: memory that stages' programs keep values in.
-        steps: how many there were; ``first`` and ``last`` are their times, ``seen`` counts the loop's.
+        steps: how many there were; ``first`` (None: whatever comes goes on) and ``last`` are their times, ``seen``
+            counts the loop's.
     """
 
     caches: Sequence[torch.Tensor]
-    first: Times
+    first: Times | None
     last: Times
     seen: int
     steps: int = 0
 
     def goes_on(self, times: Times, seen: int) -> bool:
         """Whether a step at ``times`` follows the last one."""
+        if self.first is None:
+            return True
         if times == self.first or seen - self.seen > 1:
             return False
         moves = [(new - last) * (last - first)
@@ -68,6 +71,7 @@ class Lanes:
         lane.last, lane.seen, lane.steps = times, self._seen, lane.steps + 1
         return lane
 
-    def clear(self) -> None:
-        """Forget all."""
-        self._lanes.clear()
+    def hold(self) -> None:
+        """Let the next steps go on, whatever their times."""
+        for lane in self._lanes.values():
+            lane.first = None
