@@ -39,7 +39,7 @@ def displaced_errors(name: str, batch: int, odd: bool, specs: list[str], steps: 
         model = cases.made(entry.case)
         if exact is None:
             exact = loop(model, entry, inputs, steps)
-        parallel = xdit_compile.parallelize(copy.deepcopy(model), text, ranks=range(spec.world_size), timeout=60)
+        parallel = xdit_compile.parallelize(copy.deepcopy(model), text, ranks=range(spec.world_size), timeout=300)
         actual = concrete(loop(parallel, entry, inputs, steps))
         (ready,) = parallel.runners["forward"].programs.values()
         flow = ready.executor

@@ -83,6 +83,18 @@ class Flow:
         self.bars: list[Bar] = []
         self.history: list[tuple[tuple[int, ...], tuple[int, ...] | None]] = []
         self.drained = 0
+        if stage.once.spec is not None and stage.once.spec.backend != "eager":
+            self._rehearse()
+
+    def _rehearse(self) -> None:
+        """Run every program once on zeros: what is compiled at its first call is so by all stages at the same time, and
+        not by each while the next ones wait."""
+        for executor in (self._once, *self._units.values()):
+            inputs = zip(executor.program.main.graph.find_nodes(op="placeholder"), executor.program.inputs, strict=True)
+            made = {i.name: _zeros(n.meta["val"]) for n, i in inputs if i.kind not in ("parameter", "constant")}
+            last = max((int(n[4:]) for n in made if n.startswith("arg_")), default=-1)
+            arguments = [made.get(f"arg_{i}", torch.empty(0)) for i in range(last + 1)]
+            executor(arguments, made, [made[i.name] for i in executor.program.inputs if i.kind == "cache"])
 
     def begin(self) -> None:
         """A new denoising loop."""
@@ -92,8 +104,7 @@ class Flow:
         """Memory for what is kept from step to step."""
         program = self.stage.units[WHOLE]
         holders = program.main.graph.find_nodes(op="placeholder")
-        return [torch.zeros(n.meta["val"].shape, dtype=n.meta["val"].dtype, device=n.meta["val"].device)
-                for n, i in zip(holders, program.inputs, strict=True) if i.kind == "cache"]
+        return [_zeros(n.meta["val"]) for n, i in zip(holders, program.inputs, strict=True) if i.kind == "cache"]
 
     def __call__(self, tensors: Sequence[torch.Tensor], lane: Lane, exact: bool, facts: Mapping[str, str],
                  likes: Sequence[torch.Tensor], owner: int, mine: bool) -> list[Deferred]:
@@ -252,6 +263,11 @@ class _Step:
 
     def _bar(self, op: Op, start: float) -> None:
         self.flow.bars.append(Bar(self.stream.stage, op.kind, op.step, op.unit, start, time.time()))
+
+
+def _zeros(like: torch.Tensor) -> torch.Tensor:
+    """A tensor with memory, as the fake one has none."""
+    return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
 
 
 def _sources(tensor: Deferred) -> list[Pieces]:
