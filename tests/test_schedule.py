@@ -12,6 +12,7 @@ import xml.etree.ElementTree as ET
 from collections import defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -74,13 +75,23 @@ def play(s: Schedule) -> list[list[tuple[int, int]]]:
     left = [deque(ops) for ops in s.ops]
     order = [(step, unit) for step, units in enumerate(s.units) for unit in units]
 
+    def overlapping(unit: int, step: int) -> list[int]:
+        """The units of a step, of those there are, that are computed from ``unit`` of the one before, or the reverse."""
+        return [u for u in s.units[step] if u == unit or WHOLE in (u, unit)] if 0 <= step < len(s.units) else []
+
     def needed(stage: int, step: int, unit: int) -> list[Message]:
-        """What a run is computed from: of the step before, the same patch or whatever overlaps it; all if unchained."""
+        """What a run is computed from: in the first stage also results of the step before, of the same patch or whatever
+        overlaps it; all of them in every stage if unchained."""
         found = [(e, step, unit) for e in s.edges if e.target == stage and e.name != RESULT]
         for e in (e for e in s.edges if e.target == stage and e.name == RESULT and step):
-            found += [(e, step - 1, u) for u in s.units[step - 1]
-                      if u == unit or WHOLE in (u, unit) or not s.chained]
+            if stage == 0 or not s.chained:
+                found += [(e, step - 1, u) for u in (overlapping(unit, step - 1) if s.chained else s.units[step - 1])]
         return found
+
+    def early(stage: int, op: Op) -> bool:
+        """Whether a stage would wait for a result before it has run all that is computed from it elsewhere."""
+        return (s.chained and stage > 0 and op.edge.name == RESULT
+                and not {(op.step + 1, u) for u in overlapping(op.unit, op.step + 1)}.issubset(ran[stage]))
 
     def do(stage: int, op: Op) -> None:
         where, message = (op.step, op.unit), (op.edge, op.step, op.unit)
@@ -96,7 +107,7 @@ def play(s: Schedule) -> list[list[tuple[int, int]]]:
             sent.add(message)
             queues[op.edge].append(message)
         elif op.kind == "recv":
-            if op.edge.target != stage or queues[op.edge].popleft() != message:
+            if op.edge.target != stage or early(stage, op) or queues[op.edge].popleft() != message:
                 raise Wrong(op)
             held[stage].add(message)
             ever[stage].add(message)
@@ -225,14 +236,15 @@ def test_stages_that_wait_for_each_other_are_refused() -> None:
 
 
 @many
-@given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 4), st.integers(0, 5))
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 4), st.integers(0, 5), st.booleans())
 def test_sends_that_block_are_enough_for_one_unit_at_a_time_only(stages: int, patches: int, steps: int,
-                                                                 warmup: int) -> None:
-    s = schedule(stages, patches, steps, warmup, wires(stages, patches))
-    if stages == 1 or patches == 1 or warmup >= steps:
+                                                                 warmup: int, chained: bool) -> None:
+    s = schedule(stages, patches, steps, warmup, wires(stages, patches), chained=chained)
+    single = patches == 1 or warmup >= steps
+    if stages == 1 or (single and (stages == 2 or steps == 1 or not chained)):
         check(s, blocking=True)
     else:
-        # The last stage offers its first result while stages before it still offer it a later patch.
+        # The last stage offers a result while stages before it still offer it a later patch, or one of the next step.
         check(s)
         with pytest.raises(ScheduleError, match=r"wait for ever if sends block: stage 0 in .* in send result"):
             check(s, blocking=True)
@@ -285,6 +297,22 @@ def test_results_come_when_the_sample_is_computed_from_them() -> None:
     assert words((0, 1), (WHOLE,)) == [
         "recv step 4 patch 0", "recv step 4 patch 1", "run step 5 whole", "free step 4 patch 0", "free step 4 patch 1"]
     assert step_ops(1, 2, (0,), (0,), 5, edges) == (Op("run", 5, 0), Op("send", 5, 0, edges[0]))
+    # Stages between the first and the last do not wait for results before they have run.
+    edges = (Edge(0, 1, (8, 8), 16, "hidden"), Edge(2, 0, (8, 8), 16, RESULT), Edge(2, 1, (8, 8), 16, RESULT))
+
+    def later(before: tuple[int, ...] | None, units: tuple[int, ...]) -> list[str]:
+        return [str(op).replace("result 2->1 ", "") for op in step_ops(1, 3, before, units, 5, edges)
+                if op.edge != edges[0]]
+
+    assert later(None, (0, 1)) == ["run step 5 patch 0", "run step 5 patch 1"]
+    assert later((0, 1), (0, 1)) == [
+        "run step 5 patch 0", "recv step 4 patch 0", "free step 4 patch 0",
+        "run step 5 patch 1", "recv step 4 patch 1", "free step 4 patch 1"]
+    assert later((WHOLE,), (0, 1)) == [
+        "run step 5 patch 0", "run step 5 patch 1", "recv step 4 whole", "free step 4 whole"]
+    assert later((0, 1), (WHOLE,)) == [
+        "run step 5 whole", "recv step 4 patch 0", "recv step 4 patch 1", "free step 4 patch 0", "free step 4 patch 1"]
+    edges = edges[1:2]
     assert [op.kind for op in drain_ops(0, 2, (0, 1), 5, edges)] == ["recv", "free"] * 2
     assert drain_ops(1, 2, (0, 1), 5, edges) == ()
 
@@ -381,6 +409,19 @@ def test_transfers_slower_than_runs_are_waited_for() -> None:
 def test_transfers_hide_behind_runs() -> None:
     made = simulated(2, 4, 3, 0, hidden=C, result=C)
     assert made.seconds == (3 * 4 + 1) * C + C + C, "the first message, and the last"
+
+
+@many
+@given(st.integers(2, 5), st.integers(1, 6), st.integers(1, 4), st.integers(0, 2), st.sampled_from([0.0, C / 2, 3 * C]))
+def test_only_the_first_stage_waits_for_results_before_it_runs(stages: int, patches: int, steps: int, warmup: int,
+                                                               result: float) -> None:
+    made = simulated(stages, patches, steps, warmup, result=result)
+    runs = [{(b.step, b.unit): b for b in made.bars if (b.stage, b.kind) == (s, "run")} for s in range(stages)]
+    for before, here in pairwise(runs):
+        free = 0.0
+        for unit, bar in here.items():
+            assert bar.start == max(free, before[unit].end)
+            free = bar.end
 
 
 def test_a_slow_stage_sets_the_pace() -> None:
