@@ -76,12 +76,12 @@ def play(s: Schedule) -> list[list[tuple[int, int]]]:
     order = [(step, unit) for step, units in enumerate(s.units) for unit in units]
 
     def overlapping(unit: int, step: int) -> list[int]:
-        """The units of a step, of those there are, that are computed from ``unit`` of the one before, or the reverse."""
+        """The units of a step that ``unit`` of the one before or after has something in common with."""
         return [u for u in s.units[step] if u == unit or WHOLE in (u, unit)] if 0 <= step < len(s.units) else []
 
     def needed(stage: int, step: int, unit: int) -> list[Message]:
-        """What a run is computed from: in the first stage also results of the step before, of the same patch or whatever
-        overlaps it; all of them in every stage if unchained."""
+        """What a run is computed from: in the first stage also results of the step before, of the same patch or
+        whatever overlaps it; all of them in every stage if unchained."""
         found = [(e, step, unit) for e in s.edges if e.target == stage and e.name != RESULT]
         for e in (e for e in s.edges if e.target == stage and e.name == RESULT and step):
             if stage == 0 or not s.chained:
