@@ -48,8 +48,8 @@ def average(s, x, kernel, stride=(), padding=(0,), ceil_mode=False, count_paddin
 def _slid(s, x, reach, stride, padding):
     """For an operator whose output ``o`` reads inputs ``o * stride - padding`` and so on, ``reach`` of them: what this
     rank reads, how the outputs are laid out, the padding that is left to the operator, and what is to be done with its
-    result. Windows on aligned shares (patch embedding) need nothing from neighbours; else the missing rows are exchanged
-    and only the ends of the whole tensor are padded."""
+    result. Windows on aligned shares (patch embedding) need nothing from neighbours; else the missing rows are
+    exchanged and only the ends of the whole tensor are padded."""
     if x.ndim != len(reach) + 2:
         raise NoRule("a convolution without a batch dimension")
     space, source, left, relaid = [], x, list(padding), {}
@@ -92,8 +92,8 @@ def _slid(s, x, reach, stride, padding):
 
 
 def _padded_window(s, x, i, out, padding, reach):
-    """The rows of dimension ``i`` of ``x``, all of which are here, that this position's outputs read, padded at the ends
-    of the whole."""
+    """The rows of dimension ``i`` of ``x``, all of which are here, that this position's outputs read, padded at the
+    ends of the whole."""
     (low, high), = [(a - padding, b - 1 - padding + reach) for a, b in out.spans(s.position)]
     before, after = max(-low, 0), max(high - x.shape[i], 0)
     node = s.local(aten.slice.Tensor, x, i, low + before, high - after)

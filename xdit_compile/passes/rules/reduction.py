@@ -28,7 +28,8 @@ def _reduced(x, dims, keepdim):
 def sums(s, x, dims=None, keepdim=False, *, dtype=None):
     over = _dims(x, dims)
     axes = {a for i in over for a in x.dims[i].axes}
-    if len(axes) > 1 or PATCH in axes or any(x.dims[i].sharded and not all(seg.axis for seg in x.dims[i].segments) for i in over):
+    mixed = any(x.dims[i].sharded and not all(seg.axis for seg in x.dims[i].segments) for i in over)
+    if len(axes) > 1 or mixed or PATCH in axes:
         x, axes = s.whole(x, *over), set()
     out = Layout(_reduced(x, over, keepdim), next(iter(axes), None))
     if not axes or s.node.target is aten.sum.dim_IntList:
