@@ -14,12 +14,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from xdit_compile.layout import (
+    EVERY,
     MAX_SEGMENTS,
+    PATCH,
     SEQUENCE,
     Dim,
     Layout,
+    Position,
     Segment,
     concatenate,
+    even_offsets,
+    length,
     merge,
     reshape,
 )
@@ -318,3 +323,220 @@ def test_dimensions_are_values(data: st.DataObject, parts: int) -> None:
     assert dim == same and hash(dim) == hash(same)
     assert Layout((dim,)) == Layout((same,)) and hash(Layout((dim,))) == hash(Layout((same,)))
     assert dim.slice(0, dim.size) == dim.scale(1) == dim.repeat(1) == concatenate([dim]) == dim
+
+
+# Patches: what is not at hand at some time. The model of an index is (its patch, its rank), None for all of them.
+
+
+@st.composite
+def timely(draw: st.DrawFn, patches: int, parts: int, unit: int = 1) -> Segment:
+    """At all times or of one patch, on all ranks or cut."""
+    drawn = draw(segments(parts, unit))
+    return Segment(drawn.offsets, drawn.axis, draw(st.sampled_from([None, *range(patches)])))
+
+
+@st.composite
+def timely_dims(draw: st.DrawFn, patches: int, parts: int, unit: int = 1, least: int = 0) -> Dim:
+    """Anything, or patches one after the other, each shared out, with or without text of the first patch before it."""
+    if draw(st.booleans()):
+        found = Dim.of(draw(st.lists(timely(patches, parts, unit), min_size=1, max_size=4)))
+    else:
+        offsets = [unit * o for o in sorted(draw(st.lists(st.integers(0, 9), min_size=patches, max_size=patches)))]
+        found = Dim.patched([0, *offsets], parts, unit)
+        if draw(st.booleans()):
+            text = Segment(tuple(unit * o for o in even_offsets(draw(st.integers(1, 4)), parts)), SEQUENCE, 0)
+            found = concatenate([Dim.of([text]), found])
+    assume(found.size >= least)
+    return found
+
+
+counts, ranks = st.integers(1, 3), st.integers(1, 3)
+
+
+def times(patches: int, parts: int) -> list[dict[str, int]]:
+    return [{PATCH: patch, SEQUENCE: rank} for patch in (EVERY, *range(patches)) for rank in range(parts)]
+
+
+def belongs(dim: Dim) -> list[tuple[int | None, int | None]]:
+    """The patch and the rank of each index, by the segments alone."""
+    found = []
+    for s in dim.segments:
+        if s.axis is None:
+            found += [(s.patch, None)] * s.length
+        else:
+            found += [(s.patch, rank) for rank, (a, b) in enumerate(pairwise(s.offsets)) for _ in range(a, b)]
+    return found
+
+
+def at_hand(dim: Dim, position: Position) -> list[int]:
+    """The global indices at a position, by the model."""
+    return [i for i, (patch, rank) in enumerate(belongs(dim))
+            if (patch is None or position[PATCH] in (patch, EVERY)) and rank in (None, position[SEQUENCE])]
+
+
+def listed(spans: list[tuple[int, int]]) -> list[int]:
+    return [i for a, b in spans for i in range(a, b)]
+
+
+def local(x: torch.Tensor, at: list[Dim] | tuple[Dim, ...], position: Position) -> torch.Tensor:
+    """What is at a position of a tensor, by the model."""
+    assert tuple(x.shape) == tuple(d.size for d in at)
+    for i, dim in enumerate(at):
+        x = x.index_select(i, torch.tensor(at_hand(dim, position), dtype=torch.long))
+    return x
+
+
+@given(st.data(), counts, ranks)
+def test_each_patch_is_at_hand_at_its_time_and_all_at_once(data: st.DataObject, patches: int, parts: int) -> None:
+    drawn = data.draw(st.lists(timely(patches, parts), max_size=4))
+    dim = Dim.of(drawn)
+    assert belongs(dim) == [owner for s in drawn for owner in belongs(Dim((s,)))]
+    for position in times(patches, parts):
+        mine = at_hand(dim, position)
+        assert listed(dim.spans(position)) == mine
+        assert dim.local_size(position) == len(mine)
+        for sharded in (True, False):
+            assert listed(dim.spans(position, sharded)) == [
+                i for i in mine if (belongs(dim)[i][1] is not None) is sharded]
+            assert [mine[i] for i in listed(dim.local_spans(position, sharded))] == listed(dim.spans(position, sharded))
+    # Of patches each index is there once, and all of a rank's come at once in their order.
+    for rank in range(parts):
+        parted = [at_hand(dim, {PATCH: patch, SEQUENCE: rank}) for patch in range(patches)]
+        cut = [i for mine in parted for i in mine if belongs(dim)[i][0] is not None]
+        assert len(set(cut)) == len(cut)
+        assert listed(dim.spans({PATCH: EVERY, SEQUENCE: rank})) == sorted({i for mine in parted for i in mine})
+    everywhere = [i for p in times(patches, parts)[parts:] for i in listed(dim.spans(p)) if None not in belongs(dim)[i]]
+    assert sorted(everywhere) == [i for i, owner in enumerate(belongs(dim)) if None not in owner]
+    assert dim.sharded == any(owner != (None, None) for owner in belongs(dim))
+    assert dim.axes == ({PATCH} if any(p is not None for p, _ in belongs(dim)) else set()) | (
+        {SEQUENCE} if any(r is not None for _, r in belongs(dim)) else set())
+    assert all(s.length for s in dim.segments)
+    assert not any(not a.cut and not b.cut for a, b in pairwise(dim.segments))
+
+
+@given(st.data(), counts, ranks)
+def test_indices_keep_their_patch_and_rank(data: st.DataObject, patches: int, parts: int) -> None:
+    """In slices, repetitions, multiples and joined dimensions; what each position does with its own is the same."""
+    dim = data.draw(timely_dims(patches, parts))
+    start = data.draw(st.integers(0, dim.size))
+    stop, step = data.draw(st.integers(start, dim.size)), data.draw(st.integers(1, 4))
+    factor, others = data.draw(st.integers(1, 4)), data.draw(st.lists(timely_dims(patches, parts), max_size=2))
+    owner = belongs(dim)
+    assert belongs(dim.slice(start, stop, step)) == owner[start:stop:step]
+    assert belongs(dim.repeat(factor)) == owner * factor
+    assert belongs(dim.scale(factor)) == [o for o in owner for _ in range(factor)]
+    assert belongs(concatenate([dim, *others])) == [o for d in (dim, *others) for o in belongs(d)]
+    whole = torch.arange(dim.size)
+    parted = [torch.arange(d.size) + 100 * i for i, d in enumerate((dim, *others))]
+    for position in times(patches, parts):
+        mine, at = whole[listed(dim.spans(position))], slice(start, stop, step)
+        kept = [i for i in mine.tolist() if i in range(start, stop, step)]
+        assert whole[at][listed(dim.slice(start, stop, step).spans(position))].tolist() == kept
+        assert torch.equal(whole.repeat(factor)[listed(dim.repeat(factor).spans(position))], mine.repeat(factor))
+        assert torch.equal(whole.repeat_interleave(factor)[listed(dim.scale(factor).spans(position))],
+                           mine.repeat_interleave(factor))
+        assert torch.equal(torch.cat(parted)[listed(concatenate([dim, *others]).spans(position))],
+                           torch.cat([x[listed(d.spans(position))]
+                                      for x, d in zip(parted, (dim, *others), strict=True)]))
+    assert dim.slice(0, dim.size) == dim.scale(1) == dim.repeat(1) == concatenate([dim]) == dim
+
+
+@given(st.data(), counts, ranks)
+def test_views_are_views_of_what_is_at_hand(data: st.DataObject, patches: int, parts: int) -> None:
+    before = [Dim.replicated(n) for n in data.draw(st.lists(st.integers(1, 4), max_size=3))]
+    unit = data.draw(st.integers(1, 3))
+    before.insert(data.draw(st.integers(0, len(before))), data.draw(timely_dims(patches, parts, unit, least=2)))
+    sizes = [d.size for d in before]
+    shape = data.draw(factorisations(math.prod(sizes)))
+    after = reshape(before, shape)
+    whole = torch.arange(math.prod(sizes))
+    flat = reshape(before, [math.prod(sizes)])
+    assert flat is not None
+    back = reshape(flat, sizes)
+    assert back is not None, "what is merged splits again"
+    inner = data.draw(st.sampled_from([n for n in range(1, flat[0].size + 1) if flat[0].size % n == 0]))
+    split = flat[0].split(flat[0].size // inner, inner)
+    assert split is not None or inner > unit or any(o % inner for s in flat[0].segments for o in s.offsets)
+    for position in times(patches, parts):
+        mine = local(whole.view(sizes), before, position)
+        assert listed(flat[0].spans(position)) == mine.flatten().tolist()
+        assert torch.equal(local(whole.view(sizes), back, position).flatten(), mine.flatten())
+        for dims_, view in ((after, shape), (split, [flat[0].size // inner, inner])):
+            if dims_ is not None:
+                assert torch.equal(mine.reshape([d.local_size(position) for d in dims_]),
+                                   local(whole.view(view), dims_, position))
+
+
+@given(st.data(), counts, ranks)
+def test_gathered_is_what_the_ranks_of_one_time_share(data: st.DataObject, patches: int, parts: int) -> None:
+    dim = data.draw(timely_dims(patches, parts))
+    gathered = dim.gathered(SEQUENCE)
+    assert gathered.axes == dim.axes - {SEQUENCE} and gathered.gathered(SEQUENCE) == gathered
+    assert dim.gathered("other") == dim
+    for position in times(patches, parts):
+        shared = {i for rank in range(parts) for i in at_hand(dim, {**position, SEQUENCE: rank})}
+        assert listed(gathered.spans(position)) == sorted(shared)
+
+
+@given(st.data(), counts, ranks)
+def test_places_are_where_ranges_lie_in_a_piece(data: st.DataObject, patches: int, parts: int) -> None:
+    dim = data.draw(timely_dims(patches, parts))
+    ends = st.integers(0, dim.size)
+    ranges = [(min(p), max(p)) for p in data.draw(st.lists(st.tuples(ends, ends), max_size=4))]
+    for position in times(patches, parts):
+        mine = at_hand(dim, position)
+        places = dim.places(ranges, position)
+        assert [mine[i] for i in listed(places)] == [i for i in listed(ranges) if i in mine]
+        assert dim.places(dim.spans(position), position) == ([(0, len(mine))] if mine else [])
+        assert length(places) == len(listed(places)) and all(a < b for a, b in places)
+
+
+@given(st.data(), counts, ranks, st.integers(1, 3))
+def test_patched_shares_out_each_patch_by_units(data: st.DataObject, patches: int, parts: int, unit: int) -> None:
+    rows = data.draw(st.lists(st.integers(0, 6), min_size=patches, max_size=patches))
+    offsets = [0]
+    for n in rows:
+        offsets.append(offsets[-1] + n * unit)
+    dim = Dim.patched(offsets, parts, unit)
+    assert dim.size == offsets[-1]
+    expected = []
+    for patch, n in enumerate(rows):
+        shares = [len(x) for x in torch.arange(n).tensor_split(parts)]
+        expected += [(patch, rank if parts > 1 else None) for rank, share in enumerate(shares)
+                     for _ in range(share * unit)]
+    assert belongs(dim) == expected
+    gathered = dim.gathered(SEQUENCE)
+    if all(rows):
+        assert gathered.borders() == tuple(offsets)
+        assert dim.borders() == (None if parts > 1 else tuple(offsets))
+
+
+@given(st.data(), counts, ranks)
+def test_borders_are_those_of_patches_that_follow_each_other(data: st.DataObject, patches: int, parts: int) -> None:
+    dim = data.draw(st.one_of(timely_dims(patches, parts), timely_dims(patches, 1).map(lambda d: d.gathered(SEQUENCE))))
+    owner = [patch for patch, rank in belongs(dim) if rank is None and patch is not None]
+    found = dim.borders()
+    if len(owner) < dim.size or not owner or owner != sorted(owner) or set(owner) != set(range(max(owner) + 1)):
+        assert found is None
+    else:
+        assert found is not None and found == (*(owner.index(p) for p in range(max(owner) + 1)), dim.size)
+        for patch, (a, b) in enumerate(pairwise(found)):
+            assert dim.spans({PATCH: patch}) == [(a, b)]
+
+
+def test_printing_of_patches() -> None:
+    assert str(Dim.patched([0, 4, 8], 1)) == "4@0 + 4@1"
+    assert str(Dim.patched([0, 4, 9], 2)) == "4/2@0 + 5/(3,2)@1"
+    assert str(Dim.patched([0, 4, 12], 2, unit=2)) == "4/2@0 + 8/2@1"
+    assert str(concatenate([Dim.of([Segment((0, 3), None, 0)]), Dim.replicated(2), Dim.even(4, 2)])) == "3@0 + 2 + 4/2"
+    assert str(Layout((Dim.patched([0, 4, 8], 2), Dim.replicated(3)))) == "[4/2@0 + 4/2@1, 3]"
+
+
+def test_neighbours_of_one_patch_stay_apart_and_values_differ_by_it() -> None:
+    early, late = Segment((0, 3), None, 0), Segment((0, 3), None, 1)
+    assert Dim.of([early, early]).segments == (early, early)
+    assert Dim.of([early]) != Dim.of([late]) != Dim.replicated(3)
+    assert merge([Dim.of([early]), Dim.of([late])]) is None, "one dimension of a tensor is cut"
+    assert reshape([Dim.of([early, late])], [3, 2]) is None, "a border cuts through a row"
+    assert reshape([Dim.of([early, late])], [2, 3]) == (Dim.of([Segment((0, 1), None, 0), Segment((0, 1), None, 1)]),
+                                                        Dim.replicated(3))

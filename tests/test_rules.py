@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from xdit_compile.layout import SEQUENCE, Dim, Layout, Segment
-from xdit_compile.mesh import axis_sizes, position_of
+from xdit_compile.layout import BATCH, EVERY, PATCH, SEQUENCE, Dim, Layout, Segment, even_offsets
+from xdit_compile.mesh import STAGE, axis_sizes, position_of
 from xdit_compile.passes.check import check
 from xdit_compile.passes.emit import Emitter
 from xdit_compile.passes.lower import lower_attention
@@ -113,10 +113,11 @@ def program_of(op: Any, args: tuple[Any, ...]) -> tuple[Program, list[torch.Tens
     return Program(fx.GraphModule({}, graph), (), {}, outputs), tensors
 
 
-def local_program(program: Program, layouts: list[Layout], rank: int) -> tuple[Program, list[Layout]]:
+def local_program(program: Program, layouts: list[Layout], rank: int,
+                  patch: int = EVERY) -> tuple[Program, list[Layout]]:
     """What ``rank`` runs for arguments laid out like this, and how its results are laid out."""
     assert program.spec is not None
-    position, sizes = position_of(rank, program.spec), axis_sizes(program.spec)
+    position, sizes = {**position_of(rank, program.spec), PATCH: patch}, axis_sizes(program.spec)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     emitter = Emitter(mode, position, sizes)
     sharder = Sharder(Walk(program, {}, position, sizes, mode), emitter, "main")
@@ -191,3 +192,191 @@ def test_a_convolution_of_one_tap_follows_any_layout() -> None:
     program, _ = program_of(torch.ops.aten.conv2d.default, call)
     made, _ = local_program(replace(program, spec=spec), layouts, 0)
     assert not any("c10d" in str(n.target) for n in made.main.graph.nodes)
+
+
+# Patches: rules on what is there at one time and what is kept of the time before.
+
+
+def patched_dim(rng: random.Random, size: int, patches: int, parts: int) -> Dim:
+    """Patches one after the other, of random or even lengths, each shared out to ranks; or columns of a grid, or after
+    text, which is of the first patch or there at all times; or anything."""
+    def shared(length: int, patch: int | None) -> Segment:
+        cuts = sorted(rng.randint(0, length) for _ in range(parts - 1))
+        offsets = even_offsets(length, parts) if rng.random() < 0.6 else (0, *cuts, length)
+        return Segment(offsets, SEQUENCE if parts > 1 else None, patch)
+
+    kind = rng.choice(["even", "even", "cut", "text", "text", "grid", "any"])
+    rows = [n for n in (2, 3) if size % n == 0 and size // n >= patches]
+    if kind == "grid" and rows:
+        n = rng.choice(rows)
+        return Dim.patched(even_offsets(size // n, patches), parts).repeat(n)
+    if kind == "any":
+        borders = sorted({0, size, *(rng.randint(0, size) for _ in range(4))})
+        return Dim.of(s if rng.random() < 0.7 else Segment((0, s.length), None, s.patch)
+                      for a, b in pairwise(borders)
+                      for s in [shared(b - a, rng.choice([None, *range(patches)]))])
+    text = rng.randint(1, size - 1) if kind == "text" else 0
+    cuts = sorted(rng.randint(0, size - text) for _ in range(patches - 1))
+    offsets = even_offsets(size - text, patches) if kind == "even" else (0, *cuts, size - text)
+    before = shared(text, 0) if rng.random() < 0.8 else Segment((0, text))
+    return Dim.of([before, *(shared(b - a, i) for i, (a, b) in enumerate(pairwise(offsets)))])
+
+
+def patched_layouts(rng: random.Random, tensors: list[torch.Tensor], spec: ShardingSpec) -> list[Layout]:
+    """Some dimension of most of them is cut, of those of the same shape often alike; at least one is. Where there are
+    ranks that share the batch, the first dimension is cut by them instead or too."""
+    patches, parts = spec.patches, spec.sequence_degree
+    layouts: list[Layout] = []
+    known: dict[tuple[int, ...], Layout] = {}
+    while not any(PATCH in d.axes for lay in layouts for d in lay.dims):
+        layouts = []
+        for shape in (tuple(t.shape) for t in tensors):
+            layout, wide = Layout.replicated(shape), [i for i, n in enumerate(shape) if n > 1]
+            if shape in known and rng.random() < 0.5:
+                layout = known[shape]
+            elif wide and rng.random() < 0.8:
+                i = rng.choice(wide)
+                layout = layout.replace(i, patched_dim(rng, shape[i], patches, parts))
+            elif parts > 1 and rng.random() < 0.3:
+                layout = random_layout(rng, shape, parts)
+            if 0 in wide and spec.batch_degree > 1 and not layout.dims[0].sharded and rng.random() < 0.7:
+                layout = layout.replace(0, Dim.even(shape[0], spec.batch_degree, BATCH))
+            known[shape] = layout
+            layouts.append(layout)
+    return layouts
+
+
+def other_values(rng: random.Random, x: torch.Tensor) -> torch.Tensor:
+    """Other values of the same kind."""
+    order = list(range(x.numel()))
+    rng.shuffle(order)
+    return x.flatten()[torch.tensor(order, dtype=torch.long)].reshape(x.shape)
+
+
+def mixed(now: torch.Tensor, before: torch.Tensor, layout: Layout, patch: int) -> torch.Tensor:
+    """What there is of a tensor after ``patch``: later patches are those of the time before."""
+    for i, dim in enumerate(layout.dims):
+        patches = [s.patch for s in dim.segments for _ in range(s.length)]
+        late = [j for j, p in enumerate(patches) if p is not None and p > patch]
+        now = now.index_copy(i, torch.tensor(late, dtype=torch.long), before.index_select(
+            i, torch.tensor(late, dtype=torch.long)))
+    return now
+
+
+class Times:
+    """The programs of all ranks at all times for one call, and what they keep."""
+
+    def __init__(self, op: Any, args: tuple[Any, ...], layouts: list[Layout], spec: ShardingSpec) -> None:
+        program, self.tensors = program_of(op, args)
+        program = replace(program, spec=spec)
+        self.whole, self.layouts, self.times = program.main, layouts, [EVERY, *range(spec.patches)]
+        # Of any one stage.
+        ranks = [rank for rank in range(spec.world_size) if position_of(rank, spec)[STAGE] == 1]
+        self.positions = [position_of(rank, spec) for rank in ranks]
+        self.programs: dict[int, list[fx.GraphModule]] = {}
+        results: list[Layout] = []
+        shapes: list[list[tuple[Any, ...]]] = []
+        for time in self.times:
+            made = [local_program(program, layouts, rank, time) for rank in ranks]
+            self.programs[time] = [p.main for p, _ in made]
+            results = results or made[0][1]
+            assert all(found == results for _, found in made), "all are laid out alike at all times"
+            kept = [[(tuple(n.meta["val"].shape), n.meta["val"].dtype)
+                     for n in list(p.main.graph.find_nodes(op="placeholder"))[len(self.tensors):]] for p, _ in made]
+            shapes = shapes or kept
+            assert kept == shapes, "the same is kept at all times"
+        assert all(lay.partial != PATCH for lay in results), "values are kept, not summands"
+        self.results = results
+        self.caches = [[torch.full(shape, 7).to(dtype) for shape, dtype in rank] for rank in shapes]
+
+    def run(self, time: int, tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+        """The results of all ranks."""
+        given = [[*(piece(t, lay, {**at, PATCH: time}) for t, lay in zip(tensors, self.layouts, strict=True)), *kept]
+                 for at, kept in zip(self.positions, self.caches, strict=True)]
+        return [list(r) for r in lockstep.run(self.programs[time], given)]
+
+    def assert_run(self, time: int, tensors: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
+        """That this time's results of pieces of ``tensors`` are the pieces of what there is on the whole."""
+        held = self.run(time, tensors)
+        for i, (layout, expected) in enumerate(zip(self.results, self.whole(*wanted), strict=True)):
+            for rank, at in enumerate(self.positions):
+                axis = layout.partial
+                # Summands are those of ranks that differ in this axis alone.
+                parts = [r[i] for r, other in zip(held, self.positions, strict=True) if axis and all(
+                    other[a] == at[a] for a in (BATCH, SEQUENCE) if a != axis)] or [held[rank][i]]
+                got = sum(parts[1:], parts[0])
+                torch.testing.assert_close(got, piece(expected, layout, {**at, PATCH: time}), rtol=1e-6, atol=1e-6,
+                                           equal_nan=True)
+
+
+def assert_timely(op: Any, args: tuple[Any, ...], layouts: list[Layout], spec: ShardingSpec,
+                  rng: random.Random, changing: bool = True) -> None:
+    """Patches are exact where nothing changed; where it did, each is computed from what has come already of the new,
+    and else of the old, so that the last one is exact again."""
+    made = Times(op, args, layouts, spec)
+    now, before = made.tensors, [other_values(rng, t) for t in made.tensors]
+    for time in made.times:
+        made.assert_run(time, now, now)
+    if not changing:
+        return
+    made.assert_run(EVERY, before, before)
+    for time in made.times[1:]:
+        made.assert_run(time, now, [mixed(a, b, lay, time) for a, b, lay in zip(now, before, layouts, strict=True)])
+
+
+TIMES = [ShardingSpec(pipefusion_degree=2, num_patches=m, ulysses_degree=u)
+         for m, u in ((2, 1), (3, 1), (3, 1), (2, 2), (2, 2), (3, 2))]
+TIMES += [replace(spec, cfg_degree=2) for spec in (TIMES[0], TIMES[3])]
+
+
+@pytest.mark.parametrize("op", list(RULES), ids=str)
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(seed=st.integers(0, 2**31), spec=st.sampled_from(TIMES))
+def test_rule_on_patches_equals_operator_on_what_has_come(op: Any, seed: int, spec: ShardingSpec) -> None:
+    rng = random.Random(seed)
+    args = RULES[op].example(Drawn(rng))
+    tensors, _ = flatten(args)
+    layouts = patched_layouts(rng, tensors, spec)
+    # Keys and values that are cut otherwise are kept twice.
+    once = op is not torch.ops.aten.scaled_dot_product_attention.default or layouts[1] == layouts[2]
+    assert_timely(op, args, layouts, spec, rng, once)
+
+
+@pytest.mark.parametrize(("ranks", "text"), [(1, 0), (2, 0), (2, 4)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_patches_over_kept_keys_and_values(ranks: int, text: int, masked: bool) -> None:
+    """As in a model: text of the first patch, then tokens of all."""
+    rng = random.Random(ranks)
+    spec = ShardingSpec(pipefusion_degree=2, num_patches=3, ulysses_degree=ranks)
+    image = Dim.patched([0, 4, 6, 10], ranks)
+    tokens = Dim.of([*([Segment(even_offsets(text, ranks), SEQUENCE, 0)] if text else []), *image.segments])
+    draw, n = Drawn(rng), text + 10
+    args = draw.tensor(2, 4, n, 8), draw.tensor(2, 4, n, 8), draw.tensor(2, 4, n, 8), (
+        draw.tensor(2, 1, n, n) if masked else None), 0.0, False
+    layouts = [Layout.replicated(t.shape).replace(2, tokens) for t in args[:3]]
+    layouts += [Layout.replicated((2, 1, n, n))] * masked
+    op = torch.ops.aten.scaled_dot_product_attention.default
+    assert_timely(op, args, layouts, spec, rng)
+    made = Times(op, args, layouts, spec)
+    assert [c.shape for c in made.caches[0]] == [(2, 4 // ranks, n, 8)] * 2, "each rank keeps its heads of all tokens"
+
+
+def test_nothing_is_exchanged_of_what_is_of_another_patch() -> None:
+    spec = ShardingSpec(pipefusion_degree=2, num_patches=2, ulysses_degree=2)
+    args = torch.randn(2, 4, 5, dtype=torch.float64), 1
+    for text in (Dim.of([Segment((0, 2, 4), SEQUENCE, 0)]), Dim.of([Segment((0, 1, 2), SEQUENCE, 0)]).repeat(2)):
+        layouts = [Layout.replicated((2, 4, 5)).replace(1, text)]
+        assert_timely(torch.ops.aten.cumsum.default, args, layouts, spec, random.Random(0))
+        programs = Times(torch.ops.aten.cumsum.default, args, layouts, spec).programs
+        exchanges = {time: sum("c10d" in str(n.target) for n in p[0].graph.nodes) for time, p in programs.items()}
+        assert exchanges[0] == exchanges[EVERY] > 0 and exchanges[1] == 0
+
+
+def test_a_batch_and_columns_cut_alike_make_no_product_that_is_cut_twice() -> None:
+    a, b = torch.randn(2, 5, 6, 4, dtype=torch.float64), torch.randn(2, 5, 4, 4, dtype=torch.float64)
+    spec, aten = ShardingSpec(ulysses_degree=2), torch.ops.aten
+    whole = Layout.replicated(b.shape)
+    for first in (Layout.replicated(a.shape).replace(i, Dim.even(a.shape[i], 2)) for i in range(4)):
+        for second in (whole.replace(i, Dim.even(b.shape[i], 2)) for i in range(4)):
+            assert_exact(aten.matmul.default, (a, b), [first, second], spec)
+        assert_exact(aten.matmul.default, (a, b[0, 0]), [first, Layout((Dim.replicated(4), Dim.even(4, 2)))], spec)

@@ -12,6 +12,7 @@ import xml.etree.ElementTree as ET
 from collections import defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -75,12 +76,12 @@ def play(s: Schedule) -> list[list[tuple[int, int]]]:
     order = [(step, unit) for step, units in enumerate(s.units) for unit in units]
 
     def overlapping(unit: int, step: int) -> list[int]:
-        """The units of a step, of those there are, that are computed from ``unit`` of the one before, or the reverse."""
+        """The units of a step that ``unit`` of the one before or after has something in common with."""
         return [u for u in s.units[step] if u == unit or WHOLE in (u, unit)] if 0 <= step < len(s.units) else []
 
     def needed(stage: int, step: int, unit: int) -> list[Message]:
-        """What a run is computed from: in the first stage also results of the step before, of the same patch or whatever
-        overlaps it; all of them in every stage if unchained."""
+        """What a run is computed from: in the first stage also results of the step before, of the same patch or
+        whatever overlaps it; all of them in every stage if unchained."""
         found = [(e, step, unit) for e in s.edges if e.target == stage and e.name != RESULT]
         for e in (e for e in s.edges if e.target == stage and e.name == RESULT and step):
             if stage == 0 or not s.chained:
@@ -408,6 +409,19 @@ def test_transfers_slower_than_runs_are_waited_for() -> None:
 def test_transfers_hide_behind_runs() -> None:
     made = simulated(2, 4, 3, 0, hidden=C, result=C)
     assert made.seconds == (3 * 4 + 1) * C + C + C, "the first message, and the last"
+
+
+@many
+@given(st.integers(2, 5), st.integers(1, 6), st.integers(1, 4), st.integers(0, 2), st.sampled_from([0.0, C / 2, 3 * C]))
+def test_only_the_first_stage_waits_for_results_before_it_runs(stages: int, patches: int, steps: int, warmup: int,
+                                                               result: float) -> None:
+    made = simulated(stages, patches, steps, warmup, result=result)
+    runs = [{(b.step, b.unit): b for b in made.bars if (b.stage, b.kind) == (s, "run")} for s in range(stages)]
+    for before, here in pairwise(runs):
+        free = 0.0
+        for unit, bar in here.items():
+            assert bar.start == max(free, before[unit].end)
+            free = bar.end
 
 
 def test_a_slow_stage_sets_the_pace() -> None:

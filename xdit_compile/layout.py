@@ -122,7 +122,7 @@ class Dim:
 
     @staticmethod
     def patched(offsets: Sequence[int], parts: int, unit: int = 1) -> Dim:
-        """One segment for each patch, of borders ``offsets``, each shared out to ``parts`` ranks by the ``unit``."""
+        """A segment for each patch, of borders ``offsets``, shared out to ``parts`` ranks in multiples of ``unit``."""
         axis = SEQUENCE if parts > 1 else None
         return Dim.of(Segment(tuple(o * unit for o in even_offsets((b - a) // unit, parts)), axis, i)
                       for i, (a, b) in enumerate(pairwise(offsets)))
@@ -167,8 +167,8 @@ class Dim:
         return joined((p.at, p.at + p.stop - p.start) for p in self.pieces(position) if p.sharded is sharded)
 
     def borders(self) -> tuple[int, ...] | None:
-        """Where its patches begin and end, if they follow each other; None if they do not, or there are none."""
-        if any(s.patch is None or s.axis for s in self.segments):
+        """Where its patches begin and end, if they follow each other and ranks hold all of them; else None."""
+        if not self.segments or any(s.patch is None or s.axis for s in self.segments):
             return None
         patches = [s.patch or 0 for s in self.segments]
         borders = dict(zip(patches, accumulate(s.length for s in self.segments), strict=True))

@@ -155,13 +155,15 @@ class Emitter:
         assert v.node is not None
         old, shape = v.dims[dim], list(v.node.meta["val"].shape)
         (axis,) = old.axes - {PATCH}
+        owned = [old.spans(p, sharded=True) for p in self.along(axis)]
+        if not any(owned):
+            return v.node  # what they share is of another patch
         if (rows := len(old.segments)) > 1 and len(set(old.segments)) == 1:
             # Rows of a grid, cut alike: their columns are gathered as a dimension of their own.
             grid = self.call(aten.reshape.default, v.node, [*shape[:dim], rows, -1, *shape[dim + 1 :]])
             split = (Dim.replicated(rows), Dim.of(old.segments[:1]))
             full = self.gather(Value(grid, Layout((*v.dims[:dim], *split, *v.dims[dim + 1 :])), v.dtype), dim + 1)
             return self.call(aten.reshape.default, full, [*shape[:dim], old.size, *shape[dim + 1 :]])
-        owned = [old.spans(p, sharded=True) for p in self.along(axis)]
         most = max(map(length, owned))
         x = self.take(v.node, dim, old.local_spans(self.position, sharded=True))
         x = self.call(aten.transpose.int, x, 0, dim) if dim else x

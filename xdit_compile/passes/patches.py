@@ -78,7 +78,8 @@ def patch_seeds(program: Program, sizes: Mapping[str, int], batch: Seeds) -> See
     alone = best
     for node in candidates(program):
         shape = tuple(node.meta["val"].shape)
-        for dim in range(1, len(shape)) if node.name not in best.cut and node.name not in best.seeds else ():
+        taken = node.name in best.cut or node.name in best.seeds
+        for dim in () if taken else [i for i in range(1, len(shape)) if shape[i] > 1]:
             text = Segment(even_offsets(shape[dim], ranks), SEQUENCE if ranks > 1 else None, 0)
             new = measure(best.seeds | {node.name: Layout.replicated(shape).replace(dim, Dim.of([text]))})
             best = min(best, new, key=lambda t: t.cost)

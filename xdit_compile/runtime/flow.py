@@ -223,6 +223,9 @@ class _Step:
         start = time.time()
         arguments = [self._argument(i, t, op.unit) for i, t in enumerate(self.tensors)]
         self.made = self.flow._units[op.unit](arguments, self.values, self.lane.caches)
+        # What is sent leaves later, when the next patch may have written into the memory that is kept.
+        kept = {c.untyped_storage().data_ptr() for c in self.lane.caches}
+        self.made = [t.clone() if t.untyped_storage().data_ptr() in kept else t for t in self.made]
         if self.stream.last:
             mine = dict(zip(self.stage.results, self.made[len(self.stage.returns):], strict=True))
             mine |= dict(zip(self.stage.fixed, self.once[len(self.stage.held):], strict=True))

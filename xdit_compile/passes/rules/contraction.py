@@ -66,9 +66,10 @@ def matmul(s, a, b):
         if -i <= a.ndim and -i <= b.ndim and a.shape[i] == b.shape[i]:
             dim = a.dims[i] if a.dims[i].sharded else b.dims[i]
             a, b = s.lay(a, i, dim), s.lay(b, i, dim)
-    if a.dims[-2].axes & {x for d in b.dims for x in d.axes}:
-        # Both free dimensions are sharded alike (scores of tokens by tokens): the second one is needed whole.
-        b = s.whole(b, -1)
+    taken = {axis for x in (a, b) for d in x.dims[:-2] for axis in d.axes}
+    a = s.whole(a, -2) if a.dims[-2].axes & taken else a
+    # Both free dimensions are sharded alike (scores of tokens by tokens): the second one is needed whole.
+    b = s.whole(b, -1) if b.dims[-1].axes & (taken | a.dims[-2].axes) else b
     longer = a if a.ndim >= b.ndim else b
     outer = [next((x.dims[i] for x in (a, b) if -i <= x.ndim and x.shape[i] != 1), longer.dims[i])
              for i in range(-batch - 2, -2)]
