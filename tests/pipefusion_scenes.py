@@ -193,6 +193,16 @@ def two_kinds(name: str, layers: int, second: dict[str, Any] | None) -> list[flo
             for given in (inputs, other_kind, inputs)]
 
 
+def placed(name: str) -> list[Any]:
+    """Where a parallel model says that it is, and of what dtype, before a call and after it."""
+    _, model, parallel, inputs = setup(name)
+    seen = []
+    for _ in range(2):
+        seen.append((str(parallel.device), parallel.dtype == model.dtype))
+        concrete(output(parallel, inputs))
+    return seen
+
+
 def shared_between() -> list[float]:
     """Both of a pipeline's denoisers, the second from the middle on, as Wan 2.2 has them; in one crew."""
     entry, model, parallel, inputs = setup("wan")
@@ -267,8 +277,8 @@ def refused(spec: str, world: int, tokens: int = 7, writing: bool = False) -> di
     return {"raised": raised, "text": text, "next": tiny_error(good, calls.inputs())}
 
 
-def tiny_error(parallel: Any, call: dict[str, Any]) -> float:
-    return difference(concrete(parallel(**call).sample), calls.made()(**call).sample)
+def tiny_error(parallel: Any, call: dict[str, Any], **made: Any) -> float:
+    return difference(concrete(parallel(**call).sample), calls.made(**made)(**call).sample)
 
 
 def refused_call(patches: int, tokens: Sequence[int]) -> list[Any]:
@@ -324,5 +334,5 @@ def mishap(how: str, rank: int, spec: str, folder: str = "", timeout: float = 12
         Path(folder, str(mine)).write_text(f"{raised}|{seen['took']:.2f}|{text}")
     else:
         seen["again"] = calls.outcome(lambda: tiny_loop(parallel, 2))
-        seen["next"] = tiny_error(parallel_of(calls.made(), spec), calls.inputs(tokens=12))
+        seen["next"] = tiny_error(parallel_of(calls.made(layers=4), spec), calls.inputs(tokens=12), layers=4)
     return seen

