@@ -139,9 +139,14 @@ def test_two_denoisers(pool: Pool) -> None:
 # Pipelines
 
 
-@pytest.mark.parametrize("name", ["sd3", pytest.param("dit", marks=ELSEWHERE), "wan", *(pytest.param(n, marks=pytest.mark.whole) for n in (
-    "flux", "flux_true", "pixart_sigma", "qwen_image", "ltx", "wan_two")),
-    pytest.param("sd3_skip", marks=[pytest.mark.whole, FORGOTTEN])])
+PIPELINES = [
+    "sd3", pytest.param("dit", marks=ELSEWHERE), "wan", pytest.param("sd3_skip", marks=[pytest.mark.whole, FORGOTTEN]),
+    *(pytest.param(name, marks=pytest.mark.whole)
+      for name in ("flux", "flux_true", "pixart_sigma", "qwen_image", "ltx", "wan_two")),
+]
+
+
+@pytest.mark.parametrize("name", PIPELINES)
 def test_pipelines_again(pool: Pool, name: str, folders: str) -> None:  # noqa: F811
     pipelines.folder(name, Path(folders))
     for seen in act(pool, 2, scenes.pipelines_again, name, folders):
