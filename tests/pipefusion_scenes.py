@@ -237,8 +237,9 @@ def pipelines_again(name: str, root: str, spec: str = "pipefusion=2,patches=2") 
         return given
 
     again = {"class_labels": [3]} if "class_labels" in case.call() else dict(case.prompt)
-    watched = {} if "class_labels" in case.call() else {"callback_on_step_end": look}
     pipe = fresh()
+    takes = inspect.signature(type(pipe).__call__).parameters
+    watched = {"callback_on_step_end": look} if "callback_on_step_end" in takes else {}
     first = pipelines.run(pipe, case, **watched)
     second = pipelines.run(pipe, case, **again)
     flows = [r.executor for c in case.denoisers for r in getattr(pipe, c).runners["forward"].programs.values()]

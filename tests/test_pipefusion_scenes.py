@@ -141,8 +141,10 @@ def test_two_denoisers(pool: Pool) -> None:
 
 PIPELINES = [
     "sd3", pytest.param("dit", marks=ELSEWHERE), "wan", pytest.param("sd3_skip", marks=[pytest.mark.whole, FORGOTTEN]),
+    pytest.param("qwen_image", marks=[pytest.mark.whole, pytest.mark.xfail(
+        strict=True, reason="prompts of two lengths: a stage finds what the second call needs on the meta device")]),
     *(pytest.param(name, marks=pytest.mark.whole)
-      for name in ("flux", "flux_true", "pixart_sigma", "qwen_image", "ltx", "wan_two")),
+      for name in ("flux", "flux_true", "pixart_sigma", "ltx", "wan_two")),
 ]
 
 
