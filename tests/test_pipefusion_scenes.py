@@ -142,7 +142,7 @@ def test_two_denoisers(pool: Pool) -> None:
 PIPELINES = [
     "sd3", pytest.param("dit", marks=ELSEWHERE), "wan", pytest.param("sd3_skip", marks=[pytest.mark.whole, FORGOTTEN]),
     pytest.param("qwen_image", marks=[pytest.mark.whole, pytest.mark.xfail(
-        strict=True, reason="prompts of two lengths: a stage finds what the second call needs on the meta device")]),
+        strict=True, reason="a text of another length moves borders of stages to parameters that were given up")]),
     *(pytest.param(name, marks=pytest.mark.whole)
       for name in ("flux", "flux_true", "pixart_sigma", "ltx", "wan_two")),
 ]
