@@ -132,49 +132,64 @@ def result(model: nn.Module, inputs: Inputs) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-@torch.no_grad()
-def denoise(model: nn.Module, inputs: Inputs, layout: Layout, times: Sequence[Tensor], step_fn: Step, *,
-            offsets: Sequence[int], dim: int | None = None, warmup: int = 1) -> tuple[Tensor, list[Tensor]]:
-    """The sample after a step for each of ``times`` (the argument ``timestep``), and the output of every step.
+class Emulation:
+    """A model called step by step as the method computes it, with what it keeps of one condition's steps.
 
     ``offsets`` are the borders of the patches along ``dim`` of the sample, from 0 to its length.
     """
-    dim = layout.dim if dim is None else dim
-    sample: Tensor = inputs[layout.sample]
-    length, unit = sample.shape[dim], layout.patch[dim]
-    assert offsets[0] == 0 and offsets[-1] == length and list(offsets) == sorted(set(offsets))
-    assert unit and not any(o % unit for o in offsets)
-    assert warmup > 0, "something has to be kept first"
 
-    shape = [-1 if d == dim else 1 for d in range(sample.ndim)]
-    labels = torch.bucketize(torch.arange(length), torch.tensor(offsets[1:-1], dtype=torch.int64), right=True)
-    labels = labels.view(shape).expand_as(sample)
-    tokens = layout.tokens(labels)
-    texts = inputs[layout.text].shape[1] if layout.text else 0
-    assert texts != len(tokens), "a call would not show whether it is of text"
+    def __init__(self, model: nn.Module, layout: Layout, *, offsets: Sequence[int], dim: int | None = None,
+                 warmup: int = 1) -> None:
+        self.model, self.layout, self.offsets, self.warmup = model, layout, list(offsets), warmup
+        self.dim = layout.dim if dim is None else dim
+        unit = layout.patch[self.dim]
+        assert self.offsets[0] == 0 and self.offsets == sorted(set(self.offsets))
+        assert unit and not any(o % unit for o in self.offsets)
+        assert warmup > 0, "something has to be kept first"
+        self.kept: list[Tensor] = []
+        self.steps = 0
 
-    kept: list[Tensor] = []
-    outputs = []
-    for i, time in enumerate(times):
-        given = inputs | {"timestep": time}
-        if i < warmup:
+    @torch.no_grad()
+    def __call__(self, **inputs: Any) -> Tensor:
+        """The output of the next step."""
+        layout, dim = self.layout, self.dim
+        sample: Tensor = inputs[layout.sample]
+        length = sample.shape[dim]
+        assert self.offsets[-1] == length
+        shape = [-1 if d == dim else 1 for d in range(sample.ndim)]
+        labels = torch.bucketize(torch.arange(length), torch.tensor(self.offsets[1:-1], dtype=torch.int64), right=True)
+        labels = labels.view(shape).expand_as(sample)
+        tokens = layout.tokens(labels)
+        texts = inputs[layout.text].shape[1] if layout.text else 0
+        assert texts != len(tokens), "a call would not show whether it is of text"
+        self.steps += 1
+        if self.steps <= self.warmup:
             everything = torch.ones(len(tokens) + texts, dtype=torch.bool).split([len(tokens), texts])
-            with Kept(kept, *everything, layout.text_first) as mode:
-                output = result(model, given | {layout.sample: sample})
-            assert mode.used == len(kept) > 0
-        else:
-            parts = []
-            for patch, (begin, end) in enumerate(pairwise(offsets)):
-                alone = sample.masked_fill(labels != patch, torch.nan)
-                own_text = torch.full((texts,), patch == 0)
-                with Kept(kept, tokens == patch, own_text, layout.text_first) as mode:
-                    part = result(model, given | {layout.sample: alone}).narrow(dim, begin, end - begin)
-                assert mode.used == len(kept)
-                assert part.isfinite().all(), "tokens of other patches meet this one's outside of attention"
-                parts.append(part)
-            output = torch.cat(parts, dim)
-        outputs.append(output)
-        sample = step_fn(sample, output, i)
+            with Kept(self.kept, *everything, layout.text_first) as mode:
+                output = result(self.model, inputs)
+            assert mode.used == len(self.kept) > 0
+            return output
+        parts = []
+        for patch, (begin, end) in enumerate(pairwise(self.offsets)):
+            alone = sample.masked_fill(labels != patch, torch.nan)
+            own_text = torch.full((texts,), patch == 0)
+            with Kept(self.kept, tokens == patch, own_text, layout.text_first) as mode:
+                part = result(self.model, inputs | {layout.sample: alone}).narrow(dim, begin, end - begin)
+            assert mode.used == len(self.kept)
+            assert part.isfinite().all(), "tokens of other patches meet this one's outside of attention"
+            parts.append(part)
+        return torch.cat(parts, dim)
+
+
+@torch.no_grad()
+def denoise(model: nn.Module, inputs: Inputs, layout: Layout, times: Sequence[Tensor], step_fn: Step, *,
+            offsets: Sequence[int], dim: int | None = None, warmup: int = 1) -> tuple[Tensor, list[Tensor]]:
+    """The sample after a step for each of ``times`` (the argument ``timestep``), and the output of every step."""
+    emulated = Emulation(model, layout, offsets=offsets, dim=dim, warmup=warmup)
+    sample, outputs = inputs[layout.sample], []
+    for i, time in enumerate(times):
+        outputs.append(emulated(**inputs | {layout.sample: sample, "timestep": time}))
+        sample = step_fn(sample, outputs[-1], i)
     return sample, outputs
 
 
@@ -210,6 +225,15 @@ class Displaced:
 
     case: Case
     layout: Layout
+
+    def deep(self, layers: int) -> Displaced:
+        """The same with so many blocks (of its first kind)."""
+        def build() -> nn.Module:
+            model = self.case.build()
+            config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+            return type(model).from_config(config | {"num_layers": layers})
+
+        return replace(self, case=replace(self.case, build=build))
 
 
 def grid(odd: bool) -> tuple[int, int]:
