@@ -40,10 +40,7 @@ def emulate(case: Case, batch: int, odd: bool, spec: str) -> Staged:
     tensors, _ = flatten(arguments)
     pipeline = plan_pipeline(capture(model, *arguments), ShardingSpec.parse(spec))
     stages = [staged(pipeline, rank)[1] for rank in range(len(pipeline.stages))]
-    kept = [[torch.full(n.meta["val"].shape, torch.nan if n.meta["val"].is_floating_point() else 0,
-                        dtype=n.meta["val"].dtype) for n, i in zip(
-        s.units[WHOLE].main.graph.find_nodes(op="placeholder"), s.units[WHOLE].inputs, strict=True) if i.kind == "cache"]
-        for s in stages]
+    kept = [_caches(s) for s in stages]
     once = [Executor(s.once, model)(tensors) for s in stages]
     last = stages[-1]
     found = []
@@ -53,6 +50,14 @@ def emulate(case: Case, batch: int, odd: bool, spec: str) -> Staged:
                    for i, cut in enumerate(last.cuts)]
         found.append(max(map(difference, results, expected)))
     return Staged(*found, all(c is not None for c in last.cuts))
+
+
+def _caches(stage: StageProgram) -> list[torch.Tensor]:
+    """Memory of a stage in which what was not written shows."""
+    whole = stage.units[WHOLE]
+    values = [n.meta["val"] for n, i in zip(whole.main.graph.find_nodes(op="placeholder"), whole.inputs, strict=True)
+              if i.kind == "cache"]
+    return [torch.full(v.shape, torch.nan if v.is_floating_point() else 0, dtype=v.dtype) for v in values]
 
 
 def _unit(stages: list[StageProgram], model: torch.nn.Module, tensors: list[torch.Tensor],

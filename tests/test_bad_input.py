@@ -48,9 +48,9 @@ def test_degrees_must_multiply_to_the_processes(pool: Pool) -> None:
     )
 
 
-def test_unknown_and_planned_words(pool: Pool) -> None:
+def test_unknown_words(pool: Pool) -> None:
     assert_refused(refused(pool, 2, "ulises=2"), "SpecError", "'ulises'", "ulysses")
-    assert_refused(refused(pool, 2, "pipefusion=2"), "SpecError", "'pipefusion'", "not supported yet")
+    assert_refused(refused(pool, 2, "patches=2"), "SpecError", "num_patches", "belong to pipefusion")
 
 
 def test_more_ulysses_ranks_than_heads(pool: Pool) -> None:

@@ -209,7 +209,6 @@ def test_a_known_tensor_is_taken_as_it_was() -> None:
     assert torch.equal(concrete(later), plain + 1) and torch.equal(concrete(view), plain)
 
 
-@pytest.mark.xfail(strict=True, reason="squeeze() takes the cut dimension from pieces of one row")
 def test_squeezed_pieces_of_one_row() -> None:
     plain = torch.randn(1, ROWS, 5)
     deferred = Coming(plain).tensors[0].squeeze()
@@ -218,7 +217,6 @@ def test_squeezed_pieces_of_one_row() -> None:
         assert [p.shape for p in found] == [deferred.cut.piece(plain.squeeze(), i).shape for i in range(3)]
 
 
-@pytest.mark.xfail(strict=True, reason="squeeze(dim) takes the cut dimension from pieces of one row")
 def test_pieces_of_one_row_squeezed_where_nothing_is_to_squeeze() -> None:
     plain = torch.randn(2, ROWS, 5)
     deferred = Coming(plain).tensors[0].squeeze(1)

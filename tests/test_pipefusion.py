@@ -28,10 +28,6 @@ CONTROLS = [
 
 QUICK = {("dit", 1), ("pixart_sigma", 2), ("sd3", 3), ("hunyuan_dit", 0)}
 
-TEXT_WITH_EVERY_PATCH = pytest.mark.xfail(
-    strict=True, reason="where the batch is shared out, joint text runs with every patch, not with the first alone")
-"""Sent and computed once for each patch, and other numbers."""
-
 
 def planned() -> list[Any]:
     """Each model meets all specs, with patches from 2 to 8 in turn."""
@@ -42,7 +38,6 @@ def planned() -> list[Any]:
                 # Ranks that share out a patch need a row of tokens each, of which there are eight.
                 specs = [t.format(2 + (2 * i + 3 * j + k) % (3 if "ulysses" in t else 7)) for k, t in enumerate(texts)]
                 marks = [] if (name, j) in QUICK else [pytest.mark.whole]
-                marks += [TEXT_WITH_EVERY_PATCH] if "cfg" in specs[0] and entry.layout.text else []
                 plan.append(pytest.param(name, batch, odd, LAYERS.get(name, layers) if layers else 0, specs,
                                          id=f"{name}-{batch}-{specs[0]}", marks=marks))
     return plan

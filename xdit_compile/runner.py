@@ -12,14 +12,16 @@ from torch import nn
 
 from xdit_compile.calls import bind_call, named_leaves
 from xdit_compile.compiler import Compiled, Dump, compile_program
+from xdit_compile.components import TIMES
 from xdit_compile.errors import CaptureError, RankMismatch, SpecError, XditError
 from xdit_compile.frontend.cache import captured, find
+from xdit_compile.givenup import absent_of, give_up
 from xdit_compile.passes import NOTHING
 from xdit_compile.program import Program
 from xdit_compile.runtime.crew import Crew
 from xdit_compile.runtime.deferred import Deferred, concrete
 from xdit_compile.runtime.digest import digests
-from xdit_compile.runtime.executor import Executor, absent_of, keep_only
+from xdit_compile.runtime.executor import Executor
 from xdit_compile.runtime.flow import Flow
 from xdit_compile.runtime.lanes import Lanes
 from xdit_compile.runtime.schedule import RESULT
@@ -53,6 +55,9 @@ class Runner:
         self.programs: dict[int, Ready] = {}
         """By the identity of the captured program, which ``Compiled`` keeps alive."""
         self.lanes, self.steps = Lanes(), 0
+        self.stages: dict[str, int] = {}
+        """Of blocks seen so far: their weights are on the ranks of that stage, whatever call comes."""
+        self.used: set[str] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.crew.spec.pipefusion_degree == 1:
@@ -122,12 +127,13 @@ class Runner:
         stream, spec, turns = flow.stream, ready.crew.spec, self.crew.turns if ready.turns else None
         samples = {id(tensors[i]) for i in flow.stage.samples}
         others = {n: concrete(t) for n, t in named.items() if id(t) not in samples}
-        times = tuple(x for t in others.values() if t.ndim < 2 for x in t.double().flatten().tolist())
-        key = (id(ready), tuple(digests({n: t for n, t in others.items() if t.ndim > 1}).items()))
+        times = {n: others.pop(n).double() for n in list(others) if n in TIMES}
+        time = tuple(x for t in times.values() if t.numel() for x in (t.min().item(), t.max().item()))
         with self.crew.control.guard("the forward pass", (*ready.crew.groups.bind(), *stream.groups())):
             owner = turns.next(self) if turns else 0
             mine = turns is None or owner == turns.mine
-            lane = self.lanes.next(key, times, self.crew.epoch, flow.caches if mine else list)
+            key = (id(ready), owner, tuple(digests(others).items()))
+            lane = self.lanes.next(key, time, self.crew.epoch, flow.caches if mine else list)
             if lane.steps == 1 < self.steps:
                 flow.begin()
             self.steps = lane.steps
@@ -156,13 +162,17 @@ class Runner:
     def _compiled(self, whole: Program) -> tuple[Compiled, Crew]:
         """The program for this rank, and who runs it."""
         crew = self.crew
-        compiler = compile_stage if crew.spec.pipefusion_degree > 1 else compile_program
         try:
-            return compiler(whole, crew.spec, crew.rank, self.dump), crew
+            return self._compiled_for(crew, whole), crew
         except SpecError:
             if crew.part is None:
                 raise
-        return compiler(whole, crew.part.spec, crew.part.rank, self.dump), crew.part
+        return self._compiled_for(crew.part, whole), crew.part
+
+    def _compiled_for(self, crew: Crew, whole: Program) -> Compiled:
+        if crew.spec.pipefusion_degree > 1:
+            return compile_stage(whole, crew.spec, crew.rank, self.dump, self.stages)
+        return compile_program(whole, crew.spec, crew.rank, self.dump)
 
     def _executor(self, compiled: Compiled, crew: Crew) -> Executor | Flow:
         """What runs the program here. All ranks come to it together."""
@@ -173,10 +183,11 @@ class Runner:
                               torch.cuda.is_available() else torch.device("cpu"))
         if absent := absent_of(self.model, names):
             raise XditError(f"{absent[0]} and {len(absent) - 1} more that this rank needs are on the meta device: give "
-                            "parallelize weights=FOLDER, or, if another call of this pipeline gave them up because it "
-                            "cut the stages elsewhere, name the same stage_blocks for both")
+                            "parallelize weights=FOLDER")
         if stage is None:
             return Executor(compiled.local, self.model)
         crew.stream.connect([(e.source, e.target) for e in stage.edges if e.name != RESULT])
-        keep_only(self.model, names)
+        self.stages |= {path: i for i, paths in enumerate(stage.blocks) for path in paths}
+        self.used |= names
+        give_up(self.model, [path for path, i in self.stages.items() if i != crew.stage], self.used)
         return Flow(stage, self.model, crew.stream)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from xdit_compile.compiler import Compiled, Dump
 from xdit_compile.garbage import uncollected
@@ -16,11 +18,12 @@ from xdit_compile.runtime.schedule import RESULT, Edge
 from xdit_compile.spec import ShardingSpec
 
 
-def compile_stage(captured: Program, spec: ShardingSpec, rank: int = 0, dump: Dump | None = None) -> Compiled:
+def compile_stage(captured: Program, spec: ShardingSpec, rank: int = 0, dump: Dump | None = None,
+                  stages: Mapping[str, int] = MappingProxyType({})) -> Compiled:
     """Rank ``rank``'s stage of the pipeline that ``spec`` asks for. ``dump`` is called with each pass's name and
-    result, for the program of all patches together."""
+    result, for the program of all patches together. Blocks in ``stages`` go to these: their weights are there."""
     with uncollected():
-        pipeline = plan_pipeline(captured, spec)
+        pipeline = plan_pipeline(captured, spec, stages)
         return Compiled(captured, pipeline.whole, pipeline.seeds, *staged(pipeline, rank, dump))
 
 

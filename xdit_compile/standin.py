@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from xdit_compile.errors import XditError
+from xdit_compile.givenup import device_of_model
 from xdit_compile.runner import Runner
 
 
@@ -27,8 +29,11 @@ def parallel_model(model: nn.Module, runners: Mapping[str, Runner]) -> Any:
     if hidden := runners.keys() & vars(model).keys():
         raise XditError(f"the {hidden.pop()} of this {type(model).__name__} was replaced on the object, as offloading "
                         "hooks do, and would hide the parallel one; remove the hook first")
-    methods = {name: _method(type(model), name, runner) for name, runner in runners.items()}
-    return instance_of_subclass(model, Parallel, {**methods, "runners": dict(runners)}, vars(model))
+    members: dict[str, Any] = {name: _method(type(model), name, runner) for name, runner in runners.items()}
+    if isinstance(inspect.getattr_static(type(model), "device", None), property):
+        # Of parameters that are given up, where they were.
+        members["device"] = property(device_of_model)
+    return instance_of_subclass(model, Parallel, {**members, "runners": dict(runners)}, vars(model))
 
 
 def instance_of_subclass(original: Any, mixin: type, members: Mapping[str, Any], state: dict[str, Any]) -> Any:

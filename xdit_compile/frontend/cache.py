@@ -12,7 +12,8 @@ from torch import nn
 
 from xdit_compile.frontend.capture import capture
 from xdit_compile.frontend.opaque import modules_in
-from xdit_compile.frontend.state import device_of, state_token
+from xdit_compile.frontend.state import state_token
+from xdit_compile.givenup import device_of
 from xdit_compile.program import Program
 from xdit_compile.structure import flatten, sharing
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from xdit_compile.givenup import device_of
 from xdit_compile.structure import CONSTANTS
 
 
@@ -23,7 +24,7 @@ def fingerprint(module: torch.nn.Module) -> Hashable:
 
 def meta(tensor: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]:
     """What a static graph assumes of a tensor."""
-    return tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device
+    return tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, device_of(tensor)
 
 
 def _describe(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable:

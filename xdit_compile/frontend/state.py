@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from xdit_compile.givenup import device_of
 from xdit_compile.structure import CONSTANTS
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
@@ -38,11 +39,6 @@ def state_token(model: nn.Module, held: dict[int, Any] | None = None) -> Hashabl
     # Modules of the model go by their place in it, which children and references name.
     seen = {id(m): i for i, m in enumerate(modules)}
     return tuple(_of_module(m, held, seen) for m in modules), autocast
-
-
-def device_of(tensor: torch.Tensor) -> torch.device:
-    """Models on the meta device are captured as CPU models, so their programs serve once the weights are there."""
-    return torch.device("cpu") if tensor.is_meta else tensor.device
 
 
 def _of_module(module: nn.Module, held: dict[int, Any] | None, seen: dict[int, int]) -> Hashable:

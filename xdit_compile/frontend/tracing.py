@@ -31,6 +31,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode
 
 from xdit_compile.errors import CaptureError
+from xdit_compile.givenup import device_of
 from xdit_compile.program import Input, drop_unused
 from xdit_compile.structure import sharing
 
@@ -51,13 +52,13 @@ class Traced:
 
 
 def as_fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
-    """A fake tensor that looks like this one; on the CPU instead of the meta device, which some operations (autocast,
-    masks that are read) refuse."""
+    """A fake tensor that looks like this one; instead of the meta device, which some operations (autocast, masks that
+    are read) refuse, on the CPU, or where it was before it was given up."""
     if isinstance(tensor, FakeTensor):
         return tensor
     if tensor.is_meta:
         with mode:
-            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device_of(tensor))
     return mode.from_tensor(tensor, static_shapes=True)
 
 

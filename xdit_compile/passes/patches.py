@@ -63,7 +63,7 @@ def patch_seeds(program: Program, sizes: Mapping[str, int], batch: Seeds) -> See
     for node in arguments(program):
         for dim, size in list(enumerate(node.meta["val"].shape))[1:]:
             most, least = max(most, size), inf
-            for unit in (u for u in UNITS if size % u == 0 and size // u >= count):
+            for unit in (u for u in UNITS if size % u == 0 and size // u >= count * ranks):
                 new = measure(cut(node, dim, unit))
                 if new.cost >= least:
                     break
@@ -71,9 +71,9 @@ def patch_seeds(program: Program, sizes: Mapping[str, int], batch: Seeds) -> See
                 tried += [(new, (node, dim, unit))] if new.attentions or new.saves else []
     if not tried:
         raise SpecError(
-            f"{program.spec} cuts the tokens into {count} patches, but " + (
-                f"the sample has {most} rows of them at most; use fewer patches" if most < 2 * count else
-                "no cut of the model's arguments lets patches be computed one after the other; use patches=1"))
+            f"{program.spec} cuts the tokens into {count} patches for {ranks} in each stage, but no cut of the model's "
+            f"arguments can be followed to its attention: they have {most} rows at most, several of which may make one "
+            "token; use fewer patches, or patches=1")
     best, where = min(tried, key=lambda t: t[0].cost)
     alone = best
     for node in candidates(program):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from xdit_compile.errors import PlanError, SpecError
 from xdit_compile.layout import BATCH, EVERY, PATCH, SEQUENCE, Dim, Layout
@@ -60,8 +61,9 @@ class LocalStage:
     units: Mapping[int, Program]
 
 
-def plan_pipeline(program: Program, spec: ShardingSpec) -> Pipeline:
-    """The stages of ``program`` under ``spec``.
+def plan_pipeline(program: Program, spec: ShardingSpec,
+                  known: Mapping[str, int] = MappingProxyType({})) -> Pipeline:
+    """The stages of ``program`` under ``spec``; blocks whose paths are ``known`` go to the stages that are given.
 
     Raises:
         SpecError: the model has fewer blocks than stages, fewer tokens than patches, or writes into its arguments.
@@ -82,7 +84,7 @@ def plan_pipeline(program: Program, spec: ShardingSpec) -> Pipeline:
         begin = _flowing_from(program, sizes, batch)
     hoisted, flowing = hoist(program, begin)
     given = [int(n) for n in spec.stage_blocks.split("+")] if spec.stage_blocks else []
-    made = stages(hoisted, flowing, spec.pipefusion_degree, given)
+    made = stages(hoisted, flowing, spec.pipefusion_degree, given, known)
     of_argument = {n.name: n for n in arguments(program)}
     samples = {name: Layout(tuple(_without(d, BATCH).gathered(SEQUENCE) for d in seeds[name].dims))
                for name in begin if name in of_argument and name in seeds and spec.patches > 1}

@@ -266,7 +266,7 @@ class Sharder:
                 env[node] = self._standing(node, lambda v=value, n=node.name: self._seed(v, seeds[n]))
         if self.function == "main":
             self.tally.cut = {n.name for n, v in env.items() if isinstance(v, Value) and any(
-                d.sharded and all(seg.cut for seg in d.segments) for d in v.dims)}
+                d.axes - {BATCH} and all(seg.cut for seg in d.segments) for d in v.dims)}
         return outputs
 
     def _seed(self, value: Value, layout: Layout) -> Value:

@@ -153,11 +153,13 @@ def _item(graph: fx.Graph, call: fx.Node, index: int, like: fx.Node) -> fx.Node:
     return node
 
 
-def stages(program: Program, flowing: Collection[str], count: int, given: Sequence[int] = ()) -> tuple[Stage, ...]:
+def stages(program: Program, flowing: Collection[str], count: int, given: Sequence[int],
+           known: Mapping[str, int]) -> tuple[Stage, ...]:
     """The stages of a hoisted program.
 
     Args:
         given: how many blocks each stage has; by their operations if it is empty.
+        known: the stages of blocks that have them already.
 
     Raises:
         SpecError: there are fewer blocks than stages, or not as many as given.
@@ -165,7 +167,10 @@ def stages(program: Program, flowing: Collection[str], count: int, given: Sequen
     graph = program.main.graph
     flow = [n for n in graph.nodes if n.name in flowing and n.op in ("call_function", "call_module")]
     blocks = _blocks(program, flow)
-    stage_of_block = _shared_out(program, blocks, count, given)
+    if known:
+        stage_of_block = {path: known.get(path, count - 1) for path in blocks}
+    else:
+        stage_of_block = _shared_out(program, blocks, count, given)
     stage: dict[fx.Node, int] = {n: 0 for n in graph.nodes if n.name in flowing and n.op == "placeholder"}
     for node in flow:
         before = max((stage[n] for n in node.all_input_nodes if n in stage), default=0)

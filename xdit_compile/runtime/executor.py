@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -42,25 +42,6 @@ class Executor:
             "received": values.__getitem__}
         with torch.no_grad():
             return self._module(*(find[i.kind](i.name) for i in self.program.inputs))
-
-
-def keep_only(model: nn.Module, names: Collection[str]) -> None:
-    """Give up the memory of all parameters and buffers but these, and those that are one with them."""
-    held = [(module, store, leaf, f"{path}.{leaf}".lstrip(".")) for path, module in model.named_modules()
-            for store in (module._parameters, module._buffers) for leaf, t in store.items() if t is not None]
-    kept = {id(store[leaf]) for _, store, leaf, name in held if name in names}
-    for _, store, leaf, _ in held:
-        tensor = store[leaf]
-        if id(tensor) not in kept and not tensor.is_meta:
-            gone = tensor.detach().to("meta")
-            store[leaf] = nn.Parameter(gone, requires_grad=tensor.requires_grad) if isinstance(
-                tensor, nn.Parameter) else gone
-
-
-def absent_of(model: nn.Module, names: Collection[str]) -> list[str]:
-    """Which of these parameters and buffers have no values."""
-    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return [name for name, tensor in held if tensor.is_meta and name in names]
 
 
 class State:

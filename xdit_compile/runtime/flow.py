@@ -201,8 +201,9 @@ class _Step:
         assert op.edge is not None
         start = time.time()
         if op.edge.name == RESULT:
-            for call in self.before:
-                call.wait(op.unit if op.unit in call.units else WHOLE) if call.values is None else None
+            for call in (c for c in self.before if c.values is None):
+                for unit in (op.unit,) if op.unit in call.units else call.units:
+                    call.wait(unit)
         else:
             names = self.stage.receives[op.edge.source]
             tensors = self.coming.pop((op.edge.source, op.unit))()

@@ -93,6 +93,8 @@ def follow(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], cuts: Mappin
         return None if dim == at else Followed(cut, replace(cut, dim=cut.dim + (removed and dim > at)))
     if op in _MOVED:
         # Where the dimension went, seen on a tensor of which only that one has this size.
+        if op in _SQUEEZING and (len(args) < 2 or at in {d % x.ndim for d in pytree.tree_leaves(args[1])}):
+            return None  # a piece of one row would lose the dimension
         probe = torch.empty([2 if i == at else 1 if n == 1 else 3 for i, n in enumerate(x.shape)], device="meta")
         shape = op(probe, *args[1:], **kwargs).shape
         places = [i for i, n in enumerate(shape) if n == 2]
@@ -112,6 +114,7 @@ _ALONG = {aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with
           aten.cat.default, aten.stack.default}
 _MOVED = {aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default, aten.squeeze.default,
           aten.squeeze.dim, aten.squeeze.dims}
+_SQUEEZING = {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
 _SIZED = {aten.view.default, aten._unsafe_view.default, aten.expand.default}
 
 
