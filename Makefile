@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := OMP_NUM_THREADS=1 $(BIN)/python
 
-.PHONY: demo test test-whole lint published coverage coverage-sample benchmark clean
+.PHONY: demo test test-whole lint published coverage coverage-sample quality benchmark clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
@@ -27,6 +27,9 @@ coverage: .venv/ready
 # A plain case, a mode with a cache, research style, attention over time alone, nothing to gain; and one full size.
 coverage-sample: .venv/ready
 	$(RUN) benchmarks/coverage.py --cases dit flux2_cached fused temporal minimax_depth --published dit_xl_512
+
+quality: .venv/ready
+	$(RUN) benchmarks/pipefusion_quality.py --output docs/pipefusion.md
 
 benchmark: .venv/ready
 	$(RUN) benchmarks/forward.py
