@@ -32,7 +32,7 @@ QUICK = {("dit", 1), ("pixart_sigma", 2), ("sd3", 3), ("hunyuan_dit", 0)}
 def planned() -> list[Any]:
     """Each model meets all specs, with patches from 2 to 8 in turn."""
     plan = []
-    for i, (name, entry) in enumerate(displaced.MODELS.items()):
+    for i, name in enumerate(displaced.MODELS):
         for j, (batch, odd, layers, templates) in enumerate(CONTROLS):
             for texts in ([templates] if j != 2 else [[t] for t in templates]):
                 # Ranks that share out a patch need a row of tokens each, of which there are eight.

@@ -128,7 +128,7 @@ def test_two_denoisers(pool: Pool) -> None:
 
 
 PIPELINES = [
-    "sd3", "dit", "wan", ("sd3_skip", marks=pytest.mark.whole),
+    "sd3", "dit", "wan", pytest.param("sd3_skip", marks=pytest.mark.whole),
     pytest.param("qwen_image", marks=pytest.mark.whole),
     *(pytest.param(name, marks=pytest.mark.whole)
       for name in ("flux", "flux_true", "pixart_sigma", "ltx", "wan_two")),
@@ -142,7 +142,8 @@ def test_pipelines_again(pool: Pool, name: str, folders: str) -> None:  # noqa: 
         assert seen["again"] == 0 == seen["first"], seen
         assert EXACT < seen["exact"] < 0.5 and seen["apart"] > 1e-3 and seen["type"], seen
         assert not seen["watched"] or seen["steps"] == 6
-        assert seen["drained"] == 0
+        # A callback is given real latents, so that its loop waits at each step, the second one to follow patches.
+        assert seen["drained"] == (4 if seen["watched"] else 0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -154,7 +155,7 @@ def test_pipelines_again(pool: Pool, name: str, folders: str) -> None:  # noqa: 
     [
         ("pipefusion=3", 3, {}, [r"3 stages", r"\b2 blocks", "blocks.0", "pipefusion=2"]),
         ("pipefusion=2,patches=8", 2, {}, [r"\b8 patches", r"\b7 rows", "fewer patches"]),
-        pytest.param("pipefusion=2,ulysses=2,patches=5", 4, {}, [r"\b5 patches", "fewer patches|use patches=[234]"]),
+        ("pipefusion=2,ulysses=2,patches=5", 4, {}, [r"\b5 patches", "fewer patches"]),
         ("pipefusion=2,ring=2", 2, {}, ["pipefusion=2", "ring=2", "ulysses"]),
         ("patches=4,ulysses=2", 2, {}, ["num_patches", "pipefusion=2"]),
         ("warmup=2,ulysses=2", 2, {}, ["warmup_steps", "pipefusion=2"]),

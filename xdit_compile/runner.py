@@ -30,6 +30,9 @@ from xdit_compile.staging import compile_stage
 from xdit_compile.structure import flatten
 from xdit_compile.weights import Weights
 
+RESTARTS = 8
+"""First steps in a row that are more than a pipeline's terms of guidance."""
+
 
 @dataclass(frozen=True)
 class Ready:
@@ -54,7 +57,7 @@ class Runner:
         self.weights = weights
         self.programs: dict[int, Ready] = {}
         """By the identity of the captured program, which ``Compiled`` keeps alive."""
-        self.lanes, self.steps = Lanes(), 0
+        self.lanes, self.steps, self.restarts = Lanes(), 0, 0
         self.stages: dict[str, int] = {}
         """Of blocks seen so far: their weights are on the ranks of that stage, whatever call comes."""
         self.used: set[str] = set()
@@ -127,8 +130,10 @@ class Runner:
         stream, spec, turns = flow.stream, ready.crew.spec, self.crew.turns if ready.turns else None
         samples = {id(tensors[i]) for i in flow.stage.samples}
         others = {n: concrete(t) for n, t in named.items() if id(t) not in samples}
-        times = {n: others.pop(n).double() for n in list(others) if n in TIMES}
-        time = tuple(x for t in times.values() if t.numel() for x in (t.min().item(), t.max().item()))
+        # By their names, as labels are numbers too; where there is none of these names, all that is no feature.
+        named_so = TIMES & others.keys() or {n for n, t in others.items() if t.ndim < 2}
+        times = [others.pop(n).double() for n in sorted(named_so)]
+        time = tuple(x for t in times if t.numel() for x in (t.min().item(), t.max().item()))
         with self.crew.control.guard("the forward pass", (*ready.crew.groups.bind(), *stream.groups())):
             owner = turns.next(self) if turns else 0
             mine = turns is None or owner == turns.mine
@@ -136,11 +141,19 @@ class Runner:
             lane = self.lanes.next(key, time, self.crew.epoch, flow.caches if mine else list)
             if lane.steps == 1 < self.steps:
                 flow.begin()
-            self.steps = lane.steps
+            self._notice(lane.steps)
             exact = spec.warmup_steps == ALL or lane.steps <= int(spec.warmup_steps)
             size = len(stream.column)
             last = stream.audience[(owner + 1) * size - 1]
             return flow(tensors, lane, exact, facts, ready.compiled.captured.results(), last, mine)
+
+    def _notice(self, steps: int) -> None:
+        """Say so once if no call of a pipeline follows another, because something else than times changes."""
+        self.steps, self.restarts = steps, self.restarts + 1 if steps == 1 else 0
+        if self.restarts == RESTARTS and self.crew.running and self.crew.rank == 0:
+            warnings.warn(f"each call of {type(self.model).__name__} is taken for the first of a loop, because its "
+                          "inputs change from step to step, its sample and times aside: all steps are exact, and stages "
+                          "run one after the other", stacklevel=6)
 
     def _prepare(self, args: Any, kwargs: Any) -> Ready:
         """Capture and compile a new kind of call."""

@@ -106,12 +106,13 @@ class Tape:
         fetch: gives all promised calls their values; every rank comes to it at the same place.
 
     Attributes:
-        played_for: what last needed a number: the use, and the line of it.
+        plays: how often it was played; played_for: what last needed a number: the use, and the line of it.
     """
 
     def __init__(self, fetch: Callable[[], None]) -> None:
         self._fetch = fetch
         self.played_for = ""
+        self.plays = 0
         self._recorded: list[weakref.ref[_Recorded]] = []
 
     def deferred(self, promise: Promise, likes: Sequence[torch.Tensor]) -> list[Deferred]:
@@ -150,6 +151,7 @@ class Tape:
     def play(self) -> None:
         """Fetch what is promised, then compute what is recorded and still wanted, in order: views of one tensor must
         all exist before one of them is written into."""
+        self.plays += 1
         self._fetch()
         recorded, self._recorded = self._recorded, []
         for reference in recorded:

@@ -83,6 +83,7 @@ class Flow:
         self.bars: list[Bar] = []
         self.history: list[tuple[tuple[int, ...], tuple[int, ...] | None]] = []
         self.drained = 0
+        self._plays: int | None = None
         if stage.once.spec is not None and stage.once.spec.backend != "eager":
             self._rehearse()
 
@@ -98,7 +99,7 @@ class Flow:
 
     def begin(self) -> None:
         """A new denoising loop."""
-        self.bars, self.history = [], []
+        self.bars, self.history, self._plays = [], [], None
 
     def caches(self) -> list[torch.Tensor]:
         """Memory for what is kept from step to step."""
@@ -119,7 +120,7 @@ class Flow:
         """
         stream, units = self.stream, (WHOLE,) if exact else self.stage.patches
         tensors, before = self._prepared(tensors, units)
-        if WHOLE not in units and not before:
+        if WHOLE not in units and self._plays not in (None, stream.tape.plays):
             self._drains()
         call = stream.promise(likes, self.stage.cuts, units)
         if not (mine and stream.last):
@@ -128,6 +129,7 @@ class Flow:
         if mine:
             _Step(self, tensors, lane, facts, call, before, len(self.history)).run()
         stream.advance()
+        self._plays = stream.tape.plays if WHOLE not in units else None
         return stream.deferred(call, likes)
 
     def _prepared(self, tensors: Sequence[torch.Tensor],
@@ -150,7 +152,7 @@ class Flow:
         """Say once that steps wait for each other."""
         self.drained += 1
         if self.drained == 1 and self.stream.stage == 0:
-            why = self.stream.tape.played_for or "a callback, or the sample itself, which was not computed from them"
+            why = self.stream.tape.played_for or "a callback"
             warnings.warn(f"all stages wait between steps, because all of the results were needed by {why}; values "
                           "are the same, but patches of one step do not follow those of the step before", stacklevel=6)
 
