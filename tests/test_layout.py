@@ -507,19 +507,19 @@ def test_patched_shares_out_each_patch_by_units(data: st.DataObject, patches: in
     assert belongs(dim) == expected
     gathered = dim.gathered(SEQUENCE)
     if all(rows):
-        assert gathered.borders() == tuple(offsets)
-        assert dim.borders() == (None if parts > 1 else tuple(offsets))
+        assert gathered.borders(patches) == tuple(offsets)
+        assert dim.borders(patches) == (None if parts > 1 else tuple(offsets))
 
 
 @given(st.data(), counts, ranks)
 def test_borders_are_those_of_patches_that_follow_each_other(data: st.DataObject, patches: int, parts: int) -> None:
     dim = data.draw(st.one_of(timely_dims(patches, parts), timely_dims(patches, 1).map(lambda d: d.gathered(SEQUENCE))))
     owner = [patch for patch, rank in belongs(dim) if rank is None and patch is not None]
-    found = dim.borders()
-    if len(owner) < dim.size or not owner or owner != sorted(owner) or set(owner) != set(range(max(owner) + 1)):
+    found = dim.borders(patches)
+    if len(owner) < dim.size or not owner or owner != sorted(owner) or set(owner) != set(range(patches)):
         assert found is None
     else:
-        assert found is not None and found == (*(owner.index(p) for p in range(max(owner) + 1)), dim.size)
+        assert found is not None and found == (*(owner.index(p) for p in range(patches)), dim.size)
         for patch, (a, b) in enumerate(pairwise(found)):
             assert dim.spans({PATCH: patch}) == [(a, b)]
 

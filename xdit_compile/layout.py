@@ -166,13 +166,13 @@ class Dim:
         """Where the sharded, or the replicated, segments lie in the local tensor."""
         return joined((p.at, p.at + p.stop - p.start) for p in self.pieces(position) if p.sharded is sharded)
 
-    def borders(self) -> tuple[int, ...] | None:
-        """Where its patches begin and end, if they follow each other and ranks hold all of them; else None."""
+    def borders(self, patches: int) -> tuple[int, ...] | None:
+        """Where so many patches begin and end, if they follow each other and ranks hold all of them; else None."""
         if not self.segments or any(s.patch is None or s.axis for s in self.segments):
             return None
-        patches = [s.patch or 0 for s in self.segments]
-        borders = dict(zip(patches, accumulate(s.length for s in self.segments), strict=True))
-        return (0, *borders.values()) if patches == sorted(patches) and len(borders) == max(patches) + 1 else None
+        order = [s.patch or 0 for s in self.segments]
+        ends = dict(zip(order, accumulate(s.length for s in self.segments), strict=True))
+        return (0, *ends.values()) if order == sorted(order) and list(ends) == list(range(patches)) else None
 
     def places(self, spans: Iterable[tuple[int, int]], position: Position) -> Spans:
         """Where these global index ranges lie in the local tensor; what is not there is left out."""

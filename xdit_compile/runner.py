@@ -152,8 +152,8 @@ class Runner:
         self.steps, self.restarts = steps, self.restarts + 1 if steps == 1 else 0
         if self.restarts == RESTARTS and self.crew.running and self.crew.rank == 0:
             warnings.warn(f"each call of {type(self.model).__name__} is taken for the first of a loop, because its "
-                          "inputs change from step to step, its sample and times aside: all steps are exact, and stages "
-                          "run one after the other", stacklevel=6)
+                          "inputs change from step to step, its sample and times aside: all steps are exact, and "
+                          "stages run one after the other", stacklevel=6)
 
     def _prepare(self, args: Any, kwargs: Any) -> Ready:
         """Capture and compile a new kind of call."""

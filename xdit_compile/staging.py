@@ -52,7 +52,7 @@ def staged(pipeline: Pipeline, rank: int, dump: Dump | None = None) -> tuple[Pro
     results = [(lay, n.meta["val"].dtype) for lay, n in zip(
         pipeline.results, output_args(pipeline.whole.main.graph), strict=True)]
     sizes = [sum(math.prod(lay.local_shape({PATCH: p})) * dtype.itemsize for lay, dtype in results
-                 if _cut(lay) or p in (EVERY, spec.patches - 1)) for p in (*patches, EVERY)]
+                 if _cut(lay, spec.patches) or p in (EVERY, spec.patches - 1)) for p in (*patches, EVERY)]
     edges += [Edge(last, to, tuple(sizes[:-1]), sizes[-1], RESULT) for to in range(last)]
     place = {n.name: int(i.name.removeprefix("arg_")) for n, i in zip(
         pipeline.whole.main.graph.find_nodes(op="placeholder"), pipeline.whole.inputs, strict=True)
@@ -60,18 +60,18 @@ def staged(pipeline: Pipeline, rank: int, dump: Dump | None = None) -> tuple[Pro
     receives = {a: names for (a, b), names in sent.items() if b == index}
     program = StageProgram(
         once=local.once, units=local.units, held=stage.held,
-        samples={place[n]: cut for n, lay in pipeline.samples.items() if (cut := _cut(lay))},
+        samples={place[n]: cut for n, lay in pipeline.samples.items() if (cut := _cut(lay, spec.patches))},
         sends={b: names for (a, b), names in sent.items() if a == index}, returns=tuple(stage.sends),
         receives=receives,
         shapes={(n, u): (shape(n, u), dtypes[n]) for names in receives.values() for n in names for u in local.units},
-        cuts=tuple(_cut(lay) for lay in pipeline.results), results=stage.results, fixed=stage.fixed,
+        cuts=tuple(_cut(lay, spec.patches) for lay in pipeline.results), results=stage.results, fixed=stage.fixed,
         edges=tuple(edges), blocks=tuple(s.blocks for s in pipeline.stages))
     return local.units[EVERY], program
 
 
-def _cut(layout: Layout) -> Cut | None:
+def _cut(layout: Layout, patches: int) -> Cut | None:
     """How a value comes in pieces, if it does."""
-    found = [(i - len(layout.dims), d.borders()) for i, d in enumerate(layout.dims) if PATCH in d.axes]
+    found = [(i - len(layout.dims), d.borders(patches)) for i, d in enumerate(layout.dims) if PATCH in d.axes]
     if len(found) != 1:
         return None
     (dim, borders), = found

@@ -171,7 +171,9 @@ def _leave(stage: Stage, once: bool = False) -> Leave:
             return value
         cut = [i for i, d in enumerate(value.dims) if PATCH in d.axes]
         for i, dim in enumerate(value.dims):
-            value = s.lay(value, i, dim.gathered(SEQUENCE) if cut == [i] else Dim.replicated(dim.size))
+            pieces = dim.gathered(SEQUENCE)
+            apart = cut == [i] and pieces.borders(s.sizes[PATCH]) is not None
+            value = s.lay(value, i, pieces if apart else Dim.replicated(dim.size))
         return value
 
     return leave
