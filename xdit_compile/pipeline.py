@@ -54,7 +54,8 @@ class ParallelPipeline:
         return PipelineReport(
             type(self).__name__, self.crew.spec, self.crew.rank,
             tuple(part for name, module in modules.items() for part in _parts(name, module, self.crew)),
-            dict(turns.fetched) if turns else {}, turns.sent if turns else 0)
+            dict(turns.fetched) if turns else {}, turns.sent if turns else 0,
+            sum(s.sent for s in self.crew.streams), sum(s.results_sent for s in self.crew.streams))
 
 
 def parallel_pipeline(pipe: Any, crew: Crew, check_inputs: bool, dump: Dump | None,

@@ -46,7 +46,8 @@ class PipelineReport:
     Attributes:
         fetched: how often results of calls that groups take turns in were exchanged, by how many calls each exchange
             served; with one, groups waited for each other and nothing was gained.
-        sent: bytes this rank sent in those exchanges.
+        sent: bytes this rank sent in those exchanges; stages_sent, results_sent: as a stage of a pipeline, to later
+            stages, and of results to all.
     """
 
     pipeline: str
@@ -55,6 +56,8 @@ class PipelineReport:
     parts: tuple[Part, ...]
     fetched: Mapping[int, int]
     sent: int
+    stages_sent: int = 0
+    results_sent: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as what JSON can say."""
@@ -73,7 +76,9 @@ class PipelineReport:
             turns.add_row(str(calls), str(times), "nothing gained" if calls == 1 else "")
         head = Text(f"{self.pipeline} under {self.spec}, rank {self.rank} of {self.spec.world_size}; per call")
         sent = Text(f"{size(self.sent)} sent for them") if self.fetched else None
-        return sections(head, rows, turns if self.fetched else None, sent)
+        staged = Text(f"{size(self.stages_sent)} sent to later stages, {size(self.results_sent)} of results"
+                      ) if self.spec.pipefusion_degree > 1 else None
+        return sections(head, rows, turns if self.fetched else None, sent, staged)
 
     def __str__(self) -> str:
         return plain(self)

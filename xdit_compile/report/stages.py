@@ -55,6 +55,11 @@ class Stages:
     edges: tuple[Edge, ...]
     patches: tuple[str, ...]
 
+    def sent(self, rank: int) -> int:
+        """Bytes that ``rank`` sends to later stages in a step of patches; results aside."""
+        stage = rank // self.spec.sequence_degree % self.spec.pipefusion_degree
+        return sum(sum(e.nbytes) for e in self.edges if e.source == stage and e.name != RESULT)
+
     def timeline(self, steps: int, flops_per_second: float, bytes_per_second: float) -> Timeline:
         """So many steps by the schedule.
 
@@ -82,9 +87,8 @@ class Stages:
                      ">parameters", ">operations", ">once", ">kept", ">to its ranks", ">to later stages")
         for i, s in enumerate(self.stages):
             blocks = f"{s.blocks[0]} to {s.blocks[-1]} ({len(s.blocks)})" if len(s.blocks) > 1 else s.blocks[0]
-            sent = sum(sum(e.nbytes) for e in self.edges if e.source == i and e.name != RESULT)
             rows.add_row(str(i), blocks, size(s.parameters), work(s.flops), work(s.once), size(s.kept), size(s.sent),
-                         size(sent))
+                         size(self.sent(i * self.spec.sequence_degree)))
         return sections(rows, self._edges(), self._patches())
 
     def _edges(self) -> Table:

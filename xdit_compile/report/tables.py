@@ -47,8 +47,9 @@ def summary_of_explanation(e: Explanation) -> str:
     ranks = e.spec.world_size
     missing = (f"{plural(len(e.fallbacks), 'operator')} computed whole for want of a rule" if e.fallbacks
                else "a rule for every operator")
+    staged = f"{size(e.stages.sent(e.rank))} to later stages; " if e.stages else ""
     return (f"{e.model} under {e.spec}: {work(e.local.flops)} per rank, {e.work_ratio:.3f}/{ranks} of one "
-            f"device; {plural(e.local.collective_count, 'collective')} sending {size(e.local.sent)}; "
+            f"device; {plural(e.local.collective_count, 'collective')} sending {size(e.local.sent)}; {staged}"
             f"activations {size(e.local.activations)} of {size(e.whole.activations)}; {missing}")
 
 
@@ -76,6 +77,8 @@ def _costs(e: Explanation) -> Table:
     made.add_row("operations", work(e.whole.flops), work(e.local.flops), f"{e.work_ratio:.3f}")
     made.add_row("peak activations", size(e.whole.activations), size(e.local.activations), f"{ratio:.3f}")
     made.add_row("bytes sent", "", size(e.local.sent), "")
+    if e.stages:
+        made.add_row("bytes to later stages", "", size(e.stages.sent(e.rank)), "")
     made.add_row("collectives", "", f"{e.local.collective_count:,}", "")
     return made
 

@@ -59,6 +59,11 @@ class Crew:
         column = [self.ranks[first + i * self.spec.sequence_degree] for i in range(self.spec.pipefusion_degree)]
         return Stream(column, self.stage, self.audience or column, self.control, self.timeout)
 
+    @property
+    def streams(self) -> list[Stream]:
+        """Those that were asked for, of the groups that take turns too."""
+        return [crew.stream for crew in (self, vars(self).get("part")) if crew is not None and "stream" in vars(crew)]
+
     def settle(self) -> None:
         """Wait for all that was promised and asked."""
         if self._asked:
@@ -66,9 +71,8 @@ class Crew:
             self._asked = None
         if self.turns:
             self.turns.settle()
-        for crew in (self, vars(self).get("part")):
-            if crew is not None and "stream" in vars(crew):
-                crew.stream.settle()
+        for stream in self.streams:
+            stream.settle()
 
     @cached_property
     def turns(self) -> Turns | None:

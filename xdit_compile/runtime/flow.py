@@ -122,7 +122,7 @@ class Flow:
         tensors, before = self._prepared(tensors, units)
         if WHOLE not in units and self._plays not in (None, stream.tape.plays):
             self._drains()
-        call = stream.promise(likes, self.stage.cuts, units)
+        call = stream.promise(self.stage.cuts, units)
         if not (mine and stream.last):
             for unit in units:
                 stream.expect(call, unit, likes, owner)
@@ -167,14 +167,15 @@ class _Step:
         self.call, self.before, self.number = call, before, number
         self.values: dict[str, torch.Tensor] = {}
         self.coming: dict[tuple[int, int], Callable[[], list[torch.Tensor]]] = {}
+        self.once: Sequence[torch.Tensor] = ()
         self.made: Sequence[torch.Tensor] = ()
 
     def run(self) -> None:
         stage, stream, units = self.stage, self.stream, self.call.units
         for unit in units[:2]:
             self._post(unit)
-        self.once = flow_once = self.flow._once(self.tensors)
-        self.values |= dict(zip(stage.held, flow_once, strict=False))
+        self.once = self.flow._once(self.tensors)
+        self.values |= dict(zip(stage.held, self.once, strict=False))
         same = {c.units for c in self.before}
         units_before = same.pop() if len(same) == 1 else (WHOLE,) if same else None
         ops = step_ops(stream.stage, len(stream.column), units_before, units, self.number, stage.edges)
@@ -182,8 +183,7 @@ class _Step:
         do = {"recv": self._receive, "run": self._run, "send": self._send, "free": self._free}
         for op in ops:
             do[op.kind](op)
-        if stream.last:
-            self.stream.collect(self.before)
+        stream.collect(self.before)
 
     def _post(self, unit: int) -> None:
         """Begin to receive what ``unit`` takes from other stages."""
@@ -261,11 +261,9 @@ class _Step:
 
     def _free(self, op: Op) -> None:
         assert op.edge is not None
-        if op.edge.name != RESULT:
+        if op.edge.name != RESULT:  # results are joined when the step is over
             for name in self.stage.receives[op.edge.source]:
                 del self.values[name]
-        elif op.unit == max((u for c in self.before for u in c.units), default=op.unit):
-            self.stream.collect(self.before)
 
     def _bar(self, op: Op, start: float) -> None:
         self.flow.bars.append(Bar(self.stream.stage, op.kind, op.step, op.unit, start, time.time()))

@@ -132,14 +132,14 @@ class Stream:
 
     # Results
 
-    def promise(self, likes: Sequence[torch.Tensor], cuts: Sequence[Cut | None],
-                units: tuple[int, ...]) -> Pieces:
-        """What a call will return, in units; tensors shaped as ``likes`` in all."""
+    def promise(self, cuts: Sequence[Cut | None], units: tuple[int, ...]) -> Pieces:
+        """What a call will return, in units."""
         call = Pieces(units, cuts)
         self._calls.append(call)
         return call
 
     def deferred(self, call: Pieces, likes: Sequence[torch.Tensor]) -> list[Deferred]:
+        """What the call returns, as tensors shaped as ``likes``."""
         return self.tape.deferred(call, likes)
 
     def publish(self, call: Pieces, unit: int, tensors: Sequence[torch.Tensor]) -> None:
@@ -168,6 +168,7 @@ class Stream:
         self.tape.advance()
 
     def collect(self, calls: Sequence[Pieces]) -> None:
+        """Wait for all of these and join their units."""
         for call in calls:
             if call.values is None:
                 call.assemble()
