@@ -109,7 +109,7 @@ class Skipping(nn.Module):
 def test_long_skips_go_to_their_stage() -> None:
     e = xdit_compile.explain(Skipping().eval(), "pipefusion=3,patches=4", {"x": torch.randn(1, 12, 24)})
     assert e.stages is not None
-    edges = [(edge.source, edge.target, edge.name, sum(edge.nbytes)) for edge in e.stages.edges if edge.name != "result"]
+    edges = [(i.source, i.target, i.name, sum(i.nbytes)) for i in e.stages.edges if i.name != "result"]
     one = 12 * 24 * 4
     # What block 1 left is added where block 3 ran, so that its sum goes on in place of two values.
     assert sorted(edges) == [(0, 1, "hidden", one), (0, 2, "skip", one), (1, 2, "hidden", one)]
