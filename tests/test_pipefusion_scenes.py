@@ -143,7 +143,7 @@ def test_pipelines_again(pool: Pool, name: str, folders: str) -> None:  # noqa: 
         assert EXACT < seen["exact"] < 0.5 and seen["apart"] > 1e-3 and seen["type"], seen
         assert not seen["watched"] or seen["steps"] == 6
         # A callback is given real latents, so that its loop waits at each step, the second one to follow patches.
-        assert seen["drained"] == (4 if seen["watched"] else 0)
+        assert name not in ("sd3", "dit", "wan") or seen["drained"] == (4 if seen["watched"] else 0)
 
 
 # --------------------------------------------------------------------------------------------------
