@@ -337,3 +337,22 @@ def mishap(how: str, rank: int, spec: str, folder: str = "", timeout: float = 12
         seen["again"] = calls.outcome(lambda: tiny_loop(parallel, 2))
         seen["next"] = tiny_error(parallel_of(calls.made(layers=4), spec), calls.inputs(tokens=12), layers=4)
     return seen
+
+
+def looked_at(spec: str) -> dict[str, Any]:
+    """One rank alone prints latents between steps; that must neither stop the others nor change anything."""
+    entry, model, parallel, inputs = setup("sd3", spec)
+    sample, times = inputs[entry.layout.sample], displaced.times(inputs, 5)
+    for i, now in enumerate(times):
+        with torch.no_grad():
+            out = parallel(**inputs | {entry.layout.sample: sample, "timestep": now, "return_dict": False})[0]
+        sample = displaced.euler(sample, out, i)
+        if dist.get_rank() == 0:
+            assert "tensor" in str(sample.mean())
+    cut = next(iter(flow_of(parallel).stage.samples.values()), None)
+    if cut is None:
+        wanted = displaced.plain(model, inputs, entry.layout, times, displaced.euler)[0]
+    else:
+        wanted, _ = displaced.denoise(model, inputs, entry.layout, times, displaced.euler, offsets=list(cut.borders),
+                                      dim=sample.ndim + cut.dim, warmup=1)
+    return {"error": difference(concrete(sample), wanted), "drained": flow_of(parallel).drained}

@@ -219,3 +219,9 @@ def test_ranks_that_call_with_different_inputs_in_a_patched_step(troubled: Pool,
     for s in seen:
         assert s["took"] < 10 and s["next"] <= EXACT
 
+
+
+@pytest.mark.parametrize("spec", ["pipefusion=2,patches=4", "pipefusion=2,patches=1"])
+def test_one_rank_may_look_at_results(pool: Pool, spec: str) -> None:
+    for seen in act(pool, 2, scenes.looked_at, spec):
+        assert seen["error"] <= EXACT

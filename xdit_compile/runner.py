@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from xdit_compile.runtime.deferred import Deferred, concrete
 from xdit_compile.runtime.digest import digests
 from xdit_compile.runtime.executor import Executor
 from xdit_compile.runtime.flow import Flow
-from xdit_compile.runtime.lanes import Lanes
+from xdit_compile.runtime.lanes import Lane, Lanes
 from xdit_compile.runtime.schedule import RESULT
 from xdit_compile.spec import ALL
 from xdit_compile.staging import compile_stage
@@ -76,15 +76,18 @@ class Runner:
             # Also which program: a rank that has to capture one waits for the others to do so too.
             facts = {"program": ready.compiled.name if ready else "still to be made"}
             named, others = named_leaves(bound)
+            later = _samples(ready, tensors, named)
             if self.check_inputs:
-                facts |= digests({n: t for n, t in named.items() if not isinstance(t, Deferred)}) | others
-            if ready is None or not (ready.turns or self._flows(ready, tensors)):
+                facts |= digests({n: concrete(t) for n, t in named.items() if n not in later}) | others
+            agreed = ready is None or not (ready.turns or later)
+            if agreed:
                 self.crew.control.agree("the call's inputs", facts)
             self.crew.counts["calls"] += 1
             ready = ready or self._prepare(bound.args, bound.kwargs)
             results: Sequence[torch.Tensor]
             if isinstance(ready.executor, Flow):
-                results = self._through_stages(ready, ready.executor, tensors, named, facts)
+                later = _samples(ready, tensors, named)
+                results = self._through_stages(ready, ready.executor, tensors, named, later, facts, agreed)
             elif ready.turns:
                 results = self._in_turn(ready, ready.executor, tensors, facts)
             else:
@@ -119,32 +122,37 @@ class Runner:
                 results = executor(tensors)
         return turns.promise(owner, results, ready.compiled.captured.results(), facts)
 
-    @staticmethod
-    def _flows(ready: Ready, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether the call follows from results that are still on their way, so that it must not wait for anybody."""
-        return any(isinstance(t, Deferred) and t.promise.values is None for t in tensors)
-
     def _through_stages(self, ready: Ready, flow: Flow, tensors: Sequence[torch.Tensor],
-                        named: Mapping[str, torch.Tensor], facts: Mapping[str, str]) -> Sequence[Deferred]:
-        """The results as the last stage will send them."""
+                        named: Mapping[str, torch.Tensor], later: Collection[str], facts: Mapping[str, str],
+                        agreed: bool) -> Sequence[Deferred]:
+        """The results as the last stage will send them.
+
+        Args:
+            later: names of samples, which may be deferred on some ranks and settled on others.
+            agreed: whether ranks have just compared what they call the model with. Else they do so at the first step of
+                a loop; after that they are at different steps, and a digest travels with the first values.
+        """
         stream, spec, turns = flow.stream, ready.crew.spec, self.crew.turns if ready.turns else None
-        samples = {id(tensors[i]) for i in flow.stage.samples}
-        others = {n: concrete(t) for n, t in named.items() if id(t) not in samples}
+        others = {n: concrete(t) for n, t in named.items() if n not in later}
         # By their names, as labels are numbers too; where there is none of these names, all that is no feature.
         named_so = TIMES & others.keys() or {n for n, t in others.items() if t.ndim < 2}
         times = [others.pop(n).double() for n in sorted(named_so)]
         time = tuple(x for t in times if t.numel() for x in (t.min().item(), t.max().item()))
-        with self.crew.control.guard("the forward pass", (*ready.crew.groups.bind(), *stream.groups())):
-            owner = turns.next(self) if turns else 0
-            mine = turns is None or owner == turns.mine
+        owner = turns.next(self) if turns else 0
+        mine = turns is None or owner == turns.mine
+        lane = Lane((), time, time, 0, 1)
+        if later:
             key = (id(ready), owner, tuple(digests(others).items()))
             lane = self.lanes.next(key, time, self.crew.epoch, flow.caches if mine else list)
             if lane.steps == 1 < self.steps:
                 flow.begin()
             self._notice(lane.steps)
-            exact = spec.warmup_steps == ALL or lane.steps <= int(spec.warmup_steps)
-            size = len(stream.column)
-            last = stream.audience[(owner + 1) * size - 1]
+            if lane.steps == 1 and self.check_inputs and not agreed:
+                samples = digests({n: concrete(named[n]) for n in later})
+                self.crew.control.agree("the call's inputs", {**facts, **samples})
+        exact = spec.warmup_steps == ALL or lane.steps <= int(spec.warmup_steps)
+        last = stream.audience[(owner + 1) * len(stream.column) - 1]
+        with self.crew.control.guard("the forward pass", (*ready.crew.groups.bind(), *stream.groups())):
             return flow(tensors, lane, exact, facts, ready.compiled.captured.results(), last, mine)
 
     def _notice(self, steps: int) -> None:
@@ -204,3 +212,11 @@ class Runner:
         self.used |= names
         give_up(self.model, [path for path, i in self.stages.items() if i != crew.stage], self.used)
         return Flow(stage, self.model, crew.stream)
+
+
+def _samples(ready: Ready | None, tensors: Sequence[torch.Tensor], named: Mapping[str, torch.Tensor]) -> set[str]:
+    """The names of arguments that stages take patch by patch."""
+    if ready is None or not isinstance(ready.executor, Flow):
+        return set()
+    places = {id(tensors[i]) for i in ready.executor.stage.samples}
+    return {n for n, t in named.items() if id(t) in places}
