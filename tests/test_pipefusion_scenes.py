@@ -23,6 +23,8 @@ def troubled() -> Iterator[Pool]:
     yield workers
     workers.close()
 
+WHOLE = pytest.mark.whole
+
 
 def act(pool: Pool, world: int, scene: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
     return pool.run(scene, *args, ranks=range(world), timeout=240, **kwargs)
@@ -34,9 +36,10 @@ def act(pool: Pool, world: int, scene: Callable[..., Any], *args: Any, **kwargs:
 
 @pytest.mark.parametrize(
     ("name", "chosen", "options"),
-    [("sd3", "FlowMatchEulerDiscreteScheduler", {}), ("pixart_sigma_nomask", "DPMSolverMultistepScheduler", {}),
-     ("dit", "DDIMScheduler", {"eta": 1.0}), ("wan", "UniPCMultistepScheduler", {}),
-     ("pixart_sigma_nomask", "EulerAncestralDiscreteScheduler", {})],
+    [("sd3", "FlowMatchEulerDiscreteScheduler", {}), ("dit", "DDIMScheduler", {"eta": 1.0}),
+     pytest.param("pixart_sigma_nomask", "DPMSolverMultistepScheduler", {}, marks=WHOLE),
+     pytest.param("wan", "UniPCMultistepScheduler", {}, marks=WHOLE),
+     pytest.param("pixart_sigma_nomask", "EulerAncestralDiscreteScheduler", {}, marks=WHOLE)],
 )  # fmt: skip
 def test_schedulers_follow_in_patches(pool: Pool, name: str, chosen: str, options: dict[str, Any]) -> None:
     """No step waits for all of the one before."""
@@ -61,7 +64,7 @@ def test_steps_that_waited_are_counted(pool: Pool) -> None:
 # Loops that follow each other
 
 
-@pytest.mark.parametrize("name", ["sd3", "wan", "dit"])
+@pytest.mark.parametrize("name", [pytest.param("sd3", marks=WHOLE), "wan", "dit"])
 def test_interrupted_loops_leave_nothing(pool: Pool, name: str) -> None:
     for errors in act(pool, 2, scenes.interrupted, name):
         assert max(errors) <= EXACT, errors
@@ -83,13 +86,13 @@ def test_another_size_in_between(pool: Pool, name: str, what: str) -> None:
         assert max(errors) <= EXACT, errors
 
 
-@pytest.mark.parametrize("name", ["sd3", "wan", "dit"])
+@pytest.mark.parametrize("name", ["sd3", pytest.param("wan", marks=WHOLE), "dit"])
 def test_both_conditions_in_turn(pool: Pool, name: str) -> None:
     for seen in act(pool, 2, scenes.guided, name, scenes.TWO):
         assert seen["error"] <= EXACT < seen["exact"] and seen["drained"] == 0, seen
 
 
-@pytest.mark.parametrize("name", ["sd3", "wan"])
+@pytest.mark.parametrize("name", [pytest.param("sd3", marks=WHOLE), "wan"])
 def test_groups_of_stages_take_turns(pool: Pool, name: str) -> None:
     for seen in act(pool, 4, scenes.guided, name, f"cfg=2,{scenes.TWO}"):
         assert seen["error"] <= EXACT < seen["exact"] and seen["drained"] == 0, seen
@@ -127,12 +130,8 @@ def test_two_denoisers(pool: Pool) -> None:
 # Pipelines
 
 
-PIPELINES = [
-    "sd3", "dit", "wan", pytest.param("sd3_skip", marks=pytest.mark.whole),
-    pytest.param("qwen_image", marks=pytest.mark.whole),
-    *(pytest.param(name, marks=pytest.mark.whole)
-      for name in ("flux", "flux_true", "pixart_sigma", "ltx", "wan_two")),
-]
+PIPELINES = ["dit", *(pytest.param(name, marks=WHOLE) for name in (
+    "sd3", "wan", "sd3_skip", "qwen_image", "flux", "flux_true", "pixart_sigma", "ltx", "wan_two"))]
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -187,7 +186,10 @@ def test_a_call_with_too_few_tokens_and_one_with_enough(troubled: Pool) -> None:
 # Mishaps
 
 
-@pytest.mark.parametrize("rank", range(3))
+EACH = [pytest.param(0, marks=WHOLE), 1, pytest.param(2, marks=WHOLE)]
+
+
+@pytest.mark.parametrize("rank", EACH)
 def test_a_stage_that_raises(troubled: Pool, rank: int) -> None:
     for at, seen in enumerate(act(troubled, 3, scenes.mishap, "raises", rank, "pipefusion=3")):
         if at == rank:
@@ -199,8 +201,8 @@ def test_a_stage_that_raises(troubled: Pool, rank: int) -> None:
         assert seen["next"] <= EXACT
 
 
-@pytest.mark.parametrize("rank", range(3))
-@pytest.mark.parametrize("how", ["dies", "leaves"])
+@pytest.mark.parametrize("rank", EACH)
+@pytest.mark.parametrize("how", ["dies", pytest.param("leaves", marks=WHOLE)])
 def test_a_stage_that_dies(troubled: Pool, how: str, rank: int, tmp_path: Path) -> None:
     """In the middle of its step, or between two."""
     with pytest.raises(RemoteError, match=r"the worker died \(exit code 7\)"):

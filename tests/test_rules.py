@@ -330,7 +330,7 @@ TIMES += [replace(spec, cfg_degree=2) for spec in (TIMES[0], TIMES[3])]
 
 
 @pytest.mark.parametrize("op", list(RULES), ids=str)
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(seed=st.integers(0, 2**31), spec=st.sampled_from(TIMES))
 def test_rule_on_patches_equals_operator_on_what_has_come(op: Any, seed: int, spec: ShardingSpec) -> None:
     rng = random.Random(seed)

@@ -19,7 +19,7 @@ import xdit_compile
 from xdit_compile.cli import main
 from xdit_compile.spec import ShardingSpec
 
-QUICK = ("auraflow", "chroma", "cogview4", "flux2_extract", "hidream", "latte", "lumina2", "mochi", "prx")
+QUICK = ("chroma", "flux2_extract", "hidream", "latte", "prx")
 """Of other kinds than those that run on real processes."""
 
 

@@ -37,8 +37,12 @@ def test_stages_read_what_they_use(pool, folder: Path) -> None:
         found = pool.run(weight_runs.from_files, "flux", str(folder), spec, ranks=range(2))
         assert max(f["difference"] for f in found) < 1e-6
         whole = found[0]["all"]
-        assert all(f["read"] == f["used"] for f in found)
-        assert all(f["read"] < 0.75 * whole for f in found) if "pipefusion" in spec else found[0]["read"] == whole
+        # What lies outside all blocks stays in a model that had it in memory, whether its stage uses it or not.
+        assert all(f["read"] <= f["held"] <= 1.05 * f["read"] for f in found)
+        if "pipefusion" in spec:
+            assert sum(f["read"] for f in found) >= whole and all(f["read"] < 0.75 * whole for f in found)
+        else:
+            assert all(f["read"] == whole for f in found)
 
 
 def test_one_file_and_a_folder_with_one(folder: Path, tmp_path: Path) -> None:

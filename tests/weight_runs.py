@@ -22,7 +22,7 @@ def _empty(name: str) -> torch.nn.Module:
 
 def from_files(name: str, folder: str, spec: str) -> dict[str, Any]:
     """A loop with weights read from a folder against one with those of the model in memory; bytes of parameters read,
-    used by this rank, and of the whole model."""
+    those that a model in memory keeps on this rank, and of the whole model."""
     entry = displaced.MODELS[name]
     inputs = entry.case.inputs(1, False)
     held = xdit_compile.parallelize(cases.made(entry.case), spec, ranks=range(2), timeout=60)
@@ -32,7 +32,7 @@ def from_files(name: str, folder: str, spec: str) -> dict[str, Any]:
     def nbytes(model: torch.nn.Module) -> int:
         return sum(p.nbytes for p in model.parameters() if not p.is_meta)
 
-    return {"difference": difference(actual, expected), "read": nbytes(read), "used": nbytes(held),
+    return {"difference": difference(actual, expected), "read": nbytes(read), "held": nbytes(held),
             "all": sum(p.nbytes for p in held.parameters())}
 
 
