@@ -69,7 +69,7 @@ def together(model: nn.Module, arguments: tuple[Any, Any], expected: list[torch.
     error = 0.0
     for results in lockstep.run([r.main for r in ranks], [held(model, r, tensors) for r in ranks]):
         mine = copy.deepcopy(arguments)
-        actual, _ = flatten((program.finish(mine, flatten(mine)[0], results), mine))
+        actual, _ = flatten((program.answer.finish(mine, flatten(mine)[0], results), mine))
         assert len(actual) == len(expected)
         error = max([error, *map(difference, actual, expected)])
     work = max(map(program_flops, ranks)) * len(ranks) / program_flops(whole)

@@ -38,7 +38,7 @@ def run(program: Program, model: nn.Module, *args: Any) -> Any:
     inputs = [next(given) if i.kind == "argument" else (program.constants if i.kind == "constant" else state)[i.name]
               for i in program.inputs]
     with torch.no_grad():
-        return program.finish((args, {}), tensors, program.main(*inputs))
+        return program.answer.finish((args, {}), tensors, program.main(*inputs))
 
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))

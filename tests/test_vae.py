@@ -86,7 +86,7 @@ def test_a_distribution_that_comes_back_draws_as_it_would() -> None:
     (posterior,) = module.model.encode(*arguments[0], **arguments[1])  # type: ignore[operator,union-attr]
     tensors, _ = flatten(arguments)
     with torch.no_grad():
-        (back,) = program.finish(arguments, tensors, program.main(*held(module, program, tensors)))
+        (back,) = program.answer.finish(arguments, tensors, program.main(*held(module, program, tensors)))
     assert type(back) is type(posterior)
     one, other = (p.sample(torch.Generator().manual_seed(1)) for p in (posterior, back))
     torch.testing.assert_close(other, one)

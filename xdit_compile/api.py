@@ -18,6 +18,7 @@ from xdit_compile.pipeline import ParallelPipeline, is_pipeline, parallel_pipeli
 from xdit_compile.program import Program
 from xdit_compile.runner import Runner
 from xdit_compile.runtime.crew import Crew
+from xdit_compile.source import Captures
 from xdit_compile.spec import ShardingSpec
 from xdit_compile.standin import Parallel, parallel_model
 from xdit_compile.weights import Weights
@@ -93,4 +94,4 @@ def parallelize(model: Any, spec: str | dict | ShardingSpec, *, ranks: Sequence[
     if isinstance(weights, Mapping):
         raise XditError("weights of a model are a file or a folder; those by component are for a pipeline")
     read_one = None if weights is None else Weights.at(weights)
-    return parallel_model(model, {"forward": Runner(model, crew, check_inputs, dump, read_one)})
+    return parallel_model(model, {"forward": Runner(model, crew, check_inputs, Captures(model, dump), read_one)})

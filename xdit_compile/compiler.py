@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from xdit_compile.answer import Answer
 from xdit_compile.frontend.cache import captured
 from xdit_compile.garbage import uncollected
 from xdit_compile.passes import localize, plan
@@ -31,6 +32,14 @@ class Compiled:
     seeds: Seeds
     local: Program
     stage: StageProgram | None = None
+
+    @property
+    def answer(self) -> Answer:
+        return self.captured.answer
+
+    @property
+    def idle(self) -> bool:
+        return not self.seeds
 
     @cached_property
     def name(self) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from xdit_compile.compiler import Dump
+from xdit_compile.compiler import Compiled, Dump
 from xdit_compile.components import Role, role_of
 from xdit_compile.encoders import spread
 from xdit_compile.errors import CaptureError, RankMismatch, SpecError, XditError
@@ -21,6 +21,7 @@ from xdit_compile.runner import Ready, Runner
 from xdit_compile.runtime.crew import Crew
 from xdit_compile.runtime.deferred import concrete
 from xdit_compile.runtime.flow import Flow
+from xdit_compile.source import Captures
 from xdit_compile.spec import ShardingSpec
 from xdit_compile.standin import Parallel, instance_of_subclass, parallel_model
 from xdit_compile.weights import Weights
@@ -98,10 +99,11 @@ def _parallel(module: Any, turn: int = 0, *, crew: Crew, check_inputs: bool, dum
         return module
     role = role_of(module)
     if role is Role.DENOISER:
-        return parallel_model(module, {"forward": Runner(module, crew, check_inputs, dump, weights)})
+        return parallel_model(module, {"forward": Runner(module, crew, check_inputs, Captures(module, dump), weights)})
     if role is Role.AUTOENCODER and crew.spec.vae_degree * crew.spec.data_degree > 1:
-        return parallel_model(module, {name: Runner(as_module(module, name), crew.vae, check_inputs, dump)
-                                       for name in ("encode", "decode")})
+        parts = {name: as_module(module, name) for name in ("encode", "decode")}
+        return parallel_model(module, {name: Runner(part, crew.vae, check_inputs, Captures(part, dump))
+                                       for name, part in parts.items()})
     if role is Role.ENCODER and crew.spec.encoders == "spread" and len(crew.ranks) > 1:
         return spread(module, crew, turn % len(crew.ranks))
     return module
@@ -161,7 +163,9 @@ def _parts(name: str, module: nn.Module, crew: Crew) -> Iterator[Part]:
     runners = module.runners if isinstance(module, Parallel) else {}
     for method, runner in runners.items():
         for ready in runner.programs.values():
-            yield part_of(name, model, f"{method}: {_how(ready, crew)}", ready.compiled)
+            how = f"{method}: {_how(ready, crew)}"
+            compiled = ready.compiled
+            yield part_of(name, model, how, compiled) if isinstance(compiled, Compiled) else Part(name, model, how)
     if not runners:
         yield Part(name, model, "on one rank" if isinstance(module, Parallel) else "whole on every rank, as it is")
 
@@ -171,7 +175,7 @@ def _how(ready: Ready, crew: Crew) -> str:
         return f"an exact step of one of {ready.crew.spec.pipefusion_degree} stages of {crew.spec}"
     if ready.turns:
         return f"taken in turns by {crew.spec.cfg_degree} groups"
-    return f"shared out by {ready.crew.spec}" if ready.compiled.seeds else f"whole on every rank of {ready.crew.spec}"
+    return f"whole on every rank of {ready.crew.spec}" if ready.compiled.idle else f"shared out by {ready.crew.spec}"
 
 
 def _interrupted(self: Any) -> bool:

@@ -8,7 +8,7 @@ A program's graphs are never edited after it is made; a pass builds new ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -16,10 +16,11 @@ import torch
 from torch import fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
+from xdit_compile.answer import Answer
 from xdit_compile.guards import Guards
 from xdit_compile.keeping import refresh
 from xdit_compile.spec import ShardingSpec
-from xdit_compile.structure import Structure, write_back
+from xdit_compile.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -104,23 +105,9 @@ class Program:
         return self.having(*facts, main=graph_module("main", graphs["main"], children), **changes)
 
     @property
-    def changes_arguments(self) -> bool:
-        """Whether a call writes into what it is given: a cache of keys and values, say."""
-        return bool(self.written) or self.outputs.build(range(self.outputs.tensor_count))[1] is not None
-
-    def results(self) -> list[torch.Tensor]:
-        """Fake tensors shaped as the results."""
-        return [node.meta["val"] for node in output_args(self.main.graph)]
-
-    def finish(self, arguments: Any, tensors: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> Any:
-        """What the model returns, from the flat results; what it does to its ``arguments`` (``tensors`` when flat) is
-        done to them."""
-        for index, value in zip(self.written, results, strict=False):
-            tensors[index].copy_(value)
-        result, left = self.outputs.build(results[len(self.written):])
-        if left is not None:
-            write_back(arguments, left)
-        return result
+    def answer(self) -> Answer:
+        """How the results become what the model returns."""
+        return Answer(self.outputs, self.written, tuple(n.meta["val"] for n in output_args(self.main.graph)))
 
     def print_readable(self, print_output: bool = True) -> str:
         """The program as Python source: shapes in the annotations, one comment per module. Also returned."""

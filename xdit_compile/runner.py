@@ -11,13 +11,10 @@ import torch
 from torch import nn
 
 from xdit_compile.calls import bind_call, named_leaves
-from xdit_compile.compiler import Compiled, Dump, compile_program
 from xdit_compile.components import TIMES
 from xdit_compile.errors import CaptureError, RankMismatch, SpecError, XditError
-from xdit_compile.frontend.cache import captured, find
 from xdit_compile.givenup import absent_of, give_up
 from xdit_compile.passes import NOTHING
-from xdit_compile.program import Program
 from xdit_compile.runtime.crew import Crew
 from xdit_compile.runtime.deferred import Deferred, concrete
 from xdit_compile.runtime.digest import digests
@@ -25,8 +22,8 @@ from xdit_compile.runtime.executor import Executor
 from xdit_compile.runtime.flow import Flow
 from xdit_compile.runtime.lanes import Lane, Lanes
 from xdit_compile.runtime.schedule import RESULT
+from xdit_compile.source import Runnable, Source
 from xdit_compile.spec import ALL
-from xdit_compile.staging import compile_stage
 from xdit_compile.structure import flatten
 from xdit_compile.weights import Weights
 
@@ -38,7 +35,8 @@ RESTARTS = 8
 class Ready:
     """A program that can run, and the ranks that run it together: all of them, or the group whose turn it is."""
 
-    compiled: Compiled
+    kind: Any
+    compiled: Runnable
     executor: Executor | Flow
     crew: Crew
     turns: bool
@@ -51,12 +49,12 @@ class Runner:
     groups take turns in: one of the calls that guidance makes in a row.
     """
 
-    def __init__(self, model: nn.Module, crew: Crew, check_inputs: bool, dump: Dump | None,
+    def __init__(self, model: nn.Module, crew: Crew, check_inputs: bool, source: Source,
                  weights: Weights | None = None) -> None:
-        self.model, self.crew, self.check_inputs, self.dump = model, crew, check_inputs, dump
+        self.model, self.crew, self.check_inputs, self.source = model, crew, check_inputs, source
         self.weights = weights
         self.programs: dict[int, Ready] = {}
-        """By the identity of the captured program, which ``Compiled`` keeps alive."""
+        """By the identity of the kind of call, which ``Ready`` keeps alive."""
         self.lanes, self.steps, self.restarts = Lanes(), 0, 0
         self.stages: dict[str, int] = {}
         """Of blocks seen so far: their weights are on the ranks of that stage, whatever call comes."""
@@ -71,8 +69,8 @@ class Runner:
             raise XditError("a parallel model computes no gradients, but an input requires them; "
                             "call it under torch.no_grad() or detach the input")
         try:
-            whole = find(self.model, bound.args, bound.kwargs)
-            ready = self.programs.get(id(whole))
+            kind = self.source.find(bound.args, bound.kwargs)
+            ready = self.programs.get(id(kind))
             # Also which program: a rank that has to capture one waits for the others to do so too.
             facts = {"program": ready.compiled.name if ready else "still to be made"}
             named, others = named_leaves(bound)
@@ -98,7 +96,7 @@ class Runner:
         except BaseException:
             self.crew.forget()
             raise
-        return ready.compiled.captured.finish((bound.args, bound.kwargs), tensors, results)
+        return ready.compiled.answer.finish((bound.args, bound.kwargs), tensors, results)
 
     def _together(self, ready: Ready, executor: Executor, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """The results, computed by all ranks."""
@@ -120,7 +118,7 @@ class Runner:
                     # The other groups are elsewhere and must be told: to them it is a failure.
                     raise XditError(str(error)) from error
                 results = executor(tensors)
-        return turns.promise(owner, results, ready.compiled.captured.results(), facts)
+        return turns.promise(owner, results, ready.compiled.answer.likes, facts)
 
     def _through_stages(self, ready: Ready, flow: Flow, tensors: Sequence[torch.Tensor],
                         named: Mapping[str, torch.Tensor], later: Collection[str], facts: Mapping[str, str],
@@ -153,7 +151,7 @@ class Runner:
         exact = spec.warmup_steps == ALL or lane.steps <= int(spec.warmup_steps)
         last = stream.audience[(owner + 1) * len(stream.column) - 1]
         with self.crew.control.guard("the forward pass", (*ready.crew.groups.bind(), *stream.groups())):
-            return flow(tensors, lane, exact, facts, ready.compiled.captured.results(), last, mine)
+            return flow(tensors, lane, exact, facts, ready.compiled.answer.likes, last, mine)
 
     def _notice(self, steps: int) -> None:
         """Say so once if no call of a pipeline follows another, because something else than times changes."""
@@ -166,36 +164,32 @@ class Runner:
     def _prepare(self, args: Any, kwargs: Any) -> Ready:
         """Capture and compile a new kind of call."""
         try:
-            whole = captured(self.model, args, kwargs)
-            compiled, crew = self._compiled(whole)
+            kind = self.source.make(args, kwargs)
+            compiled, crew = self._compiled(kind)
         except Exception as error:
             # Told to the others, who else would wait for this rank's plan. All failing alike, the group lives on.
             self.crew.control.agree("the plan", {"error": f"{type(error).__name__}: {error}"})
             raise
         self.crew.control.agree("the plan", compiled.digest())
         executor = self._executor(compiled, crew)
-        if not compiled.seeds and crew.spec.sequence_degree > 1 and self.crew.rank == 0:
+        if compiled.idle and crew.spec.sequence_degree > 1 and self.crew.rank == 0:
             warnings.warn(f"{type(self.model).__name__} under {crew.spec}: {NOTHING}", stacklevel=4)
-        turns = crew is not self.crew and self.crew.turns is not None and not whole.changes_arguments
-        self.programs[id(whole)] = Ready(compiled, executor, crew, turns)
-        return self.programs[id(whole)]
+        turns = crew is not self.crew and self.crew.turns is not None and (
+            not compiled.answer.changes_arguments)
+        self.programs[id(kind)] = Ready(kind, compiled, executor, crew, turns)
+        return self.programs[id(kind)]
 
-    def _compiled(self, whole: Program) -> tuple[Compiled, Crew]:
+    def _compiled(self, kind: Any) -> tuple[Runnable, Crew]:
         """The program for this rank, and who runs it."""
         crew = self.crew
         try:
-            return self._compiled_for(crew, whole), crew
+            return self.source.compiled(kind, crew.spec, crew.rank, self.stages), crew
         except SpecError:
             if crew.part is None:
                 raise
-        return self._compiled_for(crew.part, whole), crew.part
+        return self.source.compiled(kind, crew.part.spec, crew.part.rank, self.stages), crew.part
 
-    def _compiled_for(self, crew: Crew, whole: Program) -> Compiled:
-        if crew.spec.pipefusion_degree > 1:
-            return compile_stage(whole, crew.spec, crew.rank, self.dump, self.stages)
-        return compile_program(whole, crew.spec, crew.rank, self.dump)
-
-    def _executor(self, compiled: Compiled, crew: Crew) -> Executor | Flow:
+    def _executor(self, compiled: Runnable, crew: Crew) -> Executor | Flow:
         """What runs the program here. All ranks come to it together."""
         stage = compiled.stage
         names = stage.parameters if stage else {i.name for i in compiled.local.inputs if i.kind == "parameter"}

@@ -13,6 +13,7 @@ from torch import nn
 
 from xdit_compile.api import parallelize
 from xdit_compile.calls import Inputs, call_arguments
+from xdit_compile.compiler import Compiled
 from xdit_compile.errors import XditError
 from xdit_compile.report.blame import NodeDifference, Pair, arguments_of, first_differences
 from xdit_compile.report.difference import Difference, difference
@@ -115,6 +116,7 @@ def verify(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, in
                 actual.append(flatten(concrete(parallel(*args, **kwargs)))[0])
     (ready,) = runner.programs.values()
     compiled, crew = ready.compiled, ready.crew
+    assert isinstance(compiled, Compiled)
     with runner.crew.control.guard("the verification", crew.groups.bind()), torch.no_grad():
         everyone = [its for one in ready.crew.gather([
             [difference(a, b) for a, b in zip(got, expected, strict=True)] for got in actual]) for its in one]

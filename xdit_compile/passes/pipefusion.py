@@ -68,7 +68,7 @@ def plan_pipeline(program: Program, spec: ShardingSpec,
     Raises:
         SpecError: the model has fewer blocks than stages, fewer tokens than patches, or writes into its arguments.
     """
-    if program.changes_arguments:
+    if program.answer.changes_arguments:
         raise SpecError(f"{spec} cuts the model into stages, but this call of it writes into its arguments, which only "
                         "one stage would see; use ulysses or ring")
     program = replace(canonicalize(program), spec=spec)

@@ -1,0 +1,1 @@
+"""Compiled parallel models as files: written once, started anywhere without the model's code."""

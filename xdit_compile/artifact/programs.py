@@ -1,0 +1,138 @@
+"""One rank's programs as parts of an artifact, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from xdit_compile.artifact.files import ArtifactError
+from xdit_compile.artifact.graphs import decode, encode
+from xdit_compile.artifact.values import Json, dtype_name, look_of
+from xdit_compile.program import Input, Program, graph_module
+from xdit_compile.runtime.flow import StageProgram
+from xdit_compile.runtime.pieces import Cut
+from xdit_compile.runtime.schedule import Edge
+from xdit_compile.spec import ShardingSpec
+from xdit_compile.structure import flatten
+
+KINDS = ("parameter", "constant", "argument", "once", "received", "cache", "kept")
+LARGEST_CACHE = 2**42
+"""Bytes that a program may ask for to keep values from step to step: more than any device has."""
+
+
+# Writing
+
+
+def program_json(program: Program, add: Callable[[bytes, str], str],
+                 constant: Callable[[torch.Tensor], str]) -> Json:
+    """Where the parts of a program were written.
+
+    Args:
+        add: writes a file and gives its name; constant: the same for a tensor among the constants.
+    """
+    return {
+        "functions": {name: add(encode(module), "json") for name, module in program.functions()},
+        "inputs": [[i.kind, i.name] for i in program.inputs],
+        "constants": {i.name: constant(program.constants[i.name]) for i in program.inputs if i.kind == "constant"},
+        "part": program.part,
+    }
+
+
+def stage_json(stage: StageProgram, write: Callable[[Program], Json]) -> Json:
+    """Where the programs of a stage were written, and how it exchanges values with others."""
+    return {
+        "steady": write(stage.steady) if stage.steady else None, "once": write(stage.once),
+        "units": {str(unit): write(program) for unit, program in stage.units.items()},
+        "held": stage.held, "samples": {str(place): _cut_json(cut) for place, cut in stage.samples.items()},
+        "sends": {str(to): names for to, names in stage.sends.items()}, "returns": stage.returns,
+        "receives": {str(source): names for source, names in stage.receives.items()},
+        "shapes": [[name, unit, list(shape), dtype_name(dtype)] for (name, unit), (shape, dtype) in
+                   stage.shapes.items()],
+        "cuts": [_cut_json(cut) if cut else None for cut in stage.cuts], "results": stage.results,
+        "fixed": stage.fixed, "edges": [asdict(edge) for edge in stage.edges], "blocks": stage.blocks,
+    }
+
+
+def _cut_json(cut: Cut) -> Json:
+    return {"dim": cut.dim, "borders": cut.borders}
+
+
+# Reading
+
+
+class Reader:
+    """Makes programs of what was written; each file is read once.
+
+    Args:
+        read: gives the content of a file; constants: tensors by the names that programs know them by.
+        device: where programs shall run.
+    """
+
+    def __init__(self, read: Callable[[Any], bytes], constants: Mapping[str, torch.Tensor],
+                 device: torch.device) -> None:
+        self._read, self._constants, self._device = read, constants, device
+        self._graphs: dict[tuple[str, tuple[str, ...]], Any] = {}
+
+    def program(self, entry: Json, spec: ShardingSpec, position: Mapping[str, int]) -> Program:
+        """Raises ArtifactError or GraphError where it does not fit together."""
+        functions = entry["functions"]
+        names = tuple(sorted(n for n in functions if n != "main"))
+        if bad := [n for n in names if not n.isidentifier()]:
+            raise ArtifactError(f"{bad[0]!r} is no name of a function")
+        children = {name: graph_module(name, self._graph(functions[name], ())) for name in names}
+        main = self._graph(functions["main"], names)
+        inputs = tuple(Input(kind, name) for kind, name in entry["inputs"])
+        holders = main.find_nodes(op="placeholder")
+        if len(holders) != len(inputs) or any(i.kind not in KINDS for i in inputs):
+            raise ArtifactError(f"a program takes {len(holders)} values, but {len(inputs)} are described")
+        for node, i in zip(holders, inputs, strict=True):
+            if i.kind == "cache" and node.meta["val"].nbytes > LARGEST_CACHE:
+                raise ArtifactError(f"a program keeps {node.meta['val'].nbytes} bytes in one value")
+        constants = {name: self._constant(key) for name, key in entry["constants"].items()}
+        if missing := [i.name for i in inputs if i.kind == "constant" and i.name not in constants]:
+            raise ArtifactError(f"the constant {missing[0]} is missing")
+        return Program(graph_module("main", main, children), inputs, constants, flatten(())[1], spec=spec,
+                       position=position, facts=frozenset({"lowered"}), part=bool(entry["part"]))
+
+    def stage(self, entry: Json, spec: ShardingSpec, position: Mapping[str, int]) -> StageProgram:
+        def program(written: Json) -> Program:
+            return self.program(written, spec, position)
+
+        return StageProgram(
+            steady=program(entry["steady"]) if entry["steady"] else None, once=program(entry["once"]),
+            units={int(unit): program(written) for unit, written in entry["units"].items()},
+            held=tuple(entry["held"]), samples={int(place): _cut(cut) for place, cut in entry["samples"].items()},
+            sends={int(to): tuple(names) for to, names in entry["sends"].items()}, returns=tuple(entry["returns"]),
+            receives={int(source): tuple(names) for source, names in entry["receives"].items()},
+            shapes={(name, unit): look_of({"shape": shape, "dtype": dtype}) for name, unit, shape, dtype in
+                    entry["shapes"]},
+            cuts=tuple(_cut(cut) if cut else None for cut in entry["cuts"]), results=_whole(entry["results"]),
+            fixed=_whole(entry["fixed"]), edges=tuple(_edge(e) for e in entry["edges"]),
+            blocks=tuple(tuple(b) for b in entry["blocks"]))
+
+    def _graph(self, name: Any, functions: tuple[str, ...]) -> Any:
+        key = (str(name), functions)
+        if key not in self._graphs:
+            self._graphs[key] = decode(self._read(name), functions, self._device)
+        return self._graphs[key]
+
+    def _constant(self, key: Any) -> torch.Tensor:
+        if key not in self._constants:
+            raise ArtifactError(f"the constant {key!r} is missing")
+        return self._constants[key]
+
+
+def _cut(entry: Json) -> Cut:
+    return Cut(int(entry["dim"]), _whole(entry["borders"]))
+
+
+def _edge(entry: Json) -> Edge:
+    return Edge(int(entry["source"]), int(entry["target"]), _whole(entry["nbytes"]), int(entry["whole"]),
+                str(entry["name"]))
+
+
+def _whole(numbers: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(int(n) for n in numbers)
