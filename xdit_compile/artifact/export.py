@@ -1,0 +1,221 @@
+"""Writing a compiled parallel model as an artifact: no processes, no devices, weights only where they are asked for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from xdit_compile.artifact.files import ArtifactError, Draft, drafted
+from xdit_compile.artifact.programs import program_json, stage_json
+from xdit_compile.artifact.values import (
+    Json,
+    dtype_name,
+    look_json,
+    signature_json,
+    structure_json,
+)
+from xdit_compile.calls import Inputs, call_arguments
+from xdit_compile.compiler import Compiled
+from xdit_compile.errors import SpecError, XditError
+from xdit_compile.givenup import device_of_model
+from xdit_compile.guards import Guards
+from xdit_compile.program import Program
+from xdit_compile.runtime.digest import digest
+from xdit_compile.source import Captures
+from xdit_compile.spec import ShardingSpec
+from xdit_compile.structure import flatten, sharing
+
+Progress = Callable[[str], None]
+
+
+def export(model: nn.Module, spec: str | dict | ShardingSpec, example_inputs: Inputs | Sequence[Inputs],
+           path: str | Path, *, weights: str = "reference", overwrite: bool = False,
+           progress: Progress = lambda _: None) -> Path:
+    """Write what every rank runs of ``model`` under ``spec`` into a folder that `load` starts from, without the model's
+    code. No processes take part, and the model may be on the meta device.
+
+    Args:
+        example_inputs: the arguments of one call, or a list of several: each kind of call that the artifact shall serve.
+        path: the folder, which is there whole or not at all.
+        weights: ``reference`` leaves them in the model's own safetensors files, which `load` is told of; ``included``
+            writes them into the artifact, those of each stage as one file.
+        overwrite: whether an artifact that is there is replaced.
+        progress: called with what is done next.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ArtifactError: the model is of a kind that artifacts cannot hold. CaptureError, SpecError: as `parallelize`.
+    """
+    spec, path = ShardingSpec.parse(spec), Path(path)
+    if weights not in ("reference", "included"):
+        raise ArtifactError(f"weights are left by 'reference' or 'included', not {weights!r}")
+    if spec.vae_degree > 1 or spec.encoders != "everywhere":
+        raise SpecError(f"{spec} speaks of a pipeline's autoencoder or encoders, but an artifact holds one model")
+    calls = example_inputs if _several(example_inputs) else [example_inputs]
+    with drafted(path, overwrite) as draft:
+        writer = _Writer(model, spec, draft, progress)
+        written = [writer.call(*call_arguments(model, inputs), number) for number, inputs in enumerate(calls)]
+        tensors, files = writer.tensors(weights == "included")
+        draft.finish({
+            "made_with": {"xdit_compile": version("xdit-compile"), "torch": torch.__version__},
+            "model": {"class": type(model).__name__, "config": _config(model)},
+            "spec": str(spec), "world_size": spec.world_size, "device": device_of_model(model).type,
+            "signature": signature_json(_signature(model)), "calls": written, "constants": writer.constants_file(),
+            "tensors": tensors, "weights": files})
+    return path
+
+
+class _Writer:
+    """What is collected while the calls are written."""
+
+    def __init__(self, model: nn.Module, spec: ShardingSpec, draft: Draft, progress: Progress) -> None:
+        self.model, self.spec, self.draft, self.progress = model, spec, draft, progress
+        self.source = Captures(model)
+        self.constants: dict[str, torch.Tensor] = {}
+        self.known: dict[tuple[Any, ...], str] = {}
+        self.stages: dict[str, int] = {}
+        self.used: dict[int, set[str]] = {}
+        """Names of parameters, by stage."""
+
+    def call(self, args: Sequence[Any], kwargs: Mapping[str, Any], number: int) -> Json:
+        """One kind of call, as every rank runs it."""
+        self.progress(f"call {number}: capture")
+        tensors, structure = flatten((tuple(args), dict(kwargs)))
+        captured = self.source.make(args, kwargs)
+        if captured.answer.changes_arguments:
+            raise ArtifactError(f"{type(self.model).__name__} changes what is in its arguments in this call, as a cache "
+                                "does; artifacts hold only calls that return their results")
+        spec = self._spec_of(captured)
+        ranks = []
+        for rank in range(spec.world_size):
+            self.progress(f"call {number}: rank {rank} of {spec.world_size}")
+            ranks.append(self._rank(self.source.compiled(captured, spec, rank, self.stages), rank))
+        return {
+            "spec": str(spec), "inputs": structure_json(structure), "looks": [look_json(t) for t in tensors],
+            "sharing": list(sharing(tensors)), "reads": _reads(captured.guards, tensors),
+            "outputs": structure_json(captured.outputs), "results": [look_json(t) for t in captured.answer.likes],
+            "ranks": ranks}
+
+    def _spec_of(self, captured: Program) -> ShardingSpec:
+        """The whole spec; or, where groups take turns because a batch cannot be cut, that of one group."""
+        try:
+            self.source.compiled(captured, self.spec, 0, self.stages)
+        except SpecError:
+            if self.spec.cfg_degree == 1:
+                raise
+            return replace(self.spec, cfg_degree=1)
+        return self.spec
+
+    def _rank(self, compiled: Compiled, rank: int) -> Json:
+        def write(program: Program) -> Json:
+            return program_json(program, self.draft.add, self._constant)
+
+        stage = compiled.stage
+        index = rank // self.spec.sequence_degree % self.spec.pipefusion_degree
+        if stage is not None:
+            self.stages |= {path: i for i, paths in enumerate(stage.blocks) for path in paths}
+            programs = {"stage": stage_json(stage, write)}
+            names = stage.parameters
+        else:
+            programs = {"body": write(compiled.body), "steady": write(compiled.steady) if compiled.steady else None}
+            names = {i.name for p in (compiled.body, compiled.steady) if p for i in p.inputs if i.kind == "parameter"}
+        self.used.setdefault(index, set()).update(names)
+        return {"idle": compiled.idle, **programs}
+
+    def _constant(self, tensor: torch.Tensor) -> str:
+        """Its name in the file of constants, which holds each content once."""
+        key = (digest(tensor.cpu()), tensor.stride())
+        if key not in self.known:
+            self.known[key] = f"constant_{len(self.known)}"
+            self.constants[self.known[key]] = tensor.detach().cpu()
+        return self.known[key]
+
+    def constants_file(self) -> str | None:
+        return _save(self.draft, "constants.safetensors", self.constants) if self.constants else None
+
+    def tensors(self, included: bool) -> tuple[Json, Json]:
+        """What is known of each parameter and buffer that some rank uses; and the files that hold them here."""
+        everything = {**dict(self.model.named_parameters(remove_duplicate=False)),
+                      **dict(self.model.named_buffers(remove_duplicate=False))}
+        saved, names = self.model.state_dict().keys(), sorted(set().union(*self.used.values()))
+        first: dict[int, str] = {}
+        made: dict[str, Any] = {}
+        for name in names:
+            tensor = everything[name]
+            made[name] = {"shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype),
+                          "buffer": not isinstance(tensor, nn.Parameter), "saved": name in saved}
+            if first.setdefault(id(tensor), name) != name:
+                made[name]["same_as"] = first[id(tensor)]
+            # Files of a model may hold shared tensors by any of their names.
+            made[name]["also"] = [n for n, t in everything.items() if t is tensor and n != name and n in saved]
+        files = {}
+        own = [n for n in names if n not in saved]
+        parts = {f"stage-{i}": sorted(used) for i, used in sorted(self.used.items())} if included else (
+            {"buffers": own} if own else {})
+        for stem, held in parts.items():
+            self.progress(f"writing weights: {stem}")
+            absent = [n for n in held if everything[n].is_meta]
+            if absent:
+                raise ArtifactError(f"{absent[0]} and {len(absent) - 1} more are on the meta device, but have to be "
+                                    "written into the artifact: " + (
+                                        "give weights='reference', or load the model" if included else
+                                        "buffers that are not saved have to be made with the model"))
+            distinct = {made[n].get("same_as", n): everything[n] for n in held}
+            files[_save(self.draft, f"{stem}.safetensors", distinct)] = sorted(distinct)
+        return made, files
+
+
+def _save(draft: Draft, name: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    try:
+        library = import_module("safetensors.torch")
+    except ImportError as error:
+        raise ArtifactError("artifacts keep tensors as safetensors, which is not installed; pip install safetensors"
+                            ) from error
+    # Neither views of one memory nor what is not contiguous can be saved as it is.
+    library.save_file({n: t.detach().cpu().contiguous().clone() if _shares(t) else t.detach().cpu().contiguous()
+                       for n, t in tensors.items()}, str(draft.folder / name))
+    return draft.adopt(name)
+
+
+def _shares(tensor: torch.Tensor) -> bool:
+    """Whether it is a part of a larger memory."""
+    return tensor.untyped_storage().nbytes() != tensor.nbytes
+
+
+def _several(inputs: Any) -> bool:
+    return isinstance(inputs, (list, tuple)) and len(inputs) > 0 and all(
+        isinstance(one, Mapping) or (isinstance(one, (list, tuple)) and not hasattr(one, "_fields")) for one in inputs)
+
+
+def _reads(guards: Guards, tensors: Sequence[torch.Tensor]) -> Json:
+    """Digests of the arguments whose values the program was made for."""
+    read = sorted({step.args[0] for step in guards.steps if step.func is None}) if any(
+        step.answer is not None for step in guards.steps) else []
+    return {str(i): digest(tensors[i].cpu()) for i in read}
+
+
+def _signature(model: nn.Module) -> inspect.Signature:
+    signature = inspect.signature(type(model).forward)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def _config(model: nn.Module) -> Json:
+    """Those entries of the model's configuration that are plain values: callers read them."""
+    config = getattr(model, "config", None)
+    found = {}
+    for name, value in dict(config).items() if isinstance(config, Mapping) else ():
+        try:
+            found[name] = structure_json(flatten(value)[1])
+        except XditError:
+            continue
+    return found
