@@ -12,7 +12,6 @@ from torch import nn
 
 from xdit_compile.calls import bind_call, named_leaves
 from xdit_compile.compiler import Compiled, Dump, compile_program
-from xdit_compile.components import TIMES
 from xdit_compile.errors import CaptureError, RankMismatch, SpecError, XditError
 from xdit_compile.frontend.cache import captured, find
 from xdit_compile.givenup import absent_of, give_up
@@ -27,6 +26,7 @@ from xdit_compile.runtime.lanes import Lane, Lanes
 from xdit_compile.runtime.schedule import RESULT
 from xdit_compile.spec import ALL
 from xdit_compile.staging import compile_stage
+from xdit_compile.steps import changing, times_among
 from xdit_compile.structure import flatten
 from xdit_compile.weights import Weights
 
@@ -134,9 +134,7 @@ class Runner:
         """
         stream, spec, turns = flow.stream, ready.crew.spec, self.crew.turns if ready.turns else None
         others = {n: concrete(t) for n, t in named.items() if n not in later}
-        # By their names, as labels are numbers too; where there is none of these names, all that is no feature.
-        named_so = TIMES & others.keys() or {n for n, t in others.items() if t.ndim < 2}
-        times = [others.pop(n).double() for n in sorted(named_so)]
+        times = [others.pop(n).double() for n in sorted(times_among(others))]
         time = tuple(x for t in times if t.numel() for x in (t.min().item(), t.max().item()))
         owner = turns.next(self) if turns else 0
         mine = turns is None or owner == turns.mine
@@ -167,7 +165,7 @@ class Runner:
         """Capture and compile a new kind of call."""
         try:
             whole = captured(self.model, args, kwargs)
-            compiled, crew = self._compiled(whole)
+            compiled, crew = self._compiled(whole, changing(self.model, args, kwargs))
         except Exception as error:
             # Told to the others, who else would wait for this rank's plan. All failing alike, the group lives on.
             self.crew.control.agree("the plan", {"error": f"{type(error).__name__}: {error}"})
@@ -180,20 +178,20 @@ class Runner:
         self.programs[id(whole)] = Ready(compiled, executor, crew, turns)
         return self.programs[id(whole)]
 
-    def _compiled(self, whole: Program) -> tuple[Compiled, Crew]:
+    def _compiled(self, whole: Program, changes: Mapping[int, str]) -> tuple[Compiled, Crew]:
         """The program for this rank, and who runs it."""
         crew = self.crew
         try:
-            return self._compiled_for(crew, whole), crew
+            return self._compiled_for(crew, whole, changes), crew
         except SpecError:
             if crew.part is None:
                 raise
-        return self._compiled_for(crew.part, whole), crew.part
+        return self._compiled_for(crew.part, whole, changes), crew.part
 
-    def _compiled_for(self, crew: Crew, whole: Program) -> Compiled:
+    def _compiled_for(self, crew: Crew, whole: Program, changes: Mapping[int, str]) -> Compiled:
         if crew.spec.pipefusion_degree > 1:
-            return compile_stage(whole, crew.spec, crew.rank, self.dump, self.stages)
-        return compile_program(whole, crew.spec, crew.rank, self.dump)
+            return compile_stage(whole, crew.spec, crew.rank, self.dump, self.stages, changes)
+        return compile_program(whole, crew.spec, crew.rank, self.dump, changes)
 
     def _executor(self, compiled: Compiled, crew: Crew) -> Executor | Flow:
         """What runs the program here. All ranks come to it together."""
@@ -206,12 +204,12 @@ class Runner:
             raise XditError(f"{absent[0]} and {len(absent) - 1} more that this rank needs are on the meta device: give "
                             "parallelize weights=FOLDER")
         if stage is None:
-            return Executor(compiled.local, self.model)
+            return Executor(compiled.body, self.model, compiled.steady, self.crew.counts)
         crew.stream.connect([(e.source, e.target) for e in stage.edges if e.name != RESULT])
         self.stages |= {path: i for i, paths in enumerate(stage.blocks) for path in paths}
         self.used |= names
         give_up(self.model, [path for path, i in self.stages.items() if i != crew.stage], self.used)
-        return Flow(stage, self.model, crew.stream)
+        return Flow(stage, self.model, crew.stream, self.crew.counts)
 
 
 def _samples(ready: Ready | None, tensors: Sequence[torch.Tensor], named: Mapping[str, torch.Tensor]) -> set[str]:
