@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -14,10 +15,12 @@ from xdit_compile.answer import Answer
 from xdit_compile.frontend.cache import captured
 from xdit_compile.garbage import uncollected
 from xdit_compile.passes import localize, plan
+from xdit_compile.passes.hoist import kept_apart
 from xdit_compile.passes.shard import Seeds
 from xdit_compile.program import Program
-from xdit_compile.runtime.flow import StageProgram
+from xdit_compile.runtime.flow import StageProgram, parameters_of
 from xdit_compile.spec import ShardingSpec
+from xdit_compile.steps import changing
 
 Dump = Callable[[str, Program], None]
 
@@ -25,12 +28,20 @@ Dump = Callable[[str, Program], None]
 @dataclass(frozen=True)
 class Compiled:
     """One captured call under one spec: the program as captured, in canonical form, where sharding begins, and one
-    rank's program. As a stage of a pipeline a rank has several: ``local`` is the one for all patches."""
+    rank's program. As a stage of a pipeline a rank has several: ``local`` is the one for all patches.
+
+    Attributes:
+        body: what a rank runs of ``local`` at each step; steady: the rest, run when its arguments have changed.
+        changes: the names of the arguments that change at each step.
+    """
 
     captured: Program
     whole: Program
     seeds: Seeds
     local: Program
+    body: Program
+    steady: Program | None = None
+    changes: tuple[str, ...] = ()
     stage: StageProgram | None = None
 
     @property
@@ -40,6 +51,10 @@ class Compiled:
     @property
     def idle(self) -> bool:
         return not self.seeds
+
+    @property
+    def parameters(self) -> set[str]:
+        return self.stage.parameters if self.stage else parameters_of(self.body, self.steady)
 
     @cached_property
     def name(self) -> str:
@@ -65,14 +80,32 @@ def _hash(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def compile_program(captured: Program, spec: ShardingSpec, rank: int = 0, dump: Dump | None = None) -> Compiled:
-    """Rank ``rank``'s program for ``spec``; ``dump`` is called with each pass's name and result."""
+NONE: Mapping[int, str] = MappingProxyType({})
+
+
+def compile_program(captured: Program, spec: ShardingSpec, rank: int = 0, dump: Dump | None = None,
+                    changes: Mapping[int, str] = NONE) -> Compiled:
+    """Rank ``rank``'s program for ``spec``; ``dump`` is called with each pass's name and result.
+
+    Args:
+        changes: which arguments change from step to step, as ``steps.changing`` finds them.
+    """
     with uncollected():
         whole, seeds = plan(captured, spec)
-        return Compiled(captured, whole, seeds, localize(whole, seeds, rank, dump))
+        local = localize(whole, seeds, rank, dump)
+        steady, body = parted(captured, local, changes)
+        return Compiled(captured, whole, seeds, local, body, steady, tuple(changes.values()))
+
+
+def parted(captured: Program, local: Program, changes: Mapping[int, str]) -> tuple[Program | None, Program]:
+    """What of ``local`` to keep from step to step, and the rest. All is the rest where there are no steps, and where
+    the call itself changes its arguments."""
+    if local.spec is None or local.spec.keep == "off" or not changes or captured.answer.changes_arguments:
+        return None, local
+    return kept_apart(local, {f"arg_{i}" for i in changes})
 
 
 def compile_call(model: nn.Module, spec: ShardingSpec, args: Sequence[Any], kwargs: Mapping[str, Any], rank: int = 0,
                  dump: Dump | None = None) -> Compiled:
     """Capture ``model(*args, **kwargs)``, unless that was done before, and compile it."""
-    return compile_program(captured(model, args, kwargs), spec, rank, dump)
+    return compile_program(captured(model, args, kwargs), spec, rank, dump, changing(model, args, kwargs))

@@ -12,7 +12,7 @@ from rich.console import RenderableType
 from torch import fx, nn
 
 from xdit_compile.calls import Inputs, call_arguments
-from xdit_compile.compiler import Dump, compile_program
+from xdit_compile.compiler import Dump, compile_program, parted
 from xdit_compile.costs import FORMULAS
 from xdit_compile.errors import SpecError
 from xdit_compile.frontend.cache import captured
@@ -21,6 +21,7 @@ from xdit_compile.mesh import STAGE, position_of
 from xdit_compile.passes.pipefusion import plan_pipeline
 from xdit_compile.program import Note, Program, module_of, source_of
 from xdit_compile.report.costs import Costs, costs_of
+from xdit_compile.report.kept import Keeping, keeping, with_kept
 from xdit_compile.report.operations import contractions
 from xdit_compile.report.origins import Piece, global_functions, pieces
 from xdit_compile.report.plain import jsonable, plain
@@ -28,6 +29,7 @@ from xdit_compile.report.stages import Stages, stages_of
 from xdit_compile.report.tables import explanation_table, summary_of_explanation
 from xdit_compile.spec import ShardingSpec
 from xdit_compile.staging import staged
+from xdit_compile.steps import changing
 
 MOST = 10
 """How many of the largest replicated operations are listed."""
@@ -88,6 +90,7 @@ class Explanation:
         replicated: the most expensive operators that every rank computes whole.
         replicated_flops: this rank's operations in all that every rank computes whole.
         local, whole: costs of this rank, and of the model on one device; under ``pipefusion``, of one step.
+        kept: what of ``local`` is computed at the first step only; None if nothing is.
         stages: of a pipeline, what each of them does; the rows above are then those of this rank's stage.
     """
 
@@ -107,6 +110,7 @@ class Explanation:
     replicated_flops: int
     local: Costs
     whole: Costs
+    kept: Keeping | None = None
     stages: Stages | None = None
 
     @property
@@ -164,13 +168,14 @@ def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, i
     start = time.perf_counter()
     program = captured(model, args, kwargs)
     middle = time.perf_counter()
-    stages = None
+    changes, stages = changing(model, args, kwargs), None
     if spec.pipefusion_degree > 1:
-        whole, body, local, costs, stages = _stage(program, spec, rank, dump)
+        whole, body, local, costs, kept, stages = _stage(program, spec, rank, dump, changes)
     else:
-        compiled = compile_program(program, spec, rank, dump)
+        compiled = compile_program(program, spec, rank, dump, changes)
         whole, local = compiled.whole, compiled.local
-        body, costs = whole, costs_of(local)
+        body, costs = whole, with_kept(costs_of(local), compiled.steady, compiled.body)
+        kept = keeping(local, compiled.steady, compiled.body, compiled.changes, costs.flops)
     end = time.perf_counter()
     notes, calls = local.notes, local.calls()
     replicated = sorted(_replicated(local), key=lambda row: -row.flops) if spec.world_size > 1 else []
@@ -181,22 +186,24 @@ def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, i
         tuple(_rewritten(body, local, costs, "conv")),
         _traffic(costs),
         tuple(_row(n, calls) for n in notes if n.kind == "fallback"),
-        tuple(replicated[:MOST]), sum(row.flops for row in replicated), costs, costs_of(whole), stages)
+        tuple(replicated[:MOST]), sum(row.flops for row in replicated), costs, costs_of(whole), kept, stages)
 
 
-def _stage(program: Program, spec: ShardingSpec, rank: int,
-           dump: Dump | None) -> tuple[Program, Program, Program, Costs, Stages]:
-    """The whole program, what ``rank``'s stage is of it, that rank's program for a patch and its costs of a step, and
-    all stages."""
+def _stage(program: Program, spec: ShardingSpec, rank: int, dump: Dump | None, changes: Mapping[int, str],
+           ) -> tuple[Program, Program, Program, Costs, Keeping | None, Stages]:
+    """The whole program, what ``rank``'s stage is of it, that rank's program for a patch, its costs of a step and what
+    it keeps, and all stages."""
     pipeline = plan_pipeline(program, spec)
     _, stage = staged(pipeline, rank, dump)
     found = stages_of(pipeline, stage.edges)
     units = [costs_of(stage.units[unit]) for unit in stage.patches]
-    once = costs_of(stage.once)
+    steady, rest = parted(program, stage.once, changes)
+    once = with_kept(costs_of(stage.once), steady, rest)
     costs = Costs(once.flops + sum(u.flops for u in units), max(u.activations for u in (once, *units)),
                   tuple(c for u in (once, *units) for c in u.collectives))
+    kept = keeping(stage.once, steady, rest, tuple(changes.values()), costs.flops)
     index = position_of(rank, spec)[STAGE]
-    return pipeline.whole, pipeline.stages[index].body, stage.units[stage.patches[-1]], costs, found
+    return pipeline.whole, pipeline.stages[index].body, stage.units[stage.patches[-1]], costs, kept, found
 
 
 def _operators(program: Program) -> dict[str, int]:

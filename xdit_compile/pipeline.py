@@ -56,7 +56,8 @@ class ParallelPipeline:
             type(self).__name__, self.crew.spec, self.crew.rank,
             tuple(part for name, module in modules.items() for part in _parts(name, module, self.crew)),
             dict(turns.fetched) if turns else {}, turns.sent if turns else 0,
-            sum(s.sent for s in self.crew.streams), sum(s.results_sent for s in self.crew.streams))
+            sum(s.sent for s in self.crew.streams), sum(s.results_sent for s in self.crew.streams),
+            self.crew.counts["kept"])
 
 
 def parallel_pipeline(pipe: Any, crew: Crew, check_inputs: bool, dump: Dump | None,

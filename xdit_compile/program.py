@@ -27,9 +27,10 @@ from xdit_compile.structure import Structure
 class Input:
     """What a placeholder of ``main`` stands for: a parameter or buffer by its name in the model, a constant made
     inside forward, or the n-th tensor among the flattened arguments of the call. In a stage of a pipeline also a
-    value computed ``once`` per step, one ``received`` from another stage, or a ``cache`` that outlives the call."""
+    value computed ``once`` per step, one ``received`` from another stage, or a ``cache`` that outlives the call; where
+    values are ``kept`` from step to step, one of these."""
 
-    kind: Literal["parameter", "constant", "argument", "once", "received", "cache"]
+    kind: Literal["parameter", "constant", "argument", "once", "received", "cache", "kept"]
     name: str
 
 

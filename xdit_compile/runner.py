@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from xdit_compile.calls import bind_call, named_leaves
-from xdit_compile.components import TIMES
 from xdit_compile.errors import CaptureError, RankMismatch, SpecError, XditError
 from xdit_compile.givenup import absent_of, give_up
 from xdit_compile.passes import NOTHING
@@ -24,6 +23,7 @@ from xdit_compile.runtime.lanes import Lane, Lanes
 from xdit_compile.runtime.schedule import RESULT
 from xdit_compile.source import Runnable, Source
 from xdit_compile.spec import ALL
+from xdit_compile.steps import times_among
 from xdit_compile.structure import flatten
 from xdit_compile.weights import Weights
 
@@ -132,9 +132,7 @@ class Runner:
         """
         stream, spec, turns = flow.stream, ready.crew.spec, self.crew.turns if ready.turns else None
         others = {n: concrete(t) for n, t in named.items() if n not in later}
-        # By their names, as labels are numbers too; where there is none of these names, all that is no feature.
-        named_so = TIMES & others.keys() or {n for n, t in others.items() if t.ndim < 2}
-        times = [others.pop(n).double() for n in sorted(named_so)]
+        times = [others.pop(n).double() for n in sorted(times_among(others))]
         time = tuple(x for t in times if t.numel() for x in (t.min().item(), t.max().item()))
         owner = turns.next(self) if turns else 0
         mine = turns is None or owner == turns.mine
@@ -192,7 +190,7 @@ class Runner:
     def _executor(self, compiled: Runnable, crew: Crew) -> Executor | Flow:
         """What runs the program here. All ranks come to it together."""
         stage = compiled.stage
-        names = stage.parameters if stage else {i.name for i in compiled.local.inputs if i.kind == "parameter"}
+        names = compiled.parameters
         if self.weights is not None:
             self.weights.load(self.model, names, torch.device("cuda", torch.cuda.current_device()) if
                               torch.cuda.is_available() else torch.device("cpu"))
@@ -200,12 +198,12 @@ class Runner:
             raise XditError(f"{absent[0]} and {len(absent) - 1} more that this rank needs are on the meta device: give "
                             "parallelize weights=FOLDER")
         if stage is None:
-            return Executor(compiled.local, self.model)
+            return Executor(compiled.body, self.model, compiled.steady, self.crew.counts)
         crew.stream.connect([(e.source, e.target) for e in stage.edges if e.name != RESULT])
         self.stages |= {path: i for i, paths in enumerate(stage.blocks) for path in paths}
         self.used |= names
         give_up(self.model, [path for path, i in self.stages.items() if i != crew.stage], self.used)
-        return Flow(stage, self.model, crew.stream)
+        return Flow(stage, self.model, crew.stream, self.crew.counts)
 
 
 def _samples(ready: Ready | None, tensors: Sequence[torch.Tensor], named: Mapping[str, torch.Tensor]) -> set[str]:

@@ -14,20 +14,28 @@ from xdit_compile.program import Program
 from xdit_compile.runtime.flow import StageProgram
 from xdit_compile.spec import ShardingSpec
 from xdit_compile.staging import compile_stage
+from xdit_compile.steps import changing
 
 
 class Runnable(Protocol):
-    """What one rank runs for one kind of call. As a stage of a pipeline it has several programs, of which ``local`` is
-    the one for all patches."""
+    """What one rank runs for one kind of call: ``body`` at each step, ``steady`` when the arguments that it takes have
+    changed; or, as a ``stage`` of a pipeline, the programs of that."""
 
     @property
-    def local(self) -> Program: ...
+    def body(self) -> Program: ...
+
+    @property
+    def steady(self) -> Program | None: ...
 
     @property
     def stage(self) -> StageProgram | None: ...
 
     @property
     def answer(self) -> Answer: ...
+
+    @property
+    def parameters(self) -> set[str]:
+        """The names of those that this rank uses."""
 
     @property
     def name(self) -> str:
@@ -63,14 +71,18 @@ class Captures:
 
     def __init__(self, model: nn.Module, dump: Dump | None = None) -> None:
         self.model, self.dump = model, dump
+        self._changes: dict[int, Mapping[int, str]] = {}
+        """By the identity of a program, which is kept with the model: which arguments change from step to step."""
 
     def find(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program | None:
         return find(self.model, args, kwargs)
 
     def make(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
-        return captured(self.model, args, kwargs)
+        program = captured(self.model, args, kwargs)
+        self._changes[id(program)] = changing(self.model, args, kwargs)
+        return program
 
     def compiled(self, kind: Program, spec: ShardingSpec, rank: int, stages: Mapping[str, int]) -> Compiled:
         if spec.pipefusion_degree > 1:
-            return compile_stage(kind, spec, rank, self.dump, stages)
-        return compile_program(kind, spec, rank, self.dump)
+            return compile_stage(kind, spec, rank, self.dump, stages, self._changes[id(kind)])
+        return compile_program(kind, spec, rank, self.dump, self._changes[id(kind)])

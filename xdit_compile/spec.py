@@ -10,6 +10,7 @@ from xdit_compile.errors import SpecError
 
 BACKENDS = ("eager", "inductor")
 ENCODERS = ("everywhere", "spread")
+KEEP = ("on", "off")
 KERNELS = ("auto", "torch", "flash_attn", "yunchang")
 ALL = "all"
 SHORT = {"kernel": "attention_kernel", "patches": "num_patches", "warmup": "warmup_steps"}
@@ -42,6 +43,8 @@ class ShardingSpec:
             ranks as above, in groups of this many, each of which computes the whole.
         encoders: where a pipeline's text and image encoders live: ``everywhere``, or ``spread``: each on one rank,
             which sends the others the embeddings.
+        keep: ``on`` computes what does not change from step to step once, as long as the tensors it is made of stay
+            the same and are not written into; ``off`` at each step.
         backend: ``eager`` runs the rewritten graph as it is, ``inductor`` compiles it with torch.compile.
         attention_kernel: ``auto`` takes flash-attn where it is installed and fits, PyTorch's kernels otherwise;
             a kernel asked for by name is used or refused, never replaced.
@@ -60,6 +63,7 @@ class ShardingSpec:
     stage_blocks: str = ""
     vae_degree: int = 1
     encoders: str = "everywhere"
+    keep: str = "on"
     backend: str = "eager"
     attention_kernel: str = "auto"
 
@@ -70,7 +74,8 @@ class ShardingSpec:
             if not isinstance(value, int) or isinstance(value, bool) or value < least.get(name, 1):
                 also = f", or {ALL}" if name == "warmup_steps" else ""
                 raise SpecError(f"{name} must be a whole number of at least {least.get(name, 1)}{also}, got {value!r}")
-        for name, allowed in (("encoders", ENCODERS), ("backend", BACKENDS), ("attention_kernel", KERNELS)):
+        for name, allowed in (("encoders", ENCODERS), ("keep", KEEP), ("backend", BACKENDS),
+                              ("attention_kernel", KERNELS)):
             if getattr(self, name) not in allowed:
                 raise SpecError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         self._check_pipefusion()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from xdit_compile.compiler import Compiled, Dump
+from xdit_compile.compiler import NONE, Compiled, Dump, parted
 from xdit_compile.garbage import uncollected
 from xdit_compile.layout import EVERY, PATCH, Layout
 from xdit_compile.mesh import STAGE, position_of
@@ -19,15 +19,18 @@ from xdit_compile.spec import ShardingSpec
 
 
 def compile_stage(captured: Program, spec: ShardingSpec, rank: int = 0, dump: Dump | None = None,
-                  stages: Mapping[str, int] = MappingProxyType({})) -> Compiled:
+                  stages: Mapping[str, int] = MappingProxyType({}), changes: Mapping[int, str] = NONE) -> Compiled:
     """Rank ``rank``'s stage of the pipeline that ``spec`` asks for. ``dump`` is called with each pass's name and
-    result, for the program of all patches together. Blocks in ``stages`` go to these: their weights are there."""
+    result, for the program of all patches together. Blocks in ``stages`` go to these: their weights are there;
+    ``changes`` as for ``compile_program``."""
     with uncollected():
         pipeline = plan_pipeline(captured, spec, stages)
-        return Compiled(captured, pipeline.whole, pipeline.seeds, *staged(pipeline, rank, dump))
+        local, stage = staged(pipeline, rank, dump, changes)
+        return Compiled(captured, pipeline.whole, pipeline.seeds, local, local, None, tuple(changes.values()), stage)
 
 
-def staged(pipeline: Pipeline, rank: int, dump: Dump | None = None) -> tuple[Program, StageProgram]:
+def staged(pipeline: Pipeline, rank: int, dump: Dump | None = None,
+           changes: Mapping[int, str] = NONE) -> tuple[Program, StageProgram]:
     """The program of ``rank`` for all patches, and all it runs as a stage."""
     spec = pipeline.whole.spec
     assert spec is not None
@@ -58,8 +61,9 @@ def staged(pipeline: Pipeline, rank: int, dump: Dump | None = None) -> tuple[Pro
         pipeline.whole.main.graph.find_nodes(op="placeholder"), pipeline.whole.inputs, strict=True)
         if i.kind == "argument"}
     receives = {a: names for (a, b), names in sent.items() if b == index}
+    steady, once = parted(pipeline.whole, local.once, changes)
     program = StageProgram(
-        once=local.once, units=local.units, held=stage.held,
+        steady=steady, once=once, units=local.units, held=stage.held,
         samples={place[n]: cut for n, lay in pipeline.samples.items() if (cut := _cut(lay, spec.patches))},
         sends={b: names for (a, b), names in sent.items() if a == index}, returns=tuple(stage.sends),
         receives=receives,

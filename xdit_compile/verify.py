@@ -143,7 +143,8 @@ def _explained(result: Verification, ready: Ready, main: Pair, expected: Sequenc
     captured = [difference(a, b) for a, b in zip(main.whole(*main.whole_arguments), expected, strict=True)]
     if any(d.exceeds(result.tolerance) for theirs in ready.crew.gather(captured) for d in theirs):
         return replace(result, cause="capture")
-    position = ready.compiled.local.position
-    assert position is not None
+    compiled = ready.compiled
+    assert isinstance(compiled, Compiled) and compiled.local.position is not None
+    position = compiled.local.position
     nodes = first_differences(main, position, result.tolerance, ready.crew.gather)
     return replace(result, cause="rewriting" if nodes else "execution", nodes=nodes)

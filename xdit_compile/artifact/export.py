@@ -43,7 +43,7 @@ def export(model: nn.Module, spec: str | dict | ShardingSpec, example_inputs: In
     code. No processes take part, and the model may be on the meta device.
 
     Args:
-        example_inputs: the arguments of one call, or a list of several: each kind of call that the artifact shall serve.
+        example_inputs: the arguments of one call, or a list of several, one for each kind of call that is to be served.
         path: the folder, which is there whole or not at all.
         weights: ``reference`` leaves them in the model's own safetensors files, which `load` is told of; ``included``
             writes them into the artifact, those of each stage as one file.
@@ -93,8 +93,8 @@ class _Writer:
         tensors, structure = flatten((tuple(args), dict(kwargs)))
         captured = self.source.make(args, kwargs)
         if captured.answer.changes_arguments:
-            raise ArtifactError(f"{type(self.model).__name__} changes what is in its arguments in this call, as a cache "
-                                "does; artifacts hold only calls that return their results")
+            raise ArtifactError(f"{type(self.model).__name__} changes what is in its arguments in this call, as a "
+                                "cache does; artifacts hold only calls that return their results")
         spec = self._spec_of(captured)
         ranks = []
         for rank in range(spec.world_size):
@@ -125,11 +125,9 @@ class _Writer:
         if stage is not None:
             self.stages |= {path: i for i, paths in enumerate(stage.blocks) for path in paths}
             programs = {"stage": stage_json(stage, write)}
-            names = stage.parameters
         else:
             programs = {"body": write(compiled.body), "steady": write(compiled.steady) if compiled.steady else None}
-            names = {i.name for p in (compiled.body, compiled.steady) if p for i in p.inputs if i.kind == "parameter"}
-        self.used.setdefault(index, set()).update(names)
+        self.used.setdefault(index, set()).update(compiled.parameters)
         return {"idle": compiled.idle, **programs}
 
     def _constant(self, tensor: torch.Tensor) -> str:

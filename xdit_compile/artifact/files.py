@@ -24,7 +24,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*(\.[a-z0-9_-]+)*")
 
 
 class ArtifactError(XditError):
-    """Raised when an artifact cannot be written, or is not one, or does not fit this machine, these ranks or weights."""
+    """Raised when an artifact cannot be written, is none, or does not fit this machine, these ranks or weights."""
 
 
 @dataclass

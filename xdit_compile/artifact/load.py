@@ -25,7 +25,7 @@ from xdit_compile.program import Program
 from xdit_compile.runner import Runner
 from xdit_compile.runtime.crew import Crew
 from xdit_compile.runtime.digest import digest
-from xdit_compile.runtime.flow import StageProgram
+from xdit_compile.runtime.flow import StageProgram, parameters_of
 from xdit_compile.spec import ShardingSpec
 from xdit_compile.standin import parallel_model
 from xdit_compile.structure import Structure, flatten, sharing
@@ -137,6 +137,10 @@ class StoredProgram:
     idle: bool
     stage: StageProgram | None = None
 
+    @property
+    def parameters(self) -> set[str]:
+        return self.stage.parameters if self.stage else parameters_of(self.body, self.steady)
+
     def digest(self) -> dict[str, str]:
         return {"artifact and call": self.name}
 
@@ -193,10 +197,7 @@ class _Call:
 
     def parameters(self, rank: int) -> set[str]:
         """The names of those that ``rank`` of all takes. Where groups take turns, its place is in its own."""
-        made = self.of(rank % self.spec.world_size)
-        if made.stage is not None:
-            return made.stage.parameters
-        return {i.name for p in (made.body, made.steady) if p for i in p.inputs if i.kind == "parameter"}
+        return self.of(rank % self.spec.world_size).parameters
 
 
 class _Calls:

@@ -1,5 +1,5 @@
-"""Calls as JSON: signatures, nests of containers, types and sizes. Reading makes no object of a class that a file names,
-unless this process knows the class already as one of results."""
+"""Calls as JSON: signatures, nests of containers, types and sizes. Reading makes no object of a class that a file
+names, unless this process knows the class already as one of results."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def constant_of(value: Json) -> Any:
     ((kind, held),) = value.items()
     if kind == "value" and isinstance(held, _PLAIN):
         return held
-    made = {"float": float, "dtype": dtype_of, "device": torch.device}
+    made: dict[str, Any] = {"float": float, "dtype": dtype_of, "device": torch.device}
     if kind not in made or not isinstance(held, str):
         raise XditError(f"{value!r} is no constant")
     return made[kind](held)
@@ -91,10 +91,11 @@ def _tree(spec: pytree.TreeSpec, leaves: Any) -> Json:
         return {spec.type.__name__: parts}
     if spec.type is dict:
         return {"dict": [[k, p] for k, p in zip(_names(spec.context), parts, strict=True)]}
-    if issubclass(spec.type, OrderedDict) and dataclasses.is_dataclass(spec.type):
-        name = f"{spec.type.__module__}:{spec.type.__qualname__}"
+    cls: Any = spec.type
+    if issubclass(cls, OrderedDict) and dataclasses.is_dataclass(cls):
+        name = f"{cls.__module__}:{cls.__qualname__}"
         return {"output": name, "fields": [[k, p] for k, p in zip(_names(spec.context), parts, strict=True)]}
-    raise XditError(f"a {spec.type.__qualname__} cannot be written into an artifact: only tuples, lists, dictionaries "
+    raise XditError(f"a {cls.__qualname__} cannot be written into an artifact: only tuples, lists, dictionaries "
                     "and outputs of models can")
 
 
@@ -127,7 +128,7 @@ def _template(tree: Json) -> Any:
 def _known(name: str, fields: Mapping[str, Any]) -> Any:
     """The class of results of this name, if its module is loaded anyhow. Nothing is imported for it."""
     module, _, path = name.partition(":")
-    cls = getattr(sys.modules.get(module), path, None)
+    cls: Any = getattr(sys.modules.get(module), path, None)
     fits = isinstance(cls, type) and issubclass(cls, OrderedDict) and dataclasses.is_dataclass(cls)
     return cls if fits and fields.keys() <= {f.name for f in dataclasses.fields(cls)} else None
 

@@ -17,9 +17,10 @@ from xdit_compile.errors import SpecError
 from xdit_compile.layout import EVERY, PATCH, SEQUENCE, Dim, Layout, Segment, even_offsets
 from xdit_compile.mesh import position_of
 from xdit_compile.passes.batch import joined
+from xdit_compile.passes.hoist import hoist
 from xdit_compile.passes.seeds import arguments, candidates
 from xdit_compile.passes.shard import Seeds, Walk
-from xdit_compile.passes.stages import hoist, work
+from xdit_compile.passes.stages import work
 from xdit_compile.program import Program
 
 UNITS = (1, 2, 4, 8, 16)

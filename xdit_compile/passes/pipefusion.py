@@ -17,10 +17,11 @@ from xdit_compile.mesh import STAGE, axis_sizes, position_of
 from xdit_compile.passes import localize
 from xdit_compile.passes.batch import batch_seeds, joined
 from xdit_compile.passes.canonicalize import canonicalize
+from xdit_compile.passes.hoist import hoist
 from xdit_compile.passes.patches import cut_by_patches, patch_seeds
 from xdit_compile.passes.seeds import arguments, check_heads, choose_seeds
 from xdit_compile.passes.shard import Leave, Seeds, Sharder, Tally, Walk
-from xdit_compile.passes.stages import Stage, hoist, stages
+from xdit_compile.passes.stages import Stage, stages
 from xdit_compile.passes.values import Value
 from xdit_compile.program import Program
 from xdit_compile.spec import ShardingSpec

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import fx
 
 from xdit_compile.costs import flops
 from xdit_compile.errors import SpecError
-from xdit_compile.program import Input, Program, graph_module, module_of, output_args
+from xdit_compile.passes.hoist import extract, needed, part_of
+from xdit_compile.program import Input, Program, module_of, output_args
 
 
 @dataclass(frozen=True)
@@ -45,112 +45,6 @@ class Stage:
     def held(self) -> tuple[str, ...]:
         """Names of what ``body`` takes of what ``once`` computes."""
         return tuple(i.name for i in self.body.inputs if i.kind == "once")
-
-
-def hoist(program: Program, begin: Collection[str]) -> tuple[Program, set[str]]:
-    """``program`` with every block function parted into what does not flow, called first, and the rest; and the names
-    of values of ``main`` that flow.
-
-    Args:
-        begin: names of values of ``main`` where the flow begins: what is cut, and what uses the others.
-    """
-    functions = dict(program.functions())
-    parted: dict[tuple[str, tuple[bool, ...]], _Parts] = {}
-    graphs: dict[str, fx.Graph] = {}
-    new = fx.Graph()
-    env: dict[Any, fx.Node] = {}
-    flowing: set[fx.Node] = set()
-    given = {n: i.kind == "argument" for n, i in zip(
-        program.main.graph.find_nodes(op="placeholder"), program.inputs, strict=True)}
-    for node in program.main.graph.nodes:
-        flows = (given.get(node, False) and node.name in begin) or any(
-            n in flowing or n.name in begin for n in node.all_input_nodes)
-        if node.op == "call_module" and flows:
-            mask = tuple(a in flowing or a.name in begin for a in node.args)
-            key = (str(node.target), mask)
-            if key not in parted:
-                parted[key] = _part(functions[key[0]].graph, mask)
-                parts, name = parted[key], f"{key[0]}{'_' * sum(k[0] == key[0] for k in list(parted)[:-1])}"
-                graphs |= {f"{name}_once": parts.once, f"{name}_flow": parts.rest}
-                parts.names += [f"{name}_once", f"{name}_flow"]
-            parts = parted[key]
-            held: list[fx.Node] = []
-            if count := len(output_args(parts.once)):
-                taken = [env[node.args[i]] for i in parts.once_takes]
-                call = _call(new, parts.names[0], taken, parts.once, node, "_once")
-                held = [_item(new, call, i, node) for i in range(count)]
-            taken = [env[node.args[i]] for i in parts.rest_takes]
-            rest = _call(new, parts.names[1], taken + held, parts.rest, node, "")
-            env[node] = rest
-            flowing.add(node)
-            flowing.add(rest)
-            continue
-        if node.op == "call_module":
-            graphs[str(node.target)] = functions[str(node.target)].graph
-        env[node] = new.node_copy(node, lambda n: env[n])
-        if flows:
-            flowing |= {node, env[node]}
-    names = {n.name for n in new.nodes if n in flowing}
-    return program.rebuilt({"main": new, **graphs}), names
-
-
-@dataclass
-class _Parts:
-    """A block function, parted: graphs, and which of its arguments each of them takes."""
-
-    once: fx.Graph
-    rest: fx.Graph
-    once_takes: list[int]
-    rest_takes: list[int]
-    names: list[str] = field(default_factory=list)
-
-
-def _part(graph: fx.Graph, flows: Sequence[bool]) -> _Parts:
-    holders = graph.find_nodes(op="placeholder")
-    flowing = {n for n, f in zip(holders, flows, strict=True) if f}
-    for node in graph.nodes:
-        if any(n in flowing for n in node.all_input_nodes):
-            flowing.add(node)
-    held = [n for n in graph.nodes if n not in flowing and n.op == "call_function" and isinstance(
-        n.meta["val"], torch.Tensor) and any(u in flowing or u.op == "output" for u in n.users)]
-    once, takes = _extract(graph, [n for n in graph.nodes if n not in flowing and n.op == "call_function"], held)
-    rest, rest_takes = _extract(graph, [n for n in graph.nodes if n in flowing and n.op == "call_function"],
-                                list(output_args(graph)), held)
-    place = {n: i for i, n in enumerate(holders)}
-    return _Parts(once, rest, [place[n] for n in takes], [place[n] for n in rest_takes if n in place])
-
-
-def _extract(graph: fx.Graph, nodes: Sequence[fx.Node], results: Sequence[fx.Node],
-             extra: Sequence[fx.Node] = ()) -> tuple[fx.Graph, list[fx.Node]]:
-    """A graph of ``nodes`` and the results; and what it takes, in order: inputs of ``graph``, then ``extra``."""
-    inside = set(nodes)
-    needed = {n for node in nodes for n in node.all_input_nodes} | set(results)
-    takes = [n for n in graph.nodes if n in needed and n not in inside and n not in extra] + list(extra)
-    new, env = fx.Graph(), {}
-    for node in takes:
-        env[node] = new.placeholder(node.name)
-        env[node].meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack", "stack_trace")}
-    for node in nodes:
-        env[node] = new.node_copy(node, lambda n: env[n])
-    out = new.output(tuple(env[n] for n in results))
-    out.meta["val"] = tuple(n.meta["val"] for n in results)
-    return new, takes
-
-
-def _call(graph: fx.Graph, name: str, args: Sequence[fx.Node], function: fx.Graph, like: fx.Node,
-          suffix: str) -> fx.Node:
-    node = graph.create_node("call_module", name, tuple(args), {}, like.name + suffix)
-    node.meta = {k: v for k, v in like.meta.items() if k != "val"}
-    node.meta["val"] = tuple(n.meta["val"] for n in output_args(function))
-    return node
-
-
-def _item(graph: fx.Graph, call: fx.Node, index: int, like: fx.Node) -> fx.Node:
-    # Names of the values that were there before stay theirs.
-    node = graph.create_node("call_function", operator.getitem, (call, index), {}, f"{call.name}_{index}")
-    node.meta = {k: v for k, v in like.meta.items() if k != "val"}
-    node.meta["val"] = call.meta["val"][index]
-    return node
 
 
 def stages(program: Program, flowing: Collection[str], count: int, given: Sequence[int],
@@ -186,11 +80,11 @@ def stages(program: Program, flowing: Collection[str], count: int, given: Sequen
         sends = {n: to for n, to in sends.items() if to}
         results = [i for i, n in enumerate(outputs) if n in stage] if end else []
         fixed = [i for i, n in enumerate(outputs) if n not in stage] if end else []
-        body, taken = _extract(graph, mine, [*sends, *(outputs[i] for i in results)])
+        body, taken = extract(graph, mine, [*sends, *(outputs[i] for i in results)])
         held = [n for n in taken if n.name not in flowing and n.op != "placeholder"]
         wanted = [*held, *(outputs[i] for i in fixed)]
-        needed = _needed(wanted)
-        once, once_taken = _extract(graph, [n for n in graph.nodes if n in needed], wanted)
+        made_once = needed(wanted)
+        once, once_taken = extract(graph, [n for n in graph.nodes if n in made_once], wanted)
         made.append(Stage(
             _program(program, once, once_taken, ()), _program(program, body, taken, held),
             tuple(b for b, s in stage_of_block.items() if s == index), {n.name: to for n, to in sends.items()},
@@ -198,23 +92,11 @@ def stages(program: Program, flowing: Collection[str], count: int, given: Sequen
     return tuple(made)
 
 
-def _needed(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """All that makes these, but inputs of the graph."""
-    found, queue = set(), [n for n in nodes if n.op != "placeholder"]
-    while queue:
-        if (node := queue.pop()) not in found:
-            found.add(node)
-            queue += [n for n in node.all_input_nodes if n.op != "placeholder"]
-    return found
-
-
 def _program(program: Program, main: fx.Graph, taken: Sequence[fx.Node], held: Collection[fx.Node]) -> Program:
     known = dict(zip((n.name for n in program.main.graph.find_nodes(op="placeholder")), program.inputs, strict=True))
     inputs = tuple(known[n.name] if n.op == "placeholder" else Input("once" if n in held else "received", n.name)
                    for n in taken)
-    called = {n.target for n in main.find_nodes(op="call_module")}
-    children = {name: module for name, module in program.functions() if name in called}
-    return program.having(main=graph_module("main", main, children), inputs=inputs, part=True)
+    return part_of(program, main, inputs, part=True)
 
 
 # Blocks

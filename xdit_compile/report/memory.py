@@ -26,6 +26,13 @@ def peak_activations(program: Program) -> int:
     return _footprint(functions["main"].graph, blocks).peak
 
 
+def result_bytes(program: Program) -> int:
+    """Bytes that the results of one forward hold on to; not those of the call's inputs."""
+    functions = dict(program.functions())
+    blocks = {name: _footprint(module.graph, {}) for name, module in functions.items() if name != "main"}
+    return sum(b.size for b in set(_footprint(functions["main"].graph, blocks).results))
+
+
 @dataclass(eq=False)
 class _Buffer:
     """A stretch of memory, in bytes. An argument's belongs to the caller and counts as nothing here."""

@@ -11,6 +11,9 @@ from rich.text import Text
 
 from xdit_compile.compiler import Compiled
 from xdit_compile.report.costs import costs_of
+from xdit_compile.report.kept import with_kept
+from xdit_compile.report.memory import result_bytes
+from xdit_compile.report.operations import program_flops
 from xdit_compile.report.plain import jsonable, plain
 from xdit_compile.report.tables import sections, table
 from xdit_compile.report.units import plural, size, work
@@ -26,6 +29,7 @@ class Part:
         what: how it runs.
         spec: under which spec, if it is compiled; flops, sent, activations: operations, bytes sent and bytes of
             activations at the worst moment, of this rank in one call; ``whole`` flops and activations of one device.
+        saved: operations that a call leaves out if what they depend on has not changed; kept: bytes for that.
     """
 
     component: str
@@ -37,6 +41,8 @@ class Part:
     activations: int = 0
     whole_flops: int = 0
     whole_activations: int = 0
+    saved: int = 0
+    kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class PipelineReport:
     """What a parallel pipeline has run so far, as this rank sees it.
 
     Attributes:
+        kept: calls that used what was kept of a step before.
         fetched: how often results of calls that groups take turns in were exchanged, by how many calls each exchange
             served; with one, groups waited for each other and nothing was gained.
         sent: bytes this rank sent in those exchanges; stages_sent, results_sent: as a stage of a pipeline, to later
@@ -58,6 +65,7 @@ class PipelineReport:
     sent: int
     stages_sent: int = 0
     results_sent: int = 0
+    kept: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as what JSON can say."""
@@ -65,11 +73,11 @@ class PipelineReport:
 
     def __rich__(self) -> RenderableType:
         rows = table("Components", "component", "class", "how", ">operations", ">x ranks", ">sent", ">activations",
-                     ">of")
+                     ">of", ">saved", ">kept")
         for p in self.parts:
             figures = () if p.spec is None else (
                 work(p.flops), f"{p.flops * p.spec.world_size / max(p.whole_flops, 1):.3f}", size(p.sent),
-                size(p.activations), size(p.whole_activations))
+                size(p.activations), size(p.whole_activations), work(p.saved), size(p.kept))
             rows.add_row(p.component, p.model, p.what, *figures)
         turns = table("Calls taken in turns", ">calls at once", ">times", "")
         for calls, times in sorted(self.fetched.items()):
@@ -78,7 +86,8 @@ class PipelineReport:
         sent = Text(f"{size(self.sent)} sent for them") if self.fetched else None
         staged = Text(f"{size(self.stages_sent)} sent to later stages, {size(self.results_sent)} of results"
                       ) if self.spec.pipefusion_degree > 1 else None
-        return sections(head, rows, turns if self.fetched else None, sent, staged)
+        kept = Text(f"{plural(self.kept, 'call')} used what was kept of a step before")
+        return sections(head, rows, kept, turns if self.fetched else None, sent, staged)
 
     def __str__(self) -> str:
         return plain(self)
@@ -86,8 +95,9 @@ class PipelineReport:
 
 def part_of(component: str, model: str, what: str, compiled: Compiled) -> Part:
     """The figures of one compiled kind of call."""
-    local, whole = costs_of(compiled.local), costs_of(compiled.whole)
+    local, whole = with_kept(costs_of(compiled.local), compiled.steady, compiled.body), costs_of(compiled.whole)
+    steady = compiled.stage.steady if compiled.stage else compiled.steady
     fallbacks = sum(note.kind == "fallback" for note in compiled.local.notes)
     said = f"{what}; {plural(fallbacks, 'operator')} computed whole for want of a rule" if fallbacks else what
     return Part(component, model, said, compiled.local.spec, local.flops, local.sent, local.activations, whole.flops,
-                whole.activations)
+                whole.activations, program_flops(steady) if steady else 0, result_bytes(steady) if steady else 0)

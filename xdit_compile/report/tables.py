@@ -48,9 +48,10 @@ def summary_of_explanation(e: Explanation) -> str:
     missing = (f"{plural(len(e.fallbacks), 'operator')} computed whole for want of a rule" if e.fallbacks
                else "a rule for every operator")
     staged = f"{size(e.stages.sent(e.rank))} to later stages; " if e.stages else ""
+    kept = f"{e.kept}; " if e.kept else ""
     return (f"{e.model} under {e.spec}: {work(e.local.flops)} per rank, {e.work_ratio:.3f}/{ranks} of one "
             f"device; {plural(e.local.collective_count, 'collective')} sending {size(e.local.sent)}; {staged}"
-            f"activations {size(e.local.activations)} of {size(e.whole.activations)}; {missing}")
+            f"activations {size(e.local.activations)} of {size(e.whole.activations)}; {kept}{missing}")
 
 
 def explanation_table(e: Explanation) -> RenderableType:
@@ -62,7 +63,7 @@ def explanation_table(e: Explanation) -> RenderableType:
     captured = Text(f"Captured {plural(nodes, 'node')} of {plural(len(e.operators), 'operator')} in "
                     f"{e.capture_seconds:.1f} s, passes {e.passes_seconds:.1f} s. Functions: {blocks}")
     return sections(
-        Group(head, captured), _costs(e), e.stages,
+        Group(head, captured), _costs(e), _kept(e), e.stages,
         _rows("Where the token axes start", e.seeds, e),
         _rows("Attention", e.attentions, e, sent=True),
         _rows("Convolutions", e.convolutions, e, sent=True),
@@ -81,6 +82,13 @@ def _costs(e: Explanation) -> Table:
         made.add_row("bytes to later stages", "", size(e.stages.sent(e.rank)), "")
     made.add_row("collectives", "", f"{e.local.collective_count:,}", "")
     return made
+
+
+def _kept(e: Explanation) -> Text:
+    if e.kept is None:
+        return Text("Nothing is kept from step to step")
+    said = str(e.kept)
+    return Text(f"{said[0].upper()}{said[1:]} for each prompt; what changes: {', '.join(e.kept.changes)}")
 
 
 def _rows(title: str, rows: Iterable[Row], e: Explanation, sent: bool = False) -> Table | None:

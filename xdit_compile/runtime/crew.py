@@ -29,7 +29,8 @@ class Crew:
         audience: the ranks that are told what this one's pipeline computes; empty for those of the pipeline itself.
         epoch: counts a pipeline's calls: what was kept in one is of another picture.
         running: whether a pipeline's call is under way.
-        counts: how many ``calls`` of parallel models its ranks have made, and how many were ``shared`` by all of them.
+        counts: how many ``calls`` of parallel models its ranks have made, and how many were ``shared`` by all of
+            them, and how many used values ``kept`` from a step before.
     """
 
     def __init__(self, spec: ShardingSpec, ranks: Sequence[int], timeout: float,

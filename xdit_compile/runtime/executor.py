@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from xdit_compile.program import Program
+from xdit_compile.runtime.kept import Kept, Set
 
 NONE: Mapping[str, torch.Tensor] = MappingProxyType({})
 
@@ -24,24 +26,46 @@ class Executor:
     """A program bound to a model: called with the flat argument tensors, it returns the flat results.
 
     That of a stage also takes what was computed ``once`` or ``received``, by name, and the caches it keeps.
+
+    Args:
+        steady: computes what the program takes as ``kept``; its results are, from call to call.
+        counts: counts the calls that used them again, in ``kept``.
     """
 
-    def __init__(self, program: Program, model: nn.Module) -> None:
+    def __init__(self, program: Program, model: nn.Module, steady: Program | None = None,
+                 counts: Counter[str] | None = None) -> None:
         assert program.spec is not None
         self.program = program
         self._module = _compiled(program.main) if program.spec.backend == "inductor" else program.main
         self._state = State(model, [i.name for i in program.inputs if i.kind == "parameter"])
+        self._steady = None if steady is None else Executor(steady, model)
+        self._kept = None if steady is None else Kept(
+            [int(i.name.removeprefix("arg_")) for i in steady.inputs if i.kind == "argument"],
+            Counter() if counts is None else counts)
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """All that a call may run."""
+        return (self.program, *(self._steady.programs if self._steady else ()))
 
     def __call__(self, tensors: Sequence[torch.Tensor], values: Mapping[str, torch.Tensor] = NONE,
                  caches: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
         given = {f"arg_{i}": t for i, t in enumerate(tensors)}
-        held, kept = iter(self._state.read()), iter(caches)
+        steady = self._steady_values(tensors)
+        held, memory, kept = iter(self._state.read()), iter(caches), iter(steady.values if steady else ())
         find: dict[str, Callable[[str], torch.Tensor]] = {
-            "argument": given.__getitem__, "parameter": lambda _: next(held), "cache": lambda _: next(kept),
+            "argument": given.__getitem__, "parameter": lambda _: next(held), "cache": lambda _: next(memory),
             "constant": self.program.constants.__getitem__, "once": values.__getitem__,
-            "received": values.__getitem__}
+            "received": values.__getitem__, "kept": lambda _: next(kept)}
         with torch.no_grad():
-            return self._module(*(find[i.kind](i.name) for i in self.program.inputs))
+            results = self._module(*(find[i.kind](i.name) for i in self.program.inputs))
+        # The caller may write into what the model returns.
+        return results if steady is None or self.program.part else tuple(map(steady.apart, results))
+
+    def _steady_values(self, tensors: Sequence[torch.Tensor]) -> Set | None:
+        if (steady := self._steady) is None or self._kept is None:
+            return None
+        return self._kept(tensors, steady._state.read(), lambda: steady(tensors))
 
 
 class State:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,7 @@ class StageProgram:
     """What one rank of a stage runs.
 
     Attributes:
+        steady: computes what ``once`` takes as ``kept``, when its arguments have changed.
         once: run once per step: returns the values ``held``, then results that are the same for all patches.
         units: run for each patch, and for WHOLE: returns what is sent, then the other results.
         held: names of what ``once`` computes for ``units``.
@@ -41,6 +43,7 @@ class StageProgram:
         edges: all that is sent between stages; blocks: those of each stage.
     """
 
+    steady: Program | None
     once: Program
     units: Mapping[int, Program]
     held: tuple[str, ...]
@@ -58,12 +61,17 @@ class StageProgram:
     @property
     def parameters(self) -> set[str]:
         """The names of those that this stage uses."""
-        return {i.name for p in (self.once, *self.units.values()) for i in p.inputs if i.kind == "parameter"}
+        return parameters_of(self.steady, self.once, *self.units.values())
 
     @property
     def patches(self) -> tuple[int, ...]:
         """The units of a step that is not exact."""
         return tuple(u for u in self.units if u != WHOLE) or (WHOLE,)
+
+
+def parameters_of(*programs: Program | None) -> set[str]:
+    """The names of those that the programs use."""
+    return {i.name for p in programs if p for i in p.inputs if i.kind == "parameter"}
 
 
 class Flow:
@@ -76,9 +84,10 @@ class Flow:
         history: of each of its steps the units, and those of the step before that it was computed from.
     """
 
-    def __init__(self, stage: StageProgram, model: nn.Module, stream: Stream) -> None:
+    def __init__(self, stage: StageProgram, model: nn.Module, stream: Stream,
+                 counts: Counter[str] | None = None) -> None:
         self.stage, self.stream = stage, stream
-        self._once = Executor(stage.once, model)
+        self._once = Executor(stage.once, model, stage.steady, counts)
         self._units = {unit: Executor(program, model) for unit, program in stage.units.items()}
         self.bars: list[Bar] = []
         self.history: list[tuple[tuple[int, ...], tuple[int, ...] | None]] = []
@@ -91,8 +100,9 @@ class Flow:
         """Run every program once on zeros: what is compiled at its first call is so by all stages at the same time, and
         not by each while the next ones wait."""
         for executor in (self._once, *self._units.values()):
-            inputs = zip(executor.program.main.graph.find_nodes(op="placeholder"), executor.program.inputs, strict=True)
-            made = {i.name: _zeros(n.meta["val"]) for n, i in inputs if i.kind not in ("parameter", "constant")}
+            made = {i.name: _zeros(n.meta["val"]) for program in executor.programs for n, i in zip(
+                program.main.graph.find_nodes(op="placeholder"), program.inputs, strict=True)
+                if i.kind not in ("parameter", "constant", "kept")}
             last = max((int(n[4:]) for n in made if n.startswith("arg_")), default=-1)
             arguments = [made.get(f"arg_{i}", torch.empty(0)) for i in range(last + 1)]
             executor(arguments, made, [made[i.name] for i in executor.program.inputs if i.kind == "cache"])
@@ -231,7 +241,9 @@ class _Step:
         self.made = [t.clone() if t.untyped_storage().data_ptr() in kept else t for t in self.made]
         if self.stream.last:
             mine = dict(zip(self.stage.results, self.made[len(self.stage.returns):], strict=True))
-            mine |= dict(zip(self.stage.fixed, self.once[len(self.stage.held):], strict=True))
+            # Copied, as the caller may write into results, and these may be kept.
+            fixed = map(torch.clone, self.once[len(self.stage.held):])
+            mine |= dict(zip(self.stage.fixed, fixed, strict=True))
             end = op.unit in (WHOLE, self.call.units[-1])
             self.stream.publish(self.call, op.unit, [
                 mine[i] if end or self.stage.cuts[i] else mine[i].new_empty([0]) for i in range(len(self.stage.cuts))])
