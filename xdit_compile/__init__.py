@@ -1,6 +1,9 @@
 """xdit_compile: a compiler that runs any Diffusion Transformer on many devices, with the answer of one."""
 
 from xdit_compile.api import capture, parallelize
+from xdit_compile.artifact.export import export
+from xdit_compile.artifact.inspect import inspect
+from xdit_compile.artifact.load import load
 from xdit_compile.decorator import parallel
 from xdit_compile.errors import (
     CaptureError,
@@ -28,8 +31,11 @@ __all__ = [
     "XditError",
     "capture",
     "explain",
+    "export",
     "init_from_env",
+    "inspect",
     "launch",
+    "load",
     "parallel",
     "parallelize",
     "timeline",

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from xdit_compile.calls import Inputs, call_arguments
+from xdit_compile.captures import Captures
 from xdit_compile.compiler import Dump
 from xdit_compile.errors import SpecError, XditError
 from xdit_compile.frontend.cache import captured
@@ -18,7 +19,6 @@ from xdit_compile.pipeline import ParallelPipeline, is_pipeline, parallel_pipeli
 from xdit_compile.program import Program
 from xdit_compile.runner import Runner
 from xdit_compile.runtime.crew import Crew
-from xdit_compile.source import Captures
 from xdit_compile.spec import ShardingSpec
 from xdit_compile.standin import Parallel, parallel_model
 from xdit_compile.weights import Weights

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from xdit_compile.captures import Captures
 from xdit_compile.compiler import Compiled, Dump
 from xdit_compile.components import Role, role_of
 from xdit_compile.encoders import spread
@@ -21,7 +22,6 @@ from xdit_compile.runner import Ready, Runner
 from xdit_compile.runtime.crew import Crew
 from xdit_compile.runtime.deferred import concrete
 from xdit_compile.runtime.flow import Flow
-from xdit_compile.source import Captures
 from xdit_compile.spec import ShardingSpec
 from xdit_compile.standin import Parallel, instance_of_subclass, parallel_model
 from xdit_compile.weights import Weights

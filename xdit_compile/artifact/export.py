@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from xdit_compile.artifact.files import ArtifactError, Draft, drafted
-from xdit_compile.artifact.programs import program_json, stage_json
+from xdit_compile.artifact.program_writer import program_json, stage_json
 from xdit_compile.artifact.values import (
     Json,
     dtype_name,
@@ -23,13 +23,13 @@ from xdit_compile.artifact.values import (
     structure_json,
 )
 from xdit_compile.calls import Inputs, call_arguments
+from xdit_compile.captures import Captures
 from xdit_compile.compiler import Compiled
 from xdit_compile.errors import SpecError, XditError
 from xdit_compile.givenup import device_of_model
 from xdit_compile.guards import Guards
 from xdit_compile.program import Program
 from xdit_compile.runtime.digest import digest
-from xdit_compile.source import Captures
 from xdit_compile.spec import ShardingSpec
 from xdit_compile.structure import flatten, sharing
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from xdit_compile.answer import Answer
 from xdit_compile.artifact.files import ArtifactError, Folder
-from xdit_compile.artifact.programs import Reader
+from xdit_compile.artifact.program_reader import Reader
 from xdit_compile.artifact.tensors import Stored, placed
 from xdit_compile.artifact.values import Json, look_of, signature_of, structure_of
 from xdit_compile.errors import CaptureError, SpecError, XditError
@@ -51,8 +52,15 @@ def load(path: str | Path, weights: str | Path | None = None, *, ranks: Sequence
         ArtifactError: files are damaged, or do not fit this machine, these ranks or these weights; says which.
     """
     folder = Folder.at(path)
+    with reading(folder):
+        return Loading(folder, backend, device).model(weights, ranks, timeout, check_inputs)
+
+
+@contextmanager
+def reading(folder: Folder) -> Iterator[None]:
+    """Within: what a manifest lacks, or says wrongly, is told as its fault."""
     try:
-        return _Loading(folder, backend, device).model(weights, ranks, timeout, check_inputs)
+        yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         if isinstance(error, XditError):
             raise
@@ -60,7 +68,7 @@ def load(path: str | Path, weights: str | Path | None = None, *, ranks: Sequence
                             ) from error
 
 
-class _Loading:
+class Loading:
     """What a manifest says, and where it shall run."""
 
     def __init__(self, folder: Folder, backend: str | None, device: str | torch.device | None) -> None:
@@ -74,6 +82,10 @@ class _Loading:
         if manifest["world_size"] != self.spec.world_size:
             raise ArtifactError(f"{folder.path} was made for {manifest['world_size']} ranks, but its spec {self.spec} "
                                 f"asks for {self.spec.world_size}")
+        name = manifest["constants"]
+        constants = Stored.read(folder.file(name), self.device) if name else {}
+        self.reader = Reader(folder.read, constants, self.device)
+        self.calls = [_Call(folder, number, entry, self) for number, entry in enumerate(manifest["calls"])]
 
     def model(self, weights: str | Path | None, ranks: Sequence[int] | None, timeout: float, check: bool) -> Any:
         if self.spec.world_size > 1 and not dist.is_initialized():
@@ -89,8 +101,7 @@ class _Loading:
         crew.control.agree("load", {"artifact": self.folder.digest, "spec": str(self.spec)})
         manifest = self.folder.manifest
         stored = Stored.of(manifest["tensors"], manifest["weights"], self.folder, weights)
-        calls = [_Call(self.folder, number, entry, self) for number, entry in enumerate(manifest["calls"])]
-        needed = set().union(*(call.parameters(crew.rank) for call in calls))
+        needed = set().union(*(call.parameters(crew.rank) for call in self.calls))
         try:
             tensors = stored.load(needed, self.device)
         except XditError as error:
@@ -98,12 +109,8 @@ class _Loading:
             raise
         crew.control.agree("the weights", {"error": "none"})
         model = placed(_class(manifest), tensors, stored.buffers)
-        made: Any = parallel_model(model, {"forward": Runner(model, crew, check, _Calls(self.folder, calls))})
+        made: Any = parallel_model(model, {"forward": Runner(model, crew, check, _Calls(self.folder, self.calls))})
         return made
-
-    def reader(self) -> Reader:
-        name = self.folder.manifest["constants"]
-        return Reader(self.folder.read, Stored.read(self.folder.file(name), self.device) if name else {}, self.device)
 
 
 def _check_version(folder: Folder) -> None:
@@ -148,7 +155,7 @@ class StoredProgram:
 class _Call:
     """One kind of call of an artifact."""
 
-    def __init__(self, folder: Folder, number: int, entry: Json, loading: _Loading) -> None:
+    def __init__(self, folder: Folder, number: int, entry: Json, loading: Loading) -> None:
         self.entry, self.loading = entry, loading
         self.name = f"{folder.digest[:16]}.{number}"
         self.spec = ShardingSpec.parse(entry["spec"])
@@ -180,7 +187,7 @@ class _Call:
     def of(self, rank: int) -> StoredProgram:
         """What this rank runs."""
         if rank not in self._made:
-            entry, reader, position = self.entry["ranks"][rank], self.loading.reader(), position_of(rank, self.spec)
+            entry, reader, position = self.entry["ranks"][rank], self.loading.reader, position_of(rank, self.spec)
             with FakeTensorMode():
                 likes = tuple(torch.empty(shape, dtype=dtype, device=self.loading.device)
                               for shape, dtype in map(look_of, self.entry["results"]))

@@ -87,13 +87,13 @@ def _tree(spec: pytree.TreeSpec, leaves: Any) -> Json:
         leaf = next(leaves)
         return "tensor" if leaf is TENSOR else constant_json(leaf)
     parts = [_tree(child, leaves) for child in spec.children()]
-    if spec.type in (tuple, list):
-        return {spec.type.__name__: parts}
-    if spec.type is dict:
-        return {"dict": [[k, p] for k, p in zip(_names(spec.context), parts, strict=True)]}
     cls: Any = spec.type
+    if cls in (tuple, list):
+        return {cls.__name__: parts}
+    if cls is dict:
+        return {"dict": [[k, p] for k, p in zip(_names(spec.context), parts, strict=True)]}
     if issubclass(cls, OrderedDict) and dataclasses.is_dataclass(cls):
-        name = f"{cls.__module__}:{cls.__qualname__}"
+        name = f"{cls.__module__}:{spec.type.__qualname__}"
         return {"output": name, "fields": [[k, p] for k, p in zip(_names(spec.context), parts, strict=True)]}
     raise XditError(f"a {cls.__qualname__} cannot be written into an artifact: only tuples, lists, dictionaries "
                     "and outputs of models can")

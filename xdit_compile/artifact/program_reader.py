@@ -1,16 +1,16 @@
-"""One rank's programs as parts of an artifact, and back."""
+"""One rank's programs from the parts of an artifact."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import fx
 
 from xdit_compile.artifact.files import ArtifactError
-from xdit_compile.artifact.graphs import decode, encode
-from xdit_compile.artifact.values import Json, dtype_name, look_of
+from xdit_compile.artifact.graph_reader import decode
+from xdit_compile.artifact.values import Json, look_of
 from xdit_compile.program import Input, Program, graph_module
 from xdit_compile.runtime.flow import StageProgram
 from xdit_compile.runtime.pieces import Cut
@@ -21,46 +21,6 @@ from xdit_compile.structure import flatten
 KINDS = ("parameter", "constant", "argument", "once", "received", "cache", "kept")
 LARGEST_CACHE = 2**42
 """Bytes that a program may ask for to keep values from step to step: more than any device has."""
-
-
-# Writing
-
-
-def program_json(program: Program, add: Callable[[bytes, str], str],
-                 constant: Callable[[torch.Tensor], str]) -> Json:
-    """Where the parts of a program were written.
-
-    Args:
-        add: writes a file and gives its name; constant: the same for a tensor among the constants.
-    """
-    return {
-        "functions": {name: add(encode(module), "json") for name, module in program.functions()},
-        "inputs": [[i.kind, i.name] for i in program.inputs],
-        "constants": {i.name: constant(program.constants[i.name]) for i in program.inputs if i.kind == "constant"},
-        "part": program.part,
-    }
-
-
-def stage_json(stage: StageProgram, write: Callable[[Program], Json]) -> Json:
-    """Where the programs of a stage were written, and how it exchanges values with others."""
-    return {
-        "steady": write(stage.steady) if stage.steady else None, "once": write(stage.once),
-        "units": {str(unit): write(program) for unit, program in stage.units.items()},
-        "held": stage.held, "samples": {str(place): _cut_json(cut) for place, cut in stage.samples.items()},
-        "sends": {str(to): names for to, names in stage.sends.items()}, "returns": stage.returns,
-        "receives": {str(source): names for source, names in stage.receives.items()},
-        "shapes": [[name, unit, list(shape), dtype_name(dtype)] for (name, unit), (shape, dtype) in
-                   stage.shapes.items()],
-        "cuts": [_cut_json(cut) if cut else None for cut in stage.cuts], "results": stage.results,
-        "fixed": stage.fixed, "edges": [asdict(edge) for edge in stage.edges], "blocks": stage.blocks,
-    }
-
-
-def _cut_json(cut: Cut) -> Json:
-    return {"dim": cut.dim, "borders": cut.borders}
-
-
-# Reading
 
 
 class Reader:
@@ -74,7 +34,7 @@ class Reader:
     def __init__(self, read: Callable[[Any], bytes], constants: Mapping[str, torch.Tensor],
                  device: torch.device) -> None:
         self._read, self._constants, self._device = read, constants, device
-        self._graphs: dict[tuple[str, tuple[str, ...]], Any] = {}
+        self._graphs: dict[str, fx.Graph] = {}
 
     def program(self, entry: Json, spec: ShardingSpec, position: Mapping[str, int]) -> Program:
         """Raises ArtifactError or GraphError where it does not fit together."""
@@ -82,8 +42,9 @@ class Reader:
         names = tuple(sorted(n for n in functions if n != "main"))
         if bad := [n for n in names if not n.isidentifier()]:
             raise ArtifactError(f"{bad[0]!r} is no name of a function")
-        children = {name: graph_module(name, self._graph(functions[name], ())) for name in names}
-        main = self._graph(functions["main"], names)
+        graphs = {name: self._graph(functions[name]) for name in names}
+        main = decode(self._read(functions["main"]), graphs, self._device)
+        children = {name: graph_module(name, graph) for name, graph in graphs.items()}
         inputs = tuple(Input(kind, name) for kind, name in entry["inputs"])
         holders = main.find_nodes(op="placeholder")
         if len(holders) != len(inputs) or any(i.kind not in KINDS for i in inputs):
@@ -113,11 +74,10 @@ class Reader:
             fixed=_whole(entry["fixed"]), edges=tuple(_edge(e) for e in entry["edges"]),
             blocks=tuple(tuple(b) for b in entry["blocks"]))
 
-    def _graph(self, name: Any, functions: tuple[str, ...]) -> Any:
-        key = (str(name), functions)
-        if key not in self._graphs:
-            self._graphs[key] = decode(self._read(name), functions, self._device)
-        return self._graphs[key]
+    def _graph(self, name: str) -> fx.Graph:
+        if name not in self._graphs:
+            self._graphs[name] = decode(self._read(name), {}, self._device)
+        return self._graphs[name]
 
     def _constant(self, key: Any) -> torch.Tensor:
         if key not in self._constants:

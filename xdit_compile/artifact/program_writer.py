@@ -1,0 +1,48 @@
+"""One rank's programs as parts of an artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+
+from xdit_compile.artifact.graph_writer import encode
+from xdit_compile.artifact.values import Json, dtype_name
+from xdit_compile.program import Program
+from xdit_compile.runtime.flow import StageProgram
+from xdit_compile.runtime.pieces import Cut
+
+
+def program_json(program: Program, add: Callable[[bytes, str], str],
+                 constant: Callable[[torch.Tensor], str]) -> Json:
+    """Where the parts of a program were written.
+
+    Args:
+        add: writes a file and gives its name; constant: the same for a tensor among the constants.
+    """
+    return {
+        "functions": {name: add(encode(module), "json") for name, module in program.functions()},
+        "inputs": [[i.kind, i.name] for i in program.inputs],
+        "constants": {i.name: constant(program.constants[i.name]) for i in program.inputs if i.kind == "constant"},
+        "part": program.part,
+    }
+
+
+def stage_json(stage: StageProgram, write: Callable[[Program], Json]) -> Json:
+    """Where the programs of a stage were written, and how it exchanges values with others."""
+    return {
+        "steady": write(stage.steady) if stage.steady else None, "once": write(stage.once),
+        "units": {str(unit): write(program) for unit, program in stage.units.items()},
+        "held": stage.held, "samples": {str(place): _cut_json(cut) for place, cut in stage.samples.items()},
+        "sends": {str(to): names for to, names in stage.sends.items()}, "returns": stage.returns,
+        "receives": {str(source): names for source, names in stage.receives.items()},
+        "shapes": [[name, unit, list(shape), dtype_name(dtype)] for (name, unit), (shape, dtype) in
+                   stage.shapes.items()],
+        "cuts": [_cut_json(cut) if cut else None for cut in stage.cuts], "results": stage.results,
+        "fixed": stage.fixed, "edges": [asdict(edge) for edge in stage.edges], "blocks": stage.blocks,
+    }
+
+
+def _cut_json(cut: Cut) -> Json:
+    return {"dim": cut.dim, "borders": cut.borders}
