@@ -12,10 +12,12 @@ import zoo
 from cases import Inputs, made
 from emulation import difference
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 import xdit_compile
+from xdit_compile.calls import call_arguments
 from xdit_compile.program import Program, is_collective
 from xdit_compile.runtime.deferred import concrete
 from xdit_compile.runtime.executor import Executor
@@ -25,15 +27,12 @@ from xdit_compile.structure import flatten
 
 def stepped(model: nn.Module, inputs: Inputs, step: int) -> Inputs:
     """The call with another sample and time: new tensors, and all others the same."""
-    tensors, structure = flatten(((), inputs))
-    changes = changing(model, (), inputs)
+    changes = {n.partition("[")[0] for n in changing(model, *call_arguments(model, inputs)).values()}
 
-    def moved(i: int, t: Tensor) -> Tensor:
-        if i not in changes:
-            return t
+    def moved(t: Tensor) -> Tensor:
         return t * (1 - 0.07 * step) if t.is_floating_point() else (t - 9 * step).clamp(min=1)
 
-    return structure.build([moved(i, t) for i, t in enumerate(tensors)])[1]
+    return {n: pytree.tree_map_only(torch.Tensor, moved, a) if n in changes else a for n, a in inputs.items()}
 
 
 def again(inputs: Inputs) -> Inputs:
@@ -53,8 +52,8 @@ def error(model: nn.Module, run: Callable[..., Any], inputs: Inputs) -> float:
 
 
 def flops(run: Callable[..., Any], inputs: Inputs) -> int:
-    """What a call executes."""
-    with FlopCounterMode(display=False) as counter:
+    """What a call executes. Of attention kernels the counter knows only some, so that there is none here."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         results(run, inputs)
     return counter.get_total_flops()
 

@@ -86,6 +86,17 @@ def test_operations_are_saved(name: str, formula: Any) -> None:
     assert run.runners["forward"].crew.counts["kept"] == 2 + 3
 
 
+def test_stages_save_their_share() -> None:
+    """Each its blocks' keys and values, and both what all blocks take."""
+    case = zoo.CASES["pixart_alpha"]
+    model, inputs = made(case), case.inputs(2, True)
+    kept = [xdit_compile.explain(model, "pipefusion=2,patches=2", inputs, rank=r).kept for r in range(2)]
+    tokens, inner = text(inputs)[0], 48
+    shared = pixart(model.config, inputs) - 3 * 4 * tokens * inner * inner
+    assert shared > 0 and [k and k.flops - shared for k in kept] in (
+        [4 * n * tokens * inner * inner for n in split] for split in ((1, 2), (2, 1)))
+
+
 def test_switched_off() -> None:
     model, run, inputs = run_of("sd3", "keep=off")
     executed = {flops(run, stepped(model, inputs, i)) for i in range(3)}
@@ -204,7 +215,25 @@ def test_caller_may_write_into_results() -> None:
         assert error(model, run, call) == 0
         for result in run(**call):
             result.zero_()
-    assert run.runners["forward"].crew.counts["kept"] == 5
+    assert run.runners["forward"].crew.counts["kept"] == 2, "the second call of each pair is the first once more"
+
+
+class Placed(nn.Module):
+    """Positions from a constant table, as the paper has them; the sample comes last."""
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        rates = torch.exp(torch.arange(4) * -0.5)
+        return x * t[:, None, None] + torch.outer(torch.arange(x.shape[1]), rates).sin()
+
+
+def test_constant_tables_are_folded() -> None:
+    model = Placed().eval()
+    run = xdit_compile.parallelize(model, "ulysses=1")
+    for _ in range(3):
+        assert error(model, run, {"x": torch.randn(2, 3, 4), "t": torch.rand(2)}) <= EXACT
+    assert run.runners["forward"].crew.counts["kept"] == 2
+    operators = {str(n.target) for n in executor_of(run).program.main.graph.nodes if n.op == "call_function"}
+    assert operators and not any("sin" in o or "exp." in o for o in operators), operators
 
 
 def test_inference_mode() -> None:
@@ -218,6 +247,14 @@ def test_inference_mode() -> None:
     assert run.runners["forward"].crew.counts["kept"] == 0
 
 
+class Writing(Told):
+    """Leaves something in what it is given."""
+
+    def forward(self, x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:  # type: ignore[override]
+        prompt.add_(1)
+        return x * t[:, None, None] + self.embed(prompt)
+
+
 class Untimed(Told):
     """No step of a loop."""
 
@@ -226,11 +263,12 @@ class Untimed(Told):
 
 
 def test_only_steps_of_a_loop_keep() -> None:
-    compiled = compile_call(Untimed().eval(), ShardingSpec(), (torch.randn(2, 3, 4), torch.randn(2, 3, 4)), {})
-    assert compiled.steady is None and compiled.body is compiled.local
-    case = zoo.CASES["wan_animate2_cached"]
-    compiled = compile_call(made(case), ShardingSpec(), (), case.inputs(1, True))
-    assert compiled.captured.changes_arguments and compiled.steady is None
+    x, t = torch.randn(2, 3, 4), torch.rand(2)
+    for model, args in ((Untimed(), (x, x.clone())), (Writing(), (x, t, x.clone()))):
+        compiled = compile_call(model.eval().requires_grad_(False), ShardingSpec(), args, {})
+        assert compiled.steady is None and compiled.body is compiled.local
+        assert compiled.captured.changes_arguments == isinstance(model, Writing)
+    assert compile_call(Told().eval(), ShardingSpec(), (x, t, x.clone()), {}).steady is not None
 
 
 # Any program
@@ -301,7 +339,9 @@ def test_ranks_with_prompts_of_their_own(pool: Pool, name: str, spec: str) -> No
 @pytest.mark.whole
 @pytest.mark.parametrize("name", zoo.CASES)
 def test_every_model(name: str) -> None:
-    case = zoo.CASES[name]
+    """Exact, or, where a sample is at a threshold of sparse attention, at least what it is with nothing kept."""
     model, run, inputs = run_of(name)
+    off = xdit_compile.parallelize(model, "keep=off")
     for i in range(2):
-        assert error(model, run, stepped(model, inputs, i)) <= case.tolerance
+        call = stepped(model, inputs, i)
+        assert error(model, run, call) <= max(zoo.CASES[name].tolerance, error(model, off, call))

@@ -19,6 +19,7 @@ specs = st.builds(
     cfg_degree=st.integers(1, 2),
     data_degree=st.integers(1, 4),
     pipefusion_degree=st.just(1),
+    keep=st.sampled_from(["on", "off"]),
     backend=st.sampled_from(["eager", "inductor"]),
     attention_kernel=st.sampled_from(["auto", "torch", "flash_attn", "yunchang"]),
 ) | st.builds(

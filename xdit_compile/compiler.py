@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from xdit_compile.answer import Answer
+from xdit_compile.calls import bind_call
 from xdit_compile.frontend.cache import captured
 from xdit_compile.garbage import uncollected
 from xdit_compile.passes import localize, plan
@@ -108,4 +109,6 @@ def parted(captured: Program, local: Program, changes: Mapping[int, str]) -> tup
 def compile_call(model: nn.Module, spec: ShardingSpec, args: Sequence[Any], kwargs: Mapping[str, Any], rank: int = 0,
                  dump: Dump | None = None) -> Compiled:
     """Capture ``model(*args, **kwargs)``, unless that was done before, and compile it."""
-    return compile_program(captured(model, args, kwargs), spec, rank, dump, changing(model, args, kwargs))
+    bound = bind_call(model, args, kwargs)
+    whole = captured(model, bound.args, bound.kwargs)
+    return compile_program(whole, spec, rank, dump, changing(model, bound.args, bound.kwargs))

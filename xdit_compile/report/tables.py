@@ -84,9 +84,9 @@ def _costs(e: Explanation) -> Table:
     return made
 
 
-def _kept(e: Explanation) -> Text:
+def _kept(e: Explanation) -> Text | None:
     if e.kept is None:
-        return Text("Nothing is kept from step to step")
+        return None
     said = str(e.kept)
     return Text(f"{said[0].upper()}{said[1:]} for each prompt; what changes: {', '.join(e.kept.changes)}")
 

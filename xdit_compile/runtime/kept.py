@@ -58,17 +58,17 @@ class Kept:
         used = [*(arguments[i] for i in self._places), *state]
         seen = tuple((weakref.ref(t), _version(t)) for t in arguments)
         key = _key(used)
-        found = self._sets.pop(key, None) if key else None
+        found = None if key is None else self._sets.pop(key, None)
         # Whoever repeats a call exactly has probably changed what nobody counts: weights through ``.data``.
         if found is None or _same(found.seen, seen):
             values = compute()
             found = Set(values, frozenset(v.untyped_storage().data_ptr() for v in values), [], seen)
-            if key:
+            if key is not None:
                 found.watched = [weakref.ref(t, _forget(weakref.ref(self), key)) for t in used]
         else:
             self._counts["kept"] += 1
         found.seen = seen
-        if key:
+        if key is not None:
             self._sets[key] = found
         while len(self._sets) > SETS:
             del self._sets[next(iter(self._sets))]
