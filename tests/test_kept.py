@@ -267,7 +267,7 @@ def test_only_steps_of_a_loop_keep() -> None:
     for model, args in ((Untimed(), (x, x.clone())), (Writing(), (x, t, x.clone()))):
         compiled = compile_call(model.eval().requires_grad_(False), ShardingSpec(), args, {})
         assert compiled.steady is None and compiled.body is compiled.local
-        assert compiled.captured.changes_arguments == isinstance(model, Writing)
+        assert compiled.captured.answer.changes_arguments == isinstance(model, Writing)
     assert compile_call(Told().eval(), ShardingSpec(), (x, t, x.clone()), {}).steady is not None
 
 

@@ -1,4 +1,5 @@
-"""The command line: explain what parallelising a model would do, verify that it is right, or run a pipeline."""
+"""The command line: explain what parallelising a model would do, verify that it is right, run a pipeline, or export a
+model as an artifact and look into one."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,10 +19,14 @@ from rich.console import Console
 from torch.utils import _pytree as pytree
 
 from xdit_compile import flags
+from xdit_compile.artifact.export import export
+from xdit_compile.artifact.inspect import Inspection, inspect
 from xdit_compile.errors import LaunchError, SpecError, XditError
 from xdit_compile.explain import Explanation, explain
 from xdit_compile.launch import launch, place_of
+from xdit_compile.loading import only_one_speaks
 from xdit_compile.program import Program
+from xdit_compile.recording import record
 from xdit_compile.report.plain import plain
 from xdit_compile.report.target import build, load
 from xdit_compile.run import Run, run
@@ -54,16 +59,38 @@ examples:
 exit status: 0 if every output is within the tolerance, 1 if not, 2 if there was no comparison.
 """
 
+EXPORT = """\
+Write what every rank runs of a model into a folder, from which xdit_compile.load starts it without the model's code.
+The model is a function's, or one of a pipeline, which is run for two steps to find the calls that it makes.
+
+examples:
+  xdit-compile export model.py:example --spec ulysses=4 -o model-u4.xdit
+  xdit-compile export --model DIR --spec ulysses=4 --height 1024 --width 1024 -o flux-u4.xdit
+  xdit-compile export --model DIR --spec pipefusion=2,patches=4 --weights included -o flux-p2.xdit --overwrite
+"""
+
+INSPECT = """\
+Say what an artifact holds: spec, calls, collectives and bytes of rank 0, versions, hashes. Nothing of it is run.
+
+examples:
+  xdit-compile inspect flux-u4.xdit
+  xdit-compile inspect flux-u4.xdit --check-all --json
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(flags.spelled(words) if words[:1] == ["run"] else words)
+    options = _parser().parse_args(flags.spelled(words) if words[:1] in (["run"], ["export"]) else words)
     _quieten()
-    report: Explanation | Verification | Run
+    report: Explanation | Verification | Run | Inspection
     try:
         if options.command == "run":
             report = _run(options)
+        elif options.command == "export":
+            report = _export(options)
+        elif options.command == "inspect":
+            report = inspect(options.path, check_all=options.check_all)
         else:
             spec = ShardingSpec.parse(options.spec)
             report = _explain(options, spec) if options.command == "explain" else _verify(options, spec)
@@ -131,6 +158,22 @@ def _run(options: argparse.Namespace) -> Run:
     return made
 
 
+def _export(options: argparse.Namespace) -> Inspection:
+    if (options.target is None) == (options.model is None):
+        raise SpecError("export takes either a target, as in model.py:example, or --model with a pipeline's folder")
+    with _progress(f"exporting {options.target or options.model}") as say:
+        if options.target is not None:
+            torch.manual_seed(0)  # as verify draws the weights of a target
+            model, inputs = build(load(options.target))
+            spec, calls = ShardingSpec.parse(options.spec), [inputs]
+        else:
+            only_one_speaks(_first())
+            request = flags.request(options)
+            spec, (model, calls) = request.spec, record(request, options.component)
+        export(model, spec, calls, options.artifact, weights=options.weights, overwrite=options.overwrite, progress=say)
+    return inspect(options.artifact)
+
+
 class _Dump:
     """Writes the program after each pass, as ``00-canonicalize.py``; a file is there whole or not at all."""
 
@@ -146,7 +189,7 @@ class _Dump:
         self.count += 1
 
 
-def _show(report: Explanation | Verification | Run, as_json: bool) -> None:
+def _show(report: Explanation | Verification | Run | Inspection, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     elif sys.stdout.isatty():
@@ -161,13 +204,13 @@ def _first() -> bool:
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[None]:
-    """A spinner on the terminal's error stream; nothing anywhere else."""
+def _progress(what: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on the terminal's error stream; nothing anywhere else. Gives what to tell of progress."""
     if sys.stderr.isatty() and _first():
-        with Console(stderr=True).status(what):
-            yield
+        with Console(stderr=True).status(what) as status:
+            yield lambda step: status.update(f"{what}: {step}")
     else:
-        yield
+        yield lambda _: None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -177,6 +220,22 @@ def _parser() -> argparse.ArgumentParser:
                                   usage="xdit-compile run --model DIR_OR_ID [--spec SPEC] [--prompt TEXT] ...",
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_arguments(command)
+    command = commands.add_parser("export", help=EXPORT.partition("\n")[0], description=EXPORT, allow_abbrev=False,
+                                  usage="xdit-compile export (TARGET | --model DIR) --spec SPEC -o FOLDER ...",
+                                  formatter_class=argparse.RawDescriptionHelpFormatter, conflict_handler="resolve")
+    flags.add_arguments(command)
+    command.add_argument("target", metavar="TARGET", nargs="?", help=TARGET)
+    command.add_argument("--model", metavar="DIR_OR_ID", help="a folder of a pipeline, or its name on the hub")
+    command.add_argument("-o", "--output", dest="artifact", required=True, metavar="FOLDER", help="the artifact")
+    command.add_argument("--component", metavar="NAME", help="which model of the pipeline (default: its denoiser)")
+    command.add_argument("--weights", choices=("reference", "included"), default="reference",
+                         help="leave them in the model's safetensors (default), or write them into the artifact")
+    command.add_argument("--overwrite", action="store_true", help="replace an artifact that is there")
+    command = commands.add_parser("inspect", help=INSPECT.partition("\n")[0], description=INSPECT,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("path", metavar="FOLDER", help="an artifact")
+    command.add_argument("--check-all", action="store_true", help="compare the hashes of weights too")
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
     for name, text in (("explain", EXPLAIN), ("verify", VERIFY)):
         command = commands.add_parser(name, help=text.partition("\n")[0], description=text,
                                       formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -130,16 +130,16 @@ def run_rank(request: Request) -> Run:
         pipe = pipe if request.offload else pipe.to(place)
         pipe.set_progress_bar_config(disable=None if first else True)
         load_seconds = time.perf_counter() - started
-        arguments = _agreed(type(pipe), request) | {n: pictures(f) for n, f in request.pictures.items()}
+        arguments = agreed(type(pipe), request) | {n: pictures(f) for n, f in request.pictures.items()}
         parallel = parallelize(pipe, request.spec)
         if request.offload:
             parallel.enable_model_cpu_offload(gpu_id=place.index)
         for _ in range(request.warmup_calls):
-            _call(parallel, arguments, request.seed)
+            call(parallel, arguments, request.seed)
         if place.type == "cuda":
             torch.cuda.reset_peak_memory_stats(place)
         started = time.perf_counter()
-        result = _call(parallel, arguments, request.seed)
+        result = call(parallel, arguments, request.seed)
         if place.type == "cuda":
             torch.cuda.synchronize(place)
         seconds = time.perf_counter() - started
@@ -166,7 +166,7 @@ def check(request: Request) -> None:
     request.spec.check_world(int(os.environ.get("WORLD_SIZE", request.spec.world_size)))
     cls = pipeline_class(request.source)
     if cls is not None:
-        _agreed(cls, request)
+        agreed(cls, request)
     for file in (f for files in request.pictures.values() for f in files):
         if not file.startswith(("http://", "https://")) and not Path(file).is_file():
             raise XditError(f"there is no picture {file}")
@@ -180,7 +180,7 @@ def check(request: Request) -> None:
         raise XditError(f"cannot write to {request.output}: {error.strerror}; choose another --output") from error
 
 
-def _agreed(cls: type, request: Request) -> dict[str, Any]:
+def agreed(cls: type, request: Request) -> dict[str, Any]:
     """The arguments of the pipeline's call, without pictures, if they suit it."""
     taken = dict(inspect.signature(cls.__call__).parameters)
     taken.pop("self", None)
@@ -202,7 +202,7 @@ def _dtype_name(request: Request, place: torch.device) -> str:
     return "float32" if place.type == "cpu" else "bfloat16"
 
 
-def _call(pipe: Any, arguments: Mapping[str, Any], seed: int) -> Any:
+def call(pipe: Any, arguments: Mapping[str, Any], seed: int) -> Any:
     """One call with noise from ``seed``, on the CPU so that it is the same wherever the pipeline runs."""
     torch.manual_seed(seed)  # some draw noise without the generator
     drawn = {}
