@@ -11,6 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xdit_compile import ShardingSpec, SpecError
+from xdit_compile.spec import MODES
+
+options = st.dictionaries(
+    st.text(max_size=6),
+    st.recursive(st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=6),
+                 lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x, max_size=2), max_leaves=4),
+    max_size=3,
+)
 
 specs = st.builds(
     ShardingSpec,
@@ -19,8 +27,19 @@ specs = st.builds(
     cfg_degree=st.integers(1, 2),
     data_degree=st.integers(1, 4),
     pipefusion_degree=st.just(1),
-    backend=st.sampled_from(["eager", "inductor"]),
     attention_kernel=st.sampled_from(["auto", "torch", "flash_attn", "yunchang"]),
+) | st.builds(
+    ShardingSpec,
+    ring_degree=st.integers(1, 2),
+    backend=st.just("inductor"),
+    compile_mode=st.sampled_from(MODES),
+    compile_options=options,
+    attention_kernel=st.sampled_from(["auto", "torch"]),
+) | st.builds(
+    ShardingSpec,
+    backend=st.just("onediff"),
+    onediff_backend=st.sampled_from(["", "nexfort", "oneflow", "my-own_1.0"]),
+    compile_options=options,
 ) | st.builds(
     ShardingSpec,
     ulysses_degree=st.integers(1, 8),
@@ -158,7 +177,7 @@ def test_repeated_words_are_refused(twice: Any) -> None:
 
 
 def test_backend_and_kernel_are_named_with_their_choices() -> None:
-    with pytest.raises(SpecError, match=r"backend must be one of eager, inductor, got 'fast'"):
+    with pytest.raises(SpecError, match=r"backend must be one of eager, inductor, onediff, got 'fast'"):
         ShardingSpec.parse("ulysses=2,backend=fast")
     with pytest.raises(SpecError, match=r"attention_kernel must be one of .*flash_attn.*, got 'fast'"):
         ShardingSpec.parse("ulysses=2,kernel=fast")
@@ -185,3 +204,48 @@ def test_world_that_does_not_fit_is_told_with_degrees_that_do() -> None:
     assert "ulysses=3" not in text.split("degrees that fit")[1]
     with pytest.raises(SpecError, match="1 is running"):
         ShardingSpec(ulysses_degree=2).check_world(1)
+
+
+def test_words_of_compilers() -> None:
+    spec = ShardingSpec.parse('ulysses=2,compile_options={"b": "x,}y", "a": {"c": [1, 2]}} , backend=onediff,onediff_backend=nexfort')
+    assert spec.options == {"a": {"c": [1, 2]}, "b": "x,}y"}
+    assert spec == ShardingSpec(ulysses_degree=2, backend="onediff", onediff_backend="nexfort",
+                                compile_options={"a": {"c": [1, 2]}, "b": "x,}y"})
+    assert str(spec) == (
+        'ulysses=2,backend=onediff,onediff_backend=nexfort,compile_options={"a": {"c": [1, 2]}, "b": "x,}y"}')
+    modes = [ShardingSpec.parse(f"backend=inductor,{word}=max-autotune") for word in ("mode", "compile_mode")]
+    assert modes[0] == modes[1] and str(modes[0]) == "backend=inductor,mode=max-autotune"
+    spec.options["a"]["c"].append(3)
+    assert spec.options["a"] == {"c": [1, 2]}, "what a spec says never changes"
+    assert ShardingSpec(backend="inductor", compile_options={}) == ShardingSpec(backend="inductor")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("mode=max-autotune", "compile_mode has no effect with backend=eager.*say backend=inductor"),
+        ("backend=onediff,mode=max-autotune", "compile_mode has no effect with backend=onediff"),
+        ("onediff_backend=nexfort", "onediff_backend has no effect with backend=eager.*say backend=onediff"),
+        ("backend=inductor,onediff_backend=nexfort", "onediff_backend has no effect with backend=inductor"),
+        ('compile_options={"a": 1}', "compile_options has no effect.*backend=inductor or backend=onediff"),
+        ("backend=inductor,mode=fastest", "compile_mode must be one of default, .*max-autotune, got 'fastest'"),
+        ("backend=onediff,onediff_backend=a b", "onediff_backend is the name of one of"),
+        ("backend=inductor,compile_options={a: 1}", "compile_options is no JSON"),
+        ('backend=inductor,compile_options={"a": 1', "compile_options is no JSON"),
+        ('backend=inductor,compile_options={"a": 1}x', "comes a comma or nothing"),
+        ("backend=inductor,compile_options=[1]", "a mapping that JSON can hold"),
+        ('backend=inductor,compile_options={"a": NaN}', "a mapping that JSON can hold"),
+        ({"backend": "inductor", "compile_options": {"a": print}}, "a mapping that JSON can hold"),
+        ({"backend": "inductor", "compile_options": {1: 2}}, "no mapping from names"),
+        ({"backend": "inductor", "compile_options": [1]}, "no mapping from names"),
+    ],
+)
+def test_words_of_compilers_that_say_nothing(text: Any, says: str) -> None:
+    with pytest.raises(SpecError, match=says):
+        ShardingSpec.parse(text)
+
+
+def test_modes_are_those_of_torch() -> None:
+    from torch._inductor import list_mode_options
+
+    assert set(MODES) <= set(list_mode_options())

@@ -96,8 +96,9 @@ class ShardingSpec:
 
     def _check_compiler(self) -> None:
         if not isinstance(self.onediff_backend, str) or not re.fullmatch(r"[\w.-]*", self.onediff_backend):
-            raise SpecError(f"onediff_backend is the name of a compiler that onediff knows, got {self.onediff_backend!r}")
-        for name, default, backends in (("compile_mode", "default", ("inductor",)), ("onediff_backend", "", ("onediff",)),
+            raise SpecError(f"onediff_backend is the name of one of onediff's compilers, got {self.onediff_backend!r}")
+        for name, default, backends in (("compile_mode", "default", ("inductor",)),
+                                        ("onediff_backend", "", ("onediff",)),
                                         ("compile_options", "", ("inductor", "onediff"))):
             if getattr(self, name) != default and self.backend not in backends:
                 raise SpecError(f"{name} has no effect with backend={self.backend}; leave it out, or say "
@@ -148,8 +149,8 @@ class ShardingSpec:
 
     @staticmethod
     def parse(spec: str | Mapping[str, object] | ShardingSpec) -> ShardingSpec:
-        """From ``"ulysses=2,ring=2"``, a mapping with the same words, or a spec. Short and full words both work. A value
-        in braces is JSON and may hold commas: ``compile_options={"a": 1, "b": 2}``.
+        """From ``"ulysses=2,ring=2"``, a mapping with the same words, or a spec. Short and full words both work. A
+        value in braces is JSON and may hold commas: ``compile_options={"a": 1, "b": 2}``.
 
         Raises:
             SpecError: an unknown or repeated word, a value that is no number, a method that is not built yet.

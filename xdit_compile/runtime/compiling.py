@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from xdit_compile.errors import SpecError
-from xdit_compile.program import is_collective
+from xdit_compile.program import is_collective, is_write
 from xdit_compile.runtime.onediff_backend import handed_to_onediff
 from xdit_compile.runtime.segments import Function, outlined
 from xdit_compile.spec import ShardingSpec
@@ -24,6 +24,8 @@ INDUCTOR_OPTIONS: dict[str, Any] = {
     # Collectives must come in one order on every rank; ranks with uneven shares have different graphs, for
     # which a scheduler that goes by memory might choose different orders.
     "reorder_for_peak_memory": False,
+    # Would move work that fills the time between start and wait of a collective behind the wait, to where it is read.
+    "reorder_for_locality": False,
 }
 
 _SHARED: WeakValueDictionary[Hashable, Function] = WeakValueDictionary()
@@ -53,8 +55,13 @@ def compiled(main: fx.GraphModule, spec: ShardingSpec) -> Function:
     blocks = {n: m for n, m in main.named_children() if isinstance(m, fx.GraphModule)}
     if spec.backend == "inductor":
         return outlined(main, lambda node: False, make, {n: make(m) for n, m in blocks.items()})
-    cut = {n: outlined(m, is_collective, make, {}) for n, m in blocks.items()}
-    return outlined(main, is_collective, make, cut)
+    cut = {n: outlined(m, _stays, make, {}) for n, m in blocks.items()}
+    return outlined(main, _stays, make, cut)
+
+
+def _stays(node: fx.Node) -> bool:
+    """What a compiler that knows nothing of processes is not given, nor of memory that outlives a call."""
+    return is_collective(node) or is_write(node)
 
 
 def compiler_for(spec: ShardingSpec) -> Callable[[fx.GraphModule], Function]:

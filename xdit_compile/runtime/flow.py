@@ -88,11 +88,11 @@ class Flow:
             self._rehearse()
 
     def _rehearse(self) -> None:
-        """Run every program once on zeros: what is compiled at its first call is so by all stages at the same time, and
-        not by each while the next ones wait."""
+        """Run every program once on some values: what is compiled at its first call is so by all stages at the same
+        time, and not by each while the next ones wait."""
         for executor in (self._once, *self._units.values()):
             inputs = zip(executor.program.main.graph.find_nodes(op="placeholder"), executor.program.inputs, strict=True)
-            made = {i.name: _zeros(n.meta["val"]) for n, i in inputs if i.kind not in ("parameter", "constant")}
+            made = {i.name: _some(n.meta["val"]) for n, i in inputs if i.kind not in ("parameter", "constant")}
             last = max((int(n[4:]) for n in made if n.startswith("arg_")), default=-1)
             arguments = [made.get(f"arg_{i}", torch.empty(0)) for i in range(last + 1)]
             executor(arguments, made, [made[i.name] for i in executor.program.inputs if i.kind == "cache"])
@@ -272,6 +272,13 @@ class _Step:
 def _zeros(like: torch.Tensor) -> torch.Tensor:
     """A tensor with memory, as the fake one has none."""
     return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+
+
+def _some(like: torch.Tensor) -> torch.Tensor:
+    """Different numbers, as equal ones would hide what a compiler does wrong; and what is an index everywhere."""
+    if not like.is_floating_point():
+        return _zeros(like)
+    return torch.linspace(-1, 1, like.numel(), device=like.device).reshape(like.shape).to(like.dtype)
 
 
 def _sources(tensor: Deferred) -> list[Pieces]:
