@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -84,11 +85,14 @@ def _inductor(spec: ShardingSpec) -> Callable[[fx.GraphModule], Function]:
     # torch.compile takes a mode or options, not both.
     options = {**INDUCTOR_OPTIONS, **list_mode_options(spec.compile_mode), **spec.options}
 
+    try:
+        compile_with = partial(torch.compile, fullgraph=True, dynamic=False, options=options)
+        compile_with(lambda: None)  # which looks at the types of options
+    except RuntimeError as error:
+        raise SpecError(f"torch.compile refuses compile_options={spec.compile_options}: {error}") from error
+
     def compiler(module: fx.GraphModule) -> Function:
-        try:
-            call = torch.compile(module.forward, fullgraph=True, dynamic=False, options=options)
-        except RuntimeError as error:
-            raise SpecError(f"torch.compile refuses compile_options={spec.compile_options}: {error}") from error
+        call = compile_with(module.forward)
         return _in_place(call) if options.get("triton.cudagraphs") else call
 
     return compiler
