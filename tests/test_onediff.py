@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import types
@@ -18,6 +19,7 @@ import xdit_compile
 from xdit_compile.errors import SpecError, XditError
 
 EXACT = 1e-5
+COUNT = itertools.count()
 RECORDER = "backend=onediff,onediff_backend=recorder"
 
 
@@ -43,13 +45,15 @@ def test_one_process_hands_over_what_inductor_would_get() -> None:
 
 
 def changed(change: Any) -> tuple[Any, torch.nn.Module]:
-    onediff_runs.register("changed", change)
+    """Each under a name of its own, as what is compiled is shared."""
+    name = f"changed{next(COUNT)}"
+    onediff_runs.register(name, change)
     model = deep(2)
-    return xdit_compile.parallelize(model, "backend=onediff,onediff_backend=changed"), model
+    return xdit_compile.parallelize(model, f"backend=onediff,onediff_backend={name}"), model
 
 
 @pytest.mark.parametrize(("dtype", "factor", "says"), [
-    (torch.float32, 1 + 1e-3, r"'changed' gives other numbers .* by 0\.001 .* 0\.0001 is usual for torch.float32"),
+    (torch.float32, 1 + 1e-3, r"'changed.*' gives other numbers .* by 0\.001 .* 0\.0001 is usual for torch.float32"),
     (torch.float32, 1 + 1e-5, ""),
     (torch.bfloat16, 1.008, ""),
     (torch.bfloat16, 1.1, r"0\.02 is usual for torch.bfloat16"),
@@ -75,7 +79,7 @@ def test_first_call_is_checked_and_used_as_it_is(dtype: torch.dtype, factor: flo
                                     lambda r: tuple(t[:, :1] for t in r)])  # fmt: skip
 def test_other_shapes_are_an_error(change: Any) -> None:
     parallel, _ = changed(change)
-    with torch.no_grad(), pytest.raises(XditError, match=r"compiler 'changed' gives .* where the function"):
+    with torch.no_grad(), pytest.raises(XditError, match=r"compiler 'changed.*' gives .* where the function"):
         parallel(**inputs())
 
 

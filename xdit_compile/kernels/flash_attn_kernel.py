@@ -34,7 +34,8 @@ def like(
     dimension contiguous, and lays out its result as the queries it then has."""
     rows = F.pad(q.transpose(1, 2), (0, -q.shape[-1] % 8)) if q.shape[-1] % 8 else q.transpose(1, 2)
     out = torch.empty_like(rows if rows.stride(-1) == 1 else rows.contiguous())
-    return out[..., : v.shape[-1]].transpose(1, 2), q.new_empty(q.shape[:3], dtype=torch.float32)
+    # Not by an index, for which PyTorch asks after the device, which may not be here.
+    return out.narrow(-1, 0, v.shape[-1]).transpose(1, 2), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 KERNEL = Kernel("flash_attn", problem, flash_problem, forward, like)
