@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from xdit_compile.errors import SpecError, XditError
@@ -363,10 +365,14 @@ CALLS = []
 def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1),
                     softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False):
     CALLS.append(dict(shape=tuple(q.shape), dropout_p=dropout_p, causal=causal, probs=return_attn_probs))
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    width = q.shape[-1]
+    q, k, v = (torch.nn.functional.pad(x, (0, -width % 8)) if width % 8 else x for x in (q, k, v))
+    rows = torch.empty_like(q if q.stride(-1) == 1 else q.contiguous())
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    scores = q @ k.mT * (q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
-    out = (scores.softmax(-1) @ v).transpose(1, 2)
+    scores = q @ k.mT * scale
+    out = rows.copy_((scores.softmax(-1) @ v).transpose(1, 2))[..., :width]
     return (out, scores.float().logsumexp(-1), None) if return_attn_probs else out
 """
 
@@ -528,6 +534,59 @@ class TestPackages:
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
             self.compare("yunchang", None)
             assert sys.modules["yunchang.kernels"].CALLS[-1]["type"] == chosen
+
+    @pytest.mark.parametrize("kernel", ["flash_attn", "yunchang"])
+    @pytest.mark.parametrize("layout", ["heads", "rows", "sliced", "strange"])
+    @pytest.mark.parametrize("dim", [16, 12])
+    def test_compiled_graphs_call_them(
+        self, kernel: str, layout: str, dim: int, install, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """On a CPU that is taken for able: results, and the strides that compiled code was told of."""
+        install("flash_attn", {"__init__.py": FLASH_ATTN})
+        install_yunchang(install)
+        able = dataclasses.replace(KERNELS[kernel], supports=lambda *a: None)
+        monkeypatch.setitem(KERNELS, kernel, able)
+        lay = {
+            "heads": lambda x: x,
+            "rows": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+            "sliced": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+            "strange": lambda x: x.mT.contiguous().mT,
+        }[layout]
+        q, k, v = map(lay, make(kv_heads=2, dim=dim))
+        torch.library.opcheck(attention_lse, (q, k, v, None, None, kernel), test_utils="test_faketensor")
+
+        def block(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            out, lse = attention_lse(q, k, v, None, 0.3, kernel)
+            return attention(q, k, v, None, 0.3, kernel).as_strided(out.shape, out.stride()), lse
+
+        torch._dynamo.reset()
+        out, lse = torch.compile(block, fullgraph=True, backend="aot_eager")(q, k, v)
+        expected, expected_lse = reference(q, k, v, None, 0.3)
+        torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
+        assert sys.modules["flash_attn"].CALLS
+
+    @pytest.mark.skipif(not ampere_or_newer(), reason="this GPU is too old for FlashAttention")
+    @pytest.mark.parametrize("kernel", ["flash_attn", "yunchang"])
+    def test_programs_for_them_need_neither_package_nor_device(self, kernel: str, install) -> None:
+        with FakeTensorMode() as mode:
+            q, k, v = (
+                FakeTensor(mode, torch.empty(shape, dtype=torch.bfloat16, device="meta"), torch.device("cuda:0"))
+                for shape in [(B, H, SQ, 64), (B, 2, SK, 64), (B, 2, SK, 64)]
+            )
+
+            def block(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+                return (*attention_lse(q, k, v, None, None, kernel), attention(q * 2, k, v, None, None, kernel))
+
+            graph = make_fx(block)(q, k, v).graph
+        (results,) = (n.args[0] for n in graph.nodes if n.op == "output")
+        out, lse, other = (n.meta["val"] for n in results)
+        assert out.shape == other.shape == (B, H, SQ, 64) and out.dtype == other.dtype == torch.bfloat16
+        assert lse.shape == (B, H, SQ) and lse.dtype == torch.float32
+        assert {x.device for x in (out, lse, other)} == {torch.device("cuda:0")}
+        assert [n.target for n in graph.nodes if "attention" in str(n.target)] == [attention_lse, attention]
+        with pytest.raises(KernelUnavailable, match="not installed"):
+            ask(kernel)
 
     def compare(self, kernel: str, scale: float | None) -> None:
         """The kernel's function itself: the operators rightly refuse it on a CPU."""

@@ -7,10 +7,14 @@ from dataclasses import FrozenInstanceError, fields
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xdit_compile import ShardingSpec, SpecError
+from xdit_compile.spec import MODES
+
+values = st.booleans() | st.integers() | st.text('ab,{}"=', max_size=5)
+options = st.dictionaries(st.text('ab,{}"=', max_size=5), values | st.lists(values, max_size=2), max_size=2)
 
 specs = st.builds(
     ShardingSpec,
@@ -20,8 +24,19 @@ specs = st.builds(
     data_degree=st.integers(1, 4),
     pipefusion_degree=st.just(1),
     keep=st.sampled_from(["on", "off"]),
-    backend=st.sampled_from(["eager", "inductor"]),
     attention_kernel=st.sampled_from(["auto", "torch", "flash_attn", "yunchang"]),
+) | st.builds(
+    ShardingSpec,
+    ring_degree=st.integers(1, 2),
+    backend=st.just("inductor"),
+    compile_mode=st.sampled_from(MODES),
+    compile_options=options,
+    attention_kernel=st.sampled_from(["auto", "torch"]),
+) | st.builds(
+    ShardingSpec,
+    backend=st.just("onediff"),
+    onediff_backend=st.sampled_from(["", "nexfort", "oneflow", "my-own_1.0"]),
+    compile_options=options,
 ) | st.builds(
     ShardingSpec,
     ulysses_degree=st.integers(1, 8),
@@ -32,12 +47,14 @@ specs = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(specs)
 def test_what_is_printed_parses_to_the_same(spec: ShardingSpec) -> None:
     assert ShardingSpec.parse(str(spec)) == spec
     assert str(ShardingSpec.parse(str(spec))) == str(spec)
 
 
+@settings(deadline=None)
 @given(specs)
 def test_mapping_of_fields_parses_to_the_same(spec: ShardingSpec) -> None:
     words = {f.name: getattr(spec, f.name) for f in fields(spec)}
@@ -47,6 +64,7 @@ def test_mapping_of_fields_parses_to_the_same(spec: ShardingSpec) -> None:
     assert ShardingSpec.parse(spec) is spec
 
 
+@settings(deadline=None)
 @given(specs)
 def test_equal_specs_are_one_key_and_never_change(spec: ShardingSpec) -> None:
     again = ShardingSpec(**{f.name: getattr(spec, f.name) for f in fields(spec)})
@@ -55,6 +73,7 @@ def test_equal_specs_are_one_key_and_never_change(spec: ShardingSpec) -> None:
         spec.ulysses_degree = 3  # type: ignore[misc]
 
 
+@settings(deadline=None)
 @given(specs)
 def test_world_is_the_product(spec: ShardingSpec) -> None:
     degrees = (spec.data_degree, spec.cfg_degree, spec.pipefusion_degree, spec.ulysses_degree, spec.ring_degree)
@@ -159,7 +178,7 @@ def test_repeated_words_are_refused(twice: Any) -> None:
 
 
 def test_backend_and_kernel_are_named_with_their_choices() -> None:
-    with pytest.raises(SpecError, match=r"backend must be one of eager, inductor, got 'fast'"):
+    with pytest.raises(SpecError, match=r"backend must be one of eager, inductor, onediff, got 'fast'"):
         ShardingSpec.parse("ulysses=2,backend=fast")
     with pytest.raises(SpecError, match=r"attention_kernel must be one of .*flash_attn.*, got 'fast'"):
         ShardingSpec.parse("ulysses=2,kernel=fast")
@@ -186,3 +205,49 @@ def test_world_that_does_not_fit_is_told_with_degrees_that_do() -> None:
     assert "ulysses=3" not in text.split("degrees that fit")[1]
     with pytest.raises(SpecError, match="1 is running"):
         ShardingSpec(ulysses_degree=2).check_world(1)
+
+
+def test_words_of_compilers() -> None:
+    spec = ShardingSpec.parse('ulysses=2,compile_options={"b": "x,}y", "a": {"c": [1, 2]}} , backend=onediff,'
+                              "onediff_backend=nexfort")
+    assert spec.options == {"a": {"c": [1, 2]}, "b": "x,}y"}
+    assert spec == ShardingSpec(ulysses_degree=2, backend="onediff", onediff_backend="nexfort",
+                                compile_options={"a": {"c": [1, 2]}, "b": "x,}y"})
+    assert str(spec) == (
+        'ulysses=2,backend=onediff,onediff_backend=nexfort,compile_options={"a": {"c": [1, 2]}, "b": "x,}y"}')
+    modes = [ShardingSpec.parse(f"backend=inductor,{word}=max-autotune") for word in ("mode", "compile_mode")]
+    assert modes[0] == modes[1] and str(modes[0]) == "backend=inductor,mode=max-autotune"
+    spec.options["a"]["c"].append(3)
+    assert spec.options["a"] == {"c": [1, 2]}, "what a spec says never changes"
+    assert ShardingSpec(backend="inductor", compile_options={}) == ShardingSpec(backend="inductor")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("mode=max-autotune", "compile_mode has no effect with backend=eager.*say backend=inductor"),
+        ("backend=onediff,mode=max-autotune", "compile_mode has no effect with backend=onediff"),
+        ("onediff_backend=nexfort", "onediff_backend has no effect with backend=eager.*say backend=onediff"),
+        ("backend=inductor,onediff_backend=nexfort", "onediff_backend has no effect with backend=inductor"),
+        ('compile_options={"a": 1}', "compile_options has no effect.*backend=inductor or backend=onediff"),
+        ("backend=inductor,mode=fastest", "compile_mode must be one of default, .*max-autotune, got 'fastest'"),
+        ("backend=onediff,onediff_backend=a b", "onediff_backend is the name of one of"),
+        ("backend=inductor,compile_options={a: 1}", "compile_options is no JSON"),
+        ('backend=inductor,compile_options={"a": 1', "compile_options is no JSON"),
+        ('backend=inductor,compile_options={"a": 1}x', "comes a comma or nothing"),
+        ("backend=inductor,compile_options=[1]", "a mapping that JSON can hold"),
+        ('backend=inductor,compile_options={"a": NaN}', "a mapping that JSON can hold"),
+        ({"backend": "inductor", "compile_options": {"a": print}}, "a mapping that JSON can hold"),
+        ({"backend": "inductor", "compile_options": {1: 2}}, "no mapping from names"),
+        ({"backend": "inductor", "compile_options": [1]}, "no mapping from names"),
+    ],
+)
+def test_words_of_compilers_that_say_nothing(text: Any, says: str) -> None:
+    with pytest.raises(SpecError, match=says):
+        ShardingSpec.parse(text)
+
+
+def test_modes_are_those_of_torch() -> None:
+    from torch._inductor import list_mode_options
+
+    assert set(MODES) <= set(list_mode_options())

@@ -18,6 +18,7 @@ from xdit_compile.launch import init_from_env
 from xdit_compile.pipeline import ParallelPipeline, is_pipeline, parallel_pipeline
 from xdit_compile.program import Program
 from xdit_compile.runner import Runner
+from xdit_compile.runtime.compiling import compiler_for
 from xdit_compile.runtime.crew import Crew
 from xdit_compile.spec import ShardingSpec
 from xdit_compile.standin import Parallel, parallel_model
@@ -83,6 +84,8 @@ def parallelize(model: Any, spec: str | dict | ShardingSpec, *, ranks: Sequence[
         init_from_env(timeout=timeout)
     chosen = list(ranks) if ranks is not None else list(range(dist.get_world_size() if dist.is_initialized() else 1))
     spec.check_world(len(chosen))
+    if spec.backend != "eager":
+        compiler_for(spec)
     crew = Crew(spec, chosen, timeout)
     crew.control.agree("parallelize", {"spec": str(spec), "model": type(model).__qualname__})
     if is_pipeline(model):

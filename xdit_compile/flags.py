@@ -13,7 +13,7 @@ from typing import Any
 from xdit_compile.errors import SpecError, XditError
 from xdit_compile.loading import Source
 from xdit_compile.run import DTYPES, Request
-from xdit_compile.spec import ShardingSpec
+from xdit_compile.spec import ShardingSpec, pairs_of
 
 HELP = """\
 Run any pipeline of diffusers on many devices and write what it makes.
@@ -219,8 +219,7 @@ def _spec(options: argparse.Namespace) -> ShardingSpec:
         words["cfg"] = "2"
     if options.use_torch_compile:
         words["backend"] = "inductor"
-    own = {w.strip().removesuffix("_degree"): v.strip() for w, _, v in (
-        part.partition("=") for part in options.spec.split(",")) if w.strip()}
+    own = {word.removesuffix("_degree"): value for word, value in pairs_of(options.spec)}
     if both := [w for w in words if w in own and own[w] != words[w]]:
         raise SpecError(f"--spec {options.spec} and the flags for {', '.join(f'{w}={words[w]}' for w in both)} "
                         "contradict each other; give one of them")

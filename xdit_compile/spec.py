@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from xdit_compile.errors import SpecError
 
-BACKENDS = ("eager", "inductor")
+BACKENDS = ("eager", "inductor", "onediff")
+MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
 ENCODERS = ("everywhere", "spread")
 KEEP = ("on", "off")
 KERNELS = ("auto", "torch", "flash_attn", "yunchang")
 ALL = "all"
-SHORT = {"kernel": "attention_kernel", "patches": "num_patches", "warmup": "warmup_steps"}
+SHORT = {"kernel": "attention_kernel", "patches": "num_patches", "warmup": "warmup_steps", "mode": "compile_mode"}
 """Other words for fields; a degree's may also leave out ``_degree``."""
 DEGREES = ("ulysses_degree", "ring_degree", "cfg_degree", "data_degree", "pipefusion_degree", "vae_degree")
 NUMBERS = (*DEGREES, "num_patches", "warmup_steps")
@@ -45,12 +49,18 @@ class ShardingSpec:
             which sends the others the embeddings.
         keep: ``on`` computes what does not change from step to step once, as long as the tensors it is made of stay
             the same and are not written into; ``off`` at each step.
-        backend: ``eager`` runs the rewritten graph as it is, ``inductor`` compiles it with torch.compile.
+        backend: ``eager`` runs the rewritten graph as it is, ``inductor`` compiles it with torch.compile, ``onediff``
+            hands it to onediff's compiler, cut at collectives.
+        compile_mode: of torch.compile, as ``max-autotune``; with ``inductor``.
+        onediff_backend: which of onediff's compilers: ``nexfort``, ``oneflow``, or any name registered with onediff;
+            onediff's own default, oneflow, if it is empty.
+        compile_options: what else the compiler is told, as a mapping or as JSON of one; kept as JSON. For ``inductor``
+            the options of torch.compile, for ``onediff`` those of its compiler.
         attention_kernel: ``auto`` takes flash-attn where it is installed and fits, PyTorch's kernels otherwise;
             a kernel asked for by name is used or refused, never replaced.
 
     Raises:
-        SpecError: a degree is not a positive whole number, or a word is unknown.
+        SpecError: a degree is not a positive whole number, a word is unknown, or has no effect beside the others.
     """
 
     ulysses_degree: int = 1
@@ -65,6 +75,9 @@ class ShardingSpec:
     encoders: str = "everywhere"
     keep: str = "on"
     backend: str = "eager"
+    compile_mode: str = "default"
+    onediff_backend: str = ""
+    compile_options: str | Mapping[str, Any] = ""
     attention_kernel: str = "auto"
 
     def __post_init__(self) -> None:
@@ -74,14 +87,26 @@ class ShardingSpec:
             if not isinstance(value, int) or isinstance(value, bool) or value < least.get(name, 1):
                 also = f", or {ALL}" if name == "warmup_steps" else ""
                 raise SpecError(f"{name} must be a whole number of at least {least.get(name, 1)}{also}, got {value!r}")
-        for name, allowed in (("encoders", ENCODERS), ("keep", KEEP), ("backend", BACKENDS),
+        for name, allowed in (("encoders", ENCODERS), ("keep", KEEP), ("backend", BACKENDS), ("compile_mode", MODES),
                               ("attention_kernel", KERNELS)):
             if getattr(self, name) not in allowed:
                 raise SpecError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        object.__setattr__(self, "compile_options", _canonical(self.compile_options))
+        self._check_compiler()
         self._check_pipefusion()
         if self.world_size % self.vae_degree:
             raise SpecError(f"vae={self.vae_degree} takes groups of {self.vae_degree} of the processes that the other "
                             f"degrees ask for, but {self.world_size} do not fall into such groups")
+
+    def _check_compiler(self) -> None:
+        if not isinstance(self.onediff_backend, str) or not re.fullmatch(r"[\w.-]*", self.onediff_backend):
+            raise SpecError(f"onediff_backend is the name of one of onediff's compilers, got {self.onediff_backend!r}")
+        for name, default, backends in (("compile_mode", "default", ("inductor",)),
+                                        ("onediff_backend", "", ("onediff",)),
+                                        ("compile_options", "", ("inductor", "onediff"))):
+            if getattr(self, name) != default and self.backend not in backends:
+                raise SpecError(f"{name} has no effect with backend={self.backend}; leave it out, or say "
+                                f"{' or '.join(f'backend={b}' for b in backends)}")
 
     def _check_pipefusion(self) -> None:
         if self.pipefusion_degree == 1:
@@ -97,6 +122,12 @@ class ShardingSpec:
             if len(counts) != self.pipefusion_degree or not all(c.isdecimal() and int(c) for c in counts):
                 raise SpecError(f"stage_blocks names the blocks of each of {self.pipefusion_degree} stages, as in "
                                 f"{'+'.join(['7'] * self.pipefusion_degree)}, got {self.stage_blocks!r}")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """``compile_options`` as a new mapping."""
+        assert isinstance(self.compile_options, str)
+        return json.loads(self.compile_options or "{}")
 
     @property
     def patches(self) -> int:
@@ -122,7 +153,8 @@ class ShardingSpec:
 
     @staticmethod
     def parse(spec: str | Mapping[str, object] | ShardingSpec) -> ShardingSpec:
-        """From ``"ulysses=2,ring=2"``, a mapping with the same words, or a spec. Short and full words both work.
+        """From ``"ulysses=2,ring=2"``, a mapping with the same words, or a spec. Short and full words both work. A
+        value in braces is JSON and may hold commas: ``compile_options={"a": 1, "b": 2}``.
 
         Raises:
             SpecError: an unknown or repeated word, a value that is no number, a method that is not built yet.
@@ -131,7 +163,7 @@ class ShardingSpec:
             return spec
         if not isinstance(spec, (str, Mapping)):
             raise SpecError(f"a sharding spec is text, a mapping or a ShardingSpec, got {spec!r}")
-        pairs = _pairs(spec) if isinstance(spec, str) else [(str(k), v) for k, v in spec.items()]
+        pairs = pairs_of(spec) if isinstance(spec, str) else [(str(k), v) for k, v in spec.items()]
         known = {f.name: f.name for f in fields(ShardingSpec)}
         known |= {name.removesuffix("_degree"): name for name in known} | SHORT
         values: dict[str, object] = {}
@@ -168,14 +200,50 @@ class ShardingSpec:
         return ",".join(words) or "ulysses=1"
 
 
-def _pairs(text: str) -> list[tuple[str, str]]:
-    pairs = []
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        word, equals, value = (piece.strip() for piece in item.partition("="))
-        if not equals or not value:
-            raise SpecError(f"cannot read {item!r} in the sharding spec {text!r}; write word=value, as in ulysses=2")
-        pairs.append((word, value))
+def pairs_of(text: str) -> list[tuple[str, str]]:
+    """The words and values of a spec's text, in order.
+
+    Raises:
+        SpecError: a part is no ``word=value``, or a value in braces is no JSON.
+    """
+    pairs, rest = [], text
+    while rest := rest.lstrip(" ,"):
+        word, equals, after = rest.partition("=")
+        if equals and "," not in word and after.lstrip().startswith("{"):
+            value, rest = _braces(word.strip(), after.lstrip())
+        else:
+            item, _, rest = rest.partition(",")
+            word, equals, value = item.partition("=")
+        pair = (word.strip(), value.strip())
+        if not equals or not all(pair):
+            raise SpecError(f"cannot read {(word + equals + value).strip()!r} in the sharding spec {text!r}; write "
+                            "word=value, as in ulysses=2")
+        pairs.append(pair)
     return pairs
+
+
+def _braces(word: str, text: str) -> tuple[str, str]:
+    """The JSON that ``text`` begins with, and what follows it."""
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except json.JSONDecodeError as error:
+        raise SpecError(f"{word} is no JSON: {error}; got {text!r}") from None
+    if text[end:].lstrip()[:1] not in ("", ","):
+        raise SpecError(f"after the braces of {word} comes a comma or nothing, got {text[end:]!r}")
+    return text[:end], text[end:]
+
+
+def _canonical(options: object) -> str:
+    """Equal texts for equal options, and no text for none."""
+    given = options
+    try:
+        given = json.loads(given or "{}") if isinstance(given, str) else given
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+            raise ValueError("that is no mapping from names")
+        return json.dumps(dict(given), sort_keys=True, allow_nan=False) if given else ""
+    except (TypeError, ValueError) as error:
+        raise SpecError("compile_options is a mapping that JSON can hold, as in {\"max_autotune\": true}, got "
+                        f"{options!r}: {error}") from None
 
 
 def _number(word: str, value: object) -> object:

@@ -38,12 +38,15 @@ class Kernel:
         supports: called with (device type, dtype, head_dim, value_dim, masked); None, or why it is unable.
         forward: called with (q, k, v, mask, scale), the arguments and results of
             `xdit_compile::attention_lse`, only for inputs that are not empty and that `supports` accepted.
+        like: called as `forward` with fake tensors; its results have the shapes, types and strides of `forward`'s. It
+            needs neither the package nor a device, so that programs can be made and compiled anywhere.
     """
 
     name: str
     available: Callable[[], str | None]
     supports: Callable[[str, torch.dtype, int, int, bool], str | None]
     forward: Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], tuple[Tensor, Tensor]]
+    like: Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], tuple[Tensor, Tensor]]
 
 
 def package_problem(package: str, attribute: str, extra: str) -> str | None:

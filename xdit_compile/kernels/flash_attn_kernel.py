@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Kernel, flash_problem, package_problem
@@ -25,4 +27,15 @@ def forward(
     return out.transpose(1, 2), lse
 
 
-KERNEL = Kernel("flash_attn", problem, flash_problem, forward)
+def like(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """See `Kernel.like`. The package (read in 2.8.3) pads the head dimension to a multiple of 8, makes the last
+    dimension contiguous, and lays out its result as the queries it then has."""
+    rows = F.pad(q.transpose(1, 2), (0, -q.shape[-1] % 8)) if q.shape[-1] % 8 else q.transpose(1, 2)
+    out = torch.empty_like(rows if rows.stride(-1) == 1 else rows.contiguous())
+    # Not by an index, for which PyTorch asks after the device, which may not be here.
+    return out.narrow(-1, 0, v.shape[-1]).transpose(1, 2), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+KERNEL = Kernel("flash_attn", problem, flash_problem, forward, like)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,19 +34,20 @@ _ARGUMENTS = "(Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale, str ker
 
 
 def _attention_lse(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, kernel: str
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, kernel: str, fake: bool = False
 ) -> tuple[Tensor, Tensor]:
     _check(q, k, v, mask, kernel)
     # On empty inputs PyTorch's CPU kernel divides by zero, which kills the process, and others differ.
     if q.numel() == 0 or k.numel() == 0:
         return q.new_zeros(*q.shape[:3], v.shape[3]), q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
-    return KERNELS[kernel].forward(q, k, v, mask, scale)
+    chosen = KERNELS[kernel]
+    return (chosen.like if fake else chosen.forward)(q, k, v, mask, scale)
 
 
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, kernel: str
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, kernel: str, fake: bool = False
 ) -> Tensor:
-    return _attention_lse(q, k, v, mask, scale, kernel)[0]
+    return _attention_lse(q, k, v, mask, scale, kernel, fake)[0]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str) -> None:
@@ -70,8 +72,7 @@ for _name, _function, _result in (
 ):
     _library.define(f"{_name}{_ARGUMENTS} -> {_result}", tags=_TAGS)
     _library.impl(_name, _function, "CompositeExplicitAutograd")
-    # The same code on fake tensors predicts shapes and, which no formula could do for every kernel, strides.
-    torch.library.register_fake(f"xdit_compile::{_name}", _function, lib=_library)
+    torch.library.register_fake(f"xdit_compile::{_name}", partial(_function, fake=True), lib=_library)
 
 
 @register_flop_formula([torch.ops.xdit_compile.attention_lse, torch.ops.xdit_compile.attention])

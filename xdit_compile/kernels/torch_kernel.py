@@ -136,4 +136,4 @@ def _mark_empty_rows(lse: Tensor, bias: Tensor) -> Tensor:
     return lse.masked_fill_(bias.amax(-1) == -math.inf, -math.inf)
 
 
-KERNEL = Kernel("torch", lambda: None, _supports, forward)
+KERNEL = Kernel("torch", lambda: None, _supports, forward, like=forward)

@@ -7,6 +7,8 @@ TORCH_EFFICIENT round it to q's dtype; FLASHINFER takes one batch entry; the SAG
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
@@ -60,4 +62,14 @@ def forward(
     return out.transpose(1, 2), lse
 
 
-KERNEL = Kernel("yunchang", _problem, _supports, forward)
+def like(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """See `Kernel.like`. FlashAttention-3 lays out its result by rows, whatever the queries' strides are."""
+    out, lse = flash_attn_kernel.like(q, k, v, mask, scale)
+    if importlib.util.find_spec("yunchang") is not None and _hopper():
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)
+    return out, lse
+
+
+KERNEL = Kernel("yunchang", _problem, _supports, forward, like)

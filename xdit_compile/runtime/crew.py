@@ -101,8 +101,10 @@ class Crew:
         own = self.spec
         data = own.data_degree if own.world_size % (own.data_degree * own.vae_degree) == 0 else 1
         # A ring, because an autoencoder's attention has a single head.
-        made = self._block(ShardingSpec(ring_degree=own.vae_degree, data_degree=data, backend=own.backend,
-                                        attention_kernel=own.attention_kernel))
+        made = self._block(ShardingSpec(
+            ring_degree=own.vae_degree, data_degree=data, backend=own.backend, compile_mode=own.compile_mode,
+            onediff_backend=own.onediff_backend, compile_options=own.compile_options,
+            attention_kernel=own.attention_kernel))
         made.data_if_possible = data > 1
         return made
 

@@ -1,4 +1,4 @@
-"""Runs a local program: feeds it the model's parameters as they are now, and compiles it if asked to."""
+"""Runs a local program: feeds it the model's parameters as they are now."""
 
 from __future__ import annotations
 
@@ -8,18 +8,13 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from xdit_compile.program import Program
+from xdit_compile.runtime.compiling import compiled
 from xdit_compile.runtime.kept import Kept, Set
 
 NONE: Mapping[str, torch.Tensor] = MappingProxyType({})
-
-INDUCTOR_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
-    # Collectives must come in one order on every rank; ranks with uneven shares have different graphs, for
-    # which a scheduler that goes by memory might choose different orders.
-    "reorder_for_peak_memory": False,
-}
 
 
 class Executor:
@@ -36,7 +31,7 @@ class Executor:
                  counts: Counter[str] | None = None) -> None:
         assert program.spec is not None
         self.program = program
-        self._module = _compiled(program.main) if program.spec.backend == "inductor" else program.main
+        self._module = compiled(program.main, program.spec)
         self._state = State(model, [i.name for i in program.inputs if i.kind == "parameter"])
         self._steady = None if steady is None else Executor(steady, model)
         self._kept = None if steady is None else Kept(
@@ -93,17 +88,3 @@ class State:
             modules.append(modules[parent]._modules[child])
         return [m._parameters[leaf] if leaf in (m := modules[place])._parameters else m._buffers[leaf]
                 for place, leaf in self._leaves]
-
-
-def _compiled(main: fx.GraphModule) -> nn.Module:
-    """Each block function is compiled once and called for every block; a program without any, as a whole."""
-    blocks = {n: m for n, m in main.named_children() if isinstance(m, fx.GraphModule)}
-    if not blocks:
-        return _compile(main)
-    return fx.GraphModule({n: _compile(m) for n, m in blocks.items()}, main.graph, "main")
-
-
-def _compile(module: fx.GraphModule) -> nn.Module:
-    # A module whose code is written when it is first called is not what torch.compile can look into.
-    written = fx.GraphModule({}, module.graph)
-    return torch.compile(written, fullgraph=True, dynamic=False, options=INDUCTOR_OPTIONS)  # type: ignore[return-value]

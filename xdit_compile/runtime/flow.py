@@ -97,10 +97,10 @@ class Flow:
             self._rehearse()
 
     def _rehearse(self) -> None:
-        """Run every program once on zeros: what is compiled at its first call is so by all stages at the same time, and
-        not by each while the next ones wait."""
+        """Run every program once on some values: what is compiled at its first call is so by all stages at the same
+        time, and not by each while the next ones wait."""
         for executor in (self._once, *self._units.values()):
-            made = {i.name: _zeros(n.meta["val"]) for program in executor.programs for n, i in zip(
+            made = {i.name: _some(n.meta["val"]) for program in executor.programs for n, i in zip(
                 program.main.graph.find_nodes(op="placeholder"), program.inputs, strict=True)
                 if i.kind not in ("parameter", "constant", "kept")}
             last = max((int(n[4:]) for n in made if n.startswith("arg_")), default=-1)
@@ -284,6 +284,13 @@ class _Step:
 def _zeros(like: torch.Tensor) -> torch.Tensor:
     """A tensor with memory, as the fake one has none."""
     return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+
+
+def _some(like: torch.Tensor) -> torch.Tensor:
+    """Different numbers, as equal ones would hide what a compiler does wrong; and what is an index everywhere."""
+    if not like.is_floating_point():
+        return _zeros(like)
+    return torch.linspace(-1, 1, like.numel(), device=like.device).reshape(like.shape).to(like.dtype)
 
 
 def _sources(tensor: Deferred) -> list[Pieces]:

@@ -1,0 +1,121 @@
+"""Compiles a local program function by function: each kind of block once, and what lies between blocks.
+
+Weights are inputs of what is compiled, so that one function serves all blocks of a kind. Functions that are equal in
+different programs, as in those of patches, are compiled once in a process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from difflib import get_close_matches
+from functools import partial
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import fx, nn
+
+from xdit_compile.errors import SpecError
+from xdit_compile.program import is_collective, is_write
+from xdit_compile.runtime.onediff_backend import handed_to_onediff
+from xdit_compile.runtime.segments import Function, outlined
+from xdit_compile.spec import ShardingSpec
+
+INDUCTOR_OPTIONS: dict[str, Any] = {
+    # Collectives must come in one order on every rank; ranks with uneven shares have different graphs, for
+    # which a scheduler that goes by memory might choose different orders.
+    "reorder_for_peak_memory": False,
+    # Would move work that fills the time between start and wait of a collective behind the wait, to where it is read.
+    "reorder_for_locality": False,
+}
+
+_SHARED: WeakValueDictionary[Hashable, Function] = WeakValueDictionary()
+"""What was made of each function, as long as a program calls it."""
+
+
+def compiled(main: fx.GraphModule, spec: ShardingSpec) -> Function:
+    """What runs ``main`` as ``spec`` asks for: called with its inputs in order, it returns its results.
+
+    Compilers begin to work at the first call.
+
+    Raises:
+        SpecError: as ``compiler_for``.
+    """
+    if spec.backend == "eager":
+        return main
+    compiler = compiler_for(spec)
+
+    def make(module: fx.GraphModule) -> Function:
+        key = (spec.backend, spec.compile_mode, spec.onediff_backend, spec.compile_options, _content(module.graph))
+        made = _SHARED.get(key)
+        if made is None:
+            # A module whose code is written when it is first called is not what torch.compile can look into.
+            made = _SHARED[key] = compiler(fx.GraphModule({}, module.graph))
+        return made
+
+    blocks = {n: m for n, m in main.named_children() if isinstance(m, fx.GraphModule)}
+    if spec.backend == "inductor":
+        return outlined(main, lambda node: False, make, {n: make(m) for n, m in blocks.items()})
+    cut = {n: outlined(m, _stays, make, {}) for n, m in blocks.items()}
+    return outlined(main, _stays, make, cut)
+
+
+def _stays(node: fx.Node) -> bool:
+    """What a compiler that knows nothing of processes is not given, nor of memory that outlives a call."""
+    return is_collective(node) or is_write(node)
+
+
+def compiler_for(spec: ShardingSpec) -> Callable[[fx.GraphModule], Function]:
+    """What compiles one function for ``spec``, which must not be eager.
+
+    Raises:
+        SpecError: the compiler does not know the options, or is not there.
+    """
+    return handed_to_onediff(spec) if spec.backend == "onediff" else _inductor(spec)
+
+
+def _inductor(spec: ShardingSpec) -> Callable[[fx.GraphModule], Function]:
+    from torch._inductor import list_mode_options, list_options
+
+    for name in spec.options:
+        if name not in list_options():
+            near = ", ".join(get_close_matches(name, list_options()))
+            raise SpecError(f"compile_options names {name!r}, which is no option of torch.compile"
+                            f"{near and f'; near to it: {near}'}; torch._inductor.list_options() lists them")
+    # torch.compile takes a mode or options, not both.
+    options = {**INDUCTOR_OPTIONS, **list_mode_options(spec.compile_mode), **spec.options}
+
+    try:
+        compile_with = partial(torch.compile, fullgraph=True, dynamic=False, options=options)
+        compile_with(lambda: None)  # which looks at the types of options
+    except RuntimeError as error:
+        raise SpecError(f"torch.compile refuses compile_options={spec.compile_options}: {error}") from error
+
+    def compiler(module: fx.GraphModule) -> Function:
+        call = compile_with(module.forward)
+        return _in_place(call) if options.get("triton.cudagraphs") else call
+
+    return compiler
+
+
+def _in_place(call: Function) -> Function:
+    """``call``, for whose CUDA graphs weights stay where they are: other inputs are copied at each call."""
+    def called(*tensors: torch.Tensor) -> Any:
+        for t in tensors:
+            if isinstance(t, nn.Parameter):
+                torch._dynamo.mark_static_address(t, guard=False)
+        return call(*tensors)
+
+    return called
+
+
+def _content(graph: fx.Graph) -> Hashable:
+    """Equal for graphs that compute the same from inputs alike, whatever their nodes are called."""
+    index = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
+    content: list[Hashable] = []
+    for node in graph.nodes:
+        like = node.meta["val"] if node.op == "placeholder" else None
+        kind = (like.shape, like.stride(), like.dtype, like.device) if isinstance(like, torch.Tensor) else None
+        target = node.target if node.op == "call_function" else None
+        content.append((node.op, target, repr(fx.map_arg((node.args, node.kwargs), index.__getitem__)), kind))
+    return tuple(content)
