@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import cases
+import hostile
 import pytest
 import torch
 import zoo
 
 import xdit_compile
+from xdit_compile.errors import ArtifactError
 from xdit_compile.structure import flatten
 
 EXACT = 1e-5
@@ -64,3 +68,34 @@ def test_all_specs(tmp_path: Path, name: str) -> None:
     found = alone(tmp_path, 4)
     assert found.keys() == set(SPECS)
     assert all(f["error"] <= EXACT for f in found.values()), found
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact with its weights, for one process."""
+    path = tmp_path_factory.mktemp("artifact") / "model.xdit"
+    case = zoo.CASES["dit"]
+    return xdit_compile.export(cases.made(case), "ulysses=1", case.inputs(1, False), path, weights="included")
+
+
+@pytest.mark.parametrize("name", hostile.SPOILED)
+def test_spoiled_files_are_refused_and_nothing_runs(good: Path, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "model.xdit"
+    shutil.copytree(good, path)
+    spoil, complaint = hostile.SPOILED[name]
+    spoil(path)
+    with pytest.raises(ArtifactError, match=complaint):
+        xdit_compile.load(path)
+    assert hostile.MARK not in os.environ
+
+
+def test_weights_are_compared_when_asked(good: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.xdit"
+    shutil.copytree(good, path)
+    (file,) = path.glob("stage-0.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    assert not xdit_compile.inspect(path).checked
+    with pytest.raises(ArtifactError, match="does not have the hash"):
+        xdit_compile.inspect(path, check_all=True)

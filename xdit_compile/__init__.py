@@ -6,6 +6,7 @@ from xdit_compile.artifact.inspect import inspect
 from xdit_compile.artifact.load import load
 from xdit_compile.decorator import parallel
 from xdit_compile.errors import (
+    ArtifactError,
     CaptureError,
     LaunchError,
     PlanError,
@@ -21,6 +22,7 @@ from xdit_compile.timeline import timeline
 from xdit_compile.verify import verify
 
 __all__ = [
+    "ArtifactError",
     "CaptureError",
     "LaunchError",
     "PlanError",

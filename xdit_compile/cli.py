@@ -65,16 +65,16 @@ The model is a function's, or one of a pipeline, which is run for two steps to f
 
 examples:
   xdit-compile export model.py:example --spec ulysses=4 -o model-u4.xdit
-  xdit-compile export --model DIR --spec ulysses=4 --height 1024 --width 1024 -o flux-u4.xdit
-  xdit-compile export --model DIR --spec pipefusion=2,patches=4 --weights included -o flux-p2.xdit --overwrite
+  xdit-compile export --model DIR --spec ulysses=4 --height 1024 --width 1024 -o model-u4.xdit
+  xdit-compile export --model DIR --spec pipefusion=2,patches=4 --weights included -o model-p2.xdit --overwrite
 """
 
 INSPECT = """\
 Say what an artifact holds: spec, calls, collectives and bytes of rank 0, versions, hashes. Nothing of it is run.
 
 examples:
-  xdit-compile inspect flux-u4.xdit
-  xdit-compile inspect flux-u4.xdit --check-all --json
+  xdit-compile inspect model-u4.xdit
+  xdit-compile inspect model-u4.xdit --check-all --json
 """
 
 

@@ -15,6 +15,10 @@ class CaptureError(XditError):
     """Raised when a model cannot be captured as one graph."""
 
 
+class ArtifactError(XditError):
+    """Raised when an artifact cannot be written, is none, or does not fit this machine, these ranks or weights."""
+
+
 class PlanError(XditError):
     """Raised when the internal verifier finds that a rewritten program is not sound."""
 

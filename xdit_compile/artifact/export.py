@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_compile.artifact.files import ArtifactError, Draft, drafted
+from xdit_compile.artifact.files import Draft, drafted
 from xdit_compile.artifact.program_writer import program_json, stage_json
 from xdit_compile.artifact.values import (
     Json,
@@ -25,7 +25,7 @@ from xdit_compile.artifact.values import (
 from xdit_compile.calls import Inputs, call_arguments
 from xdit_compile.captures import Captures
 from xdit_compile.compiler import Compiled
-from xdit_compile.errors import SpecError, XditError
+from xdit_compile.errors import ArtifactError, SpecError, XditError
 from xdit_compile.givenup import device_of_model
 from xdit_compile.guards import Guards
 from xdit_compile.program import Program

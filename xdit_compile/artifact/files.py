@@ -13,18 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xdit_compile.errors import XditError
+from xdit_compile.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 FORMAT = "xdit_compile artifact"
 VERSION = 1
 LARGEST_TEXT = 256 * 2**20
 """Bytes of the largest manifest or graph that is read; those of the largest models have a few million."""
+TENSORS = ".safetensors"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*(\.[a-z0-9_-]+)*")
-
-
-class ArtifactError(XditError):
-    """Raised when an artifact cannot be written, is none, or does not fit this machine, these ranks or weights."""
 
 
 @dataclass
@@ -51,6 +48,8 @@ class Draft:
         assert _NAME.fullmatch(name), name
         path = self.folder / name
         self.parts[name] = {"bytes": path.stat().st_size, "sha256": hash_of(path)}
+        if path.suffix == TENSORS:
+            self.parts[name]["header"] = _hash_of_header(path)
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         whole = {"format": FORMAT, "version": VERSION, **manifest, "parts": dict(sorted(self.parts.items()))}
@@ -109,8 +108,8 @@ class Folder:
         return Folder(path, manifest, hashlib.sha256(text).hexdigest())
 
     def file(self, name: Any, whole: bool = True) -> Path:
-        """The file of this name, which is as long as the manifest says and, if it is looked at ``whole``, has the
-        content whose hash is there.
+        """The file of this name, which is as long as the manifest says and has the content whose hash is there; of
+        tensors only the header is compared, with their names, types and places, unless it is looked at ``whole``.
 
         Raises:
             ArtifactError: it is not, or the name is not that of a file beside the manifest.
@@ -124,7 +123,8 @@ class Folder:
         if path.stat().st_size != noted.get("bytes"):
             raise ArtifactError(f"{path} has {path.stat().st_size} bytes, but was written with {noted.get('bytes')}: "
                                 "it is damaged or was replaced")
-        if whole and hash_of(path) != noted.get("sha256"):
+        whole = whole or path.suffix != TENSORS
+        if (hash_of(path) if whole else _hash_of_header(path)) != noted.get("sha256" if whole else "header"):
             raise ArtifactError(f"{path} does not have the hash that it was written with: it is damaged or was "
                                 "replaced")
         return path
@@ -140,6 +140,16 @@ def hash_of(path: Path) -> str:
         while piece := file.read(2**20):
             made.update(piece)
     return made.hexdigest()
+
+
+def _hash_of_header(path: Path) -> str:
+    """Of the length and the header that a safetensors file begins with."""
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if length > LARGEST_TEXT:
+            raise ArtifactError(f"cannot read {path}: its header claims {length} bytes")
+        return hashlib.sha256(start + file.read(length)).hexdigest()
 
 
 def _small(path: Path) -> bytes:

@@ -14,7 +14,7 @@ from torch._export.serde import schema
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import xdit_compile.kernels.ops  # noqa: F401  (graphs call its operators)
-from xdit_compile.artifact.files import ArtifactError
+from xdit_compile.errors import ArtifactError
 
 BLOCK = "torch.ops.xdit_compile.block.default"
 """The operator that stands for the call of a function."""
@@ -193,7 +193,9 @@ def operator_named(name: Any) -> Callable[..., Any]:
         found = getattr(getattr(getattr(torch.ops, parts[2]), parts[3]), parts[4])
     except AttributeError:
         raise GraphError(f"a graph calls {name!r}, which PyTorch {torch.__version__} does not have") from None
-    if not isinstance(found, torch._ops.OpOverload) or (found._schema.is_mutable and parts[3] not in WRITING):
+    if not isinstance(found, torch._ops.OpOverload):
+        raise GraphError(f"a graph calls {name!r}, which PyTorch {torch.__version__} does not have as an operator")
+    if found._schema.is_mutable and parts[3] not in WRITING:
         raise GraphError(f"a graph calls {name!r}, which writes into its arguments")
     return found
 

@@ -23,7 +23,7 @@ from torch.export.exported_program import (
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from xdit_compile.artifact.files import ArtifactError
+from xdit_compile.errors import ArtifactError
 from xdit_compile.frontend.blocks import BLOCK
 from xdit_compile.keeping import refresh
 from xdit_compile.program import output_args, source_of

@@ -15,11 +15,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from xdit_compile.answer import Answer
-from xdit_compile.artifact.files import ArtifactError, Folder
+from xdit_compile.artifact.files import Folder
 from xdit_compile.artifact.program_reader import Reader
 from xdit_compile.artifact.tensors import Stored, placed
 from xdit_compile.artifact.values import Json, look_of, signature_of, structure_of
-from xdit_compile.errors import CaptureError, SpecError, XditError
+from xdit_compile.errors import ArtifactError, CaptureError, SpecError, XditError
 from xdit_compile.launch import init_from_env
 from xdit_compile.mesh import position_of
 from xdit_compile.program import Program

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from xdit_compile.artifact.files import ArtifactError
 from xdit_compile.artifact.graph_reader import decode
 from xdit_compile.artifact.values import Json, look_of
+from xdit_compile.errors import ArtifactError
 from xdit_compile.program import Input, Program, graph_module
 from xdit_compile.runtime.flow import StageProgram
 from xdit_compile.runtime.pieces import Cut

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_compile.artifact.files import ArtifactError, Folder
+from xdit_compile.artifact.files import Folder
 from xdit_compile.artifact.values import Json, look_of
+from xdit_compile.errors import ArtifactError
 from xdit_compile.weights import Weights
 
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -43,7 +44,7 @@ class Stored:
         """
         looks = {str(name): look_of(entry) for name, entry in entries.items()}
         aliases = {name: (name, *([e["same_as"]] if "same_as" in e else []), *e["also"]) for name, e in entries.items()}
-        # Only their headers are read: a hash of all would take longer than to map them.
+        # A hash of all of them would take longer than to map them.
         places = {name: (folder.file(file, whole=False), name) for file, names in included.items() for name in names}
         given = {} if weights is None else {
             name: (path, name) for name, path in Weights.at(weights).files.items()}

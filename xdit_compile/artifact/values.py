@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from xdit_compile.errors import XditError
+from xdit_compile.errors import ArtifactError
 from xdit_compile.structure import TENSOR, Structure, flatten
 
 Json = Any
@@ -48,12 +48,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 def dtype_of(name: Json) -> torch.dtype:
     found = getattr(torch, name, None) if isinstance(name, str) else None
     if not isinstance(found, torch.dtype):
-        raise XditError(f"{name!r} is no type of tensors")
+        raise ArtifactError(f"{name!r} is no type of tensors")
     return found
 
 
 def constant_json(value: Any) -> Json:
-    """Raises XditError for what is no number, text, type or device."""
+    """Raises ArtifactError for what is no number, text, type or device."""
     if isinstance(value, _PLAIN):
         return {"value": value} if value == value and value not in (float("inf"), -float("inf")) else {
             "float": repr(value)}
@@ -61,7 +61,7 @@ def constant_json(value: Any) -> Json:
         return {"dtype": dtype_name(value)}
     if isinstance(value, torch.device):
         return {"device": str(value)}
-    raise XditError(f"a {type(value).__qualname__} cannot be written into an artifact")
+    raise ArtifactError(f"a {type(value).__qualname__} cannot be written into an artifact")
 
 
 def constant_of(value: Json) -> Any:
@@ -70,7 +70,7 @@ def constant_of(value: Json) -> Any:
         return held
     made: dict[str, Any] = {"float": float, "dtype": dtype_of, "device": torch.device}
     if kind not in made or not isinstance(held, str):
-        raise XditError(f"{value!r} is no constant")
+        raise ArtifactError(f"{value!r} is no constant")
     return made[kind](held)
 
 
@@ -78,7 +78,7 @@ def constant_of(value: Json) -> Any:
 
 
 def structure_json(structure: Structure) -> Json:
-    """Raises XditError for containers that are neither tuples, lists, dictionaries nor outputs of a model."""
+    """Raises ArtifactError for containers that are neither tuples, lists, dictionaries nor outputs of a model."""
     return _tree(structure.spec, iter(structure.constants))
 
 
@@ -95,13 +95,13 @@ def _tree(spec: pytree.TreeSpec, leaves: Any) -> Json:
     if issubclass(cls, OrderedDict) and dataclasses.is_dataclass(cls):
         name = f"{cls.__module__}:{spec.type.__qualname__}"
         return {"output": name, "fields": [[k, p] for k, p in zip(_names(spec.context), parts, strict=True)]}
-    raise XditError(f"a {cls.__qualname__} cannot be written into an artifact: only tuples, lists, dictionaries "
+    raise ArtifactError(f"a {cls.__qualname__} cannot be written into an artifact: only tuples, lists, dictionaries "
                     "and outputs of models can")
 
 
 def _names(context: Any) -> list[str]:
     if not all(isinstance(k, str) for k in context):
-        raise XditError("dictionaries whose keys are no texts cannot be written into an artifact")
+        raise ArtifactError("dictionaries whose keys are no texts cannot be written into an artifact")
     return list(context)
 
 
@@ -137,7 +137,7 @@ def _known(name: str, fields: Mapping[str, Any]) -> Any:
 
 
 def signature_json(signature: inspect.Signature) -> Json:
-    """That of a forward, without ``self``. Raises XditError for a default that is no constant or nest of them."""
+    """That of a forward, without ``self``. Raises ArtifactError for a default that is no constant or nest of them."""
     made = []
     for p in signature.parameters.values():
         entry: dict[str, Any] = {"name": p.name, "kind": p.kind.name}
@@ -166,5 +166,5 @@ def look_json(tensor: torch.Tensor) -> Json:
 def look_of(entry: Json) -> tuple[tuple[int, ...], torch.dtype]:
     shape = entry["shape"]
     if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
-        raise XditError(f"{shape!r} is no shape of a tensor")
+        raise ArtifactError(f"{shape!r} is no shape of a tensor")
     return tuple(shape), dtype_of(entry["dtype"])
