@@ -24,6 +24,8 @@ EXACT = 1e-5
 MODELS = ("dit", "sd3", "flux", "wan", "cogvideox", "hunyuan_dit")
 SPECS = ("ulysses=1", "ulysses=2", "ring=2", "cfg=2", "pipefusion=2,patches=2", "ulysses=2,ring=2",
          "cfg=2,ulysses=2", "cfg=2,pipefusion=2,patches=2", "pipefusion=2,patches=2,ulysses=2")
+AHEAD = ("ulysses=1", "ulysses=2", "cfg=2,ring=2", "pipefusion=2,patches=2")
+"""With functions compiled ahead, which takes 5 to 10 seconds for each."""
 QUICK = {("dit", "ulysses=1"), ("sd3", "cfg=2,ulysses=2"), ("flux", "pipefusion=2,patches=2"), ("wan", "ring=2"),
          ("hunyuan_dit", "ulysses=2")}
 
@@ -32,13 +34,13 @@ def written(folder: Path, name: str, spec: str, **options: Any) -> None:
     """An artifact of a test model, with the arguments and results of the model as it is."""
     case = zoo.CASES[name]
     model, inputs = cases.made(case), case.inputs(2, False)
-    included = "weights" in options
+    included, native = "weights" in options, options.get("native", False)
     xdit_compile.export(model, spec, inputs, folder / "model.xdit", **options)
     if not included:
         model.save_pretrained(folder / "weights")
     with torch.no_grad():
         results = flatten(model(**inputs))[0]
-    torch.save({"inputs": inputs, "results": results, "options": {}}, folder / "call.pt")
+    torch.save({"inputs": inputs, "results": results, "options": {"native": native}}, folder / "call.pt")
 
 
 def alone(folder: Path, world: int) -> dict[str, Any]:
@@ -60,13 +62,22 @@ def test_artifacts_run_without_the_model_s_code(tmp_path: Path) -> None:
     assert found["wan-ring=2"]["class"] == "WanTransformer3DModel"
 
 
+def test_functions_compiled_ahead(tmp_path: Path) -> None:
+    written(tmp_path / "dit", "dit", "ulysses=2", native=True)
+    found = alone(tmp_path, 2)
+    assert found["dit"]["error"] <= EXACT
+
+
 @pytest.mark.whole
+@pytest.mark.timeout(2000)
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_all_specs(tmp_path: Path, name: str) -> None:
-    for spec in SPECS:
-        written(tmp_path / spec, name, spec)
+def test_all_specs(tmp_path: Path, name: str, native: bool) -> None:
+    specs = AHEAD if native else SPECS
+    for spec in specs:
+        written(tmp_path / spec, name, spec, native=native)
     found = alone(tmp_path, 4)
-    assert found.keys() == set(SPECS)
+    assert found.keys() == set(specs)
     assert all(f["error"] <= EXACT for f in found.values()), found
 
 

@@ -170,7 +170,8 @@ def _export(options: argparse.Namespace) -> Inspection:
             only_one_speaks(_first())
             request = flags.request(options)
             spec, (model, calls) = request.spec, record(request, options.component)
-        export(model, spec, calls, options.artifact, weights=options.weights, overwrite=options.overwrite, progress=say)
+        export(model, spec, calls, options.artifact, weights=options.weights, native=options.native,
+               overwrite=options.overwrite, progress=say)
     return inspect(options.artifact)
 
 
@@ -230,6 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--component", metavar="NAME", help="which model of the pipeline (default: its denoiser)")
     command.add_argument("--weights", choices=("reference", "included"), default="reference",
                          help="leave them in the model's safetensors (default), or write them into the artifact")
+    command.add_argument("--native", action="store_true", help="compile all functions ahead, by AOTInductor")
     command.add_argument("--overwrite", action="store_true", help="replace an artifact that is there")
     command = commands.add_parser("inspect", help=INSPECT.partition("\n")[0], description=INSPECT,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)

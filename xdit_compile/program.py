@@ -123,7 +123,7 @@ class Program:
         return text
 
 
-def graph_module(name: str, graph: fx.Graph, children: Mapping[str, fx.GraphModule] | None = None) -> fx.GraphModule:
+def graph_module(name: str, graph: fx.Graph, children: Mapping[str, torch.nn.Module] | None = None) -> fx.GraphModule:
     """A module that runs ``graph``. Its code is written when it is first needed: most graphs are only read, by the
     next pass."""
     return _LazyGraphModule(dict(children or {}), graph, name)

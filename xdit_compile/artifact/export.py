@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from xdit_compile.artifact.files import Draft, drafted
+from xdit_compile.artifact.native_reader import target_of
+from xdit_compile.artifact.native_writer import Packages
 from xdit_compile.artifact.program_writer import program_json, stage_json
 from xdit_compile.artifact.values import (
     Json,
@@ -37,7 +39,7 @@ Progress = Callable[[str], None]
 
 
 def export(model: nn.Module, spec: str | dict | ShardingSpec, example_inputs: Inputs | Sequence[Inputs],
-           path: str | Path, *, weights: str = "reference", overwrite: bool = False,
+           path: str | Path, *, weights: str = "reference", native: bool = False, overwrite: bool = False,
            progress: Progress = lambda _: None) -> Path:
     """Write what every rank runs of ``model`` under ``spec`` into a folder that `load` starts from, without the model's
     code. No processes take part, and the model may be on the meta device.
@@ -47,6 +49,8 @@ def export(model: nn.Module, spec: str | dict | ShardingSpec, example_inputs: In
         path: the folder, which is there whole or not at all.
         weights: ``reference`` leaves them in the model's own safetensors files, which `load` is told of; ``included``
             writes them into the artifact, those of each stage as one file.
+        native: also compile every function ahead by AOTInductor, for the kind of device that the model is on; takes a
+            while, and `load` runs it where PyTorch and the device are the same.
         overwrite: whether an artifact that is there is replaced.
         progress: called with what is done next.
 
@@ -63,7 +67,7 @@ def export(model: nn.Module, spec: str | dict | ShardingSpec, example_inputs: In
         raise SpecError(f"{spec} speaks of a pipeline's autoencoder or encoders, but an artifact holds one model")
     calls = example_inputs if _several(example_inputs) else [example_inputs]
     with drafted(path, overwrite) as draft:
-        writer = _Writer(model, spec, draft, progress)
+        writer = _Writer(model, spec, draft, progress, native)
         written = [writer.call(*call_arguments(model, inputs), number) for number, inputs in enumerate(calls)]
         tensors, files = writer.tensors(weights == "included")
         draft.finish({
@@ -71,16 +75,17 @@ def export(model: nn.Module, spec: str | dict | ShardingSpec, example_inputs: In
             "model": {"class": type(model).__name__, "config": _config(model)},
             "spec": str(spec), "world_size": spec.world_size, "device": device_of_model(model).type,
             "signature": signature_json(_signature(model)), "calls": written, "constants": writer.constants_file(),
-            "tensors": tensors, "weights": files})
+            "tensors": tensors, "weights": files,
+            "native": target_of(device_of_model(model)) if native else None})
     return path
 
 
 class _Writer:
     """What is collected while the calls are written."""
 
-    def __init__(self, model: nn.Module, spec: ShardingSpec, draft: Draft, progress: Progress) -> None:
+    def __init__(self, model: nn.Module, spec: ShardingSpec, draft: Draft, progress: Progress, native: bool) -> None:
         self.model, self.spec, self.draft, self.progress = model, spec, draft, progress
-        self.source = Captures(model)
+        self.source, self.packages = Captures(model), Packages(draft.add) if native else None
         self.constants: dict[str, torch.Tensor] = {}
         self.known: dict[tuple[Any, ...], str] = {}
         self.stages: dict[str, int] = {}
@@ -99,7 +104,7 @@ class _Writer:
         ranks = []
         for rank in range(spec.world_size):
             self.progress(f"call {number}: rank {rank} of {spec.world_size}")
-            ranks.append(self._rank(self.source.compiled(captured, spec, rank, self.stages), rank))
+            ranks.append(self._rank(self.source.compiled(captured, spec, rank, self.stages), spec, rank))
         return {
             "spec": str(spec), "inputs": structure_json(structure), "looks": [look_json(t) for t in tensors],
             "sharing": list(sharing(tensors)), "reads": _reads(captured.guards, tensors),
@@ -116,9 +121,12 @@ class _Writer:
             return replace(self.spec, cfg_degree=1)
         return self.spec
 
-    def _rank(self, compiled: Compiled, rank: int) -> Json:
+    def _rank(self, compiled: Compiled, spec: ShardingSpec, rank: int) -> Json:
+        packages = self.packages
+
         def write(program: Program) -> Json:
-            return program_json(program, self.draft.add, self._constant)
+            package = None if packages is None else lambda module: packages.of(module, spec, rank)
+            return program_json(program, self.draft.add, self._constant, package)
 
         stage = compiled.stage
         index = rank // self.spec.sequence_degree % self.spec.pipefusion_degree

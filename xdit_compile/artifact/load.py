@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from xdit_compile.answer import Answer
 from xdit_compile.artifact.files import Folder
+from xdit_compile.artifact.native_reader import check_target
 from xdit_compile.artifact.program_reader import Reader
 from xdit_compile.artifact.tensors import Stored, placed
 from xdit_compile.artifact.values import Json, look_of, signature_of, structure_of
@@ -33,7 +34,7 @@ from xdit_compile.structure import Structure, flatten, sharing
 
 
 def load(path: str | Path, weights: str | Path | None = None, *, ranks: Sequence[int] | None = None,
-         timeout: float = 600.0, check_inputs: bool = True, backend: str | None = None,
+         timeout: float = 600.0, check_inputs: bool = True, backend: str | None = None, native: bool = False,
          device: str | torch.device | None = None) -> Any:
     """The model that `export` wrote, on the processes that call this: a module that is called as the original was.
 
@@ -46,6 +47,8 @@ def load(path: str | Path, weights: str | Path | None = None, *, ranks: Sequence
         ranks: the global ranks that take part; all of them by default.
         timeout, check_inputs: as for `parallelize`.
         backend: how programs run, if otherwise than the spec of the artifact says.
+        native: run the functions that were compiled ahead. They are machine code, which is run as it is: ask for it
+            only where you trust the artifact.
         device: cpu or cuda; the kind that the artifact was made on by default.
 
     Raises:
@@ -53,7 +56,7 @@ def load(path: str | Path, weights: str | Path | None = None, *, ranks: Sequence
     """
     folder = Folder.at(path)
     with reading(folder):
-        return Loading(folder, backend, device).model(weights, ranks, timeout, check_inputs)
+        return Loading(folder, backend, device, native).model(weights, ranks, timeout, check_inputs)
 
 
 @contextmanager
@@ -71,21 +74,35 @@ def reading(folder: Folder) -> Iterator[None]:
 class Loading:
     """What a manifest says, and where it shall run."""
 
-    def __init__(self, folder: Folder, backend: str | None, device: str | torch.device | None) -> None:
+    def __init__(self, folder: Folder, backend: str | None, device: str | torch.device | None,
+                 native: bool = False) -> None:
         self.folder, manifest = folder, folder.manifest
-        self.spec = ShardingSpec.parse(manifest["spec"])
-        if backend is not None:
-            self.spec = replace(self.spec, backend=backend)
+        if native and backend not in (None, "eager"):
+            raise ArtifactError(f"native=True runs what was compiled ahead, and backend={backend!r} would compile it "
+                                "anew; give one of them")
+        self.backend = "eager" if native else backend
+        self.spec = self.on_backend(manifest["spec"])
         _check_version(folder)
-        self.backend = backend
         self.device = _device(manifest["device"] if device is None else str(device), folder)
         if manifest["world_size"] != self.spec.world_size:
             raise ArtifactError(f"{folder.path} was made for {manifest['world_size']} ranks, but its spec {self.spec} "
                                 f"asks for {self.spec.world_size}")
         name = manifest["constants"]
         constants = Stored.read(folder.file(name), self.device) if name else {}
-        self.reader = Reader(folder.read, constants, self.device)
+        if native and manifest["native"] is None:
+            raise ArtifactError(f"{folder.path} holds no compiled functions; export it with native=True (--native)")
+        if native:
+            check_target(manifest["native"], self.device, folder.path)
+        self.reader = Reader(folder.read, constants, self.device, folder.file if native else None)
         self.calls = [_Call(folder, number, entry, self) for number, entry in enumerate(manifest["calls"])]
+
+    def on_backend(self, spec: str) -> ShardingSpec:
+        """A spec of the manifest, with the backend that was asked for."""
+        parsed = ShardingSpec.parse(spec)
+        if self.backend in (None, parsed.backend):
+            return parsed
+        assert self.backend is not None
+        return replace(parsed, backend=self.backend, compile_mode="default", onediff_backend="", compile_options="")
 
     def model(self, weights: str | Path | None, ranks: Sequence[int] | None, timeout: float, check: bool) -> Any:
         if self.spec.world_size > 1 and not dist.is_initialized():
@@ -158,9 +175,7 @@ class _Call:
     def __init__(self, folder: Folder, number: int, entry: Json, loading: Loading) -> None:
         self.entry, self.loading = entry, loading
         self.name = f"{folder.digest[:16]}.{number}"
-        self.spec = ShardingSpec.parse(entry["spec"])
-        if loading.backend is not None:
-            self.spec = replace(self.spec, backend=loading.backend)
+        self.spec = loading.on_backend(entry["spec"])
         self.inputs = structure_of(entry["inputs"])
         self.looks = [look_of(e) for e in entry["looks"]]
         self.sharing = tuple(entry["sharing"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from xdit_compile.artifact.graph_reader import decode
+from xdit_compile.artifact.native_reader import Native
 from xdit_compile.artifact.values import Json, look_of
 from xdit_compile.errors import ArtifactError
 from xdit_compile.program import Input, Program, graph_module
@@ -29,11 +31,12 @@ class Reader:
     Args:
         read: gives the content of a file; constants: tensors by the names that programs know them by.
         device: where programs shall run.
+        package: gives the path of a file with machine code, if functions shall be run as such.
     """
 
     def __init__(self, read: Callable[[Any], bytes], constants: Mapping[str, torch.Tensor],
-                 device: torch.device) -> None:
-        self._read, self._constants, self._device = read, constants, device
+                 device: torch.device, package: Callable[[Any], Path] | None = None) -> None:
+        self._read, self._constants, self._device, self._package = read, constants, device, package
         self._graphs: dict[str, fx.Graph] = {}
 
     def program(self, entry: Json, spec: ShardingSpec, position: Mapping[str, int]) -> Program:
@@ -44,7 +47,10 @@ class Reader:
             raise ArtifactError(f"{bad[0]!r} is no name of a function")
         graphs = {name: self._graph(functions[name]) for name in names}
         main = decode(self._read(functions["main"]), graphs, self._device)
-        children = {name: graph_module(name, graph) for name, graph in graphs.items()}
+        children: dict[str, nn.Module] = {name: graph_module(name, graph) for name, graph in graphs.items()}
+        if self._package is not None:
+            packages = {name: self._package(entry["packages"][name]) for name in names}
+            children = {name: Native(packages[name], graph) for name, graph in graphs.items()}
         inputs = tuple(Input(kind, name) for kind, name in entry["inputs"])
         holders = main.find_nodes(op="placeholder")
         if len(holders) != len(inputs) or any(i.kind not in KINDS for i in inputs):

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
+from torch import fx
 
 from xdit_compile.artifact.graph_writer import encode
+from xdit_compile.artifact.native_writer import all_in_functions
 from xdit_compile.artifact.values import Json, dtype_name
 from xdit_compile.program import Program
 from xdit_compile.runtime.flow import StageProgram
@@ -15,13 +17,18 @@ from xdit_compile.runtime.pieces import Cut
 
 
 def program_json(program: Program, add: Callable[[bytes, str], str],
-                 constant: Callable[[torch.Tensor], str]) -> Json:
+                 constant: Callable[[torch.Tensor], str],
+                 package: Callable[[fx.GraphModule], str] | None) -> Json:
     """Where the parts of a program were written.
 
     Args:
         add: writes a file and gives its name; constant: the same for a tensor among the constants.
+        package: the same for a function as machine code; None to have none.
     """
+    if package is not None:
+        program = all_in_functions(program)
     return {
+        "packages": {name: package(m) for name, m in program.functions() if name != "main"} if package else {},
         "functions": {name: add(encode(module), "json") for name, module in program.functions()},
         "inputs": [[i.kind, i.name] for i in program.inputs],
         "constants": {i.name: constant(program.constants[i.name]) for i in program.inputs if i.kind == "constant"},

@@ -1,0 +1,52 @@
+"""Functions that were compiled ahead, as modules that a program calls."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from xdit_compile.errors import ArtifactError
+
+
+def target_of(device: torch.device) -> dict[str, str]:
+    """What machine code depends on: it runs where this is the same."""
+    if device.type == "cuda":
+        kind = "{}.{}".format(*torch.cuda.get_device_capability(device))
+        return {"torch": torch.__version__, "cuda": str(torch.version.cuda), "capability": kind}
+    return {"torch": torch.__version__, "machine": platform.machine(),
+            "capability": torch.backends.cpu.get_cpu_capability()}
+
+
+def check_target(made_for: Any, device: torch.device, where: Path) -> None:
+    """Raises ArtifactError if code made for one target does not run on this one."""
+    here = target_of(device)
+    if differing := [f"{k} {made_for.get(k)!r}, here {v!r}" for k, v in here.items() if made_for.get(k) != v]:
+        raise ArtifactError(f"the compiled functions of {where} are for {'; '.join(differing)}; load it with "
+                            "native=False, or export the model on this machine")
+
+
+class Native(nn.Module):
+    """One function of a program, in machine code.
+
+    Args:
+        package: the file; graph: what it was compiled from, for the inputs that it takes.
+    """
+
+    def __init__(self, package: Path, graph: fx.Graph) -> None:
+        super().__init__()
+        self._run = torch._inductor.aoti_load_package(str(package))
+        self._strides = [n.meta["val"].stride() for n in graph.find_nodes(op="placeholder")]
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        # The code does not look at how tensors lie in memory, but relies on it.
+        return self._run(*map(_laid, tensors, self._strides))
+
+
+def _laid(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
+    if tensor.stride() == stride:
+        return tensor
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
