@@ -42,3 +42,9 @@ def test_a_shared_batch_is_all_that_travels() -> None:
         (result,) = model(**inputs, return_dict=False)
     assert [c.kind for c in explained.local.collectives] == ["all_gather"]
     assert explained.local.sent == result.numel() * result.element_size() // 2
+
+
+def test_as_many_text_tokens_as_pairs_of_samples() -> None:
+    """Eight, whose places are taken for parts of the batch, beside those of the image, which are not."""
+    found = emulate(zoo.CASES["flux"], 2, False, "cfg=2,ulysses=2")
+    assert found.error <= zoo.CASES["flux"].tolerance

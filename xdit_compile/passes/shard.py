@@ -138,6 +138,8 @@ class Sharder:
                 (axis,) = new.axes
                 spans = [new.spans({**self.position, axis: i}) for i in range(self.sizes[axis])]
                 node = self.windows(value, dim, spans, f"re-laid from {old} to {new}")
+            elif {BATCH, SEQUENCE} <= old.axes:
+                return self.lay(self._apart(value, dim), dim, new)
             else:
                 return self.lay(self.lay(value, dim, Dim.replicated(old.size)), dim, new)
             if node is not None:
@@ -145,6 +147,18 @@ class Sharder:
             self._relaid[key] = Value(node, layout, value.dtype)
             self._keep.append(value)
         return self._relaid[key]
+
+    def _apart(self, value: Value, dim: int) -> Value:
+        """``value`` with all of ``dim``, of which some segments are shares of the batch and others of tokens."""
+        parts, at = [], 0
+        for segment in value.dims[dim].segments:
+            held, size = Dim.of([segment]), Dim.of([segment]).local_size(self.position)
+            node = None if self.emitter is None else self.emitter.narrow(self._node(value), dim, at, at + size)
+            part = Value(node, value.layout.replace(dim, held), value.dtype)
+            parts.append(self.lay(part, dim, Dim.replicated(held.size)))
+            at += size
+        node = None if self.emitter is None else self.emitter.cat([self._node(p) for p in parts], dim)
+        return Value(node, value.layout.replace(dim, Dim.replicated(value.shape[dim])), value.dtype)
 
     def _kept(self, value: Value, dim: int) -> fx.Node | None:
         """All patches of dimension ``dim``: those that have not come in this step as they were in the one before."""
