@@ -42,14 +42,13 @@ def state_token(model: nn.Module, held: dict[int, Any] | None = None) -> Hashabl
 
 
 def _of_module(module: nn.Module, held: dict[int, Any] | None, seen: dict[int, int]) -> Hashable:
-    state = vars(module)
-    tensors = [(name, type(t), t.shape, t.dtype, device_of(t)) for group in (module._parameters, module._buffers)
+    state, groups = vars(module), (module._parameters, module._buffers, module._modules)
+    tensors = [(name, type(t), t.shape, t.dtype, device_of(t)) for group in groups[:2]
                for name, t in group.items() if t is not None]
     children = [(name, seen[id(m)]) for name, m in module._modules.items() if m is not None]
-    plain = {k: v for k, v in state.items() if k not in _INTERNAL and (k not in _SWITCHES or v)}
     # None reads the same wherever it is kept, and what is set anew comes last: order means nothing.
-    plain |= {k: None for group in (module._parameters, module._buffers, module._modules)
-              for k, v in group.items() if v is None}
+    plain = {k: None for group in groups if group for k, v in group.items() if v is None}
+    plain |= {k: state[k] for k in state.keys() - _INTERNAL if k not in _SWITCHES or state[k]}
     rest = [(k, _of_value(plain[k], held, seen, _DEPTH)) for k in sorted(plain)]
     hooks = [_of_value(h, held, seen, _DEPTH) for group in _HOOKS if state[group] for h in state[group].values()]
     return type(module), tuple(tensors), tuple(children), tuple(rest), tuple(hooks)
@@ -63,13 +62,14 @@ def _identity(value: Any, held: dict[int, Any] | None) -> int:
 
 def _of_value(value: Any, held: dict[int, Any] | None, seen: dict[int, int], depth: int) -> Hashable:
     """``seen`` numbers what was described before: objects may refer to one another in circles."""
-    def of(part: Any) -> Hashable:
-        return _of_value(part, held, seen, depth - 1)
-
     if isinstance(value, (int, float, complex)):
         return type(value), value  # 1, 1.0 and True are equal, but do not compute alike
     if isinstance(value, CONSTANTS):
         return value
+
+    def of(part: Any) -> Hashable:
+        return _of_value(part, held, seen, depth - 1)
+
     if isinstance(value, nn.Module) and id(value) in seen:
         return nn.Module, seen[id(value)]
     if not depth or isinstance(value, _ITSELF):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from difflib import get_close_matches
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -85,17 +85,38 @@ def _inductor(spec: ShardingSpec) -> Callable[[fx.GraphModule], Function]:
     # torch.compile takes a mode or options, not both.
     options = {**INDUCTOR_OPTIONS, **list_mode_options(spec.compile_mode), **spec.options}
 
+    compile_with = partial(torch.compile, fullgraph=True, dynamic=False, options=options)
     try:
-        compile_with = partial(torch.compile, fullgraph=True, dynamic=False, options=options)
         compile_with(lambda: None)  # which looks at the types of options
     except RuntimeError as error:
         raise SpecError(f"torch.compile refuses compile_options={spec.compile_options}: {error}") from error
 
     def compiler(module: fx.GraphModule) -> Function:
-        call = compile_with(module.forward)
+        call = _laid_out(module.graph, compile_with(module.forward))
         return _in_place(call) if options.get("triton.cudagraphs") else call
 
     return compiler
+
+
+def _laid_out(graph: fx.Graph, call: Function) -> Function:
+    """``call``, given tensors whose dimensions of size one have the usual strides. What these are depends on where a
+    tensor comes from and means nothing, but it would be compiled for."""
+    shapes = [_kind(n).shape for n in graph.find_nodes(op="placeholder")]
+    usual = [(i, _usual_strides(shape)) for i, shape in enumerate(shapes) if 1 in shape]
+
+    def called(*tensors: torch.Tensor) -> Any:
+        given = list(tensors)
+        for i, strides in usual:
+            t = given[i]
+            if t.stride() != strides and t.is_contiguous():
+                given[i] = t.as_strided(t.shape, strides)
+        return call(*given)
+
+    return called if usual else call
+
+
+def _usual_strides(shape: torch.Size) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
 
 
 def _in_place(call: Function) -> Function:
@@ -114,8 +135,22 @@ def _content(graph: fx.Graph) -> Hashable:
     index = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
     content: list[Hashable] = []
     for node in graph.nodes:
-        like = node.meta["val"] if node.op == "placeholder" else None
-        kind = (like.shape, like.stride(), like.dtype, like.device) if isinstance(like, torch.Tensor) else None
+        kind = _kind(node) if node.op == "placeholder" else None
         target = node.target if node.op == "call_function" else None
         content.append((node.op, target, repr(fx.map_arg((node.args, node.kwargs), index.__getitem__)), kind))
     return tuple(content)
+
+
+class _Kind(NamedTuple):
+    """What a function is compiled for, of one of its inputs."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _kind(node: fx.Node) -> _Kind:
+    like = node.meta["val"]
+    strides = _usual_strides(like.shape) if like.is_contiguous() else like.stride()
+    return _Kind(like.shape, strides, like.dtype, like.device)
