@@ -173,20 +173,20 @@ def test_cut_graphs_mean_the_same(apart: str) -> None:
         not any(stays(n) for n in m.graph.nodes if n.op == "call_function" and n in nodes) for m in made)
 
 
-def test_functions_of_patches_are_compiled_once() -> None:
-    """Patches of one size have one graph, whatever their place; others have their own."""
-    model = deep(4)
-    spec = ShardingSpec.parse("pipefusion=2,patches=4,backend=inductor")
-    with torch.no_grad():
-        stage = compile_stage(capture(model, *compiled_runs.arguments(model, tokens=32)), spec, 0).stage
-    assert stage is not None
-    made: list[fx.GraphModule] = []
-    keys = set()
-    for program in (stage.once, *stage.units.values()):
-        compiled = compiling.compiled(program.main, spec)
-        made += [f for name, f in vars(compiled).items() if callable(f)]
-        keys |= set(map(id, made))
-    assert len(keys) < len(made)
+def test_functions_of_patches_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More patches of one size are more programs, and nothing more to compile."""
+    counts = []
+    for patches in (2, 4):
+        made: list[fx.GraphModule] = []
+        monkeypatch.setattr(compiling, "compiler_for", lambda spec, made=made: lambda m: made.append(m) or m.forward)
+        compiling._SHARED.clear()
+        model, spec = deep(4), ShardingSpec.parse(f"pipefusion=2,patches={patches},backend=inductor")
+        stage = compile_stage(capture(model, *compiled_runs.arguments(model, tokens=8 * patches)), spec, 0).stage
+        assert stage is not None and len(stage.units) == patches + 1
+        kept = [compiling.compiled(program.main, spec) for program in (stage.once, *stage.units.values())]
+        assert kept
+        counts.append(len(made))
+    assert counts[0] == counts[1]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -53,11 +53,11 @@ def compiled(main: fx.GraphModule, spec: ShardingSpec) -> Function:
             made = _SHARED[key] = compiler(fx.GraphModule({}, module.graph))
         return made
 
+    # What is written, and where, is all that tells most functions of one patch from those of the next.
+    stays = is_write if spec.backend == "inductor" else _stays
     blocks = {n: m for n, m in main.named_children() if isinstance(m, fx.GraphModule)}
-    if spec.backend == "inductor":
-        return outlined(main, lambda node: False, make, {n: make(m) for n, m in blocks.items()})
-    cut = {n: outlined(m, _stays, make, {}) for n, m in blocks.items()}
-    return outlined(main, _stays, make, cut)
+    called = {n: outlined(m, stays, make, {}) if any(map(stays, m.graph.nodes)) else make(m) for n, m in blocks.items()}
+    return outlined(main, stays, make, called)
 
 
 def _stays(node: fx.Node) -> bool:
