@@ -49,6 +49,7 @@ def follow(pool: Pool, scene: Any, name: str, root: str, spec: str, steps: Seque
     assert [(s.step, s.captures) for s in seen] == list(steps[how.get("before", 0):])
 
 
+@pytest.mark.whole
 def test_pipeline_with_its_batch_shared_out(pool: Pool, root: str) -> None:
     """Of the denoiser and a text encoder; loaded, combined, switched, scaled for a call, and coming back."""
     follow(pool, drive, "sd3", root, "cfg=2", [

@@ -13,8 +13,9 @@ from pool import Pool
 
 EXACT = 1e-4  # of the largest value, after six steps in float32
 
-QUICK = ["dit", "sd3", "flux_true", "wan_two", "qwen_image", "sdxl", "ltx", "pix2pix", "sd3_skip", "sd3_control"]
-"""Both kinds of guidance, three terms, two transformers, a UNet, a ControlNet; the others run in the whole tests."""
+QUICK = ["dit", "sd3", "flux_true", "qwen_image", "ltx", "sd3_control"]
+"""Both kinds of guidance, a video, a ControlNet; the others run in the whole tests."""
+SHARED = ["dit", "flux_true", "ltx"]
 
 ALONE = ["hunyuan_video15"]
 """Diffusers itself does not make two videos of one prompt."""
@@ -33,11 +34,11 @@ def differences(pool: Pool, name: str, folders: str, specs: list[str], **overrid
     return {spec: [rank[spec] for rank in seen if spec in rank] for spec in specs}
 
 
-def marked(names: Any) -> list[Any]:
-    return [pytest.param(n, marks=[] if n in QUICK else pytest.mark.whole) for n in names]
+def marked(names: Any, quick: list[str]) -> list[Any]:
+    return [pytest.param(n, marks=[] if n in quick else pytest.mark.whole) for n in names]
 
 
-@pytest.mark.parametrize("name", marked(pipelines.PIPELINES))
+@pytest.mark.parametrize("name", marked(pipelines.PIPELINES, QUICK))
 def test_guidance_on_two_groups_of_ranks(pool: Pool, name: str, folders: str) -> None:
     found = differences(pool, name, folders, ["cfg=2", "cfg=2,ulysses=2"])
     case = pipelines.PIPELINES[name]
@@ -54,7 +55,7 @@ def test_a_result_used_at_once_gains_nothing_and_says_so(pool: Pool, folders: st
     assert "gained nothing" in first["warnings"][0] and second["warnings"] == []
 
 
-@pytest.mark.parametrize("name", marked(n for n in pipelines.PIPELINES if n not in ALONE))
+@pytest.mark.parametrize("name", marked((n for n in pipelines.PIPELINES if n not in ALONE), SHARED))
 def test_prompts_shared_out(pool: Pool, name: str, folders: str) -> None:
     found = differences(pool, name, folders, ["data=2"], copies=3 if name == "dit" else 2)
     assert all(r["error"] <= EXACT for r in found["data=2"])
