@@ -77,7 +77,6 @@ SWITCHES: dict[str, str] = {
     **dict.fromkeys(("shard_dit", "memory_efficient_sharding"), _WHOLE),
     **dict.fromkeys(("enable_sequential_cpu_offload", "enable_group_cpu_offload"), _OFFLOAD),
     "shard_t5_encoder": _ENCODERS,
-    "use_onediff": "it is not supported; use --use_torch_compile",
     "use_ray": "processes are started by torchrun, or by this command itself",
     "resize_input_images": "give pictures of the size wanted",
 }
@@ -157,6 +156,7 @@ def _add_xdit(group: Any) -> None:
         "use_cfg_parallel": "the spec's cfg=2",
         "use_parallel_vae": "the spec's vae=N, N being all processes",
         "use_torch_compile": "the spec's backend=inductor",
+        "use_onediff": "the spec's backend=onediff",
         "no_use_resolution_binning": "take height and width as they are",
         "enable_model_cpu_offload": "keep each component on the CPU until it is called",
         "enable_tiling": "decode tile by tile",
@@ -217,8 +217,10 @@ def _spec(options: argparse.Namespace) -> ShardingSpec:
                                 "--pipefusion_parallel_degree N")
     if options.use_cfg_parallel:
         words["cfg"] = "2"
-    if options.use_torch_compile:
-        words["backend"] = "inductor"
+    if options.use_torch_compile and options.use_onediff:
+        raise SpecError("--use_torch_compile and --use_onediff name two compilers; give one of them")
+    if options.use_torch_compile or options.use_onediff:
+        words["backend"] = "onediff" if options.use_onediff else "inductor"
     own = {word.removesuffix("_degree"): value for word, value in pairs_of(options.spec)}
     if both := [w for w in words if w in own and own[w] != words[w]]:
         raise SpecError(f"--spec {options.spec} and the flags for {', '.join(f'{w}={words[w]}' for w in both)} "
