@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import multiprocessing
 import pickle
 import time
@@ -119,6 +120,7 @@ def _barrier() -> None:
 
 
 def _serve(pipe: Connection, env: Mapping[str, str]) -> None:
+    faulthandler.enable()  # where each thread was, if native code crashes
     become_rank(env, "cpu", threads=1)
     pipe.send_bytes(b"ready")
     while True:
