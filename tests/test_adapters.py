@@ -65,6 +65,7 @@ def test_pipeline_with_its_batch_shared_out(pool: Pool, root: str) -> None:
     ], parts=ENCODED)  # fmt: skip
 
 
+@pytest.mark.whole
 def test_pipeline_in_turns_with_adapters_from_before(pool: Pool, root: str) -> None:
     """Two were loaded before the pipeline was made parallel, and encoders live on one rank each."""
     follow(pool, drive, "flux_true", root, "cfg=2,encoders=spread", [

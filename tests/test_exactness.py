@@ -80,7 +80,7 @@ def test_every_case_meets_every_spec_and_every_call() -> None:
         assert wanted <= met and ("ulysses=4" in met) == (case.heads >= 4)
 
 
-@pytest.mark.parametrize("name", ["dit", "flux", "wan"])
+@pytest.mark.parametrize("name", ["dit", *(pytest.param(n, marks=pytest.mark.whole) for n in ("flux", "wan"))])
 def test_compiled_by_inductor(pool: Pool, name: str) -> None:
     assert_exact(run(pool, name, 1, True, ["ulysses=2", "ring=2"], backend="inductor"))
 
