@@ -36,10 +36,10 @@ AHEAD = ("ulysses=1", "ulysses=2", "cfg=2,ring=2", "pipefusion=2,patches=2")
 QUICK = {("sd3", "cfg=2,ulysses=2"), ("flux", "pipefusion=2,patches=2"), ("wan", "ring=2")}
 
 
-def written(folder: Path, name: str, spec: str, **options: Any) -> None:
+def written(folder: Path, name: str, spec: str, batch: int = 2, **options: Any) -> None:
     """An artifact of a test model, with the arguments and results of the model as it is."""
     case = zoo.CASES[name]
-    model, inputs = cases.made(case), case.inputs(2, False)
+    model, inputs = cases.made(case), case.inputs(batch, False)
     included, native = "weights" in options, options.get("native", False)
     xdit_compile.export(model, spec, inputs, folder / "model.xdit", **options)
     if not included:
@@ -61,8 +61,10 @@ def test_artifacts_run_without_the_model_s_code(tmp_path: Path) -> None:
     for name, spec in sorted(QUICK):
         options = {"weights": "included"} if name == "flux" else {}
         written(tmp_path / f"{name}-{spec}", name, spec, **options)
+    # A batch that cannot be cut: groups of ranks take turns in calls.
+    written(tmp_path / "turns", "dit", "cfg=2", batch=1, weights="included")
     found = alone(tmp_path, 4)
-    assert found.keys() == {f"{name}-{spec}" for name, spec in QUICK}
+    assert found.keys() == {f"{name}-{spec}" for name, spec in QUICK} | {"turns"}
     assert all(f["error"] <= EXACT for f in found.values()), found
     assert {f["returned"] for f in found.values()} == {"Result"}, "their classes are not there"
     assert found["wan-ring=2"]["class"] == "WanTransformer3DModel"

@@ -100,9 +100,9 @@ class _Writer:
         if captured.answer.changes_arguments:
             raise ArtifactError(f"{type(self.model).__name__} changes what is in its arguments in this call, as a "
                                 "cache does; artifacts hold only calls that return their results")
-        spec = self._spec_of(captured)
-        ranks = []
-        for rank in range(spec.world_size):
+        spec, compiled = self._first(captured)
+        ranks = [self._rank(compiled, spec, 0)]
+        for rank in range(1, spec.world_size):
             self.progress(f"call {number}: rank {rank} of {spec.world_size}")
             ranks.append(self._rank(self.source.compiled(captured, spec, rank, self.stages), spec, rank))
         return {
@@ -111,15 +111,16 @@ class _Writer:
             "outputs": structure_json(captured.outputs), "results": [look_json(t) for t in captured.answer.likes],
             "ranks": ranks}
 
-    def _spec_of(self, captured: Program) -> ShardingSpec:
-        """The whole spec; or, where groups take turns because a batch cannot be cut, that of one group."""
+    def _first(self, captured: Program) -> tuple[ShardingSpec, Compiled]:
+        """What the first rank runs, and under which spec: the whole one or, where groups take turns because a batch
+        cannot be cut, that of one group."""
         try:
-            self.source.compiled(captured, self.spec, 0, self.stages)
+            return self.spec, self.source.compiled(captured, self.spec, 0, self.stages)
         except SpecError:
             if self.spec.cfg_degree == 1:
                 raise
-            return replace(self.spec, cfg_degree=1)
-        return self.spec
+        part = replace(self.spec, cfg_degree=1)
+        return part, self.source.compiled(captured, part, 0, self.stages)
 
     def _rank(self, compiled: Compiled, spec: ShardingSpec, rank: int) -> Json:
         packages = self.packages
