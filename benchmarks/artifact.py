@@ -5,7 +5,7 @@ Then, in new processes and with files dropped from the page cache before each: r
 the artifact. What a process holds of its own, against what it maps from files, is read from the kernel.
 
     python benchmarks/artifact.py
-    python benchmarks/artifact.py --gigabytes 2 --folder /mnt/fast --keep --json
+    python benchmarks/artifact.py --gigabytes 2 --folder weights --keep --json
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from xdit_compile.artifact.files import Folder
 from xdit_compile.artifact.native_reader import check_target
 from xdit_compile.artifact.program_reader import Reader
 from xdit_compile.artifact.tensors import Stored, placed
-from xdit_compile.artifact.values import Json, look_of, signature_of, structure_of
+from xdit_compile.artifact.values import Fields, Json, look_of, signature_of, structure_of
 from xdit_compile.errors import ArtifactError, CaptureError, SpecError, XditError
 from xdit_compile.launch import init_from_env
 from xdit_compile.mesh import position_of
@@ -251,20 +251,10 @@ def _text(shape: Sequence[int], dtype: torch.dtype) -> str:
     return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
 
 
-class Config(dict[str, Any]):
-    """A model's configuration, by keys and as attributes."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-
 class Loaded(nn.Module):
     """A model without code: its parameters, and what callers ask of a model of diffusers."""
 
-    config: Config
+    config: Fields
 
     @property
     def dtype(self) -> torch.dtype:
@@ -285,7 +275,7 @@ def _class(manifest: Mapping[str, Any]) -> type[Loaded]:
 
     forward.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # type: ignore[attr-defined]
     described = manifest["model"]
-    config = Config({str(k): structure_of(v).build(()) for k, v in described["config"].items()})
+    config = Fields({str(k): structure_of(v).build(()) for k, v in described["config"].items()})
     name = described["class"] if str(described["class"]).isidentifier() else "Model"
     return type(name, (Loaded,), {"forward": forward, "config": config, "__module__": __name__})
 

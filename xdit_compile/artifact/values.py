@@ -20,14 +20,18 @@ Json = Any
 _PLAIN = (bool, int, float, str, type(None))
 
 
-class Result(OrderedDict[str, Any]):
-    """What a model returned: fields by name, as attributes, and by number, as outputs of diffusers have them."""
+class Fields(OrderedDict[str, Any]):
+    """Entries by key and as attributes, as a model's configuration has them."""
 
     def __getattr__(self, name: str) -> Any:
         try:
             return self[name]
         except KeyError:
             raise AttributeError(name) from None
+
+
+class Result(Fields):
+    """What a model returned: fields by number too, as outputs of diffusers have them."""
 
     def __getitem__(self, key: Any) -> Any:
         return tuple(self.values())[key] if isinstance(key, (int, slice)) else super().__getitem__(key)
