@@ -43,7 +43,10 @@ class Native(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> Any:
         # The code does not look at how tensors lie in memory, but relies on it.
-        return self._run(*map(_laid, tensors, self._strides))
+        # Below autograd, whose kernels of collectives are written in Python, which must not see what is sent: the
+        # writer's `_unseen` says why.
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._run(*map(_laid, tensors, self._strides))
 
 
 def _laid(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:

@@ -18,10 +18,13 @@ from torch._inductor import list_mode_options
 from xdit_compile.artifact.graph_writer import encode
 from xdit_compile.layout import BATCH, SEQUENCE
 from xdit_compile.mesh import RING, ULYSSES, axis_sizes, group_name, position_of
-from xdit_compile.program import Program, output_args
+from xdit_compile.program import Program, is_collective, output_args
 from xdit_compile.runtime.compiling import INDUCTOR_OPTIONS
 from xdit_compile.runtime.segments import outlined
 from xdit_compile.spec import ShardingSpec
+
+aten = torch.ops.aten
+WAIT = torch.ops._c10d_functional.wait_tensor.default
 
 
 def all_in_functions(program: Program) -> Program:
@@ -61,12 +64,32 @@ class Packages:
                 warnings.simplefilter("ignore")  # PyTorch's exporter uses what it deprecates itself
                 path = str(Path(folder) / "package.pt2")
                 inputs = tuple(_example(n.meta["val"]) for n in module.graph.find_nodes(op="placeholder"))
-                exported = torch.export.export(fx.GraphModule({}, module.graph), inputs, strict=False)
+                exported = torch.export.export(fx.GraphModule({}, _unseen(module.graph)), inputs, strict=False)
                 asked = {**list_mode_options(spec.compile_mode), **spec.options} if spec.backend == "inductor" else {}
                 torch._inductor.aoti_compile_and_package(
                     exported, package_path=path, inductor_configs={**INDUCTOR_OPTIONS, **asked})
                 self._made[content] = self._add(Path(path).read_bytes(), "pt2")
         return self._made[content]
+
+
+def _unseen(graph: fx.Graph) -> fx.Graph:
+    """``graph`` with collectives that read and write views, which lie where the tensors themselves do.
+
+    A compiled function keeps Python's lock (the GIL) while it waits. A thread of gloo that drops a tensor which
+    Python has seen, as an argument, a result or in an operator written in Python, needs the lock, and whoever starts
+    or waits for the next collective needs the thread: a deadlock. Python never sees these views.
+    """
+    new, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in graph.nodes:
+        if is_collective(node) and node.target is not WAIT:
+            sent, *rest = node.args
+            view = new.call_function(aten.unsqueeze.default, (env[sent], -1))
+            # What is sent and received is counted along the first dimension: the view's last one is carried along.
+            env[node] = new.call_function(node.target, (view, *rest), node.kwargs)
+            env[node] = new.call_function(aten.squeeze.dim, (env[node], -1))
+        else:
+            env[node] = new.node_copy(node, env.__getitem__)
+    return new
 
 
 def _example(like: torch.Tensor) -> torch.Tensor:
