@@ -1,7 +1,8 @@
 """What PipeFusion's older keys and values do to images: the table and pictures of docs/pipefusion.md.
 
 The trained example (examples/shapes) draws the same images from the same noise on one device and on two stages, for
-every number of warm-up steps and patches. They are compared pixel by pixel, and by a classifier that is trained here
+every number of warm-up steps and patches. Without an exact step at the start, which the package refuses, an emulation
+on one device draws them. They are compared pixel by pixel, and by a classifier that is trained here
 on drawn shapes: does an image still show the class that was asked for?
 
     python benchmarks/pipefusion_quality.py --output docs/pipefusion.md
@@ -38,6 +39,7 @@ import xdit_compile
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.displaced_dit import displace
 from examples.shapes.data import LABELS, draw_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,10 +95,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     diffusers.utils.logging.disable_progress_bar()
     classifier, held_out, decoded = trained(options.drawn, options.epochs)
     run = Run(options.images, options.steps, options.guidance)
-    specs = [f"pipefusion=2,{s}" for s in (EXACT, *(_setting(w, p) for w in options.warmups for p in options.patches))]
+    asked = [EXACT, *(_setting(w, p) for w in options.warmups for p in options.patches)]
     counts = (run.steps, 2 * run.steps)
     alone, finer = (drawn_by(None, run._replace(steps=n)) for n in tqdm(counts, "one device", unit="setting"))
-    parallel = xdit_compile.launch(on_stages, specs, run, world_size=2)[0]
+    parallel = xdit_compile.launch(on_stages, asked, run, world_size=2)[0]
+    least = _setting(min(options.warmups), max(options.patches))
+    settings = [(min(options.warmups), max(options.patches)), *((0, p) for p in options.patches)]
+    emulated = {_setting(*s): drawn_by(None, run, s) for s in tqdm(settings, "emulation", unit="setting")}
+    agreement = likeness(emulated.pop(least), parallel[least])
+    drawn = {EXACT: parallel.pop(EXACT)} | emulated | parallel
 
     labels = torch.arange(run.images) % len(LABELS)
     reference = classifier(alone)
@@ -110,10 +117,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Row("the same, encoded and decoded", decoded),
         Row("one device", share(reference == labels)),
         row(f"one device, {2 * run.steps} steps", finer),
-        *(row(_short(spec), parallel[spec]) for spec in specs),
+        *(row(name, images) for name, images in drawn.items()),
     ]
     colours = share(reference % COLOURS == labels % COLOURS)
-    named = {"one device": alone} | {_short(spec): parallel[spec] for spec in specs}
+    named = {"one device": alone} | drawn
     if options.output:
         pictures = options.output.with_suffix("")
         pictures.mkdir(parents=True, exist_ok=True)
@@ -123,18 +130,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ("differences", {name: differences(named[name], alone) for name in apart}),
         ):
             grid(content).save(pictures / f"{file}.png", optimize=True)
-    text = page(rows, colours, run, options)
+    text = page(rows, colours, agreement, run, options)
     if options.output:
         options.output.write_text(text)
     else:
         print(text)
-    return problems(rows, quick=options.quick)
+    return problems(rows, agreement, quick=options.quick)
 
 
-def problems(rows: Sequence[Row], quick: bool) -> int:
+def problems(rows: Sequence[Row], agreement: Likeness, quick: bool) -> int:
     """The exit status: 1 if what must be exact is not, or the classifier is no judge; says so."""
     found = [f"{r.name}: {r.likeness.lowest:.1f} dB, which should be exact" for r in rows
              if r.name == EXACT and r.likeness and r.likeness.lowest < ENOUGH]
+    if agreement.lowest < ENOUGH:
+        found.append(f"emulation and package differ: {agreement.lowest:.1f} dB")
     if rows[0].accuracy <= SURE and not quick:
         found.append(f"the classifier is right on {rows[0].accuracy:.1%} of drawn images, which should be {SURE:.0%}")
     for line in found:
@@ -148,12 +157,18 @@ COLOURS = len({label.split()[0] for label in LABELS})
 """Labels are numbered by shape, and by colour within a shape."""
 
 
-def drawn_by(spec: str | None, run: Run) -> np.ndarray:
-    """Images (n, height, width, 3) in 0..1: the classes in turn, each image from the noise of its number."""
+def drawn_by(spec: str | None, run: Run, displaced: tuple[int, int] | None = None) -> np.ndarray:
+    """Images (n, height, width, 3) in 0..1: the classes in turn, each image from the noise of its number.
+
+    Args:
+        displaced: the warm-up and the patches to emulate on this device.
+    """
     pipe = DiTPipeline.from_pretrained(MODEL)
     pipe.set_progress_bar_config(disable=True)
     if spec:
         pipe = xdit_compile.parallelize(pipe, spec)
+    if displaced:
+        displace(pipe.transformer, warmup=displaced[0], patches=displaced[1])
     return pipe(
         class_labels=[i % len(LABELS) for i in range(run.images)],
         guidance_scale=run.guidance,
@@ -163,15 +178,15 @@ def drawn_by(spec: str | None, run: Run) -> np.ndarray:
     ).images
 
 
-def on_stages(specs: Sequence[str], run: Run) -> dict[str, np.ndarray]:
-    """By spec, the images, on this rank of those that run this."""
+def on_stages(asked: Sequence[str], run: Run) -> dict[str, np.ndarray]:
+    """By setting, the images, on this rank of those that run this."""
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     made = {}
-    with tqdm(specs, unit="setting", disable=dist.get_rank() != 0) as bar:
-        for spec in bar:
-            bar.set_description(_short(spec))
-            made[spec] = drawn_by(spec, run)
+    with tqdm(asked, unit="setting", disable=dist.get_rank() != 0) as bar:
+        for setting in bar:
+            bar.set_description(setting)
+            made[setting] = drawn_by(f"pipefusion=2,{setting}", run)
     return made
 
 
@@ -286,14 +301,14 @@ def grid(rows: dict[str, np.ndarray], side: int = 80) -> Image.Image:
 def _shown(named: dict[str, np.ndarray]) -> list[str]:
     """Rows of the picture: one device, and the extremes and the middle of what patches do."""
     settings = [name for name in named if name not in ("one device", EXACT)]
-    first = settings[0].partition(",")[0]
+    first = next(name for name in settings if not _refused(name)).partition(",")[0]
     last = settings[-1].partition(",")[2]
     return ["one device", *(n for n in settings if n.startswith(first + ",") or n.endswith(last))]
 
 
 def _apart(named: dict[str, np.ndarray]) -> list[str]:
     """Two settings: most patches with the least warm-up and with the most."""
-    settings = [name for name in named if name not in ("one device", EXACT)]
+    settings = [name for name in named if name not in ("one device", EXACT) and not _refused(name)]
     most = [name for name in settings if name.endswith(settings[-1].partition(",")[2])]
     return [*dict.fromkeys((most[0], most[-1]))]
 
@@ -301,13 +316,14 @@ def _apart(named: dict[str, np.ndarray]) -> list[str]:
 # The page
 
 
-def page(rows: Sequence[Row], colours: float, run: Run, options: argparse.Namespace) -> str:
+def page(rows: Sequence[Row], colours: float, agreement: Likeness, run: Run, options: argparse.Namespace) -> str:
     """The whole document."""
     versions = f"torch {torch.__version__.partition('+')[0]}, diffusers {diffusers.__version__}"
     alone = next(row for row in rows if row.name == "one device")
     error = math.sqrt(alone.accuracy * (1 - alone.accuracy) / run.images)
-    found = [row.accuracy for row in rows if "patches" in row.name]
+    found = [row.accuracy for row in rows if "patches" in row.name and not _refused(row.name)]
     pictures = options.output.stem if options.output else "pipefusion"
+    least = _setting(min(options.warmups), max(options.patches))
     folder = f"![{{}}]({pictures}/{{}}.png)"
     return f"""\
 # PipeFusion: what it does to images
@@ -321,8 +337,10 @@ noise: seeds 0 to {run.images - 1}, its {len(LABELS)} classes in turn, {run.step
 cosine schedule, v-prediction), guidance {run.guidance:g}. The result does not depend on the number of stages, only on
 patches and warm-up.
 
-- *warmup*: steps at the start that are exact. The first always is, and `warmup=0` is refused: before it there are no
-  keys and values that patches could attend to. `{EXACT}` makes all steps exact, and is the check of this page.
+- *warmup*: steps at the start that are exact. `{EXACT}` makes all steps exact, and is the check of this page. The
+  package refuses `warmup=0`: before the first step there are no keys and values of the other patches. The lines with it
+  are of an emulation on one device (`benchmarks/displaced_dit.py`) in which a patch of the first step attends to those
+  before it alone. Its images with `{least}` have {agreement.lowest:.1f} dB or more against the package's.
 - *patches*: of an image's 8 rows of 8 tokens; `patches=8` is one row each, and the most there can be. With P of
   them, (P-1)/2P of the keys and values that a query reads are a step old: 25% of 2, 37.5% of 4, 43.75% of 8.
 - *PSNR*: against the image of one device, the mean over images, and the *lowest*. {CAP:g} dB stands for equal. *SSIM*:
@@ -361,12 +379,11 @@ def _line(row: Row) -> str:
 
 
 def _setting(warmup: int, patches: int) -> str:
-    return f"warmup={warmup},patches={patches}"
+    return f"warmup={warmup}, patches={patches}"
 
 
-def _short(spec: str) -> str:
-    """A spec without the stages, which do not matter to the result."""
-    return ", ".join(spec.split(",")[1:])
+def _refused(name: str) -> bool:
+    return name.startswith("warmup=0,")
 
 
 def _command(options: argparse.Namespace) -> str:
