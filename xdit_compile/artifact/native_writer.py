@@ -75,9 +75,10 @@ class Packages:
 def _unseen(graph: fx.Graph) -> fx.Graph:
     """``graph`` with collectives that read and write views, which lie where the tensors themselves do.
 
-    A compiled function keeps Python's lock (the GIL) while it waits. A thread of gloo that drops a tensor which
-    Python has seen, as an argument, a result or in an operator written in Python, needs the lock, and whoever starts
-    or waits for the next collective needs the thread: a deadlock. Python never sees these views.
+    A compiled function keeps Python's lock (the GIL) while it waits (pytorch/pytorch issue 197516). A thread of gloo
+    that drops a tensor which Python has seen, as an argument, a result or in an operator written in Python, needs
+    that lock, and whoever starts or waits for the next collective needs the thread: a deadlock. Python never sees
+    these views.
     """
     new, env = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in graph.nodes:
