@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := OMP_NUM_THREADS=1 $(BIN)/python
+# Half of the tests run in one process, the others in up to four of one thread that often wait: two cores are enough.
+BY_TWO := -n 2 --dist loadfile
 
 .PHONY: demo test test-whole lint published coverage coverage-sample quality benchmark clean
 
@@ -9,10 +11,10 @@ demo: .venv/ready
 	$(BIN)/python examples/demo.py
 
 test: .venv/ready
-	$(RUN) -m pytest tests
+	$(RUN) -m pytest tests $(BY_TWO)
 
 test-whole: .venv/ready
-	$(RUN) -m pytest tests --whole
+	$(RUN) -m pytest tests $(BY_TWO) --whole
 
 lint: .venv/ready
 	$(BIN)/ruff check .
