@@ -27,6 +27,11 @@ def test_ranks_together_give_the_numbers_of_one(name: str, spec: str, batch: int
     assert found.methods == set(wanted)
 
 
+def test_heads_that_are_one_dimension_with_the_batch() -> None:
+    found = emulate(zoo.CASES["t5_film"], 2, False, "cfg=2,ulysses=2")
+    assert found.error <= EXACT and found.methods == {"ulysses"}
+
+
 @pytest.mark.parametrize("name", ["dit", "flux"])
 def test_on_real_processes(pool: Pool, name: str) -> None:
     for ranks in run(pool, name, 2, True, ["cfg=2", "cfg=2,ulysses=2", "data=2,ring=2"]).values():

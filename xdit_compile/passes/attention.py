@@ -135,10 +135,16 @@ def cut(spans: Spans, start: int, stop: int) -> Spans:
     return out
 
 
+def local_heads(x, position) -> int:
+    """The heads of a value of shape (..., heads, tokens, width) that this rank knows, of whatever tokens."""
+    return x.dims[-3].local_size(position) if x.ndim > 2 else 1
+
+
 def plan_attention(q, k, v, spec, position) -> AttentionPlan:
-    """The plan for values q, k, v of shape (..., heads, tokens, width), of whose batch this rank may hold a part."""
+    """The plan for values q, k, v of shape (..., heads, tokens, width), of whose batch this rank may hold a part, be it
+    a dimension of its own or one with the heads: (batch x heads, tokens, width)."""
     return AttentionPlan(
-        queries=q.dims[-2], keys=k.dims[-2], heads=q.shape[-3] if q.ndim > 2 else 1,
-        kv_heads=k.shape[-3] if k.ndim > 2 else 1, head_dim=q.shape[-1], value_dim=v.shape[-1],
+        queries=q.dims[-2], keys=k.dims[-2], heads=local_heads(q, position),
+        kv_heads=local_heads(k, position), head_dim=q.shape[-1], value_dim=v.shape[-1],
         batch=math.prod(Layout(q.dims[:-3]).local_shape(position)), element_size=q.dtype.itemsize,
         ulysses=spec.ulysses_degree, ring=spec.ring_degree, patch=position.get(PATCH))

@@ -6,7 +6,7 @@ import torch
 
 from xdit_compile.layout import BATCH, PATCH, SEQUENCE, Dim, Layout
 from xdit_compile.mesh import ULYSSES
-from xdit_compile.passes.attention import plan_attention, sharded_attention
+from xdit_compile.passes.attention import local_heads, plan_attention, sharded_attention
 from xdit_compile.passes.rules import rule
 
 aten = torch.ops.aten
@@ -58,7 +58,7 @@ def _within_reach(s, q, k, v):
     tokens = k.dims[-2]
     if not tokens.sharded:
         return q, k, v
-    heads = q.shape[-3] if q.ndim > 2 else 1
+    heads = local_heads(q, s.position)
     parts = max(len(seg.offsets) - 1 for seg in tokens.segments if seg.cut)
     if PATCH in tokens.axes and SEQUENCE not in tokens.axes & q.dims[-2].axes:
         # Of this step what has come already, of the step before what has not: all of it is here.
