@@ -32,11 +32,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from xdit_compile.compiler import compile_program
+from xdit_compile.driver.compile_call import compile_program
 from xdit_compile.frontend.capture import capture
-from xdit_compile.garbage import uncollected
+from xdit_compile.frontend.gc_pause import gc_paused
+from xdit_compile.ir.program import Program
 from xdit_compile.passes import localize, plan
-from xdit_compile.program import Program
 from xdit_compile.spec import ShardingSpec
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -93,7 +93,7 @@ def measure(name: str, spec: str) -> Result:
     model, kwargs = PUBLISHED[name]()
     built, cpu = time.perf_counter(), time.process_time()
     try:
-        with uncollected():
+        with gc_paused():
             program = capture(model, (), kwargs)
             captured = time.perf_counter()
             whole, seeds = plan(program, parsed)

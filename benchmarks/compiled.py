@@ -42,8 +42,8 @@ from torch._dynamo.utils import counters
 from tqdm import trange
 
 from xdit_compile import parallelize
-from xdit_compile.calls import call_arguments
-from xdit_compile.structure import flatten
+from xdit_compile.ir.call_arguments import call_arguments
+from xdit_compile.ir.pytree import flatten
 
 WAYS: dict[str, Callable[[Any], Any]] = {
     "whole": lambda model: torch.compile(model, fullgraph=True),

@@ -22,10 +22,10 @@ from torch import nn
 
 import xdit_compile
 from benchmarks.published import explained, in_block
-from xdit_compile.calls import call_arguments
-from xdit_compile.compiler import compile_call
+from xdit_compile.diagnostics.explain import Explanation
+from xdit_compile.driver.compile_call import compile_call
 from xdit_compile.errors import CaptureError, SpecError
-from xdit_compile.explain import Explanation
+from xdit_compile.ir.call_arguments import call_arguments
 from xdit_compile.passes import NOTHING
 
 PUBLISHED = published.PUBLISHED | published_images.PUBLISHED | published_videos.PUBLISHED

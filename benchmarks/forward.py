@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from timing import DISTURBED
 
-from xdit_compile.launch import launch
+from xdit_compile.runtime.launch import launch
 
 
 def main() -> None:

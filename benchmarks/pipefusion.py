@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import trange
 
 from xdit_compile import ShardingSpec, launch, parallelize, timeline
-from xdit_compile.runtime.deferred import concrete
+from xdit_compile.runtime.deferred.deferred_tensor import materialize
 
 
 def loop(model: Any, inputs: dict[str, Any], steps: int) -> tuple[Tensor, float]:
@@ -40,10 +40,10 @@ def loop(model: Any, inputs: dict[str, Any], steps: int) -> tuple[Tensor, float]
     for i in range(steps):
         (out,) = model(**inputs | {"hidden_states": sample, "timestep": torch.tensor([1.0 - i / steps])})
         if i == 0:
-            out = concrete(out)
+            out = materialize(out)
             first = time.perf_counter() - start
         sample = sample - out / steps
-    return concrete(sample), first
+    return materialize(sample), first
 
 
 def run(size: flux.Size, spec: str, steps: int, rounds: int, patience: int, picture: str | None) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def run(size: flux.Size, spec: str, steps: int, rounds: int, patience: int, pict
     (ready,) = model.runners["forward"].programs.values()
     if not quiet and picture:
         bubbles[-1].draw(picture)
-    return {"taken": taken, "sent": ready.executor.stream.sent / (3 + rounds * steps),
+    return {"taken": taken, "sent": ready.executor.communicator.sent / (3 + rounds * steps),
             "difference": ((stale - exact).abs().max() / exact.abs().max()).item(),
             "bubbles": [(t.measured.bubble(1), t.predicted.bubble(1)) for t in bubbles],
             "parameters": sum(p.nbytes for p in model.parameters() if not p.is_meta),

@@ -29,8 +29,8 @@ import diffusers
 import torch
 from tqdm import tqdm
 
+from xdit_compile.diagnostics.explain import Explanation, explain
 from xdit_compile.errors import SpecError
-from xdit_compile.explain import Explanation, explain
 from xdit_compile.report.units import size, work
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))

@@ -22,7 +22,7 @@ from emulation import difference
 from torch import Tensor, nn
 
 import xdit_compile
-from xdit_compile.frontend import cache
+from xdit_compile.frontend import program_cache as cache
 
 Step = tuple[Any, ...]
 

@@ -23,8 +23,8 @@ def run(folder: str, world: int) -> dict[str, Any]:
     import torch.distributed as dist
 
     import xdit_compile
-    from xdit_compile.runtime.deferred import concrete
-    from xdit_compile.structure import flatten
+    from xdit_compile.ir.pytree import flatten
+    from xdit_compile.runtime.deferred.deferred_tensor import materialize
 
     torch.set_num_threads(1)
     found = {}
@@ -40,17 +40,17 @@ def run(folder: str, world: int) -> dict[str, Any]:
         for step in range(2):
             with torch.no_grad():
                 answer = model(**call["inputs"])
-            results = [concrete(t) for t in flatten(answer)[0]]
+            results = [materialize(t) for t in flatten(answer)[0]]
             errors += [((a - b).abs().max() / b.abs().max()).item()
                        for a, b in zip(results, call["results"], strict=True)]
-            if step == 0 and model.runners["forward"].crew.spec.patches > 1:
-                model.runners["forward"].lanes.hold()  # patches that read what an equal step has left are exact
+            if step == 0 and model.runners["forward"].group.spec.patches > 1:
+                model.runners["forward"].loops.hold()  # patches that read what an equal step has left are exact
         found[path.name] = {"error": max(errors), "returned": type(answer).__name__, "class": type(model).__name__}
     return found
 
 
 def main(folder: str, world: int) -> None:
-    from xdit_compile.launch import launch
+    from xdit_compile.runtime.launch import launch
 
     ranks = launch(run, folder, world, world_size=world, device="cpu") if world > 1 else [run(folder, 1)]
     merged = {name: {**seen, "error": max(r[name]["error"] for r in ranks if name in r)}

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import xdit_compile
-import xdit_compile.frontend.cache as cache
 import xdit_compile.frontend.capture as frontend
-from xdit_compile.structure import flatten
+import xdit_compile.frontend.program_cache as cache
+from xdit_compile.ir.pytree import flatten
 
 # Seconds a rank waits for another; only what should not happen takes so long.
 TIMEOUT = 30.0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import xdit_compile
-from xdit_compile.calls import call_arguments
+from xdit_compile.ir.call_arguments import call_arguments
 
 WIDTH, HEADS = 24, 6
 

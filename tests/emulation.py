@@ -13,13 +13,13 @@ import torch
 from cases import Case, made
 from torch import nn
 
-from xdit_compile.calls import call_arguments
 from xdit_compile.frontend.capture import capture
+from xdit_compile.ir.call_arguments import call_arguments
+from xdit_compile.ir.program import Note, Program
+from xdit_compile.ir.pytree import flatten
 from xdit_compile.passes import localize, plan
-from xdit_compile.program import Note, Program
 from xdit_compile.report.operations import program_flops
 from xdit_compile.spec import ShardingSpec
-from xdit_compile.structure import flatten
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def together(model: nn.Module, arguments: tuple[Any, Any], expected: list[torch.
     error = 0.0
     for results in lockstep.run([r.main for r in ranks], [held(model, r, tensors) for r in ranks]):
         mine = copy.deepcopy(arguments)
-        actual, _ = flatten((program.answer.finish(mine, flatten(mine)[0], results), mine))
+        actual, _ = flatten((program.output_spec.finish(mine, flatten(mine)[0], results), mine))
         assert len(actual) == len(expected)
         error = max([error, *map(difference, actual, expected)])
     work = max(map(program_flops, ranks)) * len(ranks) / program_flops(whole)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import xdit_compile
-from xdit_compile.calls import call_arguments
-from xdit_compile.structure import flatten
+from xdit_compile.ir.call_arguments import call_arguments
+from xdit_compile.ir.pytree import flatten
 
 _built: dict[str, nn.Module] = {}
 

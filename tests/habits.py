@@ -13,7 +13,7 @@ import torch
 from emulation import difference
 
 import xdit_compile
-from xdit_compile.runtime.deferred import Deferred
+from xdit_compile.runtime.deferred.deferred_tensor import DeferredTensor
 
 SCHEDULERS = ["UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler",
               "EulerAncestralDiscreteScheduler", "DDIMScheduler", "HeunDiscreteScheduler", "thresholding"]
@@ -41,7 +41,7 @@ def called_back(name: str, root: str) -> list[float]:
         found = []
 
         def keep(_: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
-            assert not isinstance(given["latents"], Deferred)
+            assert not isinstance(given["latents"], DeferredTensor)
             found.append(given["latents"].clone())
             return given
 
@@ -159,7 +159,7 @@ def told_apart(name: str, root: str, what: str) -> tuple[str, int, float]:
         text = ""
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
-    return text, pipe.crew.counts["calls"], apart(case, pipe, alone)
+    return text, pipe.group.counts["calls"], apart(case, pipe, alone)
 
 
 def refused(name: str, root: str) -> tuple[str, float]:
@@ -255,7 +255,7 @@ def exchanged(name: str, root: str) -> tuple[float, bool]:
     return apart(case, pipe, alone), hasattr(pipe.transformer, "runners")
 
 
-def unchanged(name: str, root: str) -> bool:
+def side_effects_undone(name: str, root: str) -> bool:
     pipe = pipelines.load(pipelines.folder(name, Path(root)))
     before = dict(vars(pipe)), type(pipe)
     made = xdit_compile.parallelize(pipe, "cfg=2", ranks=range(2), timeout=60)
@@ -270,7 +270,7 @@ def decoded(name: str, root: str, spec: str) -> float:
 
 def spread(name: str, root: str) -> tuple[float, tuple[int, int]]:
     """The difference to one process; bytes of encoders' weights here, and as they were."""
-    from xdit_compile.components import Role, role_of
+    from xdit_compile.pipelines.components import Role, role_of
 
     case, alone, pipe = both(name, root, "cfg=2,encoders=spread")
 
@@ -319,4 +319,4 @@ def modular(name: str, root: str) -> tuple[float, dict[int, int]]:
             return pipe(**call, generator=torch.Generator().manual_seed(0), output="latents")
 
     pipe = xdit_compile.parallelize(load(), "cfg=2", ranks=range(2), timeout=60)
-    return difference(run(pipe), run(load())), dict(pipe.crew.turns.fetched)
+    return difference(run(pipe), run(load())), dict(pipe.group.round_robin.fetched)

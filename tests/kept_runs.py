@@ -17,17 +17,17 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 import xdit_compile
-from xdit_compile.calls import call_arguments
-from xdit_compile.program import Program, is_collective
-from xdit_compile.runtime.deferred import concrete
+from xdit_compile.ir.call_arguments import call_arguments
+from xdit_compile.ir.program import Program, is_collective
+from xdit_compile.ir.pytree import flatten
+from xdit_compile.ir.step_inputs import step_inputs
+from xdit_compile.runtime.deferred.deferred_tensor import materialize
 from xdit_compile.runtime.executor import Executor
-from xdit_compile.steps import changing
-from xdit_compile.structure import flatten
 
 
 def stepped(model: nn.Module, inputs: Inputs, step: int) -> Inputs:
     """The call with another sample and time: new tensors, and all others the same."""
-    changes = {n.partition("[")[0] for n in changing(model, *call_arguments(model, inputs)).values()}
+    changes = {n.partition("[")[0] for n in step_inputs(model, *call_arguments(model, inputs)).values()}
 
     def moved(t: Tensor) -> Tensor:
         return t * (1 - 0.07 * step) if t.is_floating_point() else (t - 9 * step).clamp(min=1)
@@ -42,7 +42,7 @@ def again(inputs: Inputs) -> Inputs:
 
 def results(model: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
     with torch.no_grad():
-        return flatten(concrete(model(**inputs)))[0]
+        return flatten(materialize(model(**inputs)))[0]
 
 
 def error(model: nn.Module, run: Callable[..., Any], inputs: Inputs) -> float:
@@ -84,6 +84,6 @@ def steps_on_ranks(name: str, spec: str, steps: int = 4) -> dict[str, Any]:
         equal.append(all(map(torch.equal, kept, plain)))
         errors.append(max(map(difference, kept, results(model, moved))))
     (ready,) = on.runners["forward"].programs.values()
-    steady = ready.compiled.stage.steady if ready.compiled.stage else ready.compiled.steady
-    return {"equal": equal, "errors": errors, "used again": on.runners["forward"].crew.counts["kept"],
-            "collectives": collectives(steady), "off": off.runners["forward"].crew.counts["kept"]}
+    invariant = ready.compiled.stage.invariant if ready.compiled.stage else ready.compiled.invariant
+    return {"equal": equal, "errors": errors, "used again": on.runners["forward"].group.counts["kept"],
+            "collectives": collectives(invariant), "off": off.runners["forward"].group.counts["kept"]}

@@ -13,7 +13,7 @@ from emulation import difference
 from torch import Tensor, nn
 
 import xdit_compile
-from xdit_compile.runtime.deferred import concrete
+from xdit_compile.runtime.deferred.deferred_tensor import materialize
 
 
 def loop(model: Any, entry: displaced.Displaced, inputs: dict[str, Any], steps: int) -> Tensor:
@@ -63,7 +63,7 @@ def displaced_errors(name: str, batch: int, odd: bool, specs: list[str], steps: 
         if rank >= spec.world_size:
             continue
         parallel = xdit_compile.parallelize(copy.deepcopy(model), text, ranks=range(spec.world_size), timeout=100)
-        sample = concrete(loop(parallel, entry, inputs, steps))
+        sample = materialize(loop(parallel, entry, inputs, steps))
         flow, stage = flow_of(parallel), rank // spec.sequence_degree % spec.pipefusion_degree
         exact = spec.warmup_steps == "all" or spec.patches == 1
         cuts[text] = () if exact else (*cut_of(parallel).values(), int(spec.warmup_steps))
@@ -71,7 +71,7 @@ def displaced_errors(name: str, batch: int, odd: bool, specs: list[str], steps: 
         held = {n for n, p in parallel.named_parameters() if not p.is_meta}
         found[text] = {
             "sample": sample, "stage": stage, "blocks": flow.stage.blocks, "drained": flow.drained,
-            "sent": flow.stream.sent, "extra": sorted(held - allowed(model, counts, stage)),
+            "sent": flow.communicator.sent, "extra": sorted(held - allowed(model, counts, stage)),
             "whole": sorted(allowed(model, [sum(counts)], 0) - held)}
     if rank == 0:
         schedule = displaced.times(inputs, steps)

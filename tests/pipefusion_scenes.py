@@ -21,7 +21,7 @@ from pipefusion_runs import emulation_of, flow_of
 from torch import Tensor, nn
 
 import xdit_compile
-from xdit_compile.runtime.deferred import Deferred, concrete
+from xdit_compile.runtime.deferred.deferred_tensor import DeferredTensor, materialize
 
 TWO = "pipefusion=2,patches=3"
 
@@ -92,8 +92,8 @@ def scheduled(name: str, chosen: str, batch: int = 1, steps: int = 8, spec: str 
         return sample
 
     late = run(parallel)
-    waited = isinstance(late, Deferred) and late.promise.values is None
-    actual = concrete(late)
+    waited = isinstance(late, DeferredTensor) and late.promise.values is None
+    actual = materialize(late)
     emulated = run(emulation_of(parallel, model, entry, actual))
     return {"error": difference(actual, emulated), "exact": difference(actual, run(model)), "waited": waited,
             "drained": flow_of(parallel).drained}
@@ -110,7 +110,7 @@ def interrupted(name: str) -> list[float]:
     runs = [(inputs, times[:3]), (other(inputs, "prompt"), times), (other(inputs, "noise"), times), (inputs, times)]
     found = []
     for given, schedule in runs:
-        actual = concrete(walk(parallel, entry, given, schedule))
+        actual = materialize(walk(parallel, entry, given, schedule))
         wanted = walk(emulation_of(parallel, model, entry, actual), entry, given, schedule)
         found.append(difference(actual, wanted))
     return found
@@ -123,7 +123,7 @@ def left_alone(name: str) -> list[float]:
     found = []
     for steps in (1, 2, 3, 6):
         walk(parallel, entry, other(inputs, "noise"), times[:steps])
-        actual = concrete(walk(parallel, entry, inputs, times))
+        actual = materialize(walk(parallel, entry, inputs, times))
         found.append(difference(actual, walk(emulation_of(parallel, model, entry, actual), entry, inputs, times)))
     return found
 
@@ -133,7 +133,7 @@ def one_step_then_another(name: str) -> float:
     entry, model, parallel, inputs = setup(name)
     times = displaced.times(inputs, 6)
     walk(parallel, entry, other(inputs, "prompt"), times[:1])
-    actual = concrete(walk(parallel, entry, inputs, times))
+    actual = materialize(walk(parallel, entry, inputs, times))
     return difference(actual, walk(emulation_of(parallel, model, entry, actual), entry, inputs, times))
 
 
@@ -147,11 +147,11 @@ def another_size(name: str, what: str, spec: str = TWO) -> list[float]:
         steps = [t[:1].expand(len(given[entry.layout.sample])) for t in times[begin : begin + 3]]
         start = sample if given is inputs else given[entry.layout.sample]
         late = walk(parallel, entry, given, steps, start)
-        actual = concrete(late)
+        actual = materialize(late)
         flows = [r.executor for r in parallel.runners["forward"].programs.values()]
         (cut,) = flows[given is second].stage.samples.values()
         emulated = displaced.Emulation(model, entry.layout, offsets=cut.borders, dim=actual.ndim + cut.dim)
-        found.append(difference(actual, walk(emulated, entry, given, steps, concrete(start))))
+        found.append(difference(actual, walk(emulated, entry, given, steps, materialize(start))))
         sample = actual if given is inputs else sample
     assert len(flows) == 2
     return found
@@ -170,7 +170,7 @@ def guided(name: str, spec: str, steps: int = 6) -> dict[str, Any]:
             sample = displaced.euler(sample, no + 2.5 * (yes - no), i)
         return sample
 
-    actual = concrete(run(parallel, parallel))
+    actual = materialize(run(parallel, parallel))
     emulated = run(*(emulation_of(parallel, model, entry, actual) for _ in range(2)))
     return {"error": difference(actual, emulated), "exact": difference(actual, run(model, model)),
             "drained": flow_of(parallel).drained}
@@ -180,7 +180,7 @@ def alone_in_turns(name: str, spec: str) -> float:
     """One condition, though groups take turns: all of its steps are of one lane."""
     entry, model, parallel, inputs = setup(name, spec)
     times = displaced.times(inputs, 5)
-    actual = concrete(walk(parallel, entry, inputs, times))
+    actual = materialize(walk(parallel, entry, inputs, times))
     exact = walk(model, entry, inputs, times)
     return difference(actual, exact)
 
@@ -189,7 +189,7 @@ def two_kinds(name: str, layers: int, second: dict[str, Any] | None) -> list[flo
     """A call, one of another kind (these arguments, or another size), and the first again; all exact."""
     entry, model, parallel, inputs = setup(name, "pipefusion=2,warmup=all", layers=layers)
     other_kind = entry.case.inputs(1, True) if second is None else inputs | second
-    return [difference(concrete(output(parallel, given)), output(model, given))
+    return [difference(materialize(output(parallel, given)), output(model, given))
             for given in (inputs, other_kind, inputs)]
 
 
@@ -199,7 +199,7 @@ def placed(name: str) -> list[Any]:
     seen = []
     for _ in range(2):
         seen.append((str(parallel.device), parallel.dtype == model.dtype))
-        concrete(output(parallel, inputs))
+        materialize(output(parallel, inputs))
     return seen
 
 
@@ -210,7 +210,7 @@ def shared_between() -> list[float]:
     late = parallel_of(second)
     times = displaced.times(inputs, 6)
     middle = walk(parallel, entry, inputs, times[:3])
-    end = concrete(walk(late, entry, inputs, times[3:], middle))
+    end = materialize(walk(late, entry, inputs, times[3:], middle))
     wanted = walk(emulation_of(parallel, model, entry, end), entry, inputs, times[:3])
     wanted = walk(emulation_of(late, second, entry, end), entry, inputs, times[3:], wanted)
     return [difference(end, wanted)]
@@ -279,7 +279,7 @@ def refused(spec: str, world: int, tokens: int = 7, writing: bool = False) -> di
 
 
 def tiny_error(parallel: Any, call: dict[str, Any], **made: Any) -> float:
-    return difference(concrete(parallel(**call).sample), calls.made(**made)(**call).sample)
+    return difference(materialize(parallel(**call).sample), calls.made(**made)(**call).sample)
 
 
 def refused_call(patches: int, tokens: Sequence[int]) -> list[Any]:
@@ -306,7 +306,7 @@ def tiny_loop(parallel: Any, steps: int, before: Callable[[int], dict[str, Any]]
         given = {"x": x, "step": call["step"] - i / 20} | before(i)
         with torch.no_grad():
             x = x - 0.1 * parallel(**given, return_dict=False)[0]
-    return concrete(x)
+    return materialize(x)
 
 
 def mishap(how: str, rank: int, spec: str, folder: str = "", timeout: float = 12.0) -> dict[str, Any]:
@@ -355,4 +355,4 @@ def looked_at(spec: str) -> dict[str, Any]:
     else:
         wanted, _ = displaced.denoise(model, inputs, entry.layout, times, displaced.euler, offsets=list(cut.borders),
                                       dim=sample.ndim + cut.dim, warmup=1)
-    return {"error": difference(concrete(sample), wanted), "drained": flow_of(parallel).drained}
+    return {"error": difference(materialize(sample), wanted), "drained": flow_of(parallel).drained}

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch.distributed as dist
 
-from xdit_compile.launch import Failure, become_rank, failure_of, kill, pack_call, rank_environment
+from xdit_compile.runtime.launch import Failure, become_rank, failure_of, kill, pack_call, rank_environment
 
 # Seconds that the other ranks of a case get to answer once one of them has failed.
 GRACE = 15.0

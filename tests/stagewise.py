@@ -9,15 +9,15 @@ import torch
 from cases import Case, made
 from emulation import difference
 
-from xdit_compile.calls import call_arguments
+from xdit_compile.driver.compile_stage import staged
 from xdit_compile.frontend.capture import capture
+from xdit_compile.ir.call_arguments import call_arguments
+from xdit_compile.ir.pytree import flatten
 from xdit_compile.passes.pipefusion import plan_pipeline
 from xdit_compile.runtime.executor import Executor
-from xdit_compile.runtime.flow import StageProgram
-from xdit_compile.runtime.schedule import WHOLE
+from xdit_compile.runtime.pipefusion.schedule import WHOLE
+from xdit_compile.runtime.pipefusion.stage_executor import StageProgram
 from xdit_compile.spec import ShardingSpec
-from xdit_compile.staging import staged
-from xdit_compile.structure import flatten
 
 
 @dataclass(frozen=True)

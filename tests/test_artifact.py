@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from test_pipelines import folders  # noqa: F401
 
 import xdit_compile
-from xdit_compile import cli
+from xdit_compile.cli import main as cli
 from xdit_compile.errors import ArtifactError, CaptureError
-from xdit_compile.structure import flatten
+from xdit_compile.ir.pytree import flatten
 
 EXACT = 1e-5
 MODELS = ("dit", "sd3", "flux", "wan", "cogvideox", "hunyuan_dit")

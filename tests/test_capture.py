@@ -14,8 +14,8 @@ from torch.utils._pytree import _dict_flatten, register_pytree_node
 
 from xdit_compile.errors import CaptureError
 from xdit_compile.frontend.capture import capture
-from xdit_compile.program import Program, module_of, source_of
-from xdit_compile.structure import flatten
+from xdit_compile.ir.program import Program, module_of, source_of
+from xdit_compile.ir.pytree import flatten
 
 
 class Function(nn.Module):
@@ -38,7 +38,7 @@ def run(program: Program, model: nn.Module, *args: Any) -> Any:
     inputs = [next(given) if i.kind == "argument" else (program.constants if i.kind == "constant" else state)[i.name]
               for i in program.inputs]
     with torch.no_grad():
-        return program.answer.finish((args, {}), tensors, program.main(*inputs))
+        return program.output_spec.finish((args, {}), tensors, program.main(*inputs))
 
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))

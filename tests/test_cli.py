@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from xdit_compile.cli import main
+from xdit_compile.cli.main import main
 
 MODEL = '''
 import torch

@@ -22,14 +22,14 @@ from torch import fx, nn
 from torch._dynamo.utils import counters
 
 import xdit_compile
+from xdit_compile.driver.compile_stage import compile_stage
 from xdit_compile.errors import SpecError
 from xdit_compile.frontend.capture import capture
+from xdit_compile.ir.program import Program
 from xdit_compile.passes import localize, plan
-from xdit_compile.program import Program
-from xdit_compile.runtime import compiling
-from xdit_compile.runtime.segments import outlined
+from xdit_compile.runtime.compilation import regional as compiling
+from xdit_compile.runtime.compilation.graph_segments import outlined
 from xdit_compile.spec import ShardingSpec
-from xdit_compile.staging import compile_stage
 
 EXACT = 1e-5
 

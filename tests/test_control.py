@@ -17,10 +17,10 @@ import torch.distributed._functional_collectives as funcol
 from pool import Pool, RemoteError
 
 from xdit_compile.errors import RankFailure, RankMismatch
-from xdit_compile.launch import launch
-from xdit_compile.runtime.abort import Connections, _between, _packed, abort
-from xdit_compile.runtime.control import Control
-from xdit_compile.runtime.digest import digest, digests
+from xdit_compile.runtime.control.abort import Connections, _between, _packed, abort
+from xdit_compile.runtime.control.control_plane import ControlPlane
+from xdit_compile.runtime.control.tensor_digest import digest, digests
+from xdit_compile.runtime.launch import launch
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_digest_of_odd_tensors() -> None:
 
 
 def test_device_sum_sees_every_difference() -> None:
-    from xdit_compile.runtime.digest import _sum, _words
+    from xdit_compile.runtime.control.tensor_digest import _sum, _words
 
     for base in (torch.randn(64), torch.randn(64).double(), torch.randn(64).bfloat16()):
         words = _words(base)
@@ -95,7 +95,7 @@ def test_device_sum_sees_every_difference() -> None:
 
 
 def single() -> None:
-    control = Control([dist.get_rank()])
+    control = ControlPlane([dist.get_rank()])
     control.agree("forward", {"x": str(dist.get_rank())})
     with control.guard("forward"):
         pass
@@ -103,7 +103,7 @@ def single() -> None:
 
 
 def test_a_group_of_one_needs_nothing(pool: Pool) -> None:
-    single_rank = Control([0])
+    single_rank = ControlPlane([0])
     single_rank.agree("forward", {"x": "1"})
     with pytest.raises(ValueError, match="own"), single_rank.guard("forward"):
         raise ValueError("own")
@@ -112,7 +112,7 @@ def test_a_group_of_one_needs_nothing(pool: Pool) -> None:
 
 def mismatches() -> tuple[list[str], int]:
     rank = dist.get_rank()
-    everyone, some = Control(RANKS, TIMEOUT), Control((0, 2), TIMEOUT) if rank in (0, 2) else None
+    everyone, some = ControlPlane(RANKS, TIMEOUT), ControlPlane((0, 2), TIMEOUT) if rank in (0, 2) else None
     said = []
     everyone.agree("forward", {"x": "same", "y": "same"})
     for mine in ({"x": f"value{rank == 1}", "y": "same"}, {"x": "same", **({"z": "1"} if rank == 2 else {})}):
@@ -140,7 +140,7 @@ def test_mismatch_names_keys_and_ranks_on_every_rank(pool: Pool) -> None:
 
 
 def overhead() -> tuple[float, float]:
-    control = Control((0, 1), TIMEOUT)
+    control = ControlPlane((0, 1), TIMEOUT)
 
     def guarded() -> None:
         with control.guard("forward", (dist.group.WORLD,)):
@@ -167,7 +167,7 @@ def test_a_call_costs_little(pool: Pool) -> None:
 
 def failing(how: str) -> tuple[float, RankFailure, str, RankFailure]:
     """Rank 1 fails as `how` says; what the others see: after how long, which error, from what, and again."""
-    control = Control(RANKS, TIMEOUT)
+    control = ControlPlane(RANKS, TIMEOUT)
     group = dist.new_group()
     with control.guard("warm-up", (group,)):
         exchange(group)
@@ -249,7 +249,7 @@ def constructs_late() -> str:
         time.sleep(2)
         return ""
     try:
-        Control(RANKS, 1.0)
+        ControlPlane(RANKS, 1.0)
     except RankFailure as error:
         return str(error)
     return "constructed"
@@ -272,7 +272,7 @@ def with_store_on_rank_0(folder: str) -> None:
     del os.environ["TORCHELASTIC_USE_AGENT_STORE"]
     mine = store or dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=mine, rank=rank, world_size=3)
-    control = Control(range(3), TIMEOUT)
+    control = ControlPlane(range(3), TIMEOUT)
     group = dist.new_group()
     with control.guard("warm-up", (group,)):
         exchange(group)

@@ -15,20 +15,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests import lockstep, models, research
-from xdit_compile.calls import call_arguments
-from xdit_compile.compiler import compile_program
+from xdit_compile.diagnostics.blame import arguments_of
+from xdit_compile.diagnostics.explain import explain
+from xdit_compile.driver.compile_call import compile_program
 from xdit_compile.errors import SpecError, XditError
-from xdit_compile.explain import explain
-from xdit_compile.frontend.cache import captured
-from xdit_compile.program import Program
-from xdit_compile.report.blame import arguments_of
+from xdit_compile.frontend.program_cache import captured
+from xdit_compile.ir.call_arguments import call_arguments
+from xdit_compile.ir.program import Program
+from xdit_compile.ir.pytree import flatten
 from xdit_compile.report.costs import costs_of
 from xdit_compile.report.memory import peak_activations
 from xdit_compile.report.operations import program_flops
 from xdit_compile.report.traffic import bytes_sent
 from xdit_compile.report.units import size, work
 from xdit_compile.spec import ShardingSpec
-from xdit_compile.structure import flatten
 
 c10d = torch.ops._c10d_functional
 

@@ -11,18 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from xdit_compile.runtime.deferred import Deferred, Promise, Tape, concrete
-from xdit_compile.runtime.lanes import Lane, Lanes
-from xdit_compile.runtime.pieces import Cut
-from xdit_compile.runtime.schedule import WHOLE
-from xdit_compile.runtime.stream import Pieces
+from xdit_compile.runtime.deferred.deferred_tensor import DeferredTensor, Promise, Tape, materialize
+from xdit_compile.runtime.deferred.patch_propagation import Cut
+from xdit_compile.runtime.pipefusion.denoising_loops import DenoisingLoop, DenoisingLoops
+from xdit_compile.runtime.pipefusion.schedule import WHOLE
+from xdit_compile.runtime.pipefusion.stage_communicator import PatchedResults
 
 BORDERS = (0, 3, 4, 7)
 ROWS = BORDERS[-1]
 
 
 # --------------------------------------------------------------------------------------------------
-# Pieces
+# PatchedResults
 
 
 def rows(shape: Sequence[int], dim: int) -> Tensor:
@@ -37,7 +37,7 @@ class Coming:
     def __init__(self, *wholes: Tensor, dim: int = -2, borders: tuple[int, ...] = BORDERS, whole: bool = False) -> None:
         self.cut = Cut(dim, borders)
         units = (WHOLE,) if whole else tuple(range(len(borders) - 1))
-        self.call = Pieces(units, [self.cut] * len(wholes))
+        self.call = PatchedResults(units, [self.cut] * len(wholes))
         for unit in units:
             self.call.tensors[unit] = [w.clone() if whole else self.cut.piece(w, unit).clone() for w in wholes]
         self.fetched = 0
@@ -52,7 +52,7 @@ class Coming:
 
 def pieces(tensor: Tensor) -> list[Tensor] | None:
     """All pieces of a deferred tensor, if it comes in some."""
-    assert isinstance(tensor, Deferred) and tensor.promise.values is None
+    assert isinstance(tensor, DeferredTensor) and tensor.promise.values is None
     if (cut := tensor.cut) is None:
         return None
     return [tensor.promise.piece(tensor.place, p) for p in range(cut.patches)]
@@ -138,7 +138,7 @@ def test_chains_of_operators_on_pieces(data: Any) -> None:
             known = torch.randn(plain.shape, generator=torch.Generator().manual_seed(1))
             op, label = (lambda t, d=dim, k=known: torch.cat([k, t], d)), torch.cat([label, label], dim)
         else:
-            same = [(p, d) for p, d in chain if p.shape == plain.shape and isinstance(d, Deferred)
+            same = [(p, d) for p, d in chain if p.shape == plain.shape and isinstance(d, DeferredTensor)
                     and d.cut == deferred.cut]
             other, delayed = draw(st.sampled_from(same)) if same else (plain, deferred)
             plain, deferred = plain + 2 * other, deferred + 2 * delayed
@@ -147,7 +147,7 @@ def test_chains_of_operators_on_pieces(data: Any) -> None:
         plain, deferred = op(plain), op(deferred)
         chain.append((plain, deferred))
         (at,) = (d for d, n in enumerate(label.shape) if n == ROWS and torch.equal(label, rows(label.shape, d)))
-        assert isinstance(deferred, Deferred) and deferred.shape == plain.shape
+        assert isinstance(deferred, DeferredTensor) and deferred.shape == plain.shape
         assert deferred.cut == Cut(at - plain.ndim, BORDERS)
     found = pieces(deferred)
     assert found is not None
@@ -155,7 +155,7 @@ def test_chains_of_operators_on_pieces(data: Any) -> None:
         torch.testing.assert_close(piece, deferred.cut.piece(plain, patch), rtol=0, atol=0)
     assert coming.fetched == 0, "pieces wait for nothing else"
     for wanted, later in chain:
-        torch.testing.assert_close(concrete(later), wanted, rtol=0, atol=0)
+        torch.testing.assert_close(materialize(later), wanted, rtol=0, atol=0)
     assert coming.fetched == 1
 
 
@@ -174,9 +174,9 @@ def test_operators_that_mix_pieces(name: str) -> None:
     plain = torch.randn(2, ROWS, 5)
     (deferred,) = Coming(plain).tensors
     result = MIXING[name](deferred)
-    assert not isinstance(result, Deferred) or result.promise.values is not None or (
+    assert not isinstance(result, DeferredTensor) or result.promise.values is not None or (
         pieces(result) is None and pieces(result + 1) is None and pieces(result[None]) is None)
-    torch.testing.assert_close(concrete(result), MIXING[name](plain), rtol=0, atol=0)
+    torch.testing.assert_close(materialize(result), MIXING[name](plain), rtol=0, atol=0)
 
 
 def test_what_is_not_element_wise_waits_for_all() -> None:
@@ -206,7 +206,7 @@ def test_a_known_tensor_is_taken_as_it_was() -> None:
     later, view = deferred + noise, deferred * noise[:, :, :1]
     noise.zero_()
     assert all(torch.equal(p, q) for p, q in zip(pieces(later), (plain + 1).split([3, 1, 3], 1), strict=True))
-    assert torch.equal(concrete(later), plain + 1) and torch.equal(concrete(view), plain)
+    assert torch.equal(materialize(later), plain + 1) and torch.equal(materialize(view), plain)
 
 
 def test_squeezed_pieces_of_one_row() -> None:
@@ -227,14 +227,14 @@ def test_pieces_of_one_row_squeezed_where_nothing_is_to_squeeze() -> None:
 
 def test_a_result_that_does_not_come_in_pieces() -> None:
     coming = Coming(torch.randn(2, ROWS, 5))
-    call = Pieces((0, 1, 2), [Cut(-2, BORDERS), None])
+    call = PatchedResults((0, 1, 2), [Cut(-2, BORDERS), None])
     whole, other = torch.randn(2, ROWS, 5), torch.randn(3)
     for unit in range(3):
         call.tensors[unit] = [Cut(-2, BORDERS).piece(whole, unit), other if unit == 2 else torch.empty(0)]
     one, two = coming.tape.deferred(call, [whole, other])
     assert pieces(one) is not None and pieces(two) is None and pieces(one[..., :3] + two) is None
     call.assemble()
-    assert torch.equal(concrete(one), whole) and torch.equal(concrete(two), other)
+    assert torch.equal(materialize(one), whole) and torch.equal(materialize(two), other)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def test_writing_into_one_view_shows_in_the_others() -> None:
 
     plain = torch.randn(2, ROWS, 5)
     for actual, wanted in zip(act(Coming(plain).tensors[0]), act(plain), strict=True):
-        assert torch.equal(concrete(actual), wanted)
+        assert torch.equal(materialize(actual), wanted)
 
 
 def test_what_is_wanted_no_more_is_not_computed() -> None:
@@ -262,7 +262,7 @@ def test_what_is_wanted_no_more_is_not_computed() -> None:
     gone = kept * 2
     promise = gone.promise
     del gone
-    concrete(kept)
+    materialize(kept)
     assert promise.values is not None, "somebody holds it"
     recorded = [reference() for reference in coming.tape._recorded]
     assert recorded == []
@@ -294,24 +294,24 @@ def test_pieces_after_the_whole_is_known() -> None:
     coming.call.assemble()
     for patch in range(3):
         assert torch.equal(y.promise.piece(y.place, patch), y.cut.piece((plain + 1)[..., 2:] * 2, patch))
-    assert torch.equal(concrete(y), (plain + 1)[..., 2:] * 2)
+    assert torch.equal(materialize(y), (plain + 1)[..., 2:] * 2)
 
 
 # --------------------------------------------------------------------------------------------------
-# Lanes
+# DenoisingLoops
 
 
 class Loops:
     """Calls of lanes, with the memory they were given numbered."""
 
     def __init__(self) -> None:
-        self.lanes = Lanes()
+        self.loops = DenoisingLoops()
         self.made = 0
 
     def __call__(self, key: str, *times: float, epoch: int = 0) -> int:
         """How many steps the call's lane then had."""
-        self.lane: Lane = self.lanes.next(key, times, epoch, self._make)
-        return self.lane.steps
+        self.loop: DenoisingLoop = self.loops.next(key, times, epoch, self._make)
+        return self.loop.steps
 
     def _make(self) -> list[Tensor]:
         self.made += 1
@@ -348,7 +348,7 @@ def test_times_that_stay() -> None:
 def test_two_conditions_in_turn() -> None:
     call = Loops()
     assert [(call("a", t), call("b", t)) for t in (9, 7, 5)] == [(1, 1), (2, 2), (3, 3)]
-    a, b = (call(key, 3) and call.lane for key in "ab")
+    a, b = (call(key, 3) and call.loop for key in "ab")
     assert a is not b and a.caches is not b.caches and call.made == 2
     assert [(call("a", t), call("b", t)) for t in (9, 7)] == [(1, 1), (2, 2)], "a new picture"
 
@@ -380,4 +380,4 @@ def test_a_condition_of_which_nothing_is_used_for_long_is_forgotten() -> None:
     for i in range(20):
         call(f"prompt {i}", 9)
         call(f"prompt {i}", 7 - i / 100)
-    assert len(call.lanes._lanes) <= 2
+    assert len(call.loops._lanes) <= 2

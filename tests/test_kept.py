@@ -17,9 +17,9 @@ from pool import Pool
 from torch import Tensor, nn
 
 import xdit_compile
-from xdit_compile.compiler import compile_call
+from xdit_compile.driver.compile_call import compile_call
 from xdit_compile.runtime.executor import Executor
-from xdit_compile.runtime.kept import SETS
+from xdit_compile.runtime.loop_invariant_cache import ENTRIES
 from xdit_compile.spec import ShardingSpec
 
 EXACT = 1e-5  # of the output's scale, in float32
@@ -83,7 +83,7 @@ def test_operations_are_saved(name: str, formula: Any) -> None:
     assert "ept from step to step" in str(explained) and "kept from step to step" in explained.summary()
     for i in range(3):
         assert error(model, run, stepped(model, inputs, i)) <= EXACT
-    assert run.runners["forward"].crew.counts["kept"] == 2 + 3
+    assert run.runners["forward"].group.counts["kept"] == 2 + 3
 
 
 def test_stages_save_their_share() -> None:
@@ -100,7 +100,7 @@ def test_stages_save_their_share() -> None:
 def test_switched_off() -> None:
     model, run, inputs = run_of("sd3", "keep=off")
     executed = {flops(run, stepped(model, inputs, i)) for i in range(3)}
-    assert len(executed) == 1 and run.runners["forward"].crew.counts["kept"] == 0
+    assert len(executed) == 1 and run.runners["forward"].group.counts["kept"] == 0
     explained = xdit_compile.explain(model, "keep=off", inputs)
     assert explained.kept is None and explained.local.flops == executed.pop()
 
@@ -129,7 +129,7 @@ def test_change_is_seen(what: str) -> None:
     model, run, inputs = run_of("pixart_alpha")
     for i in range(2):
         assert error(model, run, stepped(model, inputs, i)) <= EXACT
-    calls = run.runners["forward"].crew.counts["kept"]
+    calls = run.runners["forward"].group.counts["kept"]
     assert calls == 1
     moved = stepped(model, inputs, 2)
     before = results(run, moved)
@@ -156,7 +156,7 @@ def test_change_is_seen(what: str) -> None:
 def test_prompts_by_turns() -> None:
     """As guidance calls a model; of many, the last few are kept."""
     model, run, inputs = run_of("wan")
-    prompts = [again(inputs) for _ in range(SETS + 1)]
+    prompts = [again(inputs) for _ in range(ENTRIES + 1)]
     for p, prompt in enumerate(prompts):
         prompt["encoder_hidden_states"] *= p + 1
     first = [flops(run, stepped(model, p, 0)) for p in prompts[:2]]
@@ -164,7 +164,7 @@ def test_prompts_by_turns() -> None:
     assert len({*first}) == len({*later}) == 1 and later[0] < first[0]
     assert all(error(model, run, stepped(model, p, i)) <= EXACT for i in (3, 4) for p in prompts)
     kept = executor_of(run)._kept
-    assert kept is not None and len(kept) == SETS
+    assert kept is not None and len(kept) == ENTRIES
 
 
 def test_repeated_by_turns() -> None:
@@ -215,7 +215,7 @@ def test_caller_may_write_into_results() -> None:
         assert error(model, run, call) == 0
         for result in run(**call):
             result.zero_()
-    assert run.runners["forward"].crew.counts["kept"] == 2, "the second call of each pair is the first once more"
+    assert run.runners["forward"].group.counts["kept"] == 2, "the second call of each pair is the first once more"
 
 
 class Placed(nn.Module):
@@ -231,7 +231,7 @@ def test_constant_tables_are_folded() -> None:
     run = xdit_compile.parallelize(model, "ulysses=1")
     for _ in range(3):
         assert error(model, run, {"x": torch.randn(2, 3, 4), "t": torch.rand(2)}) <= EXACT
-    assert run.runners["forward"].crew.counts["kept"] == 2
+    assert run.runners["forward"].group.counts["kept"] == 2
     operators = {str(n.target) for n in executor_of(run).program.main.graph.nodes if n.op == "call_function"}
     assert operators and not any("sin" in o or "exp." in o for o in operators), operators
 
@@ -244,7 +244,7 @@ def test_inference_mode() -> None:
             assert error(model, run, stepped(model, inputs, i)) <= EXACT
         inputs["encoder_hidden_states"].mul_(-1)
         assert error(model, run, stepped(model, inputs, 2)) <= EXACT
-    assert run.runners["forward"].crew.counts["kept"] == 0
+    assert run.runners["forward"].group.counts["kept"] == 0
 
 
 class Writing(Told):
@@ -266,9 +266,9 @@ def test_only_steps_of_a_loop_keep() -> None:
     x, t = torch.randn(2, 3, 4), torch.rand(2)
     for model, args in ((Untimed(), (x, x.clone())), (Writing(), (x, t, x.clone()))):
         compiled = compile_call(model.eval().requires_grad_(False), ShardingSpec(), args, {})
-        assert compiled.steady is None and compiled.body is compiled.local
-        assert compiled.captured.answer.changes_arguments == isinstance(model, Writing)
-    assert compile_call(Told().eval(), ShardingSpec(), (x, t, x.clone()), {}).steady is not None
+        assert compiled.invariant is None and compiled.body is compiled.local
+        assert compiled.captured.output_spec.changes_arguments == isinstance(model, Writing)
+    assert compile_call(Told().eval(), ShardingSpec(), (x, t, x.clone()), {}).invariant is not None
 
 
 # Any program
@@ -306,15 +306,15 @@ def test_both_parts_are_the_whole(plan: list[tuple[int, int, int]]) -> None:
     compiled = compile_call(model, ShardingSpec(), tensors, {})
     assert compiled.changes == ("x", "t")
     whole = Executor(compiled.local, model)
-    parts = Executor(compiled.body, model, compiled.steady)
+    parts = Executor(compiled.body, model, compiled.invariant)
     for step in range(3):
         tensors[:2] = [torch.randn(2, 3, 4) for _ in range(2)]
         if step == 2:
             tensors[3] = torch.randn(2, 3, 4)
         for a, b, c in zip(whole(tensors), parts(tensors), model(*tensors), strict=True):
             assert torch.equal(a, b) and torch.allclose(a, c, atol=1e-5)
-    if compiled.steady is not None:
-        assert not {"arg_0", "arg_1"} & {i.name for i in compiled.steady.inputs}
+    if compiled.invariant is not None:
+        assert not {"arg_0", "arg_1"} & {i.name for i in compiled.invariant.inputs}
         assert any(i.kind == "kept" for i in compiled.body.inputs)
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from pool import Pool, RemoteError
 
 from xdit_compile.errors import LaunchError, RankFailure
-from xdit_compile.launch import init_from_env, launch
+from xdit_compile.runtime.launch import init_from_env, launch
 
 
 def everything(size: int, *, scale: float) -> dict[str, object]:
@@ -115,7 +115,7 @@ INTERRUPTED = """
 import os, signal, sys, threading, time
 sys.path.insert(0, {tests!r})
 from test_launch import one_hangs
-from xdit_compile.launch import launch
+from xdit_compile.runtime.launch import launch
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell runs in the background
 threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:

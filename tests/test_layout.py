@@ -13,7 +13,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from xdit_compile.layout import (
+from xdit_compile.ir.layout import (
     EVERY,
     MAX_SEGMENTS,
     PATCH,

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from test_rules import program_of
 from torch import fx
 
-from xdit_compile.mesh import group_name
-from xdit_compile.passes.overlap import overlap
-from xdit_compile.program import is_collective
+from xdit_compile.ir.mesh import group_name
+from xdit_compile.ir.program import is_collective
+from xdit_compile.passes.overlap_communication import overlap
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional

@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from xdit_compile.layout import BATCH, EVERY, PATCH, SEQUENCE, Dim, Layout, Segment, even_offsets
-from xdit_compile.mesh import STAGE, axis_sizes, position_of
-from xdit_compile.passes.check import check
-from xdit_compile.passes.emit import Emitter
-from xdit_compile.passes.lower import lower_attention
+from xdit_compile.ir.layout import BATCH, EVERY, PATCH, SEQUENCE, Dim, Layout, Segment, even_offsets
+from xdit_compile.ir.mesh import STAGE, axis_sizes, position_of
+from xdit_compile.ir.program import Program
+from xdit_compile.ir.pytree import flatten
+from xdit_compile.passes.emitter import Emitter
+from xdit_compile.passes.laid_out_value import Value
+from xdit_compile.passes.lower_attention import lower_attention
 from xdit_compile.passes.rules import RULES
-from xdit_compile.passes.shard import Sharder, Walk
-from xdit_compile.passes.values import Value
-from xdit_compile.program import Program
+from xdit_compile.passes.shard import FunctionInterpreter, ProgramInterpreter
+from xdit_compile.passes.verifier import check
 from xdit_compile.spec import ShardingSpec
-from xdit_compile.structure import flatten
 
 
 @dataclass
@@ -120,7 +120,7 @@ def local_program(program: Program, layouts: list[Layout], rank: int,
     position, sizes = {**position_of(rank, program.spec), PATCH: patch}, axis_sizes(program.spec)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     emitter = Emitter(mode, position, sizes)
-    sharder = Sharder(Walk(program, {}, position, sizes, mode), emitter, "main")
+    sharder = FunctionInterpreter(ProgramInterpreter(program, {}, position, sizes, mode), emitter, "main")
     values = []
     for node, layout in zip(program.main.graph.find_nodes(op="placeholder"), layouts, strict=True):
         holder = emitter.placeholder(node.name, node.meta["val"], layout.local_shape(position))
@@ -310,14 +310,14 @@ class Times:
 
 
 def assert_timely(op: Any, args: tuple[Any, ...], layouts: list[Layout], spec: ShardingSpec,
-                  rng: random.Random, changing: bool = True) -> None:
+                  rng: random.Random, step_inputs: bool = True) -> None:
     """Patches are exact where nothing changed; where it did, each is computed from what has come already of the new,
     and else of the old, so that the last one is exact again."""
     made = Times(op, args, layouts, spec)
     now, before = made.tensors, [other_values(rng, t) for t in made.tensors]
     for time in made.times:
         made.assert_run(time, now, now)
-    if not changing:
+    if not step_inputs:
         return
     made.assert_run(EVERY, before, before)
     for time in made.times[1:]:

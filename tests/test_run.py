@@ -19,12 +19,12 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file
 
-from xdit_compile import flags
-from xdit_compile.cli import main
+from xdit_compile.cli import run_flags as flags
+from xdit_compile.cli.main import main
+from xdit_compile.cli.run import Request
 from xdit_compile.errors import XditError
-from xdit_compile.loading import Source
-from xdit_compile.results import save
-from xdit_compile.run import Request
+from xdit_compile.pipelines.loading import PipelineSource
+from xdit_compile.pipelines.output_files import save
 from xdit_compile.spec import ShardingSpec
 
 REPOSITORY = Path(__file__).parents[1]
@@ -97,7 +97,7 @@ def test_pictures_adapters_and_where_things_are() -> None:
                  "two:0.5", "hub/three:x", "--download-dir", "there", "--trust-remote-code", "--enable_tiling",
                  "--output_directory", "here", "--scheduler", "S", "--pipeline", "P")
     assert made.pictures == {"image": ("a.png", "https://x/y?raw=true"), "mask_image": ("b=c.png",)}
-    assert made.source == Source("somewhere", "P", "S", (("one", 1.0), ("two", 0.5), ("hub/three:x", 1.0)),
+    assert made.source == PipelineSource("somewhere", "P", "S", (("one", 1.0), ("two", 0.5), ("hub/three:x", 1.0)),
                                  ("enable_tiling",), {"cache_dir": "there", "trust_remote_code": True})
     assert made.output == Path("here")
 

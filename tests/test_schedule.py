@@ -19,9 +19,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from xdit_compile.diagnostics.timeline_plot import draw
 from xdit_compile.errors import XditError
-from xdit_compile.report.timeline import draw
-from xdit_compile.runtime.schedule import (
+from xdit_compile.runtime.pipefusion.schedule import (
     RESULT,
     WHOLE,
     Bar,
@@ -455,10 +455,10 @@ def test_a_picture_has_lanes_titles_and_one_time_axis(tmp_path: Path) -> None:
     path = tmp_path / "timeline.svg"
     draw(two(), path)
     root = ET.parse(path).getroot()
-    lanes = [g for g in root.iter(f"{SVG}g") if re.fullmatch(r"timeline-\d-stage-\d", g.get("id", ""))]
-    assert [g.get("id") for g in lanes] == [
+    loops = [g for g in root.iter(f"{SVG}g") if re.fullmatch(r"timeline-\d-stage-\d", g.get("id", ""))]
+    assert [g.get("id") for g in loops] == [
         "timeline-0-stage-0", "timeline-0-stage-1", "timeline-0-stage-2", "timeline-1-stage-0", "timeline-1-stage-1"]
-    assert [len(list(g.iter(f"{SVG}path")) or list(g.iter(f"{SVG}use"))) for g in lanes] == [9] * 5, "a bar for a run"
+    assert [len(list(g.iter(f"{SVG}path")) or list(g.iter(f"{SVG}use"))) for g in loops] == [9] * 5, "a bar for a run"
     text = [t.text for t in root.iter(f"{SVG}text")]
     predicted, measured = two().values()
     assert f"predicted: {predicted.seconds:.4g} s, bubble {predicted.bubble():.1%}" in text

@@ -16,7 +16,7 @@ import zoo
 from torch import nn
 
 import xdit_compile
-from xdit_compile.cli import main
+from xdit_compile.cli.main import main
 from xdit_compile.spec import ShardingSpec
 
 QUICK = ("chroma", "flux2_extract", "hidream", "latte", "prx")

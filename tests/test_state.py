@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from xdit_compile.compiler import compile_program
-from xdit_compile.frontend.cache import captured
-from xdit_compile.frontend.state import state_token
+from xdit_compile.driver.compile_call import compile_program
+from xdit_compile.frontend.model_state import state_token
+from xdit_compile.frontend.program_cache import captured
 from xdit_compile.runtime.executor import Executor
 from xdit_compile.spec import ShardingSpec
 

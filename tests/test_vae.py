@@ -16,14 +16,14 @@ from emulation import Found, held, together
 from pool import Pool
 from torch import Tensor, nn
 
-from xdit_compile.calls import call_arguments
 from xdit_compile.errors import CaptureError, XditError
-from xdit_compile.frontend.cache import captured
-from xdit_compile.frontend.method import as_module
+from xdit_compile.frontend.method_module import as_module
+from xdit_compile.frontend.program_cache import captured
+from xdit_compile.ir.call_arguments import call_arguments
+from xdit_compile.ir.program import Program
+from xdit_compile.ir.pytree import flatten
 from xdit_compile.passes import localize, plan
-from xdit_compile.program import Program
 from xdit_compile.spec import ShardingSpec
-from xdit_compile.structure import flatten
 
 EXACT = 1e-5  # of the output's scale, in float32
 
@@ -86,7 +86,7 @@ def test_a_distribution_that_comes_back_draws_as_it_would() -> None:
     (posterior,) = module.model.encode(*arguments[0], **arguments[1])  # type: ignore[operator,union-attr]
     tensors, _ = flatten(arguments)
     with torch.no_grad():
-        (back,) = program.answer.finish(arguments, tensors, program.main(*held(module, program, tensors)))
+        (back,) = program.output_spec.finish(arguments, tensors, program.main(*held(module, program, tensors)))
     assert type(back) is type(posterior)
     one, other = (p.sample(torch.Generator().manual_seed(1)) for p in (posterior, back))
     torch.testing.assert_close(other, one)

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests import models
+from xdit_compile.diagnostics.difference import Difference, difference, piece_of
+from xdit_compile.diagnostics.verify import Verification, verify
 from xdit_compile.errors import XditError
+from xdit_compile.ir.layout import Dim, Layout
 from xdit_compile.kernels.registry import KERNELS
-from xdit_compile.layout import Dim, Layout
-from xdit_compile.passes.emit import Emitter
+from xdit_compile.passes.emitter import Emitter
 from xdit_compile.passes.rules import RULES, Rule, find_rule
-from xdit_compile.report.difference import Difference, difference, piece_of
 from xdit_compile.runtime.executor import Executor
-from xdit_compile.verify import Verification, verify
 
 aten = torch.ops.aten
 

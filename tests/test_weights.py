@@ -15,7 +15,7 @@ from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 
 from xdit_compile import XditError
-from xdit_compile.weights import Weights
+from xdit_compile.driver.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +50,14 @@ def test_one_file_and_a_folder_with_one(folder: Path, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "all.safetensors")
     for source in (tmp_path, tmp_path / "all.safetensors", folder):
         model = meta()
-        Weights.at(source).load(model, {"proj_out.weight"}, torch.device("cpu"))
+        Checkpoint.at(source).load(model, {"proj_out.weight"}, torch.device("cpu"))
         assert torch.equal(model.proj_out.weight, tensors["proj_out.weight"])
         assert model.proj_out.bias.is_meta
 
 
 def test_what_is_missing_or_does_not_fit_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(XditError, match="holds nothing"):
-        Weights.at(tmp_path)
+        Checkpoint.at(tmp_path)
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     (index,) = copy.glob("*.index.json")
@@ -65,17 +65,17 @@ def test_what_is_missing_or_does_not_fit_is_named(folder: Path, tmp_path: Path) 
     del listed["weight_map"]["proj_out.bias"]
     index.write_text(json.dumps(listed))
     with pytest.raises(XditError, match=r"has no proj_out\.bias"):
-        Weights.at(copy).load(meta(), {"proj_out.bias"}, torch.device("cpu"))
+        Checkpoint.at(copy).load(meta(), {"proj_out.bias"}, torch.device("cpu"))
     listed["weight_map"]["proj_out.bias"] = "../elsewhere.safetensors"
     index.write_text(json.dumps(listed))
     with pytest.raises(XditError, match="not beside it"):
-        Weights.at(copy)
+        Checkpoint.at(copy)
     save_file({"proj_out.bias": torch.zeros(3)}, tmp_path / "wrong.safetensors")
     with pytest.raises(XditError, match=r"proj_out.bias is \[3\] in .* and \[16\] in the model"):
-        Weights.at(tmp_path / "wrong.safetensors").load(meta(), {"proj_out.bias"}, torch.device("cpu"))
+        Checkpoint.at(tmp_path / "wrong.safetensors").load(meta(), {"proj_out.bias"}, torch.device("cpu"))
     (tmp_path / "torn.safetensors").write_bytes((tmp_path / "wrong.safetensors").read_bytes()[:40])
     with pytest.raises(XditError, match=r"cannot read .*torn"):
-        Weights.at(tmp_path / "torn.safetensors")
+        Checkpoint.at(tmp_path / "torn.safetensors")
 
 
 def test_a_model_without_weights_is_refused(pool) -> None:

@@ -16,8 +16,8 @@ from emulation import difference
 from torch import Tensor, nn
 
 import xdit_compile
-from xdit_compile.frontend.method import as_module
-from xdit_compile.structure import flatten
+from xdit_compile.frontend.method_module import as_module
+from xdit_compile.ir.pytree import flatten
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,12 @@
 
 from xdit_compile.api import capture, parallelize
 from xdit_compile.artifact.export import export
-from xdit_compile.artifact.inspect import inspect
+from xdit_compile.artifact.inspection import inspect
 from xdit_compile.artifact.load import load
 from xdit_compile.decorator import parallel
+from xdit_compile.diagnostics.explain import explain
+from xdit_compile.diagnostics.timeline import timeline
+from xdit_compile.diagnostics.verify import verify
 from xdit_compile.errors import (
     ArtifactError,
     CaptureError,
@@ -15,11 +18,8 @@ from xdit_compile.errors import (
     SpecError,
     XditError,
 )
-from xdit_compile.explain import explain
-from xdit_compile.launch import init_from_env, launch
+from xdit_compile.runtime.launch import init_from_env, launch
 from xdit_compile.spec import ShardingSpec
-from xdit_compile.timeline import timeline
-from xdit_compile.verify import verify
 
 __all__ = [
     "ArtifactError",

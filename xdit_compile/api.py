@@ -9,20 +9,20 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from xdit_compile.calls import Inputs, call_arguments
-from xdit_compile.captures import Captures
-from xdit_compile.compiler import Dump
+from xdit_compile.driver.captured_programs import CapturedPrograms
+from xdit_compile.driver.checkpoint import Checkpoint
+from xdit_compile.driver.compile_call import Dump
+from xdit_compile.driver.model_runner import ModelRunner
+from xdit_compile.driver.parallel_model import Parallel, parallel_model
 from xdit_compile.errors import SpecError, XditError
-from xdit_compile.frontend.cache import captured
-from xdit_compile.launch import init_from_env
-from xdit_compile.pipeline import ParallelPipeline, is_pipeline, parallel_pipeline
-from xdit_compile.program import Program
-from xdit_compile.runner import Runner
-from xdit_compile.runtime.compiling import compiler_for
-from xdit_compile.runtime.crew import Crew
+from xdit_compile.frontend.program_cache import captured
+from xdit_compile.ir.call_arguments import Inputs, call_arguments
+from xdit_compile.ir.program import Program
+from xdit_compile.pipelines.parallel_pipeline import ParallelPipeline, is_pipeline, parallel_pipeline
+from xdit_compile.runtime.compilation.regional import compiler_for
+from xdit_compile.runtime.launch import init_from_env
+from xdit_compile.runtime.parallel_group import ParallelGroup
 from xdit_compile.spec import ShardingSpec
-from xdit_compile.standin import Parallel, parallel_model
-from xdit_compile.weights import Weights
 
 
 def capture(model: nn.Module, inputs: Inputs) -> Program:
@@ -86,15 +86,15 @@ def parallelize(model: Any, spec: str | dict | ShardingSpec, *, ranks: Sequence[
     spec.check_world(len(chosen))
     if spec.backend != "eager":
         compiler_for(spec)
-    crew = Crew(spec, chosen, timeout)
-    crew.control.agree("parallelize", {"spec": str(spec), "model": type(model).__qualname__})
+    group = ParallelGroup(spec, chosen, timeout)
+    group.control.agree("parallelize", {"spec": str(spec), "model": type(model).__qualname__})
     if is_pipeline(model):
         if weights is not None and not isinstance(weights, Mapping):
             raise XditError("weights of a pipeline are given by component, as in "
                             f"weights={{'transformer': {str(weights)!r}}}")
-        read = {name: Weights.at(path) for name, path in (weights or {}).items()}
-        return parallel_pipeline(model, crew, check_inputs, dump, read)
+        read = {name: Checkpoint.at(path) for name, path in (weights or {}).items()}
+        return parallel_pipeline(model, group, check_inputs, dump, read)
     if isinstance(weights, Mapping):
         raise XditError("weights of a model are a file or a folder; those by component are for a pipeline")
-    read_one = None if weights is None else Weights.at(weights)
-    return parallel_model(model, {"forward": Runner(model, crew, check_inputs, Captures(model, dump), read_one)})
+    read_one = None if weights is None else Checkpoint.at(weights)
+    return parallel_model(model, {"forward": ModelRunner(model, group, check_inputs, CapturedPrograms(model, dump), read_one)})

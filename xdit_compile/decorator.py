@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 from torch import nn
 
 from xdit_compile.api import parallelize
-from xdit_compile.components import Role, role_of
-from xdit_compile.pipeline import ParallelPipeline, is_pipeline
-from xdit_compile.runtime.deferred import concrete
+from xdit_compile.driver.parallel_model import Parallel
+from xdit_compile.pipelines.components import Role, role_of
+from xdit_compile.pipelines.parallel_pipeline import ParallelPipeline, is_pipeline
+from xdit_compile.runtime.deferred.deferred_tensor import materialize
 from xdit_compile.spec import ShardingSpec
-from xdit_compile.standin import Parallel
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -51,7 +51,7 @@ def parallel(spec: str | dict | ShardingSpec, **options: Any) -> Callable[[F], F
                     return in_parallel(args[0])(*args[1:], **kwargs)
                 return function(*args, **kwargs)
             given = [in_parallel(a) for a in args], {n: in_parallel(a) for n, a in kwargs.items()}
-            return concrete(function(*given[0], **given[1]))
+            return materialize(function(*given[0], **given[1]))
 
         return call  # type: ignore[return-value]
 

@@ -162,7 +162,7 @@ def train_vae(images: Tensor, steps: int, batch_size: int, lr: float) -> Autoenc
         l1, edges = reconstruction_losses(decoded.float(), batch)
         kl = -0.5 * (1 + posterior.logvar - posterior.mean**2 - posterior.var).float().mean()
         descend(vae, l1 + edges + KL_WEIGHT * kl, optimizer, schedule)
-        bar.set_postfix(l1=f"{mean_l1.add(l1.item()):.4f}", edges=f"{edges.item():.4f}", refresh=False)
+        bar.set_postfix(l1=f"{mean_l1.add(l1.item()):.4f}", edges=f"{edges.item():.4f}", update_and_read=False)
     log.info("vae: final L1 %.4f on pixels in -1..1 (mean of the last 200 steps)", mean_l1.value)
     return vae.eval()
 
@@ -236,7 +236,7 @@ def train_dit(
         mse = F.mse_loss(predicted.float(), target)
         descend(dit, mse, optimizer, schedule)
         update_ema(ema, dit, step)
-        bar.set_postfix(mse=f"{mean_mse.add(mse.item()):.4f}", refresh=False)
+        bar.set_postfix(mse=f"{mean_mse.add(mse.item()):.4f}", update_and_read=False)
     log.info("dit: final mean squared error of v %.4f (mean of the last 200 steps)", mean_mse.value)
     return ema
 

@@ -13,27 +13,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_compile.artifact.files import Draft, drafted
-from xdit_compile.artifact.native_reader import target_of
-from xdit_compile.artifact.native_writer import Packages
-from xdit_compile.artifact.program_writer import program_json, stage_json
-from xdit_compile.artifact.values import (
+from xdit_compile.artifact.files import ArtifactDraft, drafted
+from xdit_compile.artifact.json_values import (
     Json,
     dtype_name,
     look_json,
     signature_json,
     structure_json,
 )
-from xdit_compile.calls import Inputs, call_arguments
-from xdit_compile.captures import Captures
-from xdit_compile.compiler import Compiled
+from xdit_compile.artifact.native_reader import target_of
+from xdit_compile.artifact.native_writer import Packages
+from xdit_compile.artifact.program_writer import program_json, stage_json
+from xdit_compile.driver.captured_programs import CapturedPrograms
+from xdit_compile.driver.compile_call import Compiled
 from xdit_compile.errors import ArtifactError, SpecError, XditError
-from xdit_compile.givenup import device_of_model
-from xdit_compile.guards import Guards
-from xdit_compile.program import Program
-from xdit_compile.runtime.digest import digest
+from xdit_compile.ir.call_arguments import Inputs, call_arguments
+from xdit_compile.ir.guards import Guards
+from xdit_compile.ir.program import Program
+from xdit_compile.ir.pytree import flatten, sharing
+from xdit_compile.ir.released_parameters import device_of_model
+from xdit_compile.runtime.control.tensor_digest import digest
 from xdit_compile.spec import ShardingSpec
-from xdit_compile.structure import flatten, sharing
 
 Progress = Callable[[str], None]
 
@@ -83,9 +83,9 @@ def export(model: nn.Module, spec: str | dict | ShardingSpec, example_inputs: In
 class _Writer:
     """What is collected while the calls are written."""
 
-    def __init__(self, model: nn.Module, spec: ShardingSpec, draft: Draft, progress: Progress, native: bool) -> None:
+    def __init__(self, model: nn.Module, spec: ShardingSpec, draft: ArtifactDraft, progress: Progress, native: bool) -> None:
         self.model, self.spec, self.draft, self.progress = model, spec, draft, progress
-        self.source, self.packages = Captures(model), Packages(draft.add) if native else None
+        self.source, self.packages = CapturedPrograms(model), Packages(draft.add) if native else None
         self.constants: dict[str, torch.Tensor] = {}
         self.known: dict[tuple[Any, ...], str] = {}
         self.stages: dict[str, int] = {}
@@ -97,7 +97,7 @@ class _Writer:
         self.progress(f"call {number}: capture")
         tensors, structure = flatten((tuple(args), dict(kwargs)))
         captured = self.source.make(args, kwargs)
-        if captured.answer.changes_arguments:
+        if captured.output_spec.changes_arguments:
             raise ArtifactError(f"{type(self.model).__name__} changes what is in its arguments in this call, as a "
                                 "cache does; artifacts hold only calls that return their results")
         spec, compiled = self._first(captured)
@@ -108,7 +108,7 @@ class _Writer:
         return {
             "spec": str(spec), "inputs": structure_json(structure), "looks": [look_json(t) for t in tensors],
             "sharing": list(sharing(tensors)), "reads": _reads(captured.guards, tensors),
-            "outputs": structure_json(captured.outputs), "results": [look_json(t) for t in captured.answer.likes],
+            "outputs": structure_json(captured.outputs), "results": [look_json(t) for t in captured.output_spec.likes],
             "ranks": ranks}
 
     def _first(self, captured: Program) -> tuple[ShardingSpec, Compiled]:
@@ -135,9 +135,9 @@ class _Writer:
             self.stages |= {path: i for i, paths in enumerate(stage.blocks) for path in paths}
             programs = {"stage": stage_json(stage, write)}
         else:
-            programs = {"body": write(compiled.body), "steady": write(compiled.steady) if compiled.steady else None}
+            programs = {"body": write(compiled.body), "steady": write(compiled.invariant) if compiled.invariant else None}
         self.used.setdefault(index, set()).update(compiled.parameters)
-        return {"idle": compiled.idle, **programs}
+        return {"idle": compiled.unsharded, **programs}
 
     def _constant(self, tensor: torch.Tensor) -> str:
         """Its name in the file of constants, which holds each content once."""
@@ -182,7 +182,7 @@ class _Writer:
         return made, files
 
 
-def _save(draft: Draft, name: str, tensors: Mapping[str, torch.Tensor]) -> str:
+def _save(draft: ArtifactDraft, name: str, tensors: Mapping[str, torch.Tensor]) -> str:
     try:
         library = import_module("safetensors.torch")
     except ImportError as error:

@@ -25,7 +25,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*(\.[a-z0-9_-]+)*")
 
 
 @dataclass
-class Draft:
+class ArtifactDraft:
     """An artifact that is being written, in a folder of its own."""
 
     folder: Path
@@ -57,7 +57,7 @@ class Draft:
 
 
 @contextmanager
-def drafted(path: Path, overwrite: bool) -> Iterator[Draft]:
+def drafted(path: Path, overwrite: bool) -> Iterator[ArtifactDraft]:
     """A draft that becomes the artifact at ``path`` if nothing fails.
 
     Raises:
@@ -71,7 +71,7 @@ def drafted(path: Path, overwrite: bool) -> Iterator[Draft]:
     folder, old = (path.parent / f".{path.name}-{secrets.token_hex(6)}" for _ in range(2))
     folder.mkdir()
     try:
-        yield Draft(folder)
+        yield ArtifactDraft(folder)
         if path.exists():
             path.rename(old)
         folder.rename(path)
@@ -81,7 +81,7 @@ def drafted(path: Path, overwrite: bool) -> Iterator[Draft]:
 
 
 @dataclass(frozen=True)
-class Folder:
+class ArtifactFolder:
     """An artifact that was written before. Its manifest is read; other files when they are asked for."""
 
     path: Path
@@ -90,7 +90,7 @@ class Folder:
     """Of the manifest, and so of all that it names."""
 
     @staticmethod
-    def at(path: str | Path) -> Folder:
+    def at(path: str | Path) -> ArtifactFolder:
         """Raises ArtifactError where there is none, or one of another version."""
         path = Path(path)
         if not (path / MANIFEST).is_file():
@@ -105,7 +105,7 @@ class Folder:
         if manifest.get("version") != VERSION:
             raise ArtifactError(f"{path} has version {manifest.get('version')!r} of the format; this package reads "
                                 f"version {VERSION}: export the model anew, or use the package that wrote it")
-        return Folder(path, manifest, hashlib.sha256(text).hexdigest())
+        return ArtifactFolder(path, manifest, hashlib.sha256(text).hexdigest())
 
     def file(self, name: Any, whole: bool = True) -> Path:
         """The file of this name, which is as long as the manifest says and has the content whose hash is there; of

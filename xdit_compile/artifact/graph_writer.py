@@ -24,9 +24,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from xdit_compile.errors import ArtifactError
-from xdit_compile.frontend.blocks import BLOCK
-from xdit_compile.keeping import refresh
-from xdit_compile.program import output_args, source_of
+from xdit_compile.frontend.repeated_blocks import BLOCK
+from xdit_compile.ir.program import output_args, source_of
+from xdit_compile.ir.stale_cache import update_and_read
 
 _DIALECT = "TRAINING"  # of the two, the one that may write into tensors
 
@@ -58,7 +58,7 @@ def _plain(graph: fx.Graph) -> fx.Graph:
     for node in graph.nodes:
         if node.op == "call_module":
             made = new.call_function(BLOCK, (str(node.target), "", [env[a] for a in node.args]))
-        elif node.target is refresh:
+        elif node.target is update_and_read:
             made = _refreshed(new, node, env)
         elif node.op in ("placeholder", "output") or isinstance(node.target, torch._ops.OpOverload) or (
                 getattr(node.target, "__name__", "") == "getitem"):
@@ -67,18 +67,18 @@ def _plain(graph: fx.Graph) -> fx.Graph:
             raise ArtifactError(f"{node.target} ({source_of(node)}) is a function of this process and cannot be "
                                 "written into an artifact")
         env[node] = made
-        if node.target is not refresh:
+        if node.target is not update_and_read:
             made.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack")}
     return new
 
 
 def _refreshed(graph: fx.Graph, node: fx.Node, env: Mapping[fx.Node, fx.Node]) -> fx.Node:
-    """The operators of ``refresh``, which writes into its first argument and returns it."""
+    """The operators of ``update_and_read``, which writes into its first argument and returns it."""
     cache, fresh, dim, spans = cast(tuple[Any, ...], node.args)
     with cache.meta["val"].fake_mode as mode, torch.no_grad():
         mine = [mode.from_tensor(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device))
                 for t in (cache.meta["val"], fresh.meta["val"])]
-        traced = make_fx(lambda a, b: refresh(a, b, dim, spans))(*mine).graph
+        traced = make_fx(lambda a, b: update_and_read(a, b, dim, spans))(*mine).graph
     inner: dict[fx.Node, fx.Node] = dict(zip(
         traced.find_nodes(op="placeholder"), (env[cache], env[fresh]), strict=True))
     for step in traced.nodes:

@@ -14,23 +14,23 @@ import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from xdit_compile.answer import Answer
-from xdit_compile.artifact.files import Folder
+from xdit_compile.artifact.files import ArtifactFolder
+from xdit_compile.artifact.json_values import Fields, Json, look_of, signature_of, structure_of
 from xdit_compile.artifact.native_reader import check_target
 from xdit_compile.artifact.program_reader import Reader
-from xdit_compile.artifact.tensors import Stored, placed
-from xdit_compile.artifact.values import Fields, Json, look_of, signature_of, structure_of
+from xdit_compile.artifact.weight_files import Stored, placed
+from xdit_compile.driver.model_runner import ModelRunner
+from xdit_compile.driver.parallel_model import parallel_model
 from xdit_compile.errors import ArtifactError, CaptureError, SpecError, XditError
-from xdit_compile.launch import init_from_env
-from xdit_compile.mesh import position_of
-from xdit_compile.program import Program
-from xdit_compile.runner import Runner
-from xdit_compile.runtime.crew import Crew
-from xdit_compile.runtime.digest import digest
-from xdit_compile.runtime.flow import StageProgram, parameters_of
+from xdit_compile.ir.mesh import position_of
+from xdit_compile.ir.output_spec import OutputSpec
+from xdit_compile.ir.program import Program
+from xdit_compile.ir.pytree import Structure, flatten, sharing
+from xdit_compile.runtime.control.tensor_digest import digest
+from xdit_compile.runtime.launch import init_from_env
+from xdit_compile.runtime.parallel_group import ParallelGroup
+from xdit_compile.runtime.pipefusion.stage_executor import StageProgram, parameters_of
 from xdit_compile.spec import ShardingSpec
-from xdit_compile.standin import parallel_model
-from xdit_compile.structure import Structure, flatten, sharing
 
 
 def load(path: str | Path, weights: str | Path | None = None, *, ranks: Sequence[int] | None = None,
@@ -54,13 +54,13 @@ def load(path: str | Path, weights: str | Path | None = None, *, ranks: Sequence
     Raises:
         ArtifactError: files are damaged, or do not fit this machine, these ranks or these weights; says which.
     """
-    folder = Folder.at(path)
+    folder = ArtifactFolder.at(path)
     with reading(folder):
-        return Loading(folder, backend, device, native).model(weights, ranks, timeout, check_inputs)
+        return ArtifactLoader(folder, backend, device, native).model(weights, ranks, timeout, check_inputs)
 
 
 @contextmanager
-def reading(folder: Folder) -> Iterator[None]:
+def reading(folder: ArtifactFolder) -> Iterator[None]:
     """Within: what a manifest lacks, or says wrongly, is told as its fault."""
     try:
         yield
@@ -71,10 +71,10 @@ def reading(folder: Folder) -> Iterator[None]:
                             ) from error
 
 
-class Loading:
+class ArtifactLoader:
     """What a manifest says, and where it shall run."""
 
-    def __init__(self, folder: Folder, backend: str | None, device: str | torch.device | None,
+    def __init__(self, folder: ArtifactFolder, backend: str | None, device: str | torch.device | None,
                  native: bool = False) -> None:
         self.folder, manifest = folder, folder.manifest
         if native and backend not in (None, "eager"):
@@ -114,23 +114,23 @@ class Loading:
         except SpecError as error:
             raise ArtifactError(f"{self.folder.path} runs on {self.spec.world_size} processes and no other number; "
                                 f"{len(chosen)} are there. Start as many, or export the model for these") from error
-        crew = Crew(self.spec, chosen, timeout)
-        crew.control.agree("load", {"artifact": self.folder.digest, "spec": str(self.spec)})
+        group = ParallelGroup(self.spec, chosen, timeout)
+        group.control.agree("load", {"artifact": self.folder.digest, "spec": str(self.spec)})
         manifest = self.folder.manifest
         stored = Stored.of(manifest["tensors"], manifest["weights"], self.folder, weights)
-        needed = set().union(*(call.parameters(crew.rank) for call in self.calls))
+        needed = set().union(*(call.parameters(group.rank) for call in self.calls))
         try:
             tensors = stored.load(needed, self.device)
         except XditError as error:
-            crew.control.agree("the weights", {"error": str(error)})
+            group.control.agree("the weights", {"error": str(error)})
             raise
-        crew.control.agree("the weights", {"error": "none"})
+        group.control.agree("the weights", {"error": "none"})
         model = placed(_class(manifest), tensors, stored.buffers)
-        made: Any = parallel_model(model, {"forward": Runner(model, crew, check, _Calls(self.folder, self.calls))})
+        made: Any = parallel_model(model, {"forward": ModelRunner(model, group, check, _Calls(self.folder, self.calls))})
         return made
 
 
-def _check_version(folder: Folder) -> None:
+def _check_version(folder: ArtifactFolder) -> None:
     made, here = folder.manifest["made_with"]["torch"], torch.__version__
     if _series(made) > _series(here):
         raise ArtifactError(f"{folder.path} was made with PyTorch {made}, this is {here}; use that version or a later "
@@ -141,7 +141,7 @@ def _series(text: str) -> tuple[int, ...]:
     return tuple(int(n) for n in text.split("+")[0].split(".")[:2])
 
 
-def _device(asked: str, folder: Folder) -> torch.device:
+def _device(asked: str, folder: ArtifactFolder) -> torch.device:
     device = torch.device(asked)
     if device.type not in ("cpu", "cuda"):
         raise ArtifactError(f"{folder.path} asks for the device {asked!r}; there are cpu and cuda")
@@ -156,14 +156,14 @@ class StoredProgram:
 
     name: str
     body: Program
-    steady: Program | None
-    answer: Answer
-    idle: bool
+    invariant: Program | None
+    output_spec: OutputSpec
+    unsharded: bool
     stage: StageProgram | None = None
 
     @property
     def parameters(self) -> set[str]:
-        return self.stage.parameters if self.stage else parameters_of(self.body, self.steady)
+        return self.stage.parameters if self.stage else parameters_of(self.body, self.invariant)
 
     def digest(self) -> dict[str, str]:
         return {"artifact and call": self.name}
@@ -172,7 +172,7 @@ class StoredProgram:
 class _Call:
     """One kind of call of an artifact."""
 
-    def __init__(self, folder: Folder, number: int, entry: Json, loading: Loading) -> None:
+    def __init__(self, folder: ArtifactFolder, number: int, entry: Json, loading: ArtifactLoader) -> None:
         self.entry, self.loading = entry, loading
         self.name = f"{folder.digest[:16]}.{number}"
         self.spec = loading.on_backend(entry["spec"])
@@ -206,14 +206,14 @@ class _Call:
             with FakeTensorMode():
                 likes = tuple(torch.empty(shape, dtype=dtype, device=self.loading.device)
                               for shape, dtype in map(look_of, self.entry["results"]))
-            answer = Answer(structure_of(self.entry["outputs"]), (), likes)
+            output_spec = OutputSpec(structure_of(self.entry["outputs"]), (), likes)
             if "stage" in entry:
                 stage = reader.stage(entry["stage"], self.spec, position)
-                made = StoredProgram(self.name, stage.once, stage.steady, answer, bool(entry["idle"]), stage)
+                made = StoredProgram(self.name, stage.once, stage.invariant, output_spec, bool(entry["idle"]), stage)
             else:
                 body = reader.program(entry["body"], self.spec, position)
-                steady = reader.program(entry["steady"], self.spec, position) if entry["steady"] else None
-                made = StoredProgram(self.name, body, steady, answer, bool(entry["idle"]))
+                invariant = reader.program(entry["steady"], self.spec, position) if entry["steady"] else None
+                made = StoredProgram(self.name, body, invariant, output_spec, bool(entry["idle"]))
             self._made[rank] = made
         return self._made[rank]
 
@@ -225,7 +225,7 @@ class _Call:
 class _Calls:
     """The kinds of calls of an artifact, as a source of programs."""
 
-    def __init__(self, folder: Folder, calls: Sequence[_Call]) -> None:
+    def __init__(self, folder: ArtifactFolder, calls: Sequence[_Call]) -> None:
         self.folder, self.calls = folder, calls
 
     def find(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Call | None:
@@ -251,7 +251,7 @@ def _text(shape: Sequence[int], dtype: torch.dtype) -> str:
     return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
 
 
-class Loaded(nn.Module):
+class LoadedModel(nn.Module):
     """A model without code: its parameters, and what callers ask of a model of diffusers."""
 
     config: Fields
@@ -265,7 +265,7 @@ class Loaded(nn.Module):
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
 
-def _class(manifest: Mapping[str, Any]) -> type[Loaded]:
+def _class(manifest: Mapping[str, Any]) -> type[LoadedModel]:
     """One with the signature of the original's forward, by its name."""
     signature = signature_of(manifest["signature"])
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -277,6 +277,6 @@ def _class(manifest: Mapping[str, Any]) -> type[Loaded]:
     described = manifest["model"]
     config = Fields({str(k): structure_of(v).build(()) for k, v in described["config"].items()})
     name = described["class"] if str(described["class"]).isidentifier() else "Model"
-    return type(name, (Loaded,), {"forward": forward, "config": config, "__module__": __name__})
+    return type(name, (LoadedModel,), {"forward": forward, "config": config, "__module__": __name__})
 
 

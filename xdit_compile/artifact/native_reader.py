@@ -29,7 +29,7 @@ def check_target(made_for: Any, device: torch.device, where: Path) -> None:
                             "native=False, or export the model on this machine")
 
 
-class Native(nn.Module):
+class CompiledFunction(nn.Module):
     """One function of a program, in machine code.
 
     Args:

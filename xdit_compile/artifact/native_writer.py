@@ -16,11 +16,11 @@ from torch._C._distributed_c10d import _register_process_group, _unregister_proc
 from torch._inductor import list_mode_options
 
 from xdit_compile.artifact.graph_writer import encode
-from xdit_compile.layout import BATCH, SEQUENCE
-from xdit_compile.mesh import RING, ULYSSES, axis_sizes, group_name, position_of
-from xdit_compile.program import Program, is_collective, output_args
-from xdit_compile.runtime.compiling import INDUCTOR_OPTIONS
-from xdit_compile.runtime.segments import outlined
+from xdit_compile.ir.layout import BATCH, SEQUENCE
+from xdit_compile.ir.mesh import RING, ULYSSES, axis_sizes, group_name, position_of
+from xdit_compile.ir.program import Program, is_collective, output_args
+from xdit_compile.runtime.compilation.graph_segments import outlined
+from xdit_compile.runtime.compilation.regional import INDUCTOR_OPTIONS
 from xdit_compile.spec import ShardingSpec
 
 aten = torch.ops.aten

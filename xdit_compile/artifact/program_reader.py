@@ -10,15 +10,15 @@ import torch
 from torch import fx, nn
 
 from xdit_compile.artifact.graph_reader import decode
-from xdit_compile.artifact.native_reader import Native
-from xdit_compile.artifact.values import Json, look_of
+from xdit_compile.artifact.json_values import Json, look_of
+from xdit_compile.artifact.native_reader import CompiledFunction
 from xdit_compile.errors import ArtifactError
-from xdit_compile.program import Input, Program, graph_module
-from xdit_compile.runtime.flow import StageProgram
-from xdit_compile.runtime.pieces import Cut
-from xdit_compile.runtime.schedule import Edge
+from xdit_compile.ir.program import Input, Program, graph_module
+from xdit_compile.ir.pytree import flatten
+from xdit_compile.runtime.deferred.patch_propagation import Cut
+from xdit_compile.runtime.pipefusion.schedule import Edge
+from xdit_compile.runtime.pipefusion.stage_executor import StageProgram
 from xdit_compile.spec import ShardingSpec
-from xdit_compile.structure import flatten
 
 KINDS = ("parameter", "constant", "argument", "once", "received", "cache", "kept")
 LARGEST_CACHE = 2**42
@@ -50,7 +50,7 @@ class Reader:
         children: dict[str, nn.Module] = {name: graph_module(name, graph) for name, graph in graphs.items()}
         if self._package is not None:
             packages = {name: self._package(entry["packages"][name]) for name in names}
-            children = {name: Native(packages[name], graph) for name, graph in graphs.items()}
+            children = {name: CompiledFunction(packages[name], graph) for name, graph in graphs.items()}
         inputs = tuple(Input(kind, name) for kind, name in entry["inputs"])
         holders = main.find_nodes(op="placeholder")
         if len(holders) != len(inputs) or any(i.kind not in KINDS for i in inputs):
@@ -69,7 +69,7 @@ class Reader:
             return self.program(written, spec, position)
 
         return StageProgram(
-            steady=program(entry["steady"]) if entry["steady"] else None, once=program(entry["once"]),
+            invariant=program(entry["steady"]) if entry["steady"] else None, once=program(entry["once"]),
             units={int(unit): program(written) for unit, written in entry["units"].items()},
             held=tuple(entry["held"]), samples={int(place): _cut(cut) for place, cut in entry["samples"].items()},
             sends={int(to): tuple(names) for to, names in entry["sends"].items()}, returns=tuple(entry["returns"]),

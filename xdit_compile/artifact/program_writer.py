@@ -9,11 +9,11 @@ import torch
 from torch import fx
 
 from xdit_compile.artifact.graph_writer import encode
+from xdit_compile.artifact.json_values import Json, dtype_name
 from xdit_compile.artifact.native_writer import all_in_functions
-from xdit_compile.artifact.values import Json, dtype_name
-from xdit_compile.program import Program
-from xdit_compile.runtime.flow import StageProgram
-from xdit_compile.runtime.pieces import Cut
+from xdit_compile.ir.program import Program
+from xdit_compile.runtime.deferred.patch_propagation import Cut
+from xdit_compile.runtime.pipefusion.stage_executor import StageProgram
 
 
 def program_json(program: Program, add: Callable[[bytes, str], str],
@@ -39,7 +39,7 @@ def program_json(program: Program, add: Callable[[bytes, str], str],
 def stage_json(stage: StageProgram, write: Callable[[Program], Json]) -> Json:
     """Where the programs of a stage were written, and how it exchanges values with others."""
     return {
-        "steady": write(stage.steady) if stage.steady else None, "once": write(stage.once),
+        "steady": write(stage.invariant) if stage.invariant else None, "once": write(stage.once),
         "units": {str(unit): write(program) for unit, program in stage.units.items()},
         "held": stage.held, "samples": {str(place): _cut_json(cut) for place, cut in stage.samples.items()},
         "sends": {str(to): names for to, names in stage.sends.items()}, "returns": stage.returns,

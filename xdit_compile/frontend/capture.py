@@ -22,15 +22,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from xdit_compile.errors import CaptureError
-from xdit_compile.frontend.blocks import BLOCK, Kind, Outliner
-from xdit_compile.frontend.flex import FLEX, dense_mask, is_open, is_plain, modified_attention
-from xdit_compile.frontend.known import Known, Value, of_inputs
-from xdit_compile.frontend.opaque import culprit, left_in_python
+from xdit_compile.frontend.concrete_values import ConcreteValueMode, Value, of_inputs
+from xdit_compile.frontend.flex_attention import FLEX, dense_mask, is_open, is_plain, modified_attention
+from xdit_compile.frontend.gc_pause import gc_paused
+from xdit_compile.frontend.opaque_modules import culprit, left_in_python
+from xdit_compile.frontend.repeated_blocks import BLOCK, BlockKind, Outliner
+from xdit_compile.frontend.side_effects import side_effects_undone
 from xdit_compile.frontend.tracing import Traced, as_export_does, as_fake, fake_state, traced
-from xdit_compile.frontend.unchanged import unchanged
-from xdit_compile.garbage import uncollected
-from xdit_compile.program import Input, Program, drop_unused, graph_module, output_args, source_of
-from xdit_compile.structure import Structure, differ, flatten, sharing
+from xdit_compile.ir.program import Input, Program, drop_unused, graph_module, output_args, source_of
+from xdit_compile.ir.pytree import Structure, differ, flatten, sharing
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class _Call:
     """How the flat results become what the module returns, and, if it changed them (a cache was filled), its
     arguments as it left them; known once it has run."""
 
-    def __init__(self, module: nn.Module, inputs: Structure, known: Known,
+    def __init__(self, module: nn.Module, inputs: Structure, known: ConcreteValueMode,
                  values: Sequence[Value | int | None]) -> None:
         self.module, self.inputs, self._known, self._values = module, inputs, known, values
 
@@ -67,7 +67,7 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
     left: list[type[nn.Module]] = []
     while True:
         try:
-            with uncollected(), left_in_python(model, left):
+            with gc_paused(), left_in_python(model, left):
                 return _capture(model, tuple(args), dict(kwargs or {}))
         except CaptureError:
             raise
@@ -81,15 +81,15 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
 
 def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
     tensors, inputs = flatten((args, kwargs))
-    known = Known(tensors)
+    known = ConcreteValueMode(tensors)
     call = _Call(model, inputs, known, of_inputs(tensors))
     mode = detect_fake_mode([*tensors, *model.parameters()]) or FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.no_grad(), unchanged(model, args, kwargs):
+    with torch.no_grad(), side_effects_undone(model, args, kwargs):
         _off_meta(model)
         try:
             outliner = Outliner(model, known, mode)
             if outliner.paths:
-                with unchanged(model, args, kwargs), outliner.recording(), fake_state(model, mode, outliner.repeats):
+                with side_effects_undone(model, args, kwargs), outliner.recording(), fake_state(model, mode, outliner.repeats):
                     shown = [as_fake(t, mode) for t in tensors]
                     with mode:
                         call(*(shown[i] for i in sharing(tensors)))
@@ -111,7 +111,7 @@ def _off_meta(model: nn.Module) -> None:
                 vars(module)[name] = torch.zeros_like(value, device="cpu")
 
 
-def _assemble(call: _Call, tensors: Sequence[torch.Tensor], outliner: Outliner | None, known: Known,
+def _assemble(call: _Call, tensors: Sequence[torch.Tensor], outliner: Outliner | None, known: ConcreteValueMode,
               mode: FakeTensorMode) -> Program:
     constants: dict[str, torch.Tensor] = {}
     with as_export_does():
@@ -127,7 +127,7 @@ def _assemble(call: _Call, tensors: Sequence[torch.Tensor], outliner: Outliner |
 
 
 def _trace(call: _Call, tensors: Sequence[torch.Tensor], mode: FakeTensorMode) -> Traced:
-    with unchanged(call.module, call.inputs.constants):
+    with side_effects_undone(call.module, call.inputs.constants):
         found = traced(call, call.module, tensors, mode)
     for node in found.graph.nodes:
         if node.op == "call_function" and _random(node):
@@ -256,7 +256,7 @@ class _Copier:
         return env[traced.output_node().args[0]]
 
 
-def _block(kind: Kind, known: Known, mode: FakeTensorMode,
+def _block(kind: BlockKind, known: ConcreteValueMode, mode: FakeTensorMode,
            constants: dict[str, torch.Tensor]) -> tuple[fx.GraphModule, list[Input]]:
     """A block kind as a function of its parameters, then its inputs; it returns what its inputs are not."""
     found = _trace(_Call(kind.module, kind.inputs, known, kind.values), kind.examples, mode)

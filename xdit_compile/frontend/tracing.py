@@ -31,9 +31,9 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode
 
 from xdit_compile.errors import CaptureError
-from xdit_compile.givenup import device_of
-from xdit_compile.program import Input, drop_unused
-from xdit_compile.structure import sharing
+from xdit_compile.ir.program import Input, drop_unused
+from xdit_compile.ir.pytree import sharing
+from xdit_compile.ir.released_parameters import device_of
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 Importing this package registers `torch.ops.xdit_compile.attention_lse` and `.attention` (see `ops`).
 """
 
-from . import ops as _ops
-from .base import Kernel, KernelUnavailable
-from .merging import merge
-from .registry import KERNELS, resolve
+from xdit_compile.kernels import ops as _ops
+from xdit_compile.kernels.base import Kernel, KernelUnavailable
+from xdit_compile.kernels.merging import merge
+from xdit_compile.kernels.registry import KERNELS, resolve
 
 attention = _ops.attention
 attention_lse = _ops.attention_lse

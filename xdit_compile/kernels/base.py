@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import XditError
+from xdit_compile.errors import XditError
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Kernel, flash_problem, package_problem
+from xdit_compile.kernels.base import Kernel, flash_problem, package_problem
 
 
 def problem() -> str | None:

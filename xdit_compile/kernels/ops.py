@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .base import unavailable
-from .registry import KERNELS
+from xdit_compile.kernels.base import unavailable
+from xdit_compile.kernels.registry import KERNELS
 
 _ARGUMENTS = "(Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale, str kernel)"
 

@@ -7,9 +7,9 @@ import warnings
 
 import torch
 
-from ..errors import SpecError
-from . import flash_attn_kernel, torch_kernel, yunchang_kernel
-from .base import Kernel, unavailable
+from xdit_compile.errors import SpecError
+from xdit_compile.kernels import flash_attn_kernel, torch_kernel, yunchang_kernel
+from xdit_compile.kernels.base import Kernel, unavailable
 
 KERNELS: dict[str, Kernel] = {
     module.KERNEL.name: module.KERNEL for module in (torch_kernel, flash_attn_kernel, yunchang_kernel)

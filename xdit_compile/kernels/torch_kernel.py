@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import HALF_DTYPES, Kernel, ampere_or_newer, flash_problem
+from xdit_compile.kernels.base import HALF_DTYPES, Kernel, ampere_or_newer, flash_problem
 
 _cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _cuda_flash = torch.ops.aten._scaled_dot_product_flash_attention.default

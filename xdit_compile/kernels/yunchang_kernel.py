@@ -12,8 +12,8 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from . import flash_attn_kernel
-from .base import Kernel, flash_problem, package_problem
+from xdit_compile.kernels import flash_attn_kernel
+from xdit_compile.kernels.base import Kernel, flash_problem, package_problem
 
 
 def _problem() -> str | None:

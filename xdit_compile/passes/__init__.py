@@ -8,17 +8,17 @@ from types import MappingProxyType
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from xdit_compile.layout import EVERY, PATCH, Layout, Position
-from xdit_compile.mesh import axis_sizes, position_of
-from xdit_compile.passes.batch import batch_seeds, joined
+from xdit_compile.ir.layout import EVERY, PATCH, Layout, Position
+from xdit_compile.ir.mesh import axis_sizes, position_of
+from xdit_compile.ir.program import Note, Program
+from xdit_compile.passes.batch_axis import batch_seeds, joined
 from xdit_compile.passes.canonicalize import canonicalize
-from xdit_compile.passes.check import check
-from xdit_compile.passes.lower import lower_attention
-from xdit_compile.passes.overlap import overlap
-from xdit_compile.passes.seeds import choose_seeds
+from xdit_compile.passes.lower_attention import lower_attention
+from xdit_compile.passes.overlap_communication import overlap
 from xdit_compile.passes.shard import Leave, Seeds, shard
 from xdit_compile.passes.simplify import simplify
-from xdit_compile.program import Note, Program
+from xdit_compile.passes.token_axis import choose_seeds
+from xdit_compile.passes.verifier import check
 from xdit_compile.spec import ShardingSpec
 
 
@@ -88,7 +88,7 @@ def localize(program: Program, seeds: Seeds, rank: int, dump: Callable[[str, Pro
     Args:
         dump: called with each pass's name and result.
         patch: the time it is for.
-        given, leave: how inputs come and results go, where they are not whole on every rank (``shard.Walk.main``).
+        given, leave: how inputs come and results go, where they are not whole on every rank (``shard.ProgramInterpreter.main``).
     """
     assert program.spec is not None
     context = Context({**position_of(rank, program.spec), PATCH: patch}, axis_sizes(program.spec),

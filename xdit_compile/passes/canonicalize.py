@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from xdit_compile.passes.einsum import expand_einsum
-from xdit_compile.passes.manual_attention import fold_softmax, fuse_attention
-from xdit_compile.passes.writes import expand_writes
-from xdit_compile.program import Note, Program, drop_unused
+from xdit_compile.ir.program import Note, Program, drop_unused
+from xdit_compile.passes.expand_einsum import expand_einsum
+from xdit_compile.passes.functionalize_writes import expand_writes
+from xdit_compile.passes.fuse_attention import fold_softmax, fuse_attention
 
 aten = torch.ops.aten
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from xdit_compile.costs import FORMULAS, aten
-from xdit_compile.program import Input, Program, graph_module, is_collective, is_write, output_args
+from xdit_compile.ir.flops import FORMULAS, aten
+from xdit_compile.ir.program import Input, Program, graph_module, is_collective, is_write, output_args
 
 COPIES = {aten._to_copy.default, aten.clone.default, operator.getitem}
 """Operators that are no views and cost as little."""
@@ -45,9 +45,9 @@ def kept_apart(program: Program, begin: Collection[str]) -> tuple[Program | None
                     _following(graph, [n for n in holders if inputs[n].kind == "argument"]), _spared)
     if not parts.held:
         return None, program
-    steady = part_of(parted, parts.once, [inputs[n] for n in parts.once_takes], part=True)
+    invariant = part_of(parted, parts.once, [inputs[n] for n in parts.once_takes], part=True)
     body = part_of(parted, parts.rest, [inputs.get(n) or Input("kept", n.name) for n in parts.rest_takes], program.part)
-    return steady, body
+    return invariant, body
 
 
 def hoist(program: Program, begin: Collection[str],

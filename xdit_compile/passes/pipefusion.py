@@ -12,18 +12,18 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from xdit_compile.errors import PlanError, SpecError
-from xdit_compile.layout import BATCH, EVERY, PATCH, SEQUENCE, Dim, Layout
-from xdit_compile.mesh import STAGE, axis_sizes, position_of
+from xdit_compile.ir.layout import BATCH, EVERY, PATCH, SEQUENCE, Dim, Layout
+from xdit_compile.ir.mesh import STAGE, axis_sizes, position_of
+from xdit_compile.ir.program import Program
 from xdit_compile.passes import localize
-from xdit_compile.passes.batch import batch_seeds, joined
+from xdit_compile.passes.batch_axis import batch_seeds, joined
 from xdit_compile.passes.canonicalize import canonicalize
 from xdit_compile.passes.hoist import hoist
-from xdit_compile.passes.patches import cut_by_patches, patch_seeds
-from xdit_compile.passes.seeds import arguments, check_heads, choose_seeds
-from xdit_compile.passes.shard import Leave, Seeds, Sharder, Tally, Walk
-from xdit_compile.passes.stages import Stage, stages
-from xdit_compile.passes.values import Value
-from xdit_compile.program import Program
+from xdit_compile.passes.laid_out_value import Value
+from xdit_compile.passes.patch_axis import cut_by_patches, patch_seeds
+from xdit_compile.passes.shard import Cost, FunctionInterpreter, Leave, ProgramInterpreter, Seeds
+from xdit_compile.passes.stage_partition import Stage, stages
+from xdit_compile.passes.token_axis import arguments, check_heads, choose_seeds
 from xdit_compile.spec import ShardingSpec
 
 
@@ -69,7 +69,7 @@ def plan_pipeline(program: Program, spec: ShardingSpec,
     Raises:
         SpecError: the model has fewer blocks than stages, fewer tokens than patches, or writes into its arguments.
     """
-    if program.answer.changes_arguments:
+    if program.output_spec.changes_arguments:
         raise SpecError(f"{spec} cuts the model into stages, but this call of it writes into its arguments, which only "
                         "one stage would see; use ulysses or ring")
     program = replace(canonicalize(program), spec=spec)
@@ -94,9 +94,9 @@ def plan_pipeline(program: Program, spec: ShardingSpec,
     results: dict[int, Layout] = {}
     for index, stage in enumerate(made):
         position = {**position_of(index * spec.sequence_degree, spec), PATCH: EVERY}
-        once = Walk(stage.once, batch, position, sizes).main(leave=_leave(stage, once=True))
+        once = ProgramInterpreter(stage.once, batch, position, sizes).main(leave=_leave(stage, once=True))
         layouts |= dict(zip(stage.held, once.layouts, strict=False))
-        body = Walk(stage.body, seeds, position, sizes).main(_given(stage, samples, layouts), _leave(stage))
+        body = ProgramInterpreter(stage.body, seeds, position, sizes).main(_given(stage, samples, layouts), _leave(stage))
         layouts |= dict(zip(stage.sends, body.layouts, strict=False))
         results |= dict(zip(stage.results, body.layouts[len(stage.sends):], strict=True))
         results |= dict(zip(stage.fixed, once.layouts[len(stage.held):], strict=True))
@@ -120,7 +120,7 @@ def localize_stage(pipeline: Pipeline, rank: int,
     return LocalStage(once, units)
 
 
-def tallies(pipeline: Pipeline) -> list[tuple[Tally, Mapping[int, Tally]]]:
+def stage_costs(pipeline: Pipeline) -> list[tuple[Cost, Mapping[int, Cost]]]:
     """What one rank of each stage has to do once per step, and for each patch and for EVERY."""
     spec = pipeline.whole.spec
     assert spec is not None
@@ -129,10 +129,10 @@ def tallies(pipeline: Pipeline) -> list[tuple[Tally, Mapping[int, Tally]]]:
     for index, stage in enumerate(pipeline.stages):
         position = position_of(index * spec.sequence_degree, spec)
         given = _given(stage, pipeline.samples, pipeline.layouts)
-        once = Walk(stage.once, pipeline.batch, {**position, PATCH: EVERY}, sizes).main(leave=_leave(stage, once=True))
-        units = {patch: Walk(stage.body, pipeline.seeds, {**position, PATCH: patch}, sizes).main(
-            given, _leave(stage)).tally for patch in times}
-        found.append((once.tally, units))
+        once = ProgramInterpreter(stage.once, pipeline.batch, {**position, PATCH: EVERY}, sizes).main(leave=_leave(stage, once=True))
+        units = {patch: ProgramInterpreter(stage.body, pipeline.seeds, {**position, PATCH: patch}, sizes).main(
+            given, _leave(stage)).cost for patch in times}
+        found.append((once.cost, units))
     return found
 
 
@@ -166,7 +166,7 @@ def _leave(stage: Stage, once: bool = False) -> Leave:
     """What a stage sends stays as it is laid out; results of the model are whole on all ranks, patch by patch."""
     kept = len(stage.held) if once else len(stage.sends)
 
-    def leave(s: Sharder, index: int, value: Value) -> Value:
+    def leave(s: FunctionInterpreter, index: int, value: Value) -> Value:
         value = s.summed(value)
         if index < kept:
             return value

@@ -19,24 +19,24 @@ from typing import Any
 import torch
 from torch import fx
 
-from xdit_compile.costs import flops
-from xdit_compile.keeping import refresh
-from xdit_compile.layout import BATCH, PATCH, SEQUENCE, Dim, Layout, Position, length
-from xdit_compile.mesh import position_of
-from xdit_compile.passes.attention import AttentionPlan
-from xdit_compile.passes.emit import Emitter
+from xdit_compile.ir.flops import flops
+from xdit_compile.ir.layout import BATCH, PATCH, SEQUENCE, Dim, Layout, Position, length
+from xdit_compile.ir.mesh import position_of
+from xdit_compile.ir.program import Input, Note, Program, graph_module, module_of, source_of
+from xdit_compile.ir.stale_cache import update_and_read
+from xdit_compile.passes.attention_plan import AttentionPlan
+from xdit_compile.passes.emitter import Emitter
+from xdit_compile.passes.laid_out_value import NoRule, Value
 from xdit_compile.passes.rules import find_rule
-from xdit_compile.passes.values import NoRule, Value
-from xdit_compile.program import Input, Note, Program, graph_module, module_of, source_of
 
 Result = Value | tuple[Any, ...] | None
-Leave = Callable[["Sharder", int, Value], Value]
+Leave = Callable[["FunctionInterpreter", int, Value], Value]
 Seeds = Mapping[str, Layout]
 """Where to begin: how values of ``main``, by the names of their nodes, are laid out."""
 
 
 @dataclass
-class Tally:
+class Cost:
     """What the walk met so far: work and traffic of one rank, and the decisions behind them."""
 
     flops: int = 0
@@ -49,7 +49,7 @@ class Tally:
     cut: set[str] = field(default_factory=set)  # values of main, along all of a dimension
     results: tuple[Layout, ...] = ()  # of main, as they were computed
 
-    def add(self, other: Tally) -> None:
+    def add(self, other: Cost) -> None:
         self.flops += other.flops
         self.sent += other.sent
         self.moved += other.moved
@@ -59,21 +59,21 @@ class Tally:
 
 
 @dataclass
-class Memo:
+class CostMemo:
     """What walks of one program that only count, for one rank, need do but once: block functions by the layouts of
     their inputs, and nodes of which nothing is sharded."""
 
-    functions: dict[tuple[str, tuple[Layout, ...]], tuple[str, tuple[Layout, ...], Tally]] = field(default_factory=dict)
-    whole: dict[fx.Node, tuple[Result, Tally]] = field(default_factory=dict)
+    functions: dict[tuple[str, tuple[Layout, ...]], tuple[str, tuple[Layout, ...], Cost]] = field(default_factory=dict)
+    whole: dict[fx.Node, tuple[Result, Cost]] = field(default_factory=dict)
 
 
-class Sharder:
+class FunctionInterpreter:
     """Interprets one function of the program for one rank. Rules call its public methods."""
 
-    def __init__(self, walk: Walk, emitter: Emitter | None, function: str) -> None:
-        self.walk, self.emitter, self.function = walk, emitter, function
-        self.spec, self.position, self.sizes = walk.spec, walk.position, walk.sizes
-        self.tally = Tally()
+    def __init__(self, interpreter: ProgramInterpreter, emitter: Emitter | None, function: str) -> None:
+        self.interpreter, self.emitter, self.function = interpreter, emitter, function
+        self.spec, self.position, self.sizes = interpreter.spec, interpreter.position, interpreter.sizes
+        self.cost = Cost()
         self.node: fx.Node
         self._relaid: dict[tuple[int, Layout], Value] = {}
         self._keep: list[Value] = []
@@ -167,11 +167,11 @@ class Sharder:
         self.note("kept", f"dimension {dim} of {value.layout} is read with other patches as they were a step before",
                   math.prod(shape) * value.dtype.itemsize)
         cache = self.cache(shape, value.dtype)
-        return cache and self.emitter.call(refresh, cache, value.node, dim, value.dims[dim].spans(self.position))
+        return cache and self.emitter.call(update_and_read, cache, value.node, dim, value.dims[dim].spans(self.position))
 
     def cache(self, shape: Sequence[int], dtype: torch.dtype) -> fx.Node | None:
         """Memory that outlives the call, a further input of the function."""
-        self.tally.kept += math.prod(shape) * dtype.itemsize
+        self.cost.kept += math.prod(shape) * dtype.itemsize
         return None if self.emitter is None else self.emitter.cache(shape, dtype, self.node.meta["val"])
 
     def positions(self, dim: Dim) -> list[Position]:
@@ -247,15 +247,15 @@ class Sharder:
 
     def attend(self, plan: AttentionPlan) -> None:
         """Count a distributed attention and say how it is done."""
-        self.tally.attentions += 1
-        self.tally.flops += plan.flops(self.position)
-        self.tally.sent += plan.sent(self.position)
+        self.cost.attentions += 1
+        self.cost.flops += plan.flops(self.position)
+        self.cost.sent += plan.sent(self.position)
         self.note("attention", str(plan), plan.sent(self.position))
 
     def note(self, kind: Any, text: str, size: int = 0) -> None:
         """Say what was decided here; the text must be the same on every rank."""
         if self.emitter is not None:
-            self.tally.notes.append(Note(kind, self.node.name, text, module_of(self.node), source_of(self.node),
+            self.cost.notes.append(Note(kind, self.node.name, text, module_of(self.node), source_of(self.node),
                                          self.function, size))
 
     # The walk
@@ -279,7 +279,7 @@ class Sharder:
                 assert isinstance(value, Value)
                 env[node] = self._standing(node, lambda v=value, n=node.name: self._seed(v, seeds[n]))
         if self.function == "main":
-            self.tally.cut = {n.name for n, v in env.items() if isinstance(v, Value) and any(
+            self.cost.cut = {n.name for n, v in env.items() if isinstance(v, Value) and any(
                 d.axes - {BATCH} and all(seg.cut for seg in d.segments) for d in v.dims)}
         return outputs
 
@@ -336,24 +336,24 @@ class Sharder:
 
     def _counted(self, node: fx.Node, args: Any, kwargs: Any) -> Result:
         """As ``_whole``, once for all walks."""
-        known = self.walk.memo.whole
+        known = self.interpreter.memo.whole
         if node not in known:
-            before, self.tally = self.tally, Tally()
-            known[node] = self._whole(args, kwargs), self.tally
-            self.tally = before
-        result, tally = known[node]
-        self.tally.add(tally)
+            before, self.cost = self.cost, Cost()
+            known[node] = self._whole(args, kwargs), self.cost
+            self.cost = before
+        result, cost = known[node]
+        self.cost.add(cost)
         return result
 
     def _call(self, node: fx.Node, args: Sequence[Value]) -> tuple[Value, ...]:
         args = [self.summed(a) for a in args]
-        name, layouts, tally = self.walk.function(str(node.target), tuple(a.layout for a in args))
-        self.tally.add(tally)
+        name, layouts, cost = self.interpreter.function(str(node.target), tuple(a.layout for a in args))
+        self.cost.add(cost)
         dtypes = [m.dtype for m in node.meta["val"]]
         if self.emitter is None:
             return tuple(Value(None, lay, t) for lay, t in zip(layouts, dtypes, strict=True))
-        results = self.walk.results[name]
-        caches = [self.emitter.cache(c.shape, c.dtype, c) for c in self.walk.caches[name]]
+        results = self.interpreter.results[name]
+        caches = [self.emitter.cache(c.shape, c.dtype, c) for c in self.interpreter.caches[name]]
         call = self.emitter.call_function_module(name, [*(self._node(a) for a in args), *caches], results)
         pieces = []
         for i, (layout, dtype) in enumerate(zip(layouts, dtypes, strict=True)):
@@ -366,12 +366,12 @@ class Sharder:
 
     def _count(self, target: Any, args: Sequence[Any], out: Value) -> None:
         shape = out.local_shape(self.position)
-        self.tally.moved += math.prod(shape) * out.dtype.itemsize
+        self.cost.moved += math.prod(shape) * out.dtype.itemsize
         shapes = [a.local_shape(self.position) if isinstance(a, Value) else a for a in args]
-        self.tally.flops += flops(target, shapes, shape)
+        self.cost.flops += flops(target, shapes, shape)
 
     def _traffic(self, kind: str, size: int, why: str) -> None:
-        self.tally.sent += size
+        self.cost.sent += size
         self.note("collective", f"{kind}: {why}", size)
 
     def _gather(self, value: Value, dim: int) -> fx.Node | None:
@@ -379,7 +379,7 @@ class Sharder:
         (axis,) = old.axes - {PATCH}
         row = value.local_bytes(self.position) // max(old.local_size(self.position), 1)
         held = max(length(old.spans({**self.position, axis: i}, sharded=True)) for i in range(self.sizes[axis]))
-        self.tally.gathers += self.function != "main"
+        self.cost.gathers += self.function != "main"
         self._traffic("all_gather", held * row * (self.sizes[axis] - 1),
                       f"dimension {dim} of {value.layout} is needed whole")
         return None if self.emitter is None else self.emitter.gather(value, dim)
@@ -391,18 +391,18 @@ class Sharder:
 
 
 @dataclass(frozen=True)
-class Main:
+class Interpretation:
     """What a walk found: what it counted, and how the results are left."""
 
-    tally: Tally
+    cost: Cost
     layouts: tuple[Layout, ...]
 
 
-class Walk:
+class ProgramInterpreter:
     """One interpretation of a whole program: ``main`` and its block functions, each once per layout of inputs."""
 
     def __init__(self, program: Program, seeds: Seeds, position: Position, sizes: Mapping[str, int],
-                 mode: Any = None, memo: Memo | None = None) -> None:
+                 mode: Any = None, memo: CostMemo | None = None) -> None:
         assert program.spec is not None
         self.program, self.seeds, self.spec = program, seeds, program.spec
         self.position, self.sizes, self.mode = position, dict(sizes), mode
@@ -410,10 +410,10 @@ class Walk:
         self.functions: dict[str, fx.GraphModule] = {}
         self.results: dict[str, tuple[Any, ...]] = {}
         self.caches: dict[str, list[torch.Tensor]] = {}
-        self.memo = memo or Memo()
+        self.memo = memo or CostMemo()
         self._graphs = dict(program.functions())
 
-    def main(self, given: Mapping[str, Layout] = MappingProxyType({}), leave: Leave | None = None) -> Main:
+    def main(self, given: Mapping[str, Layout] = MappingProxyType({}), leave: Leave | None = None) -> Interpretation:
         """Interpret ``main``.
 
         Args:
@@ -424,9 +424,9 @@ class Walk:
         layouts = tuple(given.get(n.name) or Layout.replicated(n.meta["val"].shape)
                         for n in graph.find_nodes(op="placeholder"))
         self._leave = leave or (lambda s, i, value: s.whole(value))
-        return Main(*self._interpret("main", "main", layouts, self.seeds)[::-1])
+        return Interpretation(*self._interpret("main", "main", layouts, self.seeds)[::-1])
 
-    def function(self, name: str, layouts: tuple[Layout, ...]) -> tuple[str, tuple[Layout, ...], Tally]:
+    def function(self, name: str, layouts: tuple[Layout, ...]) -> tuple[str, tuple[Layout, ...], Cost]:
         """The local form of block function ``name`` for inputs laid out like this, made once."""
         key = (name, layouts)
         done = self.memo.functions
@@ -437,10 +437,10 @@ class Walk:
         return done[key]
 
     def _interpret(self, name: str, local: str, layouts: Sequence[Layout],
-                   seeds: Seeds) -> tuple[tuple[Layout, ...], Tally]:
+                   seeds: Seeds) -> tuple[tuple[Layout, ...], Cost]:
         graph = self._graphs[name].graph
         emitter = Emitter(self.mode, self.position, self.sizes) if self.mode is not None else None
-        sharder = Sharder(self, emitter, local)
+        sharder = FunctionInterpreter(self, emitter, local)
         arguments = []
         for node, layout in zip(graph.find_nodes(op="placeholder"), layouts, strict=True):
             example = node.meta["val"]
@@ -451,43 +451,43 @@ class Walk:
             arguments.append(Value(holder, layout, example.dtype))
         outputs = sharder.run(graph, arguments, seeds)
         # The caller of main expects whole tensors, main takes what a block returns as it is laid out.
-        sharder.tally.results = tuple(v.layout for v in outputs)
+        sharder.cost.results = tuple(v.layout for v in outputs)
         outputs = [self._leave(sharder, i, v) if local == "main" else sharder.summed(v) for i, v in enumerate(outputs)]
         if emitter:
-            self.notes += sharder.tally.notes
+            self.notes += sharder.cost.notes
             out = emitter.graph.output(tuple(sharder._node(v) for v in outputs))
             out.meta["val"] = tuple(sharder._node(v).meta["val"] for v in outputs)
             self.results[local] = out.meta["val"]
             self.caches[local] = [c.meta["val"] for c in emitter.caches]
             self.functions[local] = graph_module(
                 local, emitter.graph, self.functions if local == "main" else None)
-        return tuple(v.layout for v in outputs), sharder.tally
+        return tuple(v.layout for v in outputs), sharder.cost
 
 
 def shard(program: Program, seeds: Seeds, position: Position, sizes: Mapping[str, int], mode: Any,
           given: Mapping[str, Layout] = MappingProxyType({}), leave: Leave | None = None) -> Program:
     """The local program of one rank: needs a canonical program with a spec, guarantees a layout on every value.
-    ``given`` and ``leave`` are as in ``Walk.main``."""
-    walk = Walk(program, seeds, position, sizes, mode)
-    walk.main(given, leave)
-    caches = tuple(Input("cache", str(i)) for i in range(len(walk.caches["main"])))
-    return program.having("sharded", main=walk.functions["main"], position=dict(position),
-                          inputs=program.inputs + caches, notes=program.notes + tuple(walk.notes))
+    ``given`` and ``leave`` are as in ``ProgramInterpreter.main``."""
+    interpreter = ProgramInterpreter(program, seeds, position, sizes, mode)
+    interpreter.main(given, leave)
+    caches = tuple(Input("cache", str(i)) for i in range(len(interpreter.caches["main"])))
+    return program.having("sharded", main=interpreter.functions["main"], position=dict(position),
+                          inputs=program.inputs + caches, notes=program.notes + tuple(interpreter.notes))
 
 
-class Estimator:
+class CostEstimator:
     """Says what ``shard`` would cost for one choice of seeds after the other."""
 
     def __init__(self, program: Program, sizes: Mapping[str, int]) -> None:
         assert program.spec is not None
         self.program, self.sizes = program, sizes
         # The first and the last rank hold the largest remainders.
-        self._ends = [(position_of(rank, program.spec), Memo()) for rank in sorted({0, program.spec.world_size - 1})]
+        self._ends = [(position_of(rank, program.spec), CostMemo()) for rank in sorted({0, program.spec.world_size - 1})]
 
-    def __call__(self, seeds: Seeds) -> Tally:
+    def __call__(self, seeds: Seeds) -> Cost:
         """The cost of the busiest rank."""
-        walks = (Walk(self.program, seeds, end, self.sizes, memo=memo) for end, memo in self._ends)
-        return max((walk.main().tally for walk in walks), key=lambda tally: tally.flops)
+        interpreters = (ProgramInterpreter(self.program, seeds, end, self.sizes, memo=memo) for end, memo in self._ends)
+        return max((interpreter.main().cost for interpreter in interpreters), key=lambda cost: cost.flops)
 
 
 def _map_values(f: Callable[[Value], Any], tree: Any) -> Any:

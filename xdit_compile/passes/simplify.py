@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx.passes.dialect.common.cse_pass import CSEPass, get_CSE_banned_ops
 
-from xdit_compile.program import Program, drop_unused, graph_module, is_collective
+from xdit_compile.ir.program import Program, drop_unused, graph_module, is_collective
 
 
 def simplify(program: Program) -> Program:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from xdit_compile.program import Program
+from xdit_compile.ir.program import Program
 from xdit_compile.report import traffic
 from xdit_compile.report.memory import peak_activations
 from xdit_compile.report.operations import program_flops

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from xdit_compile.program import Program
+from xdit_compile.ir.program import Program
 
 WAIT = torch.ops._c10d_functional.wait_tensor.default
 

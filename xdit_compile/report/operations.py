@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from xdit_compile.costs import attention_flops, flops
-from xdit_compile.program import Program
+from xdit_compile.ir.flops import attention_flops, flops
+from xdit_compile.ir.program import Program
 
 ours = torch.ops.xdit_compile
 KERNELS = {ours.attention.default, ours.attention_lse.default}

@@ -13,9 +13,9 @@ from rich.text import Text
 from xdit_compile.report.units import plural, size, work
 
 if TYPE_CHECKING:
-    from xdit_compile.explain import Explanation, Row
-    from xdit_compile.run import Run
-    from xdit_compile.verify import Verification
+    from xdit_compile.cli.run import Run
+    from xdit_compile.diagnostics.explain import Explanation, Row
+    from xdit_compile.diagnostics.verify import Verification
 
 def table(title: str, *columns: str) -> Table:
     """An empty table; a column whose name begins with ``>`` holds numbers."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from xdit_compile.mesh import axis_sizes, group_name
-from xdit_compile.program import Note, Program, module_of, source_of
+from xdit_compile.ir.mesh import axis_sizes, group_name
+from xdit_compile.ir.program import Note, Program, module_of, source_of
 
 c10d = torch.ops._c10d_functional
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_compile.program import Program
-from xdit_compile.runtime.compiling import compiled
-from xdit_compile.runtime.kept import Kept, Set
+from xdit_compile.ir.program import Program
+from xdit_compile.runtime.compilation.regional import compiled
+from xdit_compile.runtime.loop_invariant_cache import CachedValues, LoopInvariantCache
 
 NONE: Mapping[str, torch.Tensor] = MappingProxyType({})
 
@@ -27,27 +27,27 @@ class Executor:
         counts: counts the calls that used them again, in ``kept``.
     """
 
-    def __init__(self, program: Program, model: nn.Module, steady: Program | None = None,
+    def __init__(self, program: Program, model: nn.Module, invariant: Program | None = None,
                  counts: Counter[str] | None = None) -> None:
         assert program.spec is not None
         self.program = program
         self._module = compiled(program.main, program.spec)
-        self._state = State(model, [i.name for i in program.inputs if i.kind == "parameter"])
-        self._steady = None if steady is None else Executor(steady, model)
-        self._kept = None if steady is None else Kept(
-            [int(i.name.removeprefix("arg_")) for i in steady.inputs if i.kind == "argument"],
+        self._state = ParameterReader(model, [i.name for i in program.inputs if i.kind == "parameter"])
+        self._invariant = None if invariant is None else Executor(invariant, model)
+        self._kept = None if invariant is None else LoopInvariantCache(
+            [int(i.name.removeprefix("arg_")) for i in invariant.inputs if i.kind == "argument"],
             Counter() if counts is None else counts)
 
     @property
     def programs(self) -> tuple[Program, ...]:
         """All that a call may run."""
-        return (self.program, *(self._steady.programs if self._steady else ()))
+        return (self.program, *(self._invariant.programs if self._invariant else ()))
 
     def __call__(self, tensors: Sequence[torch.Tensor], values: Mapping[str, torch.Tensor] = NONE,
                  caches: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
         given = {f"arg_{i}": t for i, t in enumerate(tensors)}
-        steady = self._steady_values(tensors)
-        held, memory, kept = iter(self._state.read()), iter(caches), iter(steady.values if steady else ())
+        invariant = self._invariant_values(tensors)
+        held, memory, kept = iter(self._state.read()), iter(caches), iter(invariant.values if invariant else ())
         find: dict[str, Callable[[str], torch.Tensor]] = {
             "argument": given.__getitem__, "parameter": lambda _: next(held), "cache": lambda _: next(memory),
             "constant": self.program.constants.__getitem__, "once": values.__getitem__,
@@ -55,15 +55,15 @@ class Executor:
         with torch.no_grad():
             results = self._module(*(find[i.kind](i.name) for i in self.program.inputs))
         # The caller may write into what the model returns.
-        return results if steady is None or self.program.part else tuple(map(steady.apart, results))
+        return results if invariant is None or self.program.part else tuple(map(invariant.apart, results))
 
-    def _steady_values(self, tensors: Sequence[torch.Tensor]) -> Set | None:
-        if (steady := self._steady) is None or self._kept is None:
+    def _invariant_values(self, tensors: Sequence[torch.Tensor]) -> CachedValues | None:
+        if (invariant := self._invariant) is None or self._kept is None:
             return None
-        return self._kept(tensors, steady._state.read(), lambda: steady(tensors))
+        return self._kept(tensors, invariant._state.read(), lambda: invariant(tensors))
 
 
-class State:
+class ParameterReader:
     """Parameters and buffers of a model by name, looked up anew at each call: they and the modules that have them may
     have been replaced. No module is held, so that weights which are unloaded are freed."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from xdit_compile.layout import Dim, Layout
+from xdit_compile.ir.layout import Dim, Layout
 from xdit_compile.passes.rules import rule
 
 aten = torch.ops.aten

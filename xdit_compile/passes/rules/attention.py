@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from xdit_compile.layout import BATCH, PATCH, SEQUENCE, Dim, Layout
-from xdit_compile.mesh import ULYSSES
-from xdit_compile.passes.attention import local_heads, plan_attention, sharded_attention
+from xdit_compile.ir.layout import BATCH, PATCH, SEQUENCE, Dim, Layout
+from xdit_compile.ir.mesh import ULYSSES
+from xdit_compile.passes.attention_plan import local_heads, plan_attention, sharded_attention
 from xdit_compile.passes.rules import rule
 
 aten = torch.ops.aten
@@ -62,7 +62,7 @@ def _within_reach(s, q, k, v):
     parts = max(len(seg.offsets) - 1 for seg in tokens.segments if seg.cut)
     if PATCH in tokens.axes and SEQUENCE not in tokens.axes & q.dims[-2].axes:
         # Of this step what has come already, of the step before what has not: all of it is here.
-        s.tally.attentions += 1
+        s.cost.attentions += 1
         k, v = s.whole(k, -2), s.whole(v, -2)
     elif heads < s.spec.ulysses_degree:
         s.note("attention", f"{heads} heads are fewer than ulysses_degree={s.spec.ulysses_degree}: "

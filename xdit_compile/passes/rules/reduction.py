@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from xdit_compile.layout import PATCH, Dim, Layout
+from xdit_compile.ir.layout import PATCH, Dim, Layout
+from xdit_compile.passes.laid_out_value import Value
 from xdit_compile.passes.rules import rule
-from xdit_compile.passes.values import Value
 
 aten = torch.ops.aten
 

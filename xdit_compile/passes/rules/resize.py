@@ -6,10 +6,10 @@ from functools import cache
 
 import torch
 
-from xdit_compile.layout import PATCH, Dim, Layout, Segment
+from xdit_compile.ir.layout import PATCH, Dim, Layout, Segment
+from xdit_compile.passes.laid_out_value import NoRule, Value
 from xdit_compile.passes.rules import rule
 from xdit_compile.passes.rules.shape import cat, slice_
-from xdit_compile.passes.values import NoRule, Value
 
 aten = torch.ops.aten
 

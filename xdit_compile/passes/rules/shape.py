@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import torch
 
-from xdit_compile.layout import Dim, Layout, concatenate, length, reshape
+from xdit_compile.ir.layout import Dim, Layout, concatenate, length, reshape
+from xdit_compile.passes.laid_out_value import NoRule
 from xdit_compile.passes.rules import rule
-from xdit_compile.passes.values import NoRule
 
 aten = torch.ops.aten
 

@@ -1,0 +1,121 @@
+"""The weights of an artifact: checked by the headers of their files, mapped where that can be."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from xdit_compile.artifact.files import ArtifactFolder
+from xdit_compile.artifact.json_values import Json, look_of
+from xdit_compile.driver.checkpoint import Checkpoint
+from xdit_compile.errors import ArtifactError
+
+_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where the tensors of a model are.
+
+    Attributes:
+        looks: shape and type of each that programs use; aliases: names that mean the same tensor, it first.
+        files: of each, that which holds it, and under which name; buffers: names of those that are no parameters.
+    """
+
+    looks: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    aliases: Mapping[str, tuple[str, ...]]
+    files: Mapping[str, tuple[Path, str]]
+    buffers: frozenset[str]
+
+    @staticmethod
+    def of(entries: Json, included: Json, folder: ArtifactFolder, weights: str | Path | None) -> Stored:
+        """From what the manifest says of tensors, and the weights that the user named.
+
+        Raises:
+            ArtifactError: they are nowhere, or in other shapes or types than the model's.
+        """
+        looks = {str(name): look_of(entry) for name, entry in entries.items()}
+        aliases = {name: (name, *([e["same_as"]] if "same_as" in e else []), *e["also"]) for name, e in entries.items()}
+        # A hash of all of them would take longer than to map them.
+        places = {name: (folder.file(file, whole=False), name) for file, names in included.items() for name in names}
+        given = {} if weights is None else {
+            name: (path, name) for name, path in Checkpoint.at(weights).files.items()}
+        found: dict[str, tuple[Path, str]] = {}
+        for name, names in aliases.items():
+            place = next((held[n] for held in (places, given) for n in names if n in held), None)
+            if place is not None:
+                found[name] = place
+        if missing := [name for name in looks if name not in found]:
+            shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            raise ArtifactError(f"{weights} has no {shown}" if weights is not None else
+                                f"{folder.path} does not include {shown}; give weights=FOLDER with the model's "
+                                "safetensors")
+        return Stored(looks, aliases, found, frozenset(n for n, e in entries.items() if e["buffer"]))
+
+    def load(self, names: Collection[str], device: torch.device) -> dict[str, torch.Tensor]:
+        """These tensors; one where names mean the same. On a CPU they are mapped: read when they are used.
+
+        Raises:
+            ArtifactError: one has another shape or type in its file.
+        """
+        made: dict[tuple[Path, str], torch.Tensor] = {}
+        for path in sorted({self.files[n][0] for n in names}):
+            with _opened(path, device) as file:
+                for name in names:
+                    if (place := self.files[name])[0] == path and place not in made:
+                        self._check(name, file.get_slice(place[1]), path)
+                        made[place] = file.get_tensor(place[1])
+        return {name: made[self.files[name]] for name in names}
+
+    def _check(self, name: str, header: Any, path: Path) -> None:
+        found = tuple(header.get_shape()), _TYPES.get(header.get_dtype(), header.get_dtype())
+        if found != self.looks[name]:
+            shape, dtype = self.looks[name]
+            raise ArtifactError(f"{name} is {found[1]}{list(found[0])} in {path}, but the model was exported with "
+                                f"{dtype}{list(shape)}; convert the weights, or export the model as it is loaded now")
+
+    @staticmethod
+    def read(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
+        """All tensors of a file."""
+        with _opened(path, device) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def placed(cls: type[nn.Module], tensors: Mapping[str, torch.Tensor], buffers: Collection[str]) -> nn.Module:
+    """A model of nothing but these tensors, in modules by the parts of their names."""
+    model = cls()
+    made: dict[int, nn.Parameter] = {}
+    for name, tensor in sorted(tensors.items()):
+        *path, leaf = name.split(".")
+        module = model
+        for step in path:
+            if step not in module._modules:
+                module._modules[step] = nn.Module()
+            inner = module._modules[step]
+            assert inner is not None
+            module = inner
+        if name in buffers:
+            module._buffers[leaf] = tensor
+        else:
+            module._parameters[leaf] = made.setdefault(id(tensor), nn.Parameter(tensor, requires_grad=False))
+    return model.eval()
+
+
+def _opened(path: Path, device: torch.device) -> Any:
+    try:
+        library = import_module("safetensors")
+    except ImportError as error:
+        raise ArtifactError("artifacts keep tensors as safetensors, which is not installed; pip install safetensors"
+                            ) from error
+    try:
+        return library.safe_open(str(path), framework="pt", device=str(device))
+    except (OSError, library.SafetensorError) as error:
+        raise ArtifactError(f"cannot read {path}: {error}") from error

@@ -1,0 +1,263 @@
+"""What making one call of a model parallel would do, without doing it: no processes, no weights."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.console import RenderableType
+from torch import fx, nn
+
+from xdit_compile.diagnostics.origins import Piece, global_functions, pieces
+from xdit_compile.diagnostics.stage_costs import Stages, stages_of
+from xdit_compile.driver.compile_call import Dump, compile_program, parted
+from xdit_compile.driver.compile_stage import staged
+from xdit_compile.errors import SpecError
+from xdit_compile.frontend.method_module import as_module
+from xdit_compile.frontend.program_cache import captured
+from xdit_compile.ir.call_arguments import Inputs, call_arguments
+from xdit_compile.ir.flops import FORMULAS
+from xdit_compile.ir.mesh import STAGE, position_of
+from xdit_compile.ir.program import Note, Program, module_of, source_of
+from xdit_compile.ir.step_inputs import step_inputs
+from xdit_compile.passes.pipefusion import plan_pipeline
+from xdit_compile.report.costs import Costs, costs_of
+from xdit_compile.report.loop_invariants import InvariantWork, keeping, with_invariants
+from xdit_compile.report.operations import contractions
+from xdit_compile.report.tables import explanation_table, summary_of_explanation
+from xdit_compile.report.text import jsonable, plain
+from xdit_compile.spec import ShardingSpec
+
+MOST = 10
+"""How many of the largest replicated operations are listed."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operator, or one decision about it.
+
+    Attributes:
+        function, node: where it stands in the program; module, source: whose forward made it, and the line.
+        text: what was decided.
+        times: how often it runs in one forward.
+        sent: bytes this rank sends for it in one forward.
+        flops: this rank's operations for it in one forward, where they are the point.
+    """
+
+    function: str
+    node: str
+    module: str
+    source: str
+    text: str
+    times: int
+    sent: int = 0
+    flops: int = 0
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """All collectives of one kind and purpose in one function; ``count`` and ``sent`` are per forward."""
+
+    kind: str
+    axis: str
+    ranks: int
+    why: str
+    function: str
+    module: str
+    source: str
+    count: int
+    sent: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``rank`` would do under ``spec``, and what one device does without it.
+
+    Attributes:
+        model: the class's name.
+        functions: how often each function of the program runs in one forward; ``main`` is the forward itself,
+            the others are blocks captured once.
+        operators: how many nodes of each operator were captured.
+        capture_seconds, passes_seconds: how long it took to make the program; what was captured before is not
+            captured again.
+        seeds: where the token axes start.
+        attentions, convolutions: each of them, and what became of it.
+        traffic: the collectives, largest first.
+        fallbacks: operators computed whole for want of a rule.
+        replicated: the most expensive operators that every rank computes whole.
+        replicated_flops: this rank's operations in all that every rank computes whole.
+        local, whole: costs of this rank, and of the model on one device; under ``pipefusion``, of one step.
+        kept: what of ``local`` is computed at the first step only; None if nothing is.
+        stages: of a pipeline, what each of them does; the rows above are then those of this rank's stage.
+    """
+
+    model: str
+    spec: ShardingSpec
+    rank: int
+    functions: Mapping[str, int]
+    operators: Mapping[str, int]
+    capture_seconds: float
+    passes_seconds: float
+    seeds: tuple[Row, ...]
+    attentions: tuple[Row, ...]
+    convolutions: tuple[Row, ...]
+    traffic: tuple[Traffic, ...]
+    fallbacks: tuple[Row, ...]
+    replicated: tuple[Row, ...]
+    replicated_flops: int
+    local: Costs
+    whole: Costs
+    kept: InvariantWork | None = None
+    stages: Stages | None = None
+
+    @property
+    def work_ratio(self) -> float:
+        """This rank's operations, times the number of ranks, over those of one device: 1.0 is ideal."""
+        return self.local.flops * self.spec.world_size / max(self.whole.flops, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as what JSON can say."""
+        fields = jsonable(self)
+        local, whole = fields.pop("local"), fields.pop("whole")
+        costs = {"flops": local["flops"], "flops_single_device": whole["flops"],
+                 "work_ratio": self.work_ratio, "bytes_sent": self.local.sent,
+                 "collectives": self.local.collective_count,
+                 "peak_activation_bytes": local["activations"],
+                 "peak_activation_bytes_single_device": whole["activations"]}
+        return fields | {"spec": str(self.spec), "world_size": self.spec.world_size, "costs": costs,
+                         "collectives": local["collectives"]}
+
+    def summary(self) -> str:
+        """One line."""
+        return summary_of_explanation(self)
+
+    def __rich__(self) -> RenderableType:
+        return explanation_table(self)
+
+    def __str__(self) -> str:
+        return plain(self)
+
+
+def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, inputs: Inputs, *,
+            rank: int = 0, dump: Dump | None = None, method: str = "forward") -> Explanation:
+    """Capture one call of ``model``, make ``rank``'s program for ``spec``, and say what it does and costs.
+
+    Nothing is computed, sent or started, and the model may be on the meta device.
+
+    Args:
+        model: any DiT as a torch.nn.Module, in eval mode.
+        spec: as for ``parallelize``; no processes are needed, however many ranks it speaks of.
+        inputs: example inputs, a dict of keyword arguments or a tuple of positional ones.
+        rank: whose program is described. Where shares are uneven, ranks differ.
+        dump: called with the name of each pass and the program it made.
+        method: which of the model's methods is called; an autoencoder's ``decode``, say.
+
+    Raises:
+        SpecError: the spec does not fit the model, or has no such rank.
+        CaptureError: the model cannot be captured.
+    """
+    spec = ShardingSpec.parse(spec)
+    if not 0 <= rank < spec.world_size:
+        raise SpecError(f"rank {rank} is none of the {spec.world_size} ranks of {spec}")
+    if method != "forward":
+        model = as_module(model, method)
+    args, kwargs = call_arguments(model, inputs)
+    start = time.perf_counter()
+    program = captured(model, args, kwargs)
+    middle = time.perf_counter()
+    changes, stages = step_inputs(model, args, kwargs), None
+    if spec.pipefusion_degree > 1:
+        whole, body, local, costs, kept, stages = _stage(program, spec, rank, dump, changes)
+    else:
+        compiled = compile_program(program, spec, rank, dump, changes)
+        whole, local = compiled.whole, compiled.local
+        body, costs = whole, with_invariants(costs_of(local), compiled.invariant, compiled.body)
+        kept = keeping(local, compiled.invariant, compiled.body, compiled.changes, costs.flops)
+    end = time.perf_counter()
+    notes, calls = local.notes, local.calls()
+    replicated = sorted(_replicated(local), key=lambda row: -row.flops) if spec.world_size > 1 else []
+    return Explanation(
+        type(model).__name__, spec, rank, calls, _operators(program), middle - start, end - middle,
+        tuple(_row(n, calls) for n in notes if n.kind == "seed"),
+        tuple(_rewritten(body, local, costs, "scaled_dot_product_attention")),
+        tuple(_rewritten(body, local, costs, "conv")),
+        _traffic(costs),
+        tuple(_row(n, calls) for n in notes if n.kind == "fallback"),
+        tuple(replicated[:MOST]), sum(row.flops for row in replicated), costs, costs_of(whole), kept, stages)
+
+
+def _stage(program: Program, spec: ShardingSpec, rank: int, dump: Dump | None, changes: Mapping[int, str],
+           ) -> tuple[Program, Program, Program, Costs, InvariantWork | None, Stages]:
+    """The whole program, what ``rank``'s stage is of it, that rank's program for a patch, its costs of a step and what
+    it keeps, and all stages."""
+    pipeline = plan_pipeline(program, spec)
+    _, stage = staged(pipeline, rank, dump)
+    found = stages_of(pipeline, stage.edges)
+    units = [costs_of(stage.units[unit]) for unit in stage.patches]
+    invariant, rest = parted(program, stage.once, changes)
+    once = with_invariants(costs_of(stage.once), invariant, rest)
+    costs = Costs(once.flops + sum(u.flops for u in units), max(u.activations for u in (once, *units)),
+                  tuple(c for u in (once, *units) for c in u.collectives))
+    kept = keeping(stage.once, invariant, rest, tuple(changes.values()), costs.flops)
+    index = position_of(rank, spec)[STAGE]
+    return pipeline.whole, pipeline.stages[index].body, stage.units[stage.patches[-1]], costs, kept, found
+
+
+def _operators(program: Program) -> dict[str, int]:
+    """Captured nodes of each operator, most frequent first."""
+    counts = Counter(str(n.target) for _, m in program.functions() for n in m.graph.nodes
+                     if n.op == "call_function" and hasattr(n.target, "_schema"))
+    return dict(counts.most_common())
+
+
+def _row(note: Note, calls: Mapping[str, int]) -> Row:
+    return Row(note.function, note.node, note.module, note.source, note.text, calls[note.function])
+
+
+def _rewritten(whole: Program, local: Program, costs: Costs, family: str) -> Iterator[Row]:
+    """What became of each operator of a family that costs operations."""
+    graphs, made, calls = dict(whole.functions()), dict(local.functions()), local.calls()
+    for function, origin in global_functions(whole, local).items():
+        held = {p.origin: p for p in pieces(graphs[origin].graph, made[function].graph).values()}
+        for node in graphs[origin].graph.nodes:
+            if node.target in FORMULAS and node.target.__name__.startswith(family):
+                here = {"canonical": origin, "seed": ""}
+                said = [n.text for n in local.notes
+                        if (n.node, n.function) == (node.name, here.get(n.kind, function))]
+                sent = sum(c.sent for c in costs.collectives
+                           if (c.function, c.origin) == (function, node.name))
+                yield Row(function, node.name, module_of(node), source_of(node),
+                          "; ".join(said) or _standing(node, held, local), calls[function], sent)
+
+
+def _standing(node: fx.Node, held: Mapping[fx.Node, Piece], local: Program) -> str:
+    """What a node's layout says of an operator that no note speaks of."""
+    if local.spec is None or local.spec.world_size == 1:
+        return "as it is"
+    piece = held.get(node)
+    if piece is None:
+        return "equal to another"
+    return f"local: gives {piece.layout}" if piece.layout.sharded else "whole on every rank"
+
+
+def _traffic(costs: Costs) -> tuple[Traffic, ...]:
+    """Collectives grouped by what they are and serve, most bytes first."""
+    found: dict[tuple[Any, ...], Traffic] = {}
+    for c in costs.collectives:
+        key = (c.kind, c.axis, c.why, c.function, c.module if c.function == "main" else "")
+        have = found.get(key) or Traffic(c.kind, c.axis, c.ranks, c.why, c.function, c.module, c.source, 0, 0)
+        found[key] = replace(have, count=have.count + c.times, sent=have.sent + c.sent)
+    return tuple(sorted(found.values(), key=lambda t: -t.sent))
+
+
+def _replicated(local: Program) -> Iterator[Row]:
+    """Operators that cost operations and whose result every rank computes whole."""
+    calls = local.calls()
+    for function, node, cost in contractions(local):
+        layout = node.meta.get("layout")
+        if layout is not None and not layout.sharded:
+            yield Row(function, node.meta["origin"], module_of(node), source_of(node),
+                      f"{node.target} gives {layout}", calls[function], flops=cost)

@@ -1,0 +1,105 @@
+"""Tensors of a model that is larger than one device, read from safetensors by those ranks that use them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from xdit_compile.errors import XditError
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where each tensor of a model is kept.
+
+    Attributes:
+        source: what the user named; files: by the tensors' names.
+    """
+
+    source: Path
+    files: Mapping[str, Path]
+
+    @staticmethod
+    def at(path: str | Path) -> Checkpoint:
+        """Those in a file, or in a folder as diffusers and transformers save them: one file, or several and an index.
+
+        Raises:
+            XditError: there are none, or an index names files outside the folder.
+        """
+        path = Path(path)
+        if path.is_file():
+            return Checkpoint(path, dict.fromkeys(_names(path), path))
+        indexes = sorted(path.glob("*.safetensors.index.json"))
+        if len(indexes) == 1:
+            listed = json.loads(indexes[0].read_text())["weight_map"]
+            if outside := {f for f in listed.values() if Path(f).name != f}:
+                raise XditError(f"{indexes[0]} names files that are not beside it: {', '.join(sorted(outside))}")
+            return Checkpoint(path, {name: path / file for name, file in listed.items()})
+        files = sorted(path.glob("*.safetensors"))
+        if len(files) != 1:
+            found = ", ".join(f.name for f in [*indexes, *files]) or "nothing"
+            raise XditError("weights are read from a safetensors file, or a folder with one such file or one index, "
+                            f"but {path} holds {found}")
+        return Checkpoint(path, dict.fromkeys(_names(files[0]), files[0]))
+
+    def load(self, model: nn.Module, names: Collection[str], device: torch.device) -> None:
+        """Read those of ``names`` that ``model`` has on the meta device, in its own types.
+
+        Raises:
+            XditError: one is missing, or of another shape.
+        """
+        wanted = {name: place for name, place in _places(model).items() if name in names and place.tensor.is_meta}
+        missing = [name for name in wanted if name not in self.files]
+        if missing:
+            shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            raise XditError(f"{self.source} has no {shown}; buffers that are not saved have to be made with the model, "
+                            "as under accelerate.init_empty_weights()")
+        for file in sorted({self.files[name] for name in wanted}):
+            with _open(file, device) as opened:
+                for name, place in wanted.items():
+                    if self.files[name] == file:
+                        place.set(name, opened.get_tensor(name), self.source)
+
+
+@dataclass(frozen=True)
+class _Place:
+    module: nn.Module
+    leaf: str
+    tensor: torch.Tensor
+
+    def set(self, name: str, value: torch.Tensor, source: Path) -> None:
+        if value.shape != self.tensor.shape:
+            raise XditError(f"{name} is {list(value.shape)} in {source} and {list(self.tensor.shape)} in the model")
+        value = value.to(self.tensor.dtype)
+        if isinstance(self.tensor, nn.Parameter):
+            self.module._parameters[self.leaf] = nn.Parameter(value, requires_grad=self.tensor.requires_grad)
+        else:
+            self.module._buffers[self.leaf] = value
+
+
+def _places(model: nn.Module) -> dict[str, _Place]:
+    return {f"{path}.{leaf}".lstrip("."): _Place(module, leaf, tensor) for path, module in model.named_modules()
+            for store in (module._parameters, module._buffers) for leaf, tensor in store.items() if tensor is not None}
+
+
+def _names(file: Path) -> list[str]:
+    with _open(file, torch.device("cpu")) as opened:
+        return list(opened.keys())
+
+
+def _open(file: Path, device: torch.device) -> Any:
+    try:
+        library = import_module("safetensors")
+    except ImportError as error:
+        raise XditError("weights= reads safetensors, which is not installed; pip install safetensors") from error
+    try:
+        return library.safe_open(file, framework="pt", device=str(device))
+    except (OSError, library.SafetensorError) as error:
+        raise XditError(f"cannot read {file}: {error}") from error

@@ -1,0 +1,214 @@
+"""Calls of a parallel model: each is agreed upon, captured and compiled when it is new, and run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from xdit_compile.driver.checkpoint import Checkpoint
+from xdit_compile.driver.program_source import ProgramSource, Runnable
+from xdit_compile.errors import CaptureError, RankMismatch, SpecError, XditError
+from xdit_compile.ir.call_arguments import bind_call, named_leaves
+from xdit_compile.ir.pytree import flatten
+from xdit_compile.ir.released_parameters import missing_parameters, release_parameters
+from xdit_compile.ir.step_inputs import timestep_inputs
+from xdit_compile.passes import NOTHING
+from xdit_compile.runtime.control.tensor_digest import digests
+from xdit_compile.runtime.deferred.deferred_tensor import DeferredTensor, materialize
+from xdit_compile.runtime.executor import Executor
+from xdit_compile.runtime.parallel_group import ParallelGroup
+from xdit_compile.runtime.pipefusion.denoising_loops import DenoisingLoop, DenoisingLoops
+from xdit_compile.runtime.pipefusion.schedule import RESULT
+from xdit_compile.runtime.pipefusion.stage_executor import StageExecutor
+from xdit_compile.spec import ALL
+
+RESTARTS = 8
+"""First steps in a row that are more than a pipeline's terms of guidance."""
+
+
+@dataclass(frozen=True)
+class ReadyProgram:
+    """A program that can run, and the ranks that run it together: all of them, or the group whose turn it is."""
+
+    kind: Any
+    compiled: Runnable
+    executor: Executor | StageExecutor
+    group: ParallelGroup
+    round_robin: bool
+
+
+class ModelRunner:
+    """The state behind a parallel model: a program for each kind of call seen so far.
+
+    A call's batch is shared out among ``cfg`` and ``data`` if it can be. A batch too small for that is a call that
+    groups take turns in: one of the calls that guidance makes in a row.
+    """
+
+    def __init__(self, model: nn.Module, group: ParallelGroup, check_inputs: bool, source: ProgramSource,
+                 weights: Checkpoint | None = None) -> None:
+        self.model, self.group, self.check_inputs, self.source = model, group, check_inputs, source
+        self.weights = weights
+        self.programs: dict[int, ReadyProgram] = {}
+        """By the identity of the kind of call, which ``ReadyProgram`` keeps alive."""
+        self.loops, self.steps, self.restarts = DenoisingLoops(), 0, 0
+        self.stages: dict[str, int] = {}
+        """Of blocks seen so far: their weights are on the ranks of that stage, whatever call comes."""
+        self.used: set[str] = set()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.group.spec.pipefusion_degree == 1:
+            args, kwargs = tuple(map(materialize, args)), {n: materialize(a) for n, a in kwargs.items()}
+        bound = bind_call(self.model, args, kwargs)
+        tensors, _ = flatten((bound.args, bound.kwargs))
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            raise XditError("a parallel model computes no gradients, but an input requires them; "
+                            "call it under torch.no_grad() or detach the input")
+        try:
+            kind = self.source.find(bound.args, bound.kwargs)
+            ready = self.programs.get(id(kind))
+            # Also which program: a rank that has to capture one waits for the others to do so too.
+            fingerprint = {"program": ready.compiled.name if ready else "still to be made"}
+            named, others = named_leaves(bound)
+            later = _samples(ready, tensors, named)
+            if self.check_inputs:
+                fingerprint |= digests({n: materialize(t) for n, t in named.items() if n not in later}) | others
+            agreed = ready is None or not (ready.round_robin or later)
+            if agreed:
+                self.group.control.agree("the call's inputs", fingerprint)
+            self.group.counts["calls"] += 1
+            ready = ready or self._prepare(bound.args, bound.kwargs)
+            results: Sequence[torch.Tensor]
+            if isinstance(ready.executor, StageExecutor):
+                later = _samples(ready, tensors, named)
+                results = self._through_stages(ready, ready.executor, tensors, named, later, fingerprint, agreed)
+            elif ready.round_robin:
+                results = self._in_turn(ready, ready.executor, tensors, fingerprint)
+            else:
+                results = self._together(ready, ready.executor, tensors)
+        except (RankMismatch, CaptureError, SpecError):
+            # All ranks raise alike, before any collective: the next call may well succeed.
+            raise
+        except BaseException:
+            self.group.forget()
+            raise
+        return ready.compiled.output_spec.finish((bound.args, bound.kwargs), tensors, results)
+
+    def _together(self, ready: ReadyProgram, executor: Executor, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """The results, computed by all ranks."""
+        self.group.counts["shared"] += ready.group is self.group
+        with self.group.control.guard("the forward pass", ready.group.process_groups.bind()):
+            return executor(tensors)
+
+    def _in_turn(self, ready: ReadyProgram, executor: Executor, tensors: Sequence[torch.Tensor],
+                 fingerprint: Mapping[str, str]) -> Sequence[DeferredTensor]:
+        """The results as promised by the group whose turn it is, which computes them now."""
+        round_robin, results = self.group.round_robin, None
+        assert round_robin is not None
+        owner = round_robin.next(self)
+        if owner == round_robin.mine:
+            with self.group.control.guard("the forward pass", ready.group.process_groups.bind()):
+                try:
+                    ready.group.control.agree("the call's inputs", fingerprint)
+                except RankMismatch as error:
+                    # The other groups are elsewhere and must be told: to them it is a failure.
+                    raise XditError(str(error)) from error
+                results = executor(tensors)
+        return round_robin.promise(owner, results, ready.compiled.output_spec.likes, fingerprint)
+
+    def _through_stages(self, ready: ReadyProgram, executor: StageExecutor, tensors: Sequence[torch.Tensor],
+                        named: Mapping[str, torch.Tensor], later: Collection[str], fingerprint: Mapping[str, str],
+                        agreed: bool) -> Sequence[DeferredTensor]:
+        """The results as the last stage will send them.
+
+        Args:
+            later: names of samples, which may be deferred on some ranks and settled on others.
+            agreed: whether ranks have just compared what they call the model with. Else they do so at the first step of
+                a loop; after that they are at different steps, and a digest travels with the first values.
+        """
+        communicator, spec, round_robin = executor.communicator, ready.group.spec, self.group.round_robin if ready.round_robin else None
+        others = {n: materialize(t) for n, t in named.items() if n not in later}
+        times = [others.pop(n).double() for n in sorted(timestep_inputs(others))]
+        time = tuple(x for t in times if t.numel() for x in (t.min().item(), t.max().item()))
+        owner = round_robin.next(self) if round_robin else 0
+        mine = round_robin is None or owner == round_robin.mine
+        loop = DenoisingLoop((), time, time, 0, 1)
+        if later:
+            key = (id(ready), owner, tuple(digests(others).items()))
+            loop = self.loops.next(key, time, self.group.epoch, executor.caches if mine else list)
+            if loop.steps == 1 < self.steps:
+                executor.begin()
+            self._notice(loop.steps)
+            if loop.steps == 1 and self.check_inputs and not agreed:
+                samples = digests({n: materialize(named[n]) for n in later})
+                self.group.control.agree("the call's inputs", {**fingerprint, **samples})
+        exact = spec.warmup_steps == ALL or loop.steps <= int(spec.warmup_steps)
+        last = communicator.audience[(owner + 1) * len(communicator.column) - 1]
+        with self.group.control.guard("the forward pass", (*ready.group.process_groups.bind(), *communicator.groups())):
+            return executor(tensors, loop, exact, fingerprint, ready.compiled.output_spec.likes, last, mine)
+
+    def _notice(self, steps: int) -> None:
+        """Say so once if no call of a pipeline follows another, because something else than times changes."""
+        self.steps, self.restarts = steps, self.restarts + 1 if steps == 1 else 0
+        if self.restarts == RESTARTS and self.group.running and self.group.rank == 0:
+            warnings.warn(f"each call of {type(self.model).__name__} is taken for the first of a loop, because its "
+                          "inputs change from step to step, its sample and times aside: all steps are exact, and "
+                          "stages run one after the other", stacklevel=6)
+
+    def _prepare(self, args: Any, kwargs: Any) -> ReadyProgram:
+        """Capture and compile a new kind of call."""
+        try:
+            kind = self.source.make(args, kwargs)
+            compiled, group = self._compiled(kind)
+        except Exception as error:
+            # Told to the others, who else would wait for this rank's plan. All failing alike, the group lives on.
+            self.group.control.agree("the plan", {"error": f"{type(error).__name__}: {error}"})
+            raise
+        self.group.control.agree("the plan", compiled.digest())
+        executor = self._executor(compiled, group)
+        if compiled.unsharded and group.spec.sequence_degree > 1 and self.group.rank == 0:
+            warnings.warn(f"{type(self.model).__name__} under {group.spec}: {NOTHING}", stacklevel=4)
+        round_robin = group is not self.group and self.group.round_robin is not None and (
+            not compiled.output_spec.changes_arguments)
+        self.programs[id(kind)] = ReadyProgram(kind, compiled, executor, group, round_robin)
+        return self.programs[id(kind)]
+
+    def _compiled(self, kind: Any) -> tuple[Runnable, ParallelGroup]:
+        """The program for this rank, and who runs it."""
+        group = self.group
+        try:
+            return self.source.compiled(kind, group.spec, group.rank, self.stages), group
+        except SpecError:
+            if group.subgroup is None:
+                raise
+        return self.source.compiled(kind, group.subgroup.spec, group.subgroup.rank, self.stages), group.subgroup
+
+    def _executor(self, compiled: Runnable, group: ParallelGroup) -> Executor | StageExecutor:
+        """What runs the program here. All ranks come to it together."""
+        stage = compiled.stage
+        names = compiled.parameters
+        if self.weights is not None:
+            self.weights.load(self.model, names, torch.device("cuda", torch.cuda.current_device()) if
+                              torch.cuda.is_available() else torch.device("cpu"))
+        if absent := missing_parameters(self.model, names):
+            raise XditError(f"{absent[0]} and {len(absent) - 1} more that this rank needs are on the meta device: give "
+                            "parallelize weights=FOLDER")
+        if stage is None:
+            return Executor(compiled.body, self.model, compiled.invariant, self.group.counts)
+        group.communicator.connect([(e.source, e.target) for e in stage.edges if e.name != RESULT])
+        self.stages |= {path: i for i, paths in enumerate(stage.blocks) for path in paths}
+        self.used |= names
+        release_parameters(self.model, [path for path, i in self.stages.items() if i != group.stage], self.used)
+        return StageExecutor(stage, self.model, group.communicator, self.group.counts)
+
+
+def _samples(ready: ReadyProgram | None, tensors: Sequence[torch.Tensor], named: Mapping[str, torch.Tensor]) -> set[str]:
+    """The names of arguments that stages take patch by patch."""
+    if ready is None or not isinstance(ready.executor, StageExecutor):
+        return set()
+    places = {id(tensors[i]) for i in ready.executor.stage.samples}
+    return {n for n, t in named.items() if id(t) in places}

@@ -1,0 +1,60 @@
+"""Where the programs of a model's calls come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from xdit_compile.ir.output_spec import OutputSpec
+from xdit_compile.ir.program import Program
+from xdit_compile.runtime.pipefusion.stage_executor import StageProgram
+from xdit_compile.spec import ShardingSpec
+
+
+class Runnable(Protocol):
+    """What one rank runs for one kind of call: ``body`` at each step, ``invariant`` when the arguments that it takes have
+    changed; or, as a ``stage`` of a pipeline, the programs of that."""
+
+    @property
+    def body(self) -> Program: ...
+
+    @property
+    def invariant(self) -> Program | None: ...
+
+    @property
+    def stage(self) -> StageProgram | None: ...
+
+    @property
+    def output_spec(self) -> OutputSpec: ...
+
+    @property
+    def parameters(self) -> set[str]:
+        """The names of those that this rank uses."""
+
+    @property
+    def name(self) -> str:
+        """Equal on ranks that would run the same program."""
+
+    @property
+    def unsharded(self) -> bool:
+        """Whether nothing is shared out among ranks."""
+
+    def digest(self) -> dict[str, str]:
+        """What all ranks must have decided alike, as short texts."""
+
+
+class ProgramSource(Protocol):
+    """Finds what to run for a call. A kind of call is an object of its own."""
+
+    def find(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any | None:
+        """The kind of this call if there was one before."""
+
+    def make(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The kind of a new call."""
+
+    def compiled(self, kind: Any, spec: ShardingSpec, rank: int, stages: Mapping[str, int]) -> Runnable:
+        """What rank ``rank`` of ``spec`` runs for it; blocks in ``stages`` stay where they are.
+
+        Raises:
+            SpecError: the spec does not fit this call.
+        """

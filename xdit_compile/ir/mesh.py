@@ -1,0 +1,39 @@
+"""The grid of ranks: axis names, who stands where, and the logical names process groups go by in graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from xdit_compile.ir.layout import BATCH, PATCH, SEQUENCE
+from xdit_compile.spec import ShardingSpec
+
+ULYSSES, RING, STAGE = "ulysses", "ring", "stage"
+
+
+def axis_sizes(spec: ShardingSpec) -> dict[str, int]:
+    """Ranks along each axis. ``sequence`` is the whole of ``ring`` x ``ulysses``, Ulysses varying fastest, so that
+    its all-to-alls stay between neighbours; ``batch`` is that of ``data`` x ``cfg``, and varies slowest; between them
+    are the stages of a pipeline. Patches are no ranks but times."""
+    return {BATCH: spec.batch_degree, STAGE: spec.pipefusion_degree, SEQUENCE: spec.sequence_degree,
+            ULYSSES: spec.ulysses_degree, RING: spec.ring_degree, PATCH: spec.patches}
+
+
+def position_of(rank: int, spec: ShardingSpec) -> dict[str, int]:
+    """Where ``rank`` stands along each axis."""
+    batch, rest = divmod(rank, spec.model_degree)
+    stage, sequence = divmod(rest, spec.sequence_degree)
+    return {BATCH: batch, STAGE: stage, SEQUENCE: sequence, ULYSSES: sequence % spec.ulysses_degree,
+            RING: sequence // spec.ulysses_degree}
+
+
+def members(axis: str, rank: int, spec: ShardingSpec) -> list[int]:
+    """The ranks that share a group along ``axis`` with ``rank``, in axis order."""
+    here = position_of(rank, spec)
+    others = [BATCH, STAGE] if axis == SEQUENCE else [a for a in (BATCH, STAGE, ULYSSES, RING) if a != axis]
+    return [r for r in range(spec.world_size)
+            if all(position_of(r, spec)[a] == here[a] for a in others)]
+
+
+def group_name(axis: str, sizes: Mapping[str, int]) -> str:
+    """The name a graph calls the group by; bound to real processes at run time."""
+    return f"xdit_compile.{axis}.{sizes[ULYSSES]}x{sizes[RING]}x{sizes[BATCH]}"

@@ -1,0 +1,34 @@
+"""Which arguments of a denoiser change from step to step: its sample, and the time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from xdit_compile.ir.call_arguments import bind_call, named_leaves
+from xdit_compile.pipelines.components import TIMES
+
+
+def timestep_inputs(named: Mapping[str, torch.Tensor]) -> Collection[str]:
+    """By their names, as labels are numbers too; where there is none of these names, all that is no feature."""
+    return TIMES & named.keys() or {n for n, t in named.items() if t.ndim < 2}
+
+
+def step_inputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[int, str]:
+    """The names of what changes, by its place among the tensors of the call: the times, and the first feature with all
+    that comes in the same list or dictionary. Nothing where there is no time: such a call is no step of a loop."""
+    named, _ = named_leaves(bind_call(model, args, kwargs))
+    times = timestep_inputs(named)
+    sample = next((_head(n) for n, t in named.items() if t.ndim > 2 and n not in times), None)
+    if not times or sample is None:
+        return {}
+    return {i: n for i, n in enumerate(named) if n in times or _head(n) == sample}
+
+
+def _head(name: str) -> str:
+    """The argument that a tensor is, or is in: ``rotary`` of ``rotary[0]``."""
+    return re.split(r"[\[.]", name)[0]

@@ -1,0 +1,136 @@
+"""Pipelines of diffusers by name: their classes, their weights and adapters, and pictures to give them."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from xdit_compile.errors import XditError
+
+
+@dataclass(frozen=True)
+class PipelineSource:
+    """Where a pipeline comes from and what it is made of.
+
+    Attributes:
+        model: a folder or the name of a repository on the hub.
+        pipeline, scheduler: names of classes of diffusers, in place of those that the folder names.
+        adapters: paths and scales.
+        savings: methods that save memory in the components that have them, as ``enable_tiling``.
+        further: arguments of ``from_pretrained``.
+    """
+
+    model: str
+    pipeline: str | None = None
+    scheduler: str | None = None
+    adapters: tuple[tuple[str, float], ...] = ()
+    savings: tuple[str, ...] = ()
+    further: Mapping[str, Any] = field(default_factory=dict)
+
+
+def pipeline_class(source: PipelineSource) -> Any:
+    """The class that will be called; None if it is code of its own, which is known only once it is loaded.
+
+    Raises:
+        XditError: there is no such pipeline, or no diffusers.
+    """
+    library = _diffusers()
+    if source.pipeline:
+        return _class_named(source.pipeline, "DiffusionPipeline")
+    with _reading(f"a pipeline from {source.model}"):
+        config = library.DiffusionPipeline.load_config(source.model, cache_dir=source.further.get("cache_dir"))
+    name = config.get("_class_name")
+    return getattr(library, name, None) if isinstance(name, str) else None
+
+
+def load(source: PipelineSource, dtype: torch.dtype) -> Any:
+    """The pipeline with its weights and adapters, on the CPU.
+
+    Raises:
+        XditError: something is missing or does not fit.
+    """
+    library = _diffusers()
+    cls = _class_named(source.pipeline, "DiffusionPipeline") if source.pipeline else library.DiffusionPipeline
+    with _reading(f"a pipeline from {source.model}"):
+        pipe = cls.from_pretrained(source.model, torch_dtype=dtype, **source.further)
+    if source.scheduler:
+        chosen = _class_named(source.scheduler, "SchedulerMixin")
+        if getattr(pipe, "scheduler", None) is None:
+            raise XditError(f"{type(pipe).__name__} has no scheduler; leave --scheduler out")
+        pipe.scheduler = chosen.from_config(pipe.scheduler.config)
+    if source.adapters:
+        _adapt(pipe, source.adapters)
+    for method in source.savings:
+        able = [c for c in pipe.components.values() if hasattr(c, method)]
+        if not able:
+            raise XditError(f"no component of {type(pipe).__name__} has {method}; leave --{method} out")
+        for component in able:
+            getattr(component, method)()
+    return pipe
+
+
+def pictures(files: Sequence[str]) -> Any:
+    """One picture as it is, several as a list, from files or addresses.
+
+    Raises:
+        XditError: one cannot be read.
+    """
+    with _reading(f"the picture {' or '.join(files)}"):
+        read = [import_module("diffusers.utils").load_image(file) for file in files]
+    return read[0] if len(read) == 1 else read
+
+
+def only_one_speaks(first: bool) -> None:
+    """Bars on the terminal are rank 0's; other ranks tell of errors alone."""
+    for name in ("diffusers", "transformers"):
+        if find_spec(name) is not None:
+            log = import_module(f"{name}.utils.logging")
+            if not first:
+                log.set_verbosity_error()
+            if not first or not sys.stderr.isatty():
+                log.disable_progress_bar()
+
+
+def _diffusers() -> ModuleType:
+    try:
+        return import_module("diffusers")
+    except ImportError as error:
+        raise XditError(f"running a pipeline needs diffusers, which cannot be imported ({error}); "
+                        "pip install 'xdit-compile[pipelines]'") from error
+
+
+def _class_named(name: str, base: str) -> Any:
+    """The class of diffusers that a user named."""
+    found = getattr(_diffusers(), name, None)
+    if not inspect.isclass(found) or not issubclass(found, getattr(_diffusers(), base)):
+        raise XditError(f"diffusers has no class {name} derived from {base}; names are written as in its documentation")
+    return found
+
+
+def _adapt(pipe: Any, adapters: Sequence[tuple[str, float]]) -> None:
+    if not hasattr(pipe, "load_lora_weights"):
+        raise XditError(f"{type(pipe).__name__} takes no adapters; leave --lora out")
+    names = [f"lora{i}" for i in range(len(adapters))]
+    for name, (path, _) in zip(names, adapters, strict=True):
+        with _reading(f"the adapter {path}"):
+            pipe.load_lora_weights(path, adapter_name=name)
+    with _reading("the adapters"):
+        pipe.set_adapters(names, [scale for _, scale in adapters])
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Files that are missing or unfit are the user's to mend: told without a traceback."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        raise XditError(f"cannot load {what}: {error}") from error

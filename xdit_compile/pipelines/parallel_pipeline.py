@@ -1,0 +1,201 @@
+"""A pipeline that runs on many devices: its own code, untouched, around parallel components."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from xdit_compile.driver.captured_programs import CapturedPrograms
+from xdit_compile.driver.checkpoint import Checkpoint
+from xdit_compile.driver.compile_call import Compiled, Dump
+from xdit_compile.driver.model_runner import ModelRunner, ReadyProgram
+from xdit_compile.driver.parallel_model import Parallel, instance_of_subclass, parallel_model
+from xdit_compile.errors import CaptureError, RankMismatch, SpecError, XditError
+from xdit_compile.frontend.method_module import as_module
+from xdit_compile.pipelines.call_fingerprint import call_fingerprint
+from xdit_compile.pipelines.components import Role, role_of
+from xdit_compile.pipelines.report import ComponentReport, PipelineReport, part_of
+from xdit_compile.pipelines.spread_encoders import spread
+from xdit_compile.runtime.deferred.deferred_tensor import materialize
+from xdit_compile.runtime.parallel_group import ParallelGroup
+from xdit_compile.runtime.pipefusion.stage_executor import StageExecutor
+from xdit_compile.spec import ShardingSpec
+
+CALLBACKS = ("callback_on_step_end", "callback")
+"""Arguments of a pipeline's call that are the user's functions, called at the end of a step."""
+
+
+def is_pipeline(candidate: Any) -> bool:
+    """Whether it is called and has named components, modules among them."""
+    components = getattr(candidate, "components", None)
+    return not isinstance(candidate, nn.Module) and callable(candidate) and isinstance(components, Mapping) and any(
+        isinstance(c, nn.Module) for c in components.values())
+
+
+class ParallelPipeline:
+    """Marks a parallel pipeline. ``make`` turns a component into a parallel one; ``group`` runs them."""
+
+    group: ParallelGroup
+    make: Callable[[Any], Any]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A component that is exchanged becomes parallel as the one before it was.
+        super().__setattr__(name, self.make(value) if isinstance(vars(self).get(name), Parallel) else value)
+
+    def report(self) -> PipelineReport:
+        """What ran so far: how each component is shared out, what a call of it costs this rank, and whether calls
+        that follow each other ran at once."""
+        modules = {n: c for n, c in vars(self).items() if isinstance(c, nn.Module)}
+        round_robin = self.group.round_robin
+        return PipelineReport(
+            type(self).__name__, self.group.spec, self.group.rank,
+            tuple(part for name, module in modules.items() for part in _parts(name, module, self.group)),
+            dict(round_robin.fetched) if round_robin else {}, round_robin.sent if round_robin else 0,
+            sum(s.sent for s in self.group.communicators), sum(s.results_sent for s in self.group.communicators),
+            self.group.counts["kept"])
+
+
+def parallel_pipeline(pipe: Any, group: ParallelGroup, check_inputs: bool, dump: Dump | None,
+                      weights: Mapping[str, Checkpoint]) -> Any:
+    """``pipe`` with parallel components.
+
+    Raises:
+        SpecError: nothing among the components runs at each step, or they lack what the spec speaks of.
+    """
+    modules = {n: c for n, c in pipe.components.items() if isinstance(c, nn.Module)}
+    roles = {n: role_of(c) for n, c in modules.items()}
+    _check(pipe, group.spec, modules, roles)
+    encoders = [n for n, role in roles.items() if role is Role.ENCODER]
+    if unknown := weights.keys() - {n for n, role in roles.items() if role is Role.DENOISER}:
+        raise XditError(f"weights are read for what runs at each step, which {', '.join(sorted(unknown))} is not")
+    make = functools.partial(_parallel, group=group, check_inputs=check_inputs, dump=dump)
+    parts = {n: make(c, encoders.index(n) if n in encoders else 0, weights=weights.get(n)) for n, c in modules.items()}
+    members = {"__call__": _call(type(pipe)), "crew": group, "make": staticmethod(make)}
+    if isinstance(inspect.getattr_static(type(pipe), "interrupt", None), property):
+        members["interrupt"] = property(_interrupted)
+    return instance_of_subclass(pipe, ParallelPipeline, members, dict(vars(pipe)) | parts)
+
+
+def _check(pipe: Any, spec: ShardingSpec, modules: Mapping[str, nn.Module], roles: Mapping[str, Role]) -> None:
+    for role, asked, lack in (
+            (Role.DENOISER, True, "none of them takes a timestep; parallelize the model that is to be shared out by "
+                                  "itself and give it to the pipeline"),
+            (Role.AUTOENCODER, spec.vae_degree > 1, f"vae={spec.vae_degree} is for one that encodes and decodes"),
+            (Role.ENCODER, spec.encoders == "spread", "encoders=spread is for text and image encoders")):
+        if asked and role not in roles.values():
+            raise SpecError(f"{spec} does not fit this {type(pipe).__name__} with the components "
+                            f"{', '.join(f'{n} ({type(c).__name__})' for n, c in modules.items())}: {lack}")
+
+
+def _parallel(module: Any, turn: int = 0, *, group: ParallelGroup, check_inputs: bool, dump: Dump | None,
+              weights: Checkpoint | None = None) -> Any:
+    """A component as the spec wants it: a denoiser always, an autoencoder for ``vae`` and ``data``, an encoder if it is
+    to be spread. Of encoders, number ``turn`` lives on rank ``turn`` (all over again when ranks run out)."""
+    if not isinstance(module, nn.Module) or isinstance(module, Parallel):
+        return module
+    role = role_of(module)
+    if role is Role.DENOISER:
+        return parallel_model(module, {"forward": ModelRunner(module, group, check_inputs, CapturedPrograms(module, dump), weights)})
+    if role is Role.AUTOENCODER and group.spec.vae_degree * group.spec.data_degree > 1:
+        parts = {name: as_module(module, name) for name in ("encode", "decode")}
+        return parallel_model(module, {name: ModelRunner(part, group.vae, check_inputs, CapturedPrograms(part, dump))
+                                       for name, part in parts.items()})
+    if role is Role.ENCODER and group.spec.encoders == "spread" and len(group.ranks) > 1:
+        return spread(module, group, turn % len(group.ranks))
+    return module
+
+
+def _call(cls: type) -> Callable[..., Any]:
+    """The pipeline's ``__call__``: arguments agreed upon before anything runs, results settled, failing together."""
+    @functools.wraps(cls.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        group: ParallelGroup = self.group
+        bound = inspect.signature(cls.__call__).bind(self, *args, **kwargs)
+        given = {n: v for n, v in bound.arguments.items() if v is not self}
+        group.control.agree(f"the arguments of {cls.__name__}", call_fingerprint(given))
+        for name in CALLBACKS:
+            if bound.arguments.get(name) is not None:
+                bound.arguments[name] = _settled_first(bound.arguments[name], group)
+        before, fetched = group.counts.copy(), dict(group.round_robin.fetched) if group.round_robin else {}
+        alike: BaseException | None = None
+        with group.control.guard(cls.__name__):
+            try:
+                group.running = True
+                group.epoch += 1
+                result = cls.__call__(*bound.args, **bound.kwargs)
+                group.settle()
+                result = materialize(result)
+            except (RankMismatch, CaptureError, SpecError) as error:
+                alike = error
+            except Exception as error:
+                # Before the first model ran, only the arguments can be at fault, and they are the same everywhere.
+                if group.counts["calls"] != before["calls"]:
+                    raise
+                alike = error
+            finally:
+                group.running = False
+        if alike is not None:
+            raise alike
+        _warn_of_nothing_gained(cls.__name__, group, before["shared"], fetched)
+        return result
+
+    return call
+
+
+def _settled_first(callback: Any, group: ParallelGroup) -> Any:
+    """The user's callback, which may do on one rank what the others do not: it is given no deferred tensors."""
+    def settled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        group.settle()
+        args, kwargs = materialize((args, kwargs))
+        return callback(*args, **kwargs)
+
+    if inspect.isroutine(callback):
+        return functools.partial(settled, None)
+    return instance_of_subclass(callback, object, {"__call__": settled}, vars(callback))
+
+
+def _parts(name: str, module: nn.Module, group: ParallelGroup) -> Iterator[ComponentReport]:
+    model = type(module).__name__
+    runners = module.runners if isinstance(module, Parallel) else {}
+    for method, runner in runners.items():
+        for ready in runner.programs.values():
+            how = f"{method}: {_how(ready, group)}"
+            compiled = ready.compiled
+            yield part_of(name, model, how, compiled) if isinstance(compiled, Compiled) else ComponentReport(name, model, how)
+    if not runners:
+        yield ComponentReport(name, model, "on one rank" if isinstance(module, Parallel) else "whole on every rank, as it is")
+
+
+def _how(ready: ReadyProgram, group: ParallelGroup) -> str:
+    if isinstance(ready.executor, StageExecutor):
+        return f"an exact step of one of {ready.group.spec.pipefusion_degree} stages of {group.spec}"
+    if ready.round_robin:
+        return f"taken in turns by {group.spec.cfg_degree} groups"
+    return f"whole on every rank of {ready.group.spec}" if ready.compiled.unsharded else f"shared out by {ready.group.spec}"
+
+
+def _interrupted(self: Any) -> bool:
+    """Whether any rank was told to stop: all must, or the others would wait for it. Between calls ranks may ask or
+    not, so that each answers for itself."""
+    mine = bool(self._interrupt)
+    if not self.group.running:
+        return mine
+    # Stages are in different steps, and asking would bring them together: they learn it one step later.
+    later = self.group.spec.pipefusion_degree > 1
+    return self.group.said_before(mine) if later else self.group.control.anyone("whether to stop", mine)
+
+
+def _warn_of_nothing_gained(name: str, group: ParallelGroup, shared: int, fetched: Mapping[int, int]) -> None:
+    """Say so if groups took turns and never two of them computed at once."""
+    if group.round_robin is None or group.rank != 0 or group.counts["shared"] > shared:
+        return
+    now = {calls: times - fetched.get(calls, 0) for calls, times in group.round_robin.fetched.items()}
+    if now.get(1) == sum(now.values()) > 0:
+        warnings.warn(f"cfg={group.spec.cfg_degree} gained nothing in this call of {name}: each of {now[1]} results was "
+                      "used before the model was called again, so one group computed while the others waited",
+                      stacklevel=3)

@@ -1,0 +1,1 @@
+"""Handing functions of a program to torch.compile or onediff."""

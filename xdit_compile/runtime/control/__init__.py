@@ -1,0 +1,1 @@
+"""The control plane: ranks agree before a call and fail together."""

@@ -1,0 +1,1 @@
+"""Results that arrive later: tensors that record what is done with them until somebody needs a number."""

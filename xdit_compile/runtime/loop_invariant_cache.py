@@ -1,0 +1,104 @@
+"""What is kept from step to step: values that depend only on arguments which are still the same tensors.
+
+A tensor is the same if it is the same object, in the same memory, and was not written into: PyTorch counts writes (but
+those through ``.data``, and of tensors made in inference mode). Nothing is held on to: with a tensor goes what was
+computed from it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+ENTRIES = 4
+"""So many prompts, at most, that one model is called with by turns."""
+
+Values = tuple[torch.Tensor, ...]
+Key = tuple[tuple[int, int, int], ...]
+Seen = tuple[tuple[weakref.ref[torch.Tensor], int | None], ...]
+
+
+@dataclass
+class CachedValues:
+    """The values for one set of arguments, which are ``watched``; ``storages``: where the values lie; ``seen``: all
+    arguments of the last call that used it."""
+
+    values: Values
+    storages: frozenset[int]
+    watched: list[weakref.ref[torch.Tensor]]
+    seen: Seen
+
+    def apart(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor``, or a copy if it is one of the values."""
+        return tensor.clone() if tensor.untyped_storage().data_ptr() in self.storages else tensor
+
+
+class LoopInvariantCache:
+    """The values of one program for the last few sets of its arguments.
+
+    Args:
+        places: which arguments of a call the program takes.
+        counts: counts in ``kept`` the calls that used values of an earlier one.
+    """
+
+    def __init__(self, places: Sequence[int], counts: Counter[str]) -> None:
+        self._places, self._counts = tuple(places), counts
+        self._sets: dict[Key, CachedValues] = {}
+
+    def __len__(self) -> int:
+        return len(self._sets)
+
+    def __call__(self, arguments: Sequence[torch.Tensor], state: Sequence[torch.Tensor],
+                 compute: Callable[[], Values]) -> CachedValues:
+        """The values for a call with these arguments and parameters."""
+        used = [*(arguments[i] for i in self._places), *state]
+        seen = tuple((weakref.ref(t), _version(t)) for t in arguments)
+        key = _key(used)
+        found = None if key is None else self._sets.pop(key, None)
+        # Whoever repeats a call exactly has probably changed what nobody counts: weights through ``.data``.
+        if found is None or _same(found.seen, seen):
+            values = compute()
+            found = CachedValues(values, frozenset(v.untyped_storage().data_ptr() for v in values), [], seen)
+            if key is not None:
+                found.watched = [weakref.ref(t, _forget(weakref.ref(self), key)) for t in used]
+        else:
+            self._counts["kept"] += 1
+        found.seen = seen
+        if key is not None:
+            self._sets[key] = found
+        while len(self._sets) > ENTRIES:
+            del self._sets[next(iter(self._sets))]
+        return found
+
+
+def _forget(owner: weakref.ref[LoopInvariantCache], key: Key) -> Callable[[object], None]:
+    def gone(_: object) -> None:
+        if kept := owner():
+            kept._sets.pop(key, None)
+
+    return gone
+
+
+def _key(tensors: Sequence[torch.Tensor]) -> Key | None:
+    """What tells these tensors, as they are now, from others that live; None if nothing can."""
+    made = []
+    for t in tensors:
+        version = _version(t)
+        if version is None:
+            return None
+        made.append((id(t), t.data_ptr(), version))
+    return tuple(made)
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """How often a tensor was written into, if that is counted."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _same(before: Seen, now: Seen) -> bool:
+    return len(before) == len(now) and all(
+        a() is b() and v == w is not None for (a, v), (b, w) in zip(before, now, strict=True))

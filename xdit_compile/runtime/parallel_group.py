@@ -1,0 +1,171 @@
+"""The processes that run one parallel model, or all models of one pipeline, together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils import _pytree as pytree
+
+from xdit_compile.runtime.control.control_plane import ControlPlane
+from xdit_compile.runtime.deferred.guidance_round_robin import GuidanceRoundRobin
+from xdit_compile.runtime.pipefusion.stage_communicator import StageCommunicator
+from xdit_compile.runtime.process_groups import ProcessGroups, forget, make_group
+from xdit_compile.spec import ShardingSpec
+
+
+class ParallelGroup:
+    """A spec, the global ranks that carry it out, in the order of its mesh, and how they agree and fail.
+
+    Attributes:
+        rank: this process's place among them.
+        timeout: seconds to wait for another rank.
+        data_if_possible: whether a batch that ``data`` cannot cut is no error.
+        audience: the ranks that are told what this one's pipeline computes; empty for those of the pipeline itself.
+        epoch: counts a pipeline's calls: what was kept in one is of another picture.
+        running: whether a pipeline's call is under way.
+        counts: how many ``calls`` of parallel models its ranks have made, and how many were ``shared`` by all of
+            them, and how many used values ``kept`` from a step before.
+    """
+
+    def __init__(self, spec: ShardingSpec, ranks: Sequence[int], timeout: float,
+                 counts: Counter[str] | None = None) -> None:
+        self.spec, self.ranks, self.timeout = spec, tuple(ranks), timeout
+        self.rank = 0 if len(ranks) == 1 else self.ranks.index(dist.get_rank())
+        self.control = ControlPlane(self.ranks, timeout)
+        self.counts: Counter[str] = Counter() if counts is None else counts
+        self.data_if_possible = self.running = False
+        self.epoch = 0
+        self.audience: tuple[int, ...] = ()
+        self._asked: tuple[torch.Tensor, dist.Work] | None = None
+
+    @cached_property
+    def process_groups(self) -> ProcessGroups:
+        return ProcessGroups(self.spec, self.ranks, self.timeout)
+
+    @property
+    def stage(self) -> int:
+        """Which stage of a pipeline this rank is."""
+        return self.rank // self.spec.sequence_degree % self.spec.pipefusion_degree
+
+    @cached_property
+    def communicator(self) -> StageCommunicator:
+        """What the stages of this rank's pipeline exchange. All its ranks ask for it together the first time."""
+        first = self.rank - self.stage * self.spec.sequence_degree
+        column = [self.ranks[first + i * self.spec.sequence_degree] for i in range(self.spec.pipefusion_degree)]
+        return StageCommunicator(column, self.stage, self.audience or column, self.control, self.timeout)
+
+    @property
+    def communicators(self) -> list[StageCommunicator]:
+        """Those that were asked for, of the groups that take turns too."""
+        return [group.communicator for group in (self, vars(self).get("part")) if group is not None and "stream" in vars(group)]
+
+    def settle(self) -> None:
+        """Wait for all that was promised and asked."""
+        if self._asked:
+            self._asked[1].wait()
+            self._asked = None
+        if self.round_robin:
+            self.round_robin.settle()
+        for communicator in self.communicators:
+            communicator.settle()
+
+    @cached_property
+    def round_robin(self) -> GuidanceRoundRobin | None:
+        """Where calls can be shared out among groups. All ranks ask for it together the first time."""
+        return GuidanceRoundRobin(self.spec, self.ranks, self.control, self.timeout) if self.spec.cfg_degree > 1 else None
+
+    @cached_property
+    def subgroup(self) -> ParallelGroup | None:
+        """The ranks that run what is too small to be shared out by all: the group that this rank takes turns with, or
+        those that share an autoencoder for one sample. All its ranks ask for it together."""
+        if self.round_robin is not None:
+            spec = replace(self.spec, cfg_degree=1, vae_degree=1, encoders="everywhere")
+            made = ParallelGroup(spec, self.round_robin.members(spec, self.ranks), self.timeout, self.counts)
+            shift = self.rank - self.round_robin.mine * spec.model_degree
+            made.audience = tuple(
+                self.ranks[shift + i * spec.model_degree + (stage - self.stage) * spec.sequence_degree]
+                for i in range(self.round_robin.degree) for stage in range(spec.pipefusion_degree))
+            return made
+        return self._block(replace(self.spec, data_degree=1)) if self.data_if_possible else None
+
+    @cached_property
+    def vae(self) -> ParallelGroup:
+        """The group that shares an autoencoder with this rank: the sides of its pictures, and the pictures themselves
+        if there are ranks enough. All its ranks ask for it together."""
+        own = self.spec
+        data = own.data_degree if own.world_size % (own.data_degree * own.vae_degree) == 0 else 1
+        # A ring, because an autoencoder's attention has a single head.
+        made = self._block(ShardingSpec(
+            ring_degree=own.vae_degree, data_degree=data, backend=own.backend, compile_mode=own.compile_mode,
+            onediff_backend=own.onediff_backend, compile_options=own.compile_options,
+            attention_kernel=own.attention_kernel))
+        made.data_if_possible = data > 1
+        return made
+
+    def _block(self, spec: ShardingSpec) -> ParallelGroup:
+        """This rank and its neighbours, as many as ``spec`` asks for."""
+        first = self.rank - self.rank % spec.world_size
+        return ParallelGroup(spec, self.ranks[first : first + spec.world_size], self.timeout, self.counts)
+
+    @cached_property
+    def everyone(self) -> dist.ProcessGroup:
+        """All ranks as one group. They ask for it together the first time."""
+        return make_group("xdit_compile.all", self.ranks, self.timeout)
+
+    def said_before(self, mine: bool) -> bool:
+        """Whether any rank said yes when this was asked the last time; waits for nobody that is a step behind. All
+        ranks ask as often."""
+        group = self.everyone
+        flag = torch.tensor([mine], dtype=torch.int32, device=_device_of(group))
+        before, self._asked = self._asked, (flag, dist.all_reduce(flag, dist.ReduceOp.MAX, group, async_op=True))
+        if before is None:
+            return False
+        before[1].wait()
+        return bool(before[0].item())
+
+    def gather(self, mine: Any) -> list[Any]:
+        """What every rank holds, in order: any object that can be pickled."""
+        everyone: list[Any] = [mine]
+        if len(self.ranks) > 1:
+            everyone *= len(self.ranks)
+            dist.all_gather_object(everyone, mine, group=self.everyone)
+        return everyone
+
+    def broadcast(self, value: Any, owner: int, device: torch.device) -> Any:
+        """What rank ``owner`` holds, on all; tensors arrive on ``device``."""
+        shape = [pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), value)]
+        dist.broadcast_object_list(shape, group=self.everyone, group_src=owner)
+        if self.rank != owner:
+            value = pytree.tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device=device), shape[0])
+        for tensor in pytree.tree_leaves(value):
+            if isinstance(tensor, torch.Tensor):
+                dist.broadcast(tensor.contiguous() if self.rank == owner else tensor, group=self.everyone,
+                               group_src=owner)
+        return value
+
+    def forget(self) -> None:
+        """Use no group again: a collective failed."""
+        known = vars(self)
+        if "groups" in known:
+            self.process_groups.forget()
+        if "everyone" in known:
+            forget([self.everyone])
+        if "stream" in known:
+            self.communicator.forget()
+        if "turns" in known and self.round_robin is not None:
+            forget([self.round_robin.group])
+        for name in ("part", "vae"):
+            if known.get(name) is not None:
+                known[name].forget()
+
+
+def _device_of(group: dist.ProcessGroup) -> torch.device:
+    """Where tensors must be for a collective of ``group``."""
+    on_gpu = dist.get_backend(group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

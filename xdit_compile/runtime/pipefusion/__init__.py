@@ -1,0 +1,1 @@
+"""PipeFusion at run time: its schedule, one rank's stage, what stages exchange, denoising loops."""
