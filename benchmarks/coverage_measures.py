@@ -22,7 +22,7 @@ from torch import nn
 
 import xdit_compile
 from benchmarks.published import explained, in_block
-from xdit_compile.diagnostics.explain import Explanation
+from xdit_compile.diagnostics.explanation import Explanation
 from xdit_compile.driver.compile_call import compile_call
 from xdit_compile.errors import CaptureError, SpecError
 from xdit_compile.ir.call_arguments import call_arguments

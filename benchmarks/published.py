@@ -29,7 +29,8 @@ import diffusers
 import torch
 from tqdm import tqdm
 
-from xdit_compile.diagnostics.explain import Explanation, explain
+from xdit_compile.diagnostics.explain import explain
+from xdit_compile.diagnostics.explanation import Explanation
 from xdit_compile.errors import SpecError
 from xdit_compile.report.units import size, work
 

@@ -63,7 +63,7 @@ class Layout:
 # The method
 
 
-class LoopInvariantCache(TorchFunctionMode):
+class Kept(TorchFunctionMode):
     """Gives calls in which tokens meet what earlier runs of the model kept, with this run's own rows in it.
 
     ``kept`` has a tensor for each such argument, in the order of the calls. ``image`` and ``text`` say which tokens
@@ -165,7 +165,7 @@ class Emulation:
         self.steps += 1
         if self.steps <= self.warmup:
             everything = torch.ones(len(tokens) + texts, dtype=torch.bool).split([len(tokens), texts])
-            with LoopInvariantCache(self.kept, *everything, layout.text_first) as mode:
+            with Kept(self.kept, *everything, layout.text_first) as mode:
                 output = result(self.model, inputs)
             assert mode.used == len(self.kept) > 0
             return output
@@ -173,7 +173,7 @@ class Emulation:
         for patch, (begin, end) in enumerate(pairwise(self.offsets)):
             alone = sample.masked_fill(labels != patch, torch.nan)
             own_text = torch.full((texts,), patch == 0)
-            with LoopInvariantCache(self.kept, tokens == patch, own_text, layout.text_first) as mode:
+            with Kept(self.kept, tokens == patch, own_text, layout.text_first) as mode:
                 part = result(self.model, inputs | {layout.sample: alone}).narrow(dim, begin, end - begin)
             assert mode.used == len(self.kept)
             assert part.isfinite().all(), "tokens of other patches meet this one's outside of attention"

@@ -255,7 +255,7 @@ def exchanged(name: str, root: str) -> tuple[float, bool]:
     return apart(case, pipe, alone), hasattr(pipe.transformer, "runners")
 
 
-def side_effects_undone(name: str, root: str) -> bool:
+def unchanged(name: str, root: str) -> bool:
     pipe = pipelines.load(pipelines.folder(name, Path(root)))
     before = dict(vars(pipe)), type(pipe)
     made = xdit_compile.parallelize(pipe, "cfg=2", ranks=range(2), timeout=60)

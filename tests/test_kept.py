@@ -315,7 +315,7 @@ def test_both_parts_are_the_whole(plan: list[tuple[int, int, int]]) -> None:
             assert torch.equal(a, b) and torch.allclose(a, c, atol=1e-5)
     if compiled.invariant is not None:
         assert not {"arg_0", "arg_1"} & {i.name for i in compiled.invariant.inputs}
-        assert any(i.kind == "kept" for i in compiled.body.inputs)
+        assert any(i.kind == "invariant" for i in compiled.body.inputs)
 
 
 # Ranks

@@ -21,10 +21,10 @@ from xdit_compile.ir.mesh import STAGE, axis_sizes, position_of
 from xdit_compile.ir.program import Program
 from xdit_compile.ir.pytree import flatten
 from xdit_compile.passes.emitter import Emitter
+from xdit_compile.passes.interpreter import FunctionInterpreter, ProgramInterpreter
 from xdit_compile.passes.laid_out_value import Value
 from xdit_compile.passes.lower_attention import lower_attention
 from xdit_compile.passes.rules import RULES
-from xdit_compile.passes.shard import FunctionInterpreter, ProgramInterpreter
 from xdit_compile.passes.verifier import check
 from xdit_compile.spec import ShardingSpec
 

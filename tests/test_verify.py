@@ -14,7 +14,8 @@ from torch import nn
 
 from tests import models
 from xdit_compile.diagnostics.difference import Difference, difference, piece_of
-from xdit_compile.diagnostics.verify import Verification, verify
+from xdit_compile.diagnostics.verification import Verification
+from xdit_compile.diagnostics.verify import verify
 from xdit_compile.errors import XditError
 from xdit_compile.ir.layout import Dim, Layout
 from xdit_compile.kernels.registry import KERNELS

@@ -97,4 +97,5 @@ def parallelize(model: Any, spec: str | dict | ShardingSpec, *, ranks: Sequence[
     if isinstance(weights, Mapping):
         raise XditError("weights of a model are a file or a folder; those by component are for a pipeline")
     read_one = None if weights is None else Checkpoint.at(weights)
-    return parallel_model(model, {"forward": ModelRunner(model, group, check_inputs, CapturedPrograms(model, dump), read_one)})
+    runner = ModelRunner(model, group, check_inputs, CapturedPrograms(model, dump), read_one)
+    return parallel_model(model, {"forward": runner})

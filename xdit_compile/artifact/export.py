@@ -83,7 +83,8 @@ def export(model: nn.Module, spec: str | dict | ShardingSpec, example_inputs: In
 class _Writer:
     """What is collected while the calls are written."""
 
-    def __init__(self, model: nn.Module, spec: ShardingSpec, draft: ArtifactDraft, progress: Progress, native: bool) -> None:
+    def __init__(self, model: nn.Module, spec: ShardingSpec, draft: ArtifactDraft, progress: Progress,
+                 native: bool) -> None:
         self.model, self.spec, self.draft, self.progress = model, spec, draft, progress
         self.source, self.packages = CapturedPrograms(model), Packages(draft.add) if native else None
         self.constants: dict[str, torch.Tensor] = {}
@@ -135,9 +136,10 @@ class _Writer:
             self.stages |= {path: i for i, paths in enumerate(stage.blocks) for path in paths}
             programs = {"stage": stage_json(stage, write)}
         else:
-            programs = {"body": write(compiled.body), "steady": write(compiled.invariant) if compiled.invariant else None}
+            programs = {"body": write(compiled.body),
+                        "invariant": write(compiled.invariant) if compiled.invariant else None}
         self.used.setdefault(index, set()).update(compiled.parameters)
-        return {"idle": compiled.unsharded, **programs}
+        return {"unsharded": compiled.unsharded, **programs}
 
     def _constant(self, tensor: torch.Tensor) -> str:
         """Its name in the file of constants, which holds each content once."""

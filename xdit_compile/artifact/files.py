@@ -17,7 +17,7 @@ from xdit_compile.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 FORMAT = "xdit_compile artifact"
-VERSION = 1
+VERSION = 2
 LARGEST_TEXT = 256 * 2**20
 """Bytes of the largest manifest or graph that is read; those of the largest models have a few million."""
 TENSORS = ".safetensors"

@@ -126,7 +126,8 @@ class ArtifactLoader:
             raise
         group.control.agree("the weights", {"error": "none"})
         model = placed(_class(manifest), tensors, stored.buffers)
-        made: Any = parallel_model(model, {"forward": ModelRunner(model, group, check, _Calls(self.folder, self.calls))})
+        runner = ModelRunner(model, group, check, _Calls(self.folder, self.calls))
+        made: Any = parallel_model(model, {"forward": runner})
         return made
 
 
@@ -209,11 +210,12 @@ class _Call:
             output_spec = OutputSpec(structure_of(self.entry["outputs"]), (), likes)
             if "stage" in entry:
                 stage = reader.stage(entry["stage"], self.spec, position)
-                made = StoredProgram(self.name, stage.once, stage.invariant, output_spec, bool(entry["idle"]), stage)
+                made = StoredProgram(self.name, stage.once, stage.invariant, output_spec, bool(entry["unsharded"]),
+                                     stage)
             else:
                 body = reader.program(entry["body"], self.spec, position)
-                invariant = reader.program(entry["steady"], self.spec, position) if entry["steady"] else None
-                made = StoredProgram(self.name, body, invariant, output_spec, bool(entry["idle"]))
+                invariant = reader.program(entry["invariant"], self.spec, position) if entry["invariant"] else None
+                made = StoredProgram(self.name, body, invariant, output_spec, bool(entry["unsharded"]))
             self._made[rank] = made
         return self._made[rank]
 

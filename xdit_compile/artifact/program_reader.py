@@ -20,7 +20,7 @@ from xdit_compile.runtime.pipefusion.schedule import Edge
 from xdit_compile.runtime.pipefusion.stage_executor import StageProgram
 from xdit_compile.spec import ShardingSpec
 
-KINDS = ("parameter", "constant", "argument", "once", "received", "cache", "kept")
+KINDS = ("parameter", "constant", "argument", "once", "received", "cache", "invariant")
 LARGEST_CACHE = 2**42
 """Bytes that a program may ask for to keep values from step to step: more than any device has."""
 
@@ -69,7 +69,7 @@ class Reader:
             return self.program(written, spec, position)
 
         return StageProgram(
-            invariant=program(entry["steady"]) if entry["steady"] else None, once=program(entry["once"]),
+            invariant=program(entry["invariant"]) if entry["invariant"] else None, once=program(entry["once"]),
             units={int(unit): program(written) for unit, written in entry["units"].items()},
             held=tuple(entry["held"]), samples={int(place): _cut(cut) for place, cut in entry["samples"].items()},
             sends={int(to): tuple(names) for to, names in entry["sends"].items()}, returns=tuple(entry["returns"]),

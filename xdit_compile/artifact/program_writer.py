@@ -39,7 +39,7 @@ def program_json(program: Program, add: Callable[[bytes, str], str],
 def stage_json(stage: StageProgram, write: Callable[[Program], Json]) -> Json:
     """Where the programs of a stage were written, and how it exchanges values with others."""
     return {
-        "steady": write(stage.invariant) if stage.invariant else None, "once": write(stage.once),
+        "invariant": write(stage.invariant) if stage.invariant else None, "once": write(stage.once),
         "units": {str(unit): write(program) for unit, program in stage.units.items()},
         "held": stage.held, "samples": {str(place): _cut_json(cut) for place, cut in stage.samples.items()},
         "sends": {str(to): names for to, names in stage.sends.items()}, "returns": stage.returns,

@@ -22,10 +22,13 @@ from xdit_compile.artifact.export import export
 from xdit_compile.artifact.inspection import Inspection, inspect
 from xdit_compile.cli import run_flags as flags
 from xdit_compile.cli.record_calls import record
-from xdit_compile.cli.run import Run, run
+from xdit_compile.cli.run import run
+from xdit_compile.cli.run_result import Run
 from xdit_compile.cli.target import build, load
-from xdit_compile.diagnostics.explain import Explanation, explain
-from xdit_compile.diagnostics.verify import Verification, verify
+from xdit_compile.diagnostics.explain import explain
+from xdit_compile.diagnostics.explanation import Explanation
+from xdit_compile.diagnostics.verification import Verification
+from xdit_compile.diagnostics.verify import verify
 from xdit_compile.errors import LaunchError, SpecError, XditError
 from xdit_compile.ir.program import Program
 from xdit_compile.pipelines.loading import only_one_speaks

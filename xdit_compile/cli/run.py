@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import RenderableType
 
 from xdit_compile.api import parallelize
+from xdit_compile.cli.run_result import Run
 from xdit_compile.errors import XditError
 from xdit_compile.pipelines.loading import PipelineSource, load, only_one_speaks, pictures, pipeline_class
 from xdit_compile.pipelines.output_files import save
-from xdit_compile.report.tables import run_table
-from xdit_compile.report.text import jsonable, plain
 from xdit_compile.runtime.launch import launch, place_of
 from xdit_compile.spec import ShardingSpec
 
@@ -56,52 +54,6 @@ class Request:
     offload: bool = False
     warmup_calls: int = 0
     frame_rate: int | None = None
-
-
-@dataclass(frozen=True)
-class Run:
-    """What came of it, as rank 0 saw it.
-
-    Attributes:
-        seconds: of the call that was kept.
-        steps: of denoising, 0 where the pipeline does not tell.
-        warmup_calls: with none, ``seconds`` includes capturing the models.
-        peak_memory: bytes on the GPU of each rank; nothing on CPUs.
-        files: what was written.
-        notes: warnings, and results that no file was written for.
-    """
-
-    model: str
-    pipeline: str
-    spec: ShardingSpec
-    device: str
-    dtype: str
-    load_seconds: float
-    seconds: float
-    steps: int
-    warmup_calls: int
-    peak_memory: tuple[int, ...]
-    files: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def processes(self) -> int:
-        return self.spec.world_size
-
-    @property
-    def seconds_per_step(self) -> float | None:
-        return self.seconds / self.steps if self.steps else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as what JSON can say."""
-        return jsonable(self) | {"spec": str(self.spec), "processes": self.processes,
-                                 "seconds_per_step": self.seconds_per_step}
-
-    def __rich__(self) -> RenderableType:
-        return run_table(self)
-
-    def __str__(self) -> str:
-        return plain(self)
 
 
 def run(request: Request) -> Run:

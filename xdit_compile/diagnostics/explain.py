@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from rich.console import RenderableType
 from torch import fx, nn
 
+from xdit_compile.diagnostics.explanation import Explanation, Row, Traffic
 from xdit_compile.diagnostics.origins import Piece, global_functions, pieces
 from xdit_compile.diagnostics.stage_costs import Stages, stages_of
 from xdit_compile.driver.compile_call import Dump, compile_program, parted
@@ -25,120 +25,12 @@ from xdit_compile.ir.program import Note, Program, module_of, source_of
 from xdit_compile.ir.step_inputs import step_inputs
 from xdit_compile.passes.pipefusion import plan_pipeline
 from xdit_compile.report.costs import Costs, costs_of
-from xdit_compile.report.loop_invariants import InvariantWork, keeping, with_invariants
+from xdit_compile.report.loop_invariants import InvariantWork, invariant_work, with_invariants
 from xdit_compile.report.operations import contractions
-from xdit_compile.report.tables import explanation_table, summary_of_explanation
-from xdit_compile.report.text import jsonable, plain
 from xdit_compile.spec import ShardingSpec
 
 MOST = 10
 """How many of the largest replicated operations are listed."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One operator, or one decision about it.
-
-    Attributes:
-        function, node: where it stands in the program; module, source: whose forward made it, and the line.
-        text: what was decided.
-        times: how often it runs in one forward.
-        sent: bytes this rank sends for it in one forward.
-        flops: this rank's operations for it in one forward, where they are the point.
-    """
-
-    function: str
-    node: str
-    module: str
-    source: str
-    text: str
-    times: int
-    sent: int = 0
-    flops: int = 0
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """All collectives of one kind and purpose in one function; ``count`` and ``sent`` are per forward."""
-
-    kind: str
-    axis: str
-    ranks: int
-    why: str
-    function: str
-    module: str
-    source: str
-    count: int
-    sent: int
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What ``rank`` would do under ``spec``, and what one device does without it.
-
-    Attributes:
-        model: the class's name.
-        functions: how often each function of the program runs in one forward; ``main`` is the forward itself,
-            the others are blocks captured once.
-        operators: how many nodes of each operator were captured.
-        capture_seconds, passes_seconds: how long it took to make the program; what was captured before is not
-            captured again.
-        seeds: where the token axes start.
-        attentions, convolutions: each of them, and what became of it.
-        traffic: the collectives, largest first.
-        fallbacks: operators computed whole for want of a rule.
-        replicated: the most expensive operators that every rank computes whole.
-        replicated_flops: this rank's operations in all that every rank computes whole.
-        local, whole: costs of this rank, and of the model on one device; under ``pipefusion``, of one step.
-        kept: what of ``local`` is computed at the first step only; None if nothing is.
-        stages: of a pipeline, what each of them does; the rows above are then those of this rank's stage.
-    """
-
-    model: str
-    spec: ShardingSpec
-    rank: int
-    functions: Mapping[str, int]
-    operators: Mapping[str, int]
-    capture_seconds: float
-    passes_seconds: float
-    seeds: tuple[Row, ...]
-    attentions: tuple[Row, ...]
-    convolutions: tuple[Row, ...]
-    traffic: tuple[Traffic, ...]
-    fallbacks: tuple[Row, ...]
-    replicated: tuple[Row, ...]
-    replicated_flops: int
-    local: Costs
-    whole: Costs
-    kept: InvariantWork | None = None
-    stages: Stages | None = None
-
-    @property
-    def work_ratio(self) -> float:
-        """This rank's operations, times the number of ranks, over those of one device: 1.0 is ideal."""
-        return self.local.flops * self.spec.world_size / max(self.whole.flops, 1)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as what JSON can say."""
-        fields = jsonable(self)
-        local, whole = fields.pop("local"), fields.pop("whole")
-        costs = {"flops": local["flops"], "flops_single_device": whole["flops"],
-                 "work_ratio": self.work_ratio, "bytes_sent": self.local.sent,
-                 "collectives": self.local.collective_count,
-                 "peak_activation_bytes": local["activations"],
-                 "peak_activation_bytes_single_device": whole["activations"]}
-        return fields | {"spec": str(self.spec), "world_size": self.spec.world_size, "costs": costs,
-                         "collectives": local["collectives"]}
-
-    def summary(self) -> str:
-        """One line."""
-        return summary_of_explanation(self)
-
-    def __rich__(self) -> RenderableType:
-        return explanation_table(self)
-
-    def __str__(self) -> str:
-        return plain(self)
 
 
 def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, inputs: Inputs, *,
@@ -175,7 +67,7 @@ def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, i
         compiled = compile_program(program, spec, rank, dump, changes)
         whole, local = compiled.whole, compiled.local
         body, costs = whole, with_invariants(costs_of(local), compiled.invariant, compiled.body)
-        kept = keeping(local, compiled.invariant, compiled.body, compiled.changes, costs.flops)
+        kept = invariant_work(local, compiled.invariant, compiled.body, compiled.changes, costs.flops)
     end = time.perf_counter()
     notes, calls = local.notes, local.calls()
     replicated = sorted(_replicated(local), key=lambda row: -row.flops) if spec.world_size > 1 else []
@@ -201,7 +93,7 @@ def _stage(program: Program, spec: ShardingSpec, rank: int, dump: Dump | None, c
     once = with_invariants(costs_of(stage.once), invariant, rest)
     costs = Costs(once.flops + sum(u.flops for u in units), max(u.activations for u in (once, *units)),
                   tuple(c for u in (once, *units) for c in u.collectives))
-    kept = keeping(stage.once, invariant, rest, tuple(changes.values()), costs.flops)
+    kept = invariant_work(stage.once, invariant, rest, tuple(changes.values()), costs.flops)
     index = position_of(rank, spec)[STAGE]
     return pipeline.whole, pipeline.stages[index].body, stage.units[stage.patches[-1]], costs, kept, found
 

@@ -115,7 +115,7 @@ def stages_of(pipeline: Pipeline, edges: tuple[Edge, ...]) -> Stages:
             p.inputs, p.main.graph.find_nodes(op="placeholder"), strict=True) if i.kind == "parameter"}
         made.append(StageCosts(
             stage.blocks, sum(math.prod(t.shape) * t.dtype.itemsize for t in held.values()), once.flops,
-            tuple(t.flops for t in patches), units[WHOLE].flops, units[WHOLE].kept if spec.patches > 1 else 0,
+            tuple(t.flops for t in patches), units[WHOLE].flops, units[WHOLE].stale_bytes if spec.patches > 1 else 0,
             once.sent + sum(t.sent for t in patches)))
     return Stages(spec, tuple(made), edges, tuple(
         f"{name}: {layout}" for name, layout in pipeline.seeds.items() if any(len(d.segments) for d in layout.dims)))

@@ -46,7 +46,8 @@ def timeline(parallel: Any) -> Timelines:
     """
     models = vars(parallel).values() if isinstance(parallel, ParallelPipeline) else [parallel]
     found = [(ready, ready.executor) for m in models if isinstance(m, Parallel)
-             for runner in m.runners.values() for ready in runner.programs.values() if isinstance(ready.executor, StageExecutor)]
+             for runner in m.runners.values() for ready in runner.programs.values()
+             if isinstance(ready.executor, StageExecutor)]
     found = [(ready, executor) for ready, executor in found if executor.history]
     if not found:
         raise XditError("nothing ran in stages yet: parallelize with pipefusion=2 or more and run a denoising loop")

@@ -4,82 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
 
 import torch
-from rich.console import RenderableType
 from torch import nn
 
 from xdit_compile.api import parallelize
-from xdit_compile.diagnostics.blame import NodeDifference, Pair, arguments_of, first_differences
-from xdit_compile.diagnostics.difference import Difference, difference
+from xdit_compile.diagnostics.blame import Pair, arguments_of, first_differences
+from xdit_compile.diagnostics.difference import difference
+from xdit_compile.diagnostics.verification import OutputDifference, Verification
 from xdit_compile.driver.compile_call import Compiled
 from xdit_compile.driver.model_runner import ModelRunner, ReadyProgram
 from xdit_compile.errors import XditError
 from xdit_compile.ir.call_arguments import Inputs, call_arguments
 from xdit_compile.ir.pytree import flatten
-from xdit_compile.report.tables import summary_of_verification, verification_table
-from xdit_compile.report.text import jsonable, plain
 from xdit_compile.runtime.deferred.deferred_tensor import materialize
 from xdit_compile.spec import ShardingSpec
-
-Cause = Literal["", "capture", "rewriting", "execution", "stages"]
-
-
-@dataclass(frozen=True)
-class OutputDifference:
-    """One tensor among the model's results, and the largest differences found on any rank."""
-
-    index: int
-    shape: tuple[int, ...]
-    dtype: str
-    absolute: float
-    relative: float
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What comparing found; the same on every rank.
-
-    Attributes:
-        outputs: every tensor among the results.
-        cause: where a difference comes from. ``capture``: the captured program is not the model;
-            ``rewriting``: ``nodes`` are the first values that ranks hold wrongly; ``execution``: every value
-            is right when nodes run one by one, so it is what the backend makes of the program; ``stages``: no rank
-            has all parameters any more, so that the node cannot be found; verify under ``ulysses`` finds it.
-    """
-
-    model: str
-    spec: ShardingSpec
-    tolerance: float
-    outputs: tuple[OutputDifference, ...]
-    cause: Cause = ""
-    nodes: tuple[NodeDifference, ...] = ()
-
-    @property
-    def ok(self) -> bool:
-        """Whether every output is within the tolerance."""
-        return not any(Difference(o.absolute, o.relative).exceeds(self.tolerance) for o in self.outputs)
-
-    @property
-    def worst(self) -> float:
-        """The largest relative difference of any output."""
-        return max((o.relative for o in self.outputs), default=0.0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as what JSON can say."""
-        return jsonable(self) | {"spec": str(self.spec), "ok": self.ok}
-
-    def summary(self) -> str:
-        """One line."""
-        return summary_of_verification(self)
-
-    def __rich__(self) -> RenderableType:
-        return verification_table(self)
-
-    def __str__(self) -> str:
-        return plain(self)
 
 
 def verify(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, inputs: Inputs, *,

@@ -19,7 +19,7 @@ from xdit_compile.ir.program import Program
 from xdit_compile.ir.step_inputs import step_inputs
 from xdit_compile.passes import localize, plan
 from xdit_compile.passes.hoist import kept_apart
-from xdit_compile.passes.shard import Seeds
+from xdit_compile.passes.interpreter import Seeds
 from xdit_compile.runtime.pipefusion.stage_executor import StageProgram, parameters_of
 from xdit_compile.spec import ShardingSpec
 
@@ -32,7 +32,7 @@ class Compiled:
     rank's program. As a stage of a pipeline a rank has several: ``local`` is the one for all patches.
 
     Attributes:
-        body: what a rank runs of ``local`` at each step; steady: the rest, run when its arguments have changed.
+        body: what a rank runs of ``local`` at each step; invariant: the rest, run when its arguments have changed.
         changes: the names of the arguments that change at each step.
     """
 

@@ -98,7 +98,8 @@ class ModelRunner:
             raise
         return ready.compiled.output_spec.finish((bound.args, bound.kwargs), tensors, results)
 
-    def _together(self, ready: ReadyProgram, executor: Executor, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def _together(self, ready: ReadyProgram, executor: Executor,
+                  tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """The results, computed by all ranks."""
         self.group.counts["shared"] += ready.group is self.group
         with self.group.control.guard("the forward pass", ready.group.process_groups.bind()):
@@ -130,7 +131,8 @@ class ModelRunner:
             agreed: whether ranks have just compared what they call the model with. Else they do so at the first step of
                 a loop; after that they are at different steps, and a digest travels with the first values.
         """
-        communicator, spec, round_robin = executor.communicator, ready.group.spec, self.group.round_robin if ready.round_robin else None
+        communicator, spec = executor.communicator, ready.group.spec
+        round_robin = self.group.round_robin if ready.round_robin else None
         others = {n: materialize(t) for n, t in named.items() if n not in later}
         times = [others.pop(n).double() for n in sorted(timestep_inputs(others))]
         time = tuple(x for t in times if t.numel() for x in (t.min().item(), t.max().item()))
@@ -206,7 +208,8 @@ class ModelRunner:
         return StageExecutor(stage, self.model, group.communicator, self.group.counts)
 
 
-def _samples(ready: ReadyProgram | None, tensors: Sequence[torch.Tensor], named: Mapping[str, torch.Tensor]) -> set[str]:
+def _samples(ready: ReadyProgram | None, tensors: Sequence[torch.Tensor],
+             named: Mapping[str, torch.Tensor]) -> set[str]:
     """The names of arguments that stages take patch by patch."""
     if ready is None or not isinstance(ready.executor, StageExecutor):
         return set()

@@ -12,8 +12,8 @@ from xdit_compile.spec import ShardingSpec
 
 
 class Runnable(Protocol):
-    """What one rank runs for one kind of call: ``body`` at each step, ``invariant`` when the arguments that it takes have
-    changed; or, as a ``stage`` of a pipeline, the programs of that."""
+    """What one rank runs for one kind of call: ``body`` at each step, ``invariant`` when the arguments that it takes
+    have changed; or, as a ``stage`` of a pipeline, the programs of that."""
 
     @property
     def body(self) -> Program: ...

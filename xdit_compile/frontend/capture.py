@@ -89,7 +89,8 @@ def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         try:
             outliner = Outliner(model, known, mode)
             if outliner.paths:
-                with side_effects_undone(model, args, kwargs), outliner.recording(), fake_state(model, mode, outliner.repeats):
+                with side_effects_undone(model, args, kwargs), outliner.recording(), fake_state(
+                        model, mode, outliner.repeats):
                     shown = [as_fake(t, mode) for t in tensors]
                     with mode:
                         call(*(shown[i] for i in sharing(tensors)))

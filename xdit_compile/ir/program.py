@@ -28,9 +28,9 @@ class Input:
     """What a placeholder of ``main`` stands for: a parameter or buffer by its name in the model, a constant made
     inside forward, or the n-th tensor among the flattened arguments of the call. In a stage of a pipeline also a
     value computed ``once`` per step, one ``received`` from another stage, or a ``cache`` that outlives the call; where
-    values are ``kept`` from step to step, one of these."""
+    values are kept from step to step, one of these ``invariant`` ones."""
 
-    kind: Literal["parameter", "constant", "argument", "once", "received", "cache", "kept"]
+    kind: Literal["parameter", "constant", "argument", "once", "received", "cache", "invariant"]
     name: str
 
 
@@ -38,7 +38,7 @@ class Input:
 class Note:
     """One thing a pass decided, for the report and for the check that all ranks decided the same."""
 
-    kind: Literal["seed", "attention", "gather", "fallback", "collective", "canonical", "kept"]
+    kind: Literal["seed", "attention", "gather", "fallback", "collective", "canonical", "stale"]
     node: str
     text: str
     module: str = ""

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 
-def update_and_read(cache: torch.Tensor, fresh: torch.Tensor, dim: int, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
+def update_and_read(cache: torch.Tensor, fresh: torch.Tensor, dim: int,
+                    spans: Sequence[tuple[int, int]]) -> torch.Tensor:
     """``cache`` with ``fresh`` written over the index ranges ``spans`` of dimension ``dim``, in their order.
 
     It is the cache itself: what is read from the result is read after the write, also where a compiler orders by

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from xdit_compile.ir.call_arguments import bind_call, named_leaves
-from xdit_compile.pipelines.components import TIMES
+
+TIMES = frozenset({"timestep", "timesteps", "time_step", "t", "sigma", "sigmas", "noise_level", "noise_labels"})
+"""Names that the time of a diffusion process goes by among the arguments of a forward."""
 
 
 def timestep_inputs(named: Mapping[str, torch.Tensor]) -> Collection[str]:

@@ -13,9 +13,10 @@ from xdit_compile.ir.mesh import axis_sizes, position_of
 from xdit_compile.ir.program import Note, Program
 from xdit_compile.passes.batch_axis import batch_seeds, joined
 from xdit_compile.passes.canonicalize import canonicalize
+from xdit_compile.passes.interpreter import Leave, Seeds
 from xdit_compile.passes.lower_attention import lower_attention
 from xdit_compile.passes.overlap_communication import overlap
-from xdit_compile.passes.shard import Leave, Seeds, shard
+from xdit_compile.passes.shard import shard
 from xdit_compile.passes.simplify import simplify
 from xdit_compile.passes.token_axis import choose_seeds
 from xdit_compile.passes.verifier import check
@@ -88,7 +89,8 @@ def localize(program: Program, seeds: Seeds, rank: int, dump: Callable[[str, Pro
     Args:
         dump: called with each pass's name and result.
         patch: the time it is for.
-        given, leave: how inputs come and results go, where they are not whole on every rank (``shard.ProgramInterpreter.main``).
+        given, leave: how inputs come and results go, where they are not whole on every rank
+            (``ProgramInterpreter.main``).
     """
     assert program.spec is not None
     context = Context({**position_of(rank, program.spec), PATCH: patch}, axis_sizes(program.spec),

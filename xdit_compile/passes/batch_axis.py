@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from xdit_compile.errors import SpecError
 from xdit_compile.ir.layout import BATCH, Dim, Layout
 from xdit_compile.ir.program import Program
-from xdit_compile.passes.shard import CostEstimator, Seeds
+from xdit_compile.passes.interpreter import Seeds
+from xdit_compile.passes.shard import CostEstimator
 
 WORTH = 0.9
 """A cut of the batch must lower a rank's operations below this share of all of them."""

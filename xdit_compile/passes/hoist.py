@@ -30,7 +30,7 @@ same."""
 
 def kept_apart(program: Program, begin: Collection[str]) -> tuple[Program | None, Program]:
     """What of a local program does not depend on the arguments ``begin`` (by their inputs' names, ``arg_0``), and the
-    rest, which takes the results of the first as its ``kept`` inputs. None where there is nothing worth keeping.
+    rest, which takes the results of the first as its ``invariant`` inputs. None where there is nothing worth keeping.
 
     The first has no collectives: whether it runs is each rank's own affair. It leaves to the rest what costs next to
     nothing, and what parameters alone become before they are used as weights, of which there would else be two.
@@ -46,7 +46,8 @@ def kept_apart(program: Program, begin: Collection[str]) -> tuple[Program | None
     if not parts.held:
         return None, program
     invariant = part_of(parted, parts.once, [inputs[n] for n in parts.once_takes], part=True)
-    body = part_of(parted, parts.rest, [inputs.get(n) or Input("kept", n.name) for n in parts.rest_takes], program.part)
+    takes = [inputs.get(n) or Input("invariant", n.name) for n in parts.rest_takes]
+    body = part_of(parted, parts.rest, takes, program.part)
     return invariant, body
 
 

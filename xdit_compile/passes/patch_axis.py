@@ -19,7 +19,7 @@ from xdit_compile.ir.mesh import position_of
 from xdit_compile.ir.program import Program
 from xdit_compile.passes.batch_axis import joined
 from xdit_compile.passes.hoist import hoist
-from xdit_compile.passes.shard import ProgramInterpreter, Seeds
+from xdit_compile.passes.interpreter import ProgramInterpreter, Seeds
 from xdit_compile.passes.stage_partition import work
 from xdit_compile.passes.token_axis import arguments, candidates
 
@@ -110,7 +110,7 @@ class _Measure:
         total = once + sum((t.flops - once) * n for t, n in walks)
         largest = max(t.flops - once for t, _ in walks) * self.sizes[PATCH]
         whole = sum(not any(PATCH in d.axes for d in layout.dims) for layout in first.results)
-        cost = (total + largest) / each + 0.1 * first.kept / max(self._whole.moved, 1) + whole
+        cost = (total + largest) / each + 0.1 * first.stale_bytes / max(self._whole.moved, 1) + whole
         saves = total < 0.5 * each * (1 + self.sizes[PATCH])
         return Tried(cost, seeds, first.attentions > 0, saves, frozenset(first.cut))
 

@@ -19,9 +19,9 @@ from xdit_compile.passes import localize
 from xdit_compile.passes.batch_axis import batch_seeds, joined
 from xdit_compile.passes.canonicalize import canonicalize
 from xdit_compile.passes.hoist import hoist
+from xdit_compile.passes.interpreter import Cost, FunctionInterpreter, Leave, ProgramInterpreter, Seeds
 from xdit_compile.passes.laid_out_value import Value
 from xdit_compile.passes.patch_axis import cut_by_patches, patch_seeds
-from xdit_compile.passes.shard import Cost, FunctionInterpreter, Leave, ProgramInterpreter, Seeds
 from xdit_compile.passes.stage_partition import Stage, stages
 from xdit_compile.passes.token_axis import arguments, check_heads, choose_seeds
 from xdit_compile.spec import ShardingSpec
@@ -96,7 +96,8 @@ def plan_pipeline(program: Program, spec: ShardingSpec,
         position = {**position_of(index * spec.sequence_degree, spec), PATCH: EVERY}
         once = ProgramInterpreter(stage.once, batch, position, sizes).main(leave=_leave(stage, once=True))
         layouts |= dict(zip(stage.held, once.layouts, strict=False))
-        body = ProgramInterpreter(stage.body, seeds, position, sizes).main(_given(stage, samples, layouts), _leave(stage))
+        body = ProgramInterpreter(stage.body, seeds, position, sizes).main(_given(stage, samples, layouts),
+                                                                           _leave(stage))
         layouts |= dict(zip(stage.sends, body.layouts, strict=False))
         results |= dict(zip(stage.results, body.layouts[len(stage.sends):], strict=True))
         results |= dict(zip(stage.fixed, once.layouts[len(stage.held):], strict=True))
@@ -129,7 +130,8 @@ def stage_costs(pipeline: Pipeline) -> list[tuple[Cost, Mapping[int, Cost]]]:
     for index, stage in enumerate(pipeline.stages):
         position = position_of(index * spec.sequence_degree, spec)
         given = _given(stage, pipeline.samples, pipeline.layouts)
-        once = ProgramInterpreter(stage.once, pipeline.batch, {**position, PATCH: EVERY}, sizes).main(leave=_leave(stage, once=True))
+        once = ProgramInterpreter(stage.once, pipeline.batch, {**position, PATCH: EVERY}, sizes).main(
+            leave=_leave(stage, once=True))
         units = {patch: ProgramInterpreter(stage.body, pipeline.seeds, {**position, PATCH: patch}, sizes).main(
             given, _leave(stage)).cost for patch in times}
         found.append((once.cost, units))

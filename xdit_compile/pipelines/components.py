@@ -7,8 +7,7 @@ from enum import Enum
 
 from torch import nn
 
-TIMES = frozenset({"timestep", "timesteps", "time_step", "t", "sigma", "sigmas", "noise_level", "noise_labels"})
-"""Names that the time of a diffusion process goes by among the arguments of a forward."""
+from xdit_compile.ir.step_inputs import TIMES
 
 
 class Role(Enum):

@@ -19,7 +19,7 @@ from xdit_compile.errors import CaptureError, RankMismatch, SpecError, XditError
 from xdit_compile.frontend.method_module import as_module
 from xdit_compile.pipelines.call_fingerprint import call_fingerprint
 from xdit_compile.pipelines.components import Role, role_of
-from xdit_compile.pipelines.report import ComponentReport, PipelineReport, part_of
+from xdit_compile.pipelines.report import ComponentReport, PipelineReport, component_report
 from xdit_compile.pipelines.spread_encoders import spread
 from xdit_compile.runtime.deferred.deferred_tensor import materialize
 from xdit_compile.runtime.parallel_group import ParallelGroup
@@ -100,7 +100,8 @@ def _parallel(module: Any, turn: int = 0, *, group: ParallelGroup, check_inputs:
         return module
     role = role_of(module)
     if role is Role.DENOISER:
-        return parallel_model(module, {"forward": ModelRunner(module, group, check_inputs, CapturedPrograms(module, dump), weights)})
+        runner = ModelRunner(module, group, check_inputs, CapturedPrograms(module, dump), weights)
+        return parallel_model(module, {"forward": runner})
     if role is Role.AUTOENCODER and group.spec.vae_degree * group.spec.data_degree > 1:
         parts = {name: as_module(module, name) for name in ("encode", "decode")}
         return parallel_model(module, {name: ModelRunner(part, group.vae, check_inputs, CapturedPrograms(part, dump))
@@ -166,9 +167,11 @@ def _parts(name: str, module: nn.Module, group: ParallelGroup) -> Iterator[Compo
         for ready in runner.programs.values():
             how = f"{method}: {_how(ready, group)}"
             compiled = ready.compiled
-            yield part_of(name, model, how, compiled) if isinstance(compiled, Compiled) else ComponentReport(name, model, how)
+            yield component_report(name, model, how, compiled) if isinstance(
+                compiled, Compiled) else ComponentReport(name, model, how)
     if not runners:
-        yield ComponentReport(name, model, "on one rank" if isinstance(module, Parallel) else "whole on every rank, as it is")
+        how = "on one rank" if isinstance(module, Parallel) else "whole on every rank, as it is"
+        yield ComponentReport(name, model, how)
 
 
 def _how(ready: ReadyProgram, group: ParallelGroup) -> str:
@@ -176,7 +179,8 @@ def _how(ready: ReadyProgram, group: ParallelGroup) -> str:
         return f"an exact step of one of {ready.group.spec.pipefusion_degree} stages of {group.spec}"
     if ready.round_robin:
         return f"taken in turns by {group.spec.cfg_degree} groups"
-    return f"whole on every rank of {ready.group.spec}" if ready.compiled.unsharded else f"shared out by {ready.group.spec}"
+    how = "whole on every rank of" if ready.compiled.unsharded else "shared out by"
+    return f"{how} {ready.group.spec}"
 
 
 def _interrupted(self: Any) -> bool:
@@ -196,6 +200,6 @@ def _warn_of_nothing_gained(name: str, group: ParallelGroup, shared: int, fetche
         return
     now = {calls: times - fetched.get(calls, 0) for calls, times in group.round_robin.fetched.items()}
     if now.get(1) == sum(now.values()) > 0:
-        warnings.warn(f"cfg={group.spec.cfg_degree} gained nothing in this call of {name}: each of {now[1]} results was "
-                      "used before the model was called again, so one group computed while the others waited",
+        warnings.warn(f"cfg={group.spec.cfg_degree} gained nothing in this call of {name}: each of {now[1]} results "
+                      "was used before the model was called again, so one group computed while the others waited",
                       stacklevel=3)

@@ -93,11 +93,13 @@ class PipelineReport:
         return plain(self)
 
 
-def part_of(component: str, model: str, what: str, compiled: Compiled) -> ComponentReport:
+def component_report(component: str, model: str, what: str, compiled: Compiled) -> ComponentReport:
     """The figures of one compiled kind of call."""
-    local, whole = with_invariants(costs_of(compiled.local), compiled.invariant, compiled.body), costs_of(compiled.whole)
+    local = with_invariants(costs_of(compiled.local), compiled.invariant, compiled.body)
+    whole = costs_of(compiled.whole)
     invariant = compiled.stage.invariant if compiled.stage else compiled.invariant
     fallbacks = sum(note.kind == "fallback" for note in compiled.local.notes)
     said = f"{what}; {plural(fallbacks, 'operator')} computed whole for want of a rule" if fallbacks else what
-    return ComponentReport(component, model, said, compiled.local.spec, local.flops, local.sent, local.activations, whole.flops,
-                whole.activations, program_flops(invariant) if invariant else 0, result_bytes(invariant) if invariant else 0)
+    return ComponentReport(
+        component, model, said, compiled.local.spec, local.flops, local.sent, local.activations, whole.flops,
+        whole.activations, program_flops(invariant) if invariant else 0, result_bytes(invariant) if invariant else 0)

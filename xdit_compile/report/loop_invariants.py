@@ -30,7 +30,8 @@ class InvariantWork:
                 f"{size(self.nbytes)} kept")
 
 
-def keeping(local: Program, invariant: Program | None, body: Program, changes: tuple[str, ...], of: int) -> InvariantWork | None:
+def invariant_work(local: Program, invariant: Program | None, body: Program, changes: tuple[str, ...],
+                   of: int) -> InvariantWork | None:
     """What ``local``, parted in these two, saves of ``of`` operations."""
     if invariant is None:
         return None
@@ -41,4 +42,5 @@ def with_invariants(costs: Costs, invariant: Program | None, body: Program) -> C
     """The costs of a program parted in these two, which has what is kept in memory all the time."""
     if invariant is None:
         return costs
-    return replace(costs, activations=max(peak_activations(invariant), result_bytes(invariant) + peak_activations(body)))
+    return replace(costs, activations=max(peak_activations(invariant),
+                                          result_bytes(invariant) + peak_activations(body)))

@@ -23,7 +23,7 @@ class Executor:
     That of a stage also takes what was computed ``once`` or ``received``, by name, and the caches it keeps.
 
     Args:
-        steady: computes what the program takes as ``kept``; its results are, from call to call.
+        invariant: computes what the program takes as ``invariant``; its results are, from call to call.
         counts: counts the calls that used them again, in ``kept``.
     """
 
@@ -34,7 +34,7 @@ class Executor:
         self._module = compiled(program.main, program.spec)
         self._state = ParameterReader(model, [i.name for i in program.inputs if i.kind == "parameter"])
         self._invariant = None if invariant is None else Executor(invariant, model)
-        self._kept = None if invariant is None else LoopInvariantCache(
+        self._cache = None if invariant is None else LoopInvariantCache(
             [int(i.name.removeprefix("arg_")) for i in invariant.inputs if i.kind == "argument"],
             Counter() if counts is None else counts)
 
@@ -51,16 +51,16 @@ class Executor:
         find: dict[str, Callable[[str], torch.Tensor]] = {
             "argument": given.__getitem__, "parameter": lambda _: next(held), "cache": lambda _: next(memory),
             "constant": self.program.constants.__getitem__, "once": values.__getitem__,
-            "received": values.__getitem__, "kept": lambda _: next(kept)}
+            "received": values.__getitem__, "invariant": lambda _: next(kept)}
         with torch.no_grad():
             results = self._module(*(find[i.kind](i.name) for i in self.program.inputs))
         # The caller may write into what the model returns.
         return results if invariant is None or self.program.part else tuple(map(invariant.apart, results))
 
     def _invariant_values(self, tensors: Sequence[torch.Tensor]) -> CachedValues | None:
-        if (invariant := self._invariant) is None or self._kept is None:
+        if (invariant := self._invariant) is None or self._cache is None:
             return None
-        return self._kept(tensors, invariant._state.read(), lambda: invariant(tensors))
+        return self._cache(tensors, invariant._state.read(), lambda: invariant(tensors))
 
 
 class ParameterReader:

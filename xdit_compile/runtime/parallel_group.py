@@ -63,7 +63,8 @@ class ParallelGroup:
     @property
     def communicators(self) -> list[StageCommunicator]:
         """Those that were asked for, of the groups that take turns too."""
-        return [group.communicator for group in (self, vars(self).get("part")) if group is not None and "stream" in vars(group)]
+        return [group.communicator for group in (self, vars(self).get("subgroup"))
+                if group is not None and "communicator" in vars(group)]
 
     def settle(self) -> None:
         """Wait for all that was promised and asked."""
@@ -78,7 +79,9 @@ class ParallelGroup:
     @cached_property
     def round_robin(self) -> GuidanceRoundRobin | None:
         """Where calls can be shared out among groups. All ranks ask for it together the first time."""
-        return GuidanceRoundRobin(self.spec, self.ranks, self.control, self.timeout) if self.spec.cfg_degree > 1 else None
+        if self.spec.cfg_degree == 1:
+            return None
+        return GuidanceRoundRobin(self.spec, self.ranks, self.control, self.timeout)
 
     @cached_property
     def subgroup(self) -> ParallelGroup | None:
@@ -152,15 +155,15 @@ class ParallelGroup:
     def forget(self) -> None:
         """Use no group again: a collective failed."""
         known = vars(self)
-        if "groups" in known:
+        if "process_groups" in known:
             self.process_groups.forget()
         if "everyone" in known:
             forget([self.everyone])
-        if "stream" in known:
+        if "communicator" in known:
             self.communicator.forget()
-        if "turns" in known and self.round_robin is not None:
+        if "round_robin" in known and self.round_robin is not None:
             forget([self.round_robin.group])
-        for name in ("part", "vae"):
+        for name in ("subgroup", "vae"):
             if known.get(name) is not None:
                 known[name].forget()
 

@@ -72,7 +72,8 @@ class _Recorded(Promise):
     @property
     def ready(self) -> bool:
         """Whether all that it works on is known."""
-        return all(t.promise.values is not None for t in pytree.tree_leaves(self.operands()) if isinstance(t, DeferredTensor))
+        return all(t.promise.values is not None for t in pytree.tree_leaves(self.operands())
+                   if isinstance(t, DeferredTensor))
 
     def compute(self) -> None:
         args, kwargs = materialize((self.args, self.kwargs))
@@ -175,7 +176,8 @@ class DeferredTensor(torch.Tensor):
     place: int
 
     @staticmethod
-    def __new__(cls, like: torch.Tensor, device: torch.device, tape: Tape, promise: Promise, place: int) -> DeferredTensor:
+    def __new__(cls, like: torch.Tensor, device: torch.device, tape: Tape, promise: Promise,
+                place: int) -> DeferredTensor:
         made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device)
         made.tape, made.promise, made.place = tape, promise, place
@@ -211,7 +213,8 @@ class DeferredTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
             cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, DeferredTensor) and t.promise.values is None]
+        given = [t for t in pytree.tree_leaves((args, kwargs))
+                 if isinstance(t, DeferredTensor) and t.promise.values is None]
         if len({t.tape for t in given}) == 1 and _recordable(func, kwargs, given[0].device):
             return given[0].tape.record(func, args, kwargs, given[0].device)
         for t in given:

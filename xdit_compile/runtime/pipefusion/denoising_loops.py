@@ -51,7 +51,8 @@ class DenoisingLoops:
         self._epoch = self._seen = 0
         self._times: Times | None = None
 
-    def next(self, key: Hashable, times: Times, epoch: int, make: Callable[[], Sequence[torch.Tensor]]) -> DenoisingLoop:
+    def next(self, key: Hashable, times: Times, epoch: int,
+             make: Callable[[], Sequence[torch.Tensor]]) -> DenoisingLoop:
         """The lane of a call, one step further.
 
         Args:

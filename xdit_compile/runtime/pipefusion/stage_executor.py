@@ -31,7 +31,7 @@ class StageProgram:
     """What one rank of a stage runs.
 
     Attributes:
-        steady: computes what ``once`` takes as ``kept``, when its arguments have changed.
+        invariant: computes what ``once`` takes as ``invariant``, when its arguments have changed.
         once: run once per step: returns the values ``held``, then results that are the same for all patches.
         units: run for each patch, and for WHOLE: returns what is sent, then the other results.
         held: names of what ``once`` computes for ``units``.
@@ -102,7 +102,7 @@ class StageExecutor:
         for executor in (self._once, *self._units.values()):
             made = {i.name: _some(n.meta["val"]) for program in executor.programs for n, i in zip(
                 program.main.graph.find_nodes(op="placeholder"), program.inputs, strict=True)
-                if i.kind not in ("parameter", "constant", "kept")}
+                if i.kind not in ("parameter", "constant", "invariant")}
             last = max((int(n[4:]) for n in made if n.startswith("arg_")), default=-1)
             arguments = [made.get(f"arg_{i}", torch.empty(0)) for i in range(last + 1)]
             executor(arguments, made, [made[i.name] for i in executor.program.inputs if i.kind == "cache"])
@@ -117,8 +117,9 @@ class StageExecutor:
         holders = program.main.graph.find_nodes(op="placeholder")
         return [_zeros(n.meta["val"]) for n, i in zip(holders, program.inputs, strict=True) if i.kind == "cache"]
 
-    def __call__(self, tensors: Sequence[torch.Tensor], loop: DenoisingLoop, exact: bool, fingerprint: Mapping[str, str],
-                 likes: Sequence[torch.Tensor], owner: int, mine: bool) -> list[DeferredTensor]:
+    def __call__(self, tensors: Sequence[torch.Tensor], loop: DenoisingLoop, exact: bool,
+                 fingerprint: Mapping[str, str], likes: Sequence[torch.Tensor], owner: int,
+                 mine: bool) -> list[DeferredTensor]:
         """The results of one call, promised.
 
         Args:
@@ -170,8 +171,9 @@ class StageExecutor:
 class _Step:
     """One call: what is at hand while the schedule is carried out."""
 
-    def __init__(self, executor: StageExecutor, tensors: Sequence[torch.Tensor], loop: DenoisingLoop, fingerprint: Mapping[str, str],
-                 call: PatchedResults, before: Sequence[PatchedResults], number: int) -> None:
+    def __init__(self, executor: StageExecutor, tensors: Sequence[torch.Tensor], loop: DenoisingLoop,
+                 fingerprint: Mapping[str, str], call: PatchedResults, before: Sequence[PatchedResults],
+                 number: int) -> None:
         self.executor, self.stage, self.communicator = executor, executor.stage, executor.communicator
         self.tensors, self.loop, self.fingerprint = tensors, loop, fingerprint
         self.call, self.before, self.number = call, before, number
@@ -229,8 +231,8 @@ class _Step:
 
     def _compare(self, header: torch.Tensor, source: int) -> None:
         if not torch.equal(header.cpu(), digest(self.fingerprint, torch.device("cpu"))):
-            raise XditError(f"stage {source} computes another call than stage {self.communicator.stage}, which was called "
-                            f"with {dict(self.fingerprint)}; ranks must call the model alike")
+            raise XditError(f"stage {source} computes another call than stage {self.communicator.stage}, which was "
+                            f"called with {dict(self.fingerprint)}; ranks must call the model alike")
 
     def _run(self, op: Op) -> None:
         start = time.time()

@@ -1,0 +1,482 @@
+"""Sharding is interpretation: walk the global graph once; the rule of each operator says what a rank computes.
+
+Like JAX's batching rules (``jax/_src/interpreters/batching.py``): a rule takes arguments with layouts, emits the
+local operator and returns the result's layout, so propagation and rewriting cannot disagree. An operator none of
+whose arguments is sharded is copied. One without a rule, or whose rule gives up, gets its arguments gathered, is
+computed whole, and is noted by name. Without an emitter the same walk only counts what it would cost.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import fx
+
+from xdit_compile.ir.flops import flops
+from xdit_compile.ir.layout import BATCH, PATCH, SEQUENCE, Dim, Layout, Position, length
+from xdit_compile.ir.program import Note, Program, graph_module, module_of, source_of
+from xdit_compile.ir.stale_cache import update_and_read
+from xdit_compile.passes.attention_plan import AttentionPlan
+from xdit_compile.passes.emitter import Emitter
+from xdit_compile.passes.laid_out_value import NoRule, Value
+from xdit_compile.passes.rules import find_rule
+
+Result = Value | tuple[Any, ...] | None
+Leave = Callable[["FunctionInterpreter", int, Value], Value]
+Seeds = Mapping[str, Layout]
+"""Where to begin: how values of ``main``, by the names of their nodes, are laid out."""
+
+
+@dataclass
+class Cost:
+    """What the walk met so far: work and traffic of one rank, and the decisions behind them."""
+
+    flops: int = 0
+    sent: int = 0
+    moved: int = 0
+    stale_bytes: int = 0
+    attentions: int = 0
+    gathers: int = 0
+    notes: list[Note] = field(default_factory=list)
+    cut: set[str] = field(default_factory=set)  # values of main, along all of a dimension
+    results: tuple[Layout, ...] = ()  # of main, as they were computed
+
+    def add(self, other: Cost) -> None:
+        self.flops += other.flops
+        self.sent += other.sent
+        self.moved += other.moved
+        self.stale_bytes += other.stale_bytes
+        self.attentions += other.attentions
+        self.gathers += other.gathers
+
+
+@dataclass
+class CostMemo:
+    """What walks of one program that only count, for one rank, need do but once: block functions by the layouts of
+    their inputs, and nodes of which nothing is sharded."""
+
+    functions: dict[tuple[str, tuple[Layout, ...]], tuple[str, tuple[Layout, ...], Cost]] = field(default_factory=dict)
+    whole: dict[fx.Node, tuple[Result, Cost]] = field(default_factory=dict)
+
+
+class FunctionInterpreter:
+    """Interprets one function of the program for one rank. Rules call its public methods."""
+
+    def __init__(self, interpreter: ProgramInterpreter, emitter: Emitter | None, function: str) -> None:
+        self.interpreter, self.emitter, self.function = interpreter, emitter, function
+        self.spec, self.position, self.sizes = interpreter.spec, interpreter.position, interpreter.sizes
+        self.cost = Cost()
+        self.node: fx.Node
+        self._relaid: dict[tuple[int, Layout], Value] = {}
+        self._keep: list[Value] = []
+
+    # For rules
+
+    def emit(self, layout: Layout, /, *args: Any, target: Any = None, **kwargs: Any) -> Value:
+        """The operator (the current one unless ``target``) on local pieces; the result is laid out as said."""
+        target = target or self.node.target
+        made = self.local(target, *args, **kwargs)
+        if made is not None:
+            made.meta["layout"] = layout
+        example = (made or self.node).meta["val"]
+        value = Value(made, layout, (example if isinstance(example, torch.Tensor) else example[0]).dtype)
+        self._count(target, args, value)
+        return value
+
+    def emit_many(self, layouts: Sequence[Layout], /, *args: Any, target: Any = None,
+                  **kwargs: Any) -> tuple[Value, ...]:
+        """As ``emit``, for an operator that returns several tensors."""
+        made = self.local(target or self.node.target, *args, **kwargs)
+        values = []
+        for i, (layout, example) in enumerate(zip(layouts, self.node.meta["val"], strict=True)):
+            piece = self.local(operator.getitem, made, i)
+            if piece is not None:
+                piece.meta["layout"] = layout
+            values.append(Value(piece, layout, example.dtype))
+            self._count(None, (), values[-1])
+        return tuple(values)
+
+    def local(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node | None:
+        """A node that is no whole value of the global program (a slice of a piece, a raw collective)."""
+        if self.emitter is None:
+            return None
+        args, kwargs = _map_values(lambda v: v.node, (args, kwargs))
+        return self.emitter.call(target, *args, **kwargs)
+
+    def lay(self, value: Value, dim: int, new: Dim) -> Value:
+        """``value`` with dimension ``dim`` laid out as ``new``: sliced for free, gathered, or exchanged."""
+        dim %= value.ndim
+        for other, held in enumerate(value.dims):
+            # One axis cuts one dimension: two cut by it would leave pieces that no rank holds.
+            if other != dim and held.axes & new.axes:
+                value = self.lay(value, other, Dim.replicated(held.size))
+        old, layout = value.dims[dim], value.layout.replace(dim, new)
+        if old == new:
+            return value
+        key = (id(value), layout)
+        if key not in self._relaid:
+            if not old.sharded or old == new.gathered(SEQUENCE):
+                node = None if self.emitter is None else self.emitter.take(
+                    self._node(value), dim, old.places(new.spans(self.position), self.position))
+            elif old.gathered(SEQUENCE) == new or (old.axes == {BATCH} and not new.sharded):
+                node = self._gather(value, dim)
+            elif PATCH in old.axes | new.axes and BATCH not in old.axes:
+                if old.axes != {PATCH}:
+                    return self.lay(self.lay(value, dim, old.gathered(SEQUENCE)), dim, new)
+                if new.sharded:
+                    return self.lay(self.lay(value, dim, Dim.replicated(old.size)), dim, new)
+                node = self._stale(value, dim)
+            elif old.axes == new.axes:
+                (axis,) = new.axes
+                spans = [new.spans({**self.position, axis: i}) for i in range(self.sizes[axis])]
+                node = self.windows(value, dim, spans, f"re-laid from {old} to {new}")
+            elif {BATCH, SEQUENCE} <= old.axes:
+                return self.lay(self._apart(value, dim), dim, new)
+            else:
+                return self.lay(self.lay(value, dim, Dim.replicated(old.size)), dim, new)
+            if node is not None:
+                node.meta["layout"] = layout
+            self._relaid[key] = Value(node, layout, value.dtype)
+            self._keep.append(value)
+        return self._relaid[key]
+
+    def _apart(self, value: Value, dim: int) -> Value:
+        """``value`` with all of ``dim``, of which some segments are shares of the batch and others of tokens."""
+        parts, at = [], 0
+        for segment in value.dims[dim].segments:
+            held, size = Dim.of([segment]), Dim.of([segment]).local_size(self.position)
+            node = None if self.emitter is None else self.emitter.narrow(self._node(value), dim, at, at + size)
+            part = Value(node, value.layout.replace(dim, held), value.dtype)
+            parts.append(self.lay(part, dim, Dim.replicated(held.size)))
+            at += size
+        node = None if self.emitter is None else self.emitter.cat([self._node(p) for p in parts], dim)
+        return Value(node, value.layout.replace(dim, Dim.replicated(value.shape[dim])), value.dtype)
+
+    def _stale(self, value: Value, dim: int) -> fx.Node | None:
+        """All patches of dimension ``dim``: those that have not come in this step as they were in the one before."""
+        shape = list(value.local_shape(self.position))
+        shape[dim] = value.shape[dim]
+        self.note("stale", f"dimension {dim} of {value.layout} is read with other patches as they were a step before",
+                  math.prod(shape) * value.dtype.itemsize)
+        cache = self.cache(shape, value.dtype)
+        return cache and self.emitter.call(update_and_read, cache, value.node, dim,
+                                            value.dims[dim].spans(self.position))
+
+    def cache(self, shape: Sequence[int], dtype: torch.dtype) -> fx.Node | None:
+        """Memory that outlives the call, a further input of the function."""
+        self.cost.stale_bytes += math.prod(shape) * dtype.itemsize
+        return None if self.emitter is None else self.emitter.cache(shape, dtype, self.node.meta["val"])
+
+    def positions(self, dim: Dim) -> list[Position]:
+        """All that hold pieces of ``dim``, seen from here."""
+        axes = sorted(dim.axes)
+        return [{**self.position, **dict(zip(axes, at, strict=True))}
+                for at in itertools.product(*(range(self.sizes[a]) for a in axes))]
+
+    def whole(self, value: Value, *dims: int) -> Value:
+        """``value`` with these dimensions (all if none is named) on every rank, and no sum pending."""
+        value = self.summed(value)
+        for dim in dims or range(value.ndim):
+            value = self.lay(value, dim, Dim.replicated(value.shape[dim]))
+        return value
+
+    def summed(self, value: Value) -> Value:
+        """``value`` with a pending sum over ranks carried out."""
+        axis = value.layout.partial
+        if axis is None:
+            return value
+        layout = Layout(value.dims)
+        key = (id(value), layout)
+        if key not in self._relaid:
+            size = value.local_bytes(self.position)
+            self._traffic("all_reduce", 2 * size * (self.sizes[axis] - 1) // self.sizes[axis], "sum of partial results")
+            node = None if self.emitter is None else self.emitter.all_reduce(self._node(value), axis)
+            if node is not None:
+                node.meta["layout"] = layout
+            self._relaid[key] = Value(node, layout, value.dtype)
+            self._keep.append(value)
+        return self._relaid[key]
+
+    def windows(self, value: Value, dim: int, spans: Sequence[Sequence[tuple[int, int]]], why: str) -> fx.Node | None:
+        """Ranges ``spans[i]`` of ``dim`` on rank i of its axis, each fetched from whoever holds it."""
+        old = value.dims[dim]
+        (axis,) = old.axes
+        me = self.position[axis]
+        mine = old.spans(self.position)
+        missing = sum(max(min(b, d) - max(a, c), 0) for i, wanted in enumerate(spans) if i != me
+                      for a, b in mine for c, d in wanted)
+        row = value.local_bytes(self.position) // max(old.local_size(self.position), 1)
+        self._traffic("all_to_all", missing * row, why)
+        return None if self.emitter is None else self.emitter.windows(value, dim, spans)
+
+    def broadcast(self, *values: Value) -> tuple[list[Value], tuple[Dim, ...]]:
+        """Lay out operands of an element-wise operator alike; returns them and the result's dimensions.
+
+        The largest operand that is sharded decides each dimension; others are sliced (free) or exchanged.
+        """
+        shape = torch.broadcast_shapes(*(v.shape for v in values))
+        values = tuple(self.summed(v) for v in values)
+        dims: list[Dim] = []
+        for i, size in enumerate(shape):
+            held = [(v, v.dims[i - len(shape)]) for v in values if len(shape) - i <= v.ndim]
+            sharded = [(math.prod(v.shape), d) for v, d in held if d.sharded and d.size == size]
+            taken = {a for d in dims for a in d.axes}
+            choice = max(sharded, key=lambda item: item[0])[1] if sharded else Dim.replicated(size)
+            dims.append(Dim.replicated(size) if choice.axes & taken else choice)
+        laid = []
+        for value in values:
+            for i in range(value.ndim):
+                at = i - value.ndim
+                if value.shape[at] != 1 or shape[at] == 1:
+                    value = self.lay(value, at, dims[at])
+            laid.append(value)
+        return laid, tuple(dims)
+
+    def like(self, value: Value, dims: Sequence[Dim], at: Sequence[int]) -> Value:
+        """``value`` with its dimensions ``at`` laid out as ``dims``."""
+        for i, dim in zip(at, dims, strict=True):
+            value = self.lay(value, i, dim)
+        return value
+
+    def attend(self, plan: AttentionPlan) -> None:
+        """Count a distributed attention and say how it is done."""
+        self.cost.attentions += 1
+        self.cost.flops += plan.flops(self.position)
+        self.cost.sent += plan.sent(self.position)
+        self.note("attention", str(plan), plan.sent(self.position))
+
+    def note(self, kind: Any, text: str, size: int = 0) -> None:
+        """Say what was decided here; the text must be the same on every rank."""
+        if self.emitter is not None:
+            self.cost.notes.append(Note(kind, self.node.name, text, module_of(self.node), source_of(self.node),
+                                         self.function, size))
+
+    # The walk
+
+    def run(self, graph: fx.Graph, arguments: Sequence[Value], seeds: Seeds) -> list[Value]:
+        """Interpret ``graph``; returns its outputs."""
+        env: dict[fx.Node, Result] = {}
+        given = iter(arguments)
+        outputs: list[Value] = []
+        for node in graph.nodes:
+            self.node = node
+            if node.op == "output":
+                outputs = [env[n] for n in node.args[0]]  # type: ignore[misc]
+                continue
+            if node.op == "placeholder":
+                env[node] = next(given)
+            else:
+                env[node] = self._interpret(node, env)
+            if node.name in seeds:
+                value = env[node]
+                assert isinstance(value, Value)
+                env[node] = self._standing(node, lambda v=value, n=node.name: self._seed(v, seeds[n]))
+        if self.function == "main":
+            self.cost.cut = {n.name for n, v in env.items() if isinstance(v, Value) and any(
+                d.axes - {BATCH} and all(seg.cut for seg in d.segments) for d in v.dims)}
+        return outputs
+
+    def _seed(self, value: Value, layout: Layout) -> Value:
+        if value.layout != layout:
+            self.note("seed", f"{list(value.shape)} is laid out as {layout}")
+        value = self.summed(value)
+        for dim in range(value.ndim):
+            # Where tokens begin to be cut says nothing of the batch.
+            if layout.dims[dim].sharded or value.dims[dim].axes != {BATCH}:
+                value = self.lay(value, dim, layout.dims[dim])
+        return value
+
+    def _interpret(self, node: fx.Node, env: Mapping[fx.Node, Result]) -> Result:
+        args = fx.map_arg(node.args, lambda n: env[n])
+        kwargs = fx.map_arg(node.kwargs, lambda n: env[n])
+        if node.op == "call_module":
+            return self._standing(node, lambda: self._call(node, args))
+        if node.target is operator.getitem:
+            return args[0][args[1]]
+        values = [a for a in _leaves((args, kwargs)) if isinstance(a, Value)]
+        if not any(v.sharded for v in values):
+            if self.emitter is None:
+                return self._counted(node, args, kwargs)
+            return self._standing(node, lambda: self._whole(args, kwargs))
+        return self._standing(node, lambda: self._apply(node, args, kwargs))
+
+    def _standing(self, node: fx.Node, body: Callable[[], Result]) -> Result:
+        if self.emitter is None:
+            return body()
+        with self.emitter.standing_for(node):
+            return body()
+
+    def _apply(self, node: fx.Node, args: Any, kwargs: Any) -> Result:
+        rule = find_rule(node.target)
+        reason = "no rule for this operator"
+        if rule is not None:
+            args, kwargs = _map_values(self.summed, (args, kwargs))
+            try:
+                return rule(self, *args, **kwargs)
+            except NoRule as refusal:
+                reason = str(refusal)
+        self.note("fallback", f"{node.target} computed whole: {reason}")
+        return self._whole(*_map_values(self.whole, (args, kwargs)))
+
+    def _whole(self, args: Any, kwargs: Any) -> Result:
+        """The current operator on whole arguments."""
+        meta = self.node.meta["val"]
+        if isinstance(meta, torch.Tensor):
+            return self.emit(Layout.replicated(meta.shape), *args, **kwargs)
+        if isinstance(meta, (tuple, list)):
+            return self.emit_many([Layout.replicated(m.shape) for m in meta], *args, **kwargs)
+        raise NoRule(f"{self.node.target} returns {type(meta).__name__}")
+
+    def _counted(self, node: fx.Node, args: Any, kwargs: Any) -> Result:
+        """As ``_whole``, once for all walks."""
+        known = self.interpreter.memo.whole
+        if node not in known:
+            before, self.cost = self.cost, Cost()
+            known[node] = self._whole(args, kwargs), self.cost
+            self.cost = before
+        result, cost = known[node]
+        self.cost.add(cost)
+        return result
+
+    def _call(self, node: fx.Node, args: Sequence[Value]) -> tuple[Value, ...]:
+        args = [self.summed(a) for a in args]
+        name, layouts, cost = self.interpreter.function(str(node.target), tuple(a.layout for a in args))
+        self.cost.add(cost)
+        dtypes = [m.dtype for m in node.meta["val"]]
+        if self.emitter is None:
+            return tuple(Value(None, lay, t) for lay, t in zip(layouts, dtypes, strict=True))
+        results = self.interpreter.results[name]
+        caches = [self.emitter.cache(c.shape, c.dtype, c) for c in self.interpreter.caches[name]]
+        call = self.emitter.call_function_module(name, [*(self._node(a) for a in args), *caches], results)
+        pieces = []
+        for i, (layout, dtype) in enumerate(zip(layouts, dtypes, strict=True)):
+            piece = self.emitter.call(operator.getitem, call, i)
+            piece.meta["layout"] = layout
+            pieces.append(Value(piece, layout, dtype))
+        return tuple(pieces)
+
+    # Counting
+
+    def _count(self, target: Any, args: Sequence[Any], out: Value) -> None:
+        shape = out.local_shape(self.position)
+        self.cost.moved += math.prod(shape) * out.dtype.itemsize
+        shapes = [a.local_shape(self.position) if isinstance(a, Value) else a for a in args]
+        self.cost.flops += flops(target, shapes, shape)
+
+    def _traffic(self, kind: str, size: int, why: str) -> None:
+        self.cost.sent += size
+        self.note("collective", f"{kind}: {why}", size)
+
+    def _gather(self, value: Value, dim: int) -> fx.Node | None:
+        old = value.dims[dim]
+        (axis,) = old.axes - {PATCH}
+        row = value.local_bytes(self.position) // max(old.local_size(self.position), 1)
+        held = max(length(old.spans({**self.position, axis: i}, sharded=True)) for i in range(self.sizes[axis]))
+        self.cost.gathers += self.function != "main"
+        self._traffic("all_gather", held * row * (self.sizes[axis] - 1),
+                      f"dimension {dim} of {value.layout} is needed whole")
+        return None if self.emitter is None else self.emitter.gather(value, dim)
+
+    @staticmethod
+    def _node(value: Value) -> fx.Node:
+        assert value.node is not None
+        return value.node
+
+
+@dataclass(frozen=True)
+class Interpretation:
+    """What a walk found: what it counted, and how the results are left."""
+
+    cost: Cost
+    layouts: tuple[Layout, ...]
+
+
+class ProgramInterpreter:
+    """One interpretation of a whole program: ``main`` and its block functions, each once per layout of inputs."""
+
+    def __init__(self, program: Program, seeds: Seeds, position: Position, sizes: Mapping[str, int],
+                 mode: Any = None, memo: CostMemo | None = None) -> None:
+        assert program.spec is not None
+        self.program, self.seeds, self.spec = program, seeds, program.spec
+        self.position, self.sizes, self.mode = position, dict(sizes), mode
+        self.notes: list[Note] = []
+        self.functions: dict[str, fx.GraphModule] = {}
+        self.results: dict[str, tuple[Any, ...]] = {}
+        self.caches: dict[str, list[torch.Tensor]] = {}
+        self.memo = memo or CostMemo()
+        self._graphs = dict(program.functions())
+
+    def main(self, given: Mapping[str, Layout] = MappingProxyType({}), leave: Leave | None = None) -> Interpretation:
+        """Interpret ``main``.
+
+        Args:
+            given: how its inputs are laid out, by name, where they are not whole on every rank.
+            leave: what becomes of its n-th result; by default it is made whole on every rank.
+        """
+        graph = self._graphs["main"].graph
+        layouts = tuple(given.get(n.name) or Layout.replicated(n.meta["val"].shape)
+                        for n in graph.find_nodes(op="placeholder"))
+        self._leave = leave or (lambda s, i, value: s.whole(value))
+        return Interpretation(*self._interpret("main", "main", layouts, self.seeds)[::-1])
+
+    def function(self, name: str, layouts: tuple[Layout, ...]) -> tuple[str, tuple[Layout, ...], Cost]:
+        """The local form of block function ``name`` for inputs laid out like this, made once."""
+        key = (name, layouts)
+        done = self.memo.functions
+        if key not in done:
+            count = sum(n == name for n, _ in done)
+            local = f"{name}_as_{count}" if count else name
+            done[key] = (local, *self._interpret(name, local, layouts, {}))
+        return done[key]
+
+    def _interpret(self, name: str, local: str, layouts: Sequence[Layout],
+                   seeds: Seeds) -> tuple[tuple[Layout, ...], Cost]:
+        graph = self._graphs[name].graph
+        emitter = Emitter(self.mode, self.position, self.sizes) if self.mode is not None else None
+        sharder = FunctionInterpreter(self, emitter, local)
+        arguments = []
+        for node, layout in zip(graph.find_nodes(op="placeholder"), layouts, strict=True):
+            example = node.meta["val"]
+            holder = None
+            if emitter:
+                holder = emitter.placeholder(node.name, example, layout.local_shape(self.position))
+                holder.meta["layout"] = layout
+            arguments.append(Value(holder, layout, example.dtype))
+        outputs = sharder.run(graph, arguments, seeds)
+        # The caller of main expects whole tensors, main takes what a block returns as it is laid out.
+        sharder.cost.results = tuple(v.layout for v in outputs)
+        outputs = [self._leave(sharder, i, v) if local == "main" else sharder.summed(v) for i, v in enumerate(outputs)]
+        if emitter:
+            self.notes += sharder.cost.notes
+            out = emitter.graph.output(tuple(sharder._node(v) for v in outputs))
+            out.meta["val"] = tuple(sharder._node(v).meta["val"] for v in outputs)
+            self.results[local] = out.meta["val"]
+            self.caches[local] = [c.meta["val"] for c in emitter.caches]
+            self.functions[local] = graph_module(
+                local, emitter.graph, self.functions if local == "main" else None)
+        return tuple(v.layout for v in outputs), sharder.cost
+
+
+def _map_values(f: Callable[[Value], Any], tree: Any) -> Any:
+    """``f`` of every value in nested lists, tuples and dicts; all else as it is."""
+    if isinstance(tree, (list, tuple)):
+        mapped = [_map_values(f, t) for t in tree]
+        return mapped if isinstance(tree, list) else tuple(mapped)
+    if isinstance(tree, dict):
+        return {k: _map_values(f, v) for k, v in tree.items()}
+    return f(tree) if isinstance(tree, Value) else tree
+
+
+def _leaves(tree: Any) -> list[Any]:
+    if isinstance(tree, (list, tuple)):
+        return [x for t in tree for x in _leaves(t)]
+    if isinstance(tree, dict):
+        return [x for t in tree.values() for x in _leaves(t)]
+    return [tree]
