@@ -1,5 +1,6 @@
 """xdit_compile: a compiler that runs any Diffusion Transformer on many devices, with the answer of one."""
 
+from xdit_compile import log
 from xdit_compile.api import capture, parallelize
 from xdit_compile.artifact.export import export
 from xdit_compile.artifact.inspection import inspect
@@ -20,6 +21,10 @@ from xdit_compile.errors import (
 )
 from xdit_compile.runtime.launch import init_from_env, launch
 from xdit_compile.spec import ShardingSpec
+
+__version__ = "0.2.0"
+
+log.configure()
 
 __all__ = [
     "ArtifactError",

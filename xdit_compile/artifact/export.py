@@ -32,6 +32,7 @@ from xdit_compile.ir.guards import Guards
 from xdit_compile.ir.program import Program
 from xdit_compile.ir.pytree import flatten, sharing
 from xdit_compile.ir.released_parameters import device_of_model
+from xdit_compile.passes import pass_digests
 from xdit_compile.runtime.control.tensor_digest import digest
 from xdit_compile.spec import ShardingSpec
 
@@ -72,6 +73,7 @@ def export(model: nn.Module, spec: str | dict | ShardingSpec, example_inputs: In
         tensors, files = writer.tensors(weights == "included")
         draft.finish({
             "made_with": {"xdit_compile": version("xdit-compile"), "torch": torch.__version__},
+            "passes": pass_digests(),
             "model": {"class": type(model).__name__, "config": _config(model)},
             "spec": str(spec), "world_size": spec.world_size, "device": device_of_model(model).type,
             "signature": signature_json(_signature(model)), "calls": written, "constants": writer.constants_file(),

@@ -26,6 +26,7 @@ from xdit_compile.ir.mesh import position_of
 from xdit_compile.ir.output_spec import OutputSpec
 from xdit_compile.ir.program import Program
 from xdit_compile.ir.pytree import Structure, flatten, sharing
+from xdit_compile.passes import pass_digests
 from xdit_compile.runtime.control.tensor_digest import digest
 from xdit_compile.runtime.launch import init_from_env
 from xdit_compile.runtime.parallel_group import ParallelGroup
@@ -83,6 +84,7 @@ class ArtifactLoader:
         self.backend = "eager" if native else backend
         self.spec = self.on_backend(manifest["spec"])
         _check_version(folder)
+        _check_passes(folder)
         self.device = _device(manifest["device"] if device is None else str(device), folder)
         if manifest["world_size"] != self.spec.world_size:
             raise ArtifactError(f"{folder.path} was made for {manifest['world_size']} ranks, but its spec {self.spec} "
@@ -136,6 +138,15 @@ def _check_version(folder: ArtifactFolder) -> None:
     if _series(made) > _series(here):
         raise ArtifactError(f"{folder.path} was made with PyTorch {made}, this is {here}; use that version or a later "
                             "one, or export the model anew")
+
+
+def _check_passes(folder: ArtifactFolder) -> None:
+    """What older or newer passes have made is never run: they may have been mended since."""
+    made, here = folder.manifest["passes"], pass_digests()
+    if others := sorted(name for name in made.keys() | here.keys() if made.get(name) != here.get(name)):
+        raise ArtifactError(f"{folder.path} was made by other passes of xdit_compile than this version has "
+                            f"({', '.join(others)}); export the model anew, or use the version that wrote it, "
+                            f"{folder.manifest['made_with']['xdit_compile']}")
 
 
 def _series(text: str) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from torch.utils import _pytree as pytree
 from xdit_compile.artifact.export import export
 from xdit_compile.artifact.inspection import Inspection, inspect
 from xdit_compile.cli import run_flags as flags
+from xdit_compile.cli.pass_dump import PassDump
 from xdit_compile.cli.record_calls import record
 from xdit_compile.cli.run import run
 from xdit_compile.cli.run_result import Run
@@ -30,7 +32,6 @@ from xdit_compile.diagnostics.explanation import Explanation
 from xdit_compile.diagnostics.verification import Verification
 from xdit_compile.diagnostics.verify import verify
 from xdit_compile.errors import LaunchError, SpecError, XditError
-from xdit_compile.ir.program import Program
 from xdit_compile.pipelines.loading import only_one_speaks
 from xdit_compile.report.text import plain
 from xdit_compile.runtime.launch import launch, place_of
@@ -131,7 +132,7 @@ def _explain(options: argparse.Namespace, spec: ShardingSpec) -> Explanation:
     function = load(options.target)
     with _progress(f"capturing {options.target}"):
         model, inputs = build(function)
-        dump = _Dump(Path(options.dump)) if options.dump else None
+        dump = PassDump(Path(options.dump)) if options.dump else None
         made = explain(model, spec, inputs, rank=options.rank, dump=dump, method=options.method)
     if options.timeline:
         if made.stages is None:
@@ -178,21 +179,6 @@ def _export(options: argparse.Namespace) -> Inspection:
     return inspect(options.artifact)
 
 
-class _Dump:
-    """Writes the program after each pass, as ``00-canonicalize.py``; a file is there whole or not at all."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.count = folder, 0
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def __call__(self, name: str, program: Program) -> None:
-        path = self.folder / f"{self.count:02}-{name}.py"
-        partial = path.with_suffix(".partial")
-        partial.write_text(program.print_readable(print_output=False))
-        partial.replace(path)
-        self.count += 1
-
-
 def _show(report: Explanation | Verification | Run | Inspection, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
@@ -219,6 +205,7 @@ def _progress(what: str) -> Iterator[Callable[[str], None]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="xdit-compile", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"xdit-compile {version('xdit-compile')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command = commands.add_parser("run", help=flags.HELP.partition("\n")[0], description=flags.HELP, allow_abbrev=False,
                                   usage="xdit-compile run --model DIR_OR_ID [--spec SPEC] [--prompt TEXT] ...",

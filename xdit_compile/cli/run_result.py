@@ -57,8 +57,8 @@ class Run:
         each = f", {self.seconds_per_step:.3g} s for each of {plural(self.steps, 'step')}" if self.steps else ""
         first = "" if self.warmup_calls else ", capturing the models included"
         where = f"{plural(self.processes, 'process', 'processes')} ({self.device}, {self.dtype})"
-        head = Text.assemble((self.pipeline, "bold"), f" under {self.spec} on {where}: {self.seconds:.2f} s{each}{first}; "
-                             f"loaded in {self.load_seconds:.2f} s")
+        head = Text.assemble((self.pipeline, "bold"), f" under {self.spec} on {where}: {self.seconds:.2f} s{each}"
+                             f"{first}; loaded in {self.load_seconds:.2f} s")
         memory = table("Peak memory", "rank", ">bytes")
         for rank, peak in enumerate(self.peak_memory):
             memory.add_row(str(rank), size(peak))

@@ -78,7 +78,8 @@ def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, i
         tuple(_rewritten(body, local, costs, "conv")),
         _traffic(costs),
         tuple(_row(n, calls) for n in notes if n.kind == "fallback"),
-        tuple(replicated[:MOST]), sum(row.flops for row in replicated), costs, costs_of(whole), kept, stages)
+        tuple(replicated[:MOST]), sum(row.flops for row in replicated), costs, costs_of(whole), kept, stages,
+        local.history)
 
 
 def _stage(program: Program, spec: ShardingSpec, rank: int, dump: Dump | None, changes: Mapping[int, str],

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xdit_compile.diagnostics.stage_costs import Stages
+from xdit_compile.ir.pass_record import PassRecord
 from xdit_compile.report.costs import Costs
 from xdit_compile.report.loop_invariants import InvariantWork
 from xdit_compile.report.tables import name, place, sections, table
@@ -76,6 +77,7 @@ class Explanation:
         local, whole: costs of this rank, and of the model on one device; under ``pipefusion``, of one step.
         kept: what of ``local`` is computed at the first step only; None if nothing is.
         stages: of a pipeline, what each of them does; the rows above are then those of this rank's stage.
+        passes: what each pass did, in order.
     """
 
     model: str
@@ -96,6 +98,7 @@ class Explanation:
     whole: Costs
     kept: InvariantWork | None = None
     stages: Stages | None = None
+    passes: tuple[PassRecord, ...] = ()
 
     @property
     def work_ratio(self) -> float:
@@ -111,6 +114,7 @@ class Explanation:
                  "collectives": self.local.collective_count,
                  "peak_activation_bytes": local["activations"],
                  "peak_activation_bytes_single_device": whole["activations"]}
+        fields["passes"] = [record.to_dict() for record in self.passes]
         return fields | {"spec": str(self.spec), "world_size": self.spec.world_size, "costs": costs,
                          "collectives": local["collectives"]}
 
@@ -122,8 +126,9 @@ class Explanation:
         staged = f"{size(self.stages.sent(self.rank))} to later stages; " if self.stages else ""
         kept = f"{self.kept}; " if self.kept else ""
         return (f"{self.model} under {self.spec}: {work(self.local.flops)} per rank, {self.work_ratio:.3f}/{ranks} of "
-                f"one device; {plural(self.local.collective_count, 'collective')} sending {size(self.local.sent)}; {staged}"
-                f"activations {size(self.local.activations)} of {size(self.whole.activations)}; {kept}{missing}")
+                f"one device; {plural(self.local.collective_count, 'collective')} sending "
+                f"{size(self.local.sent)}; {staged}activations {size(self.local.activations)} of "
+                f"{size(self.whole.activations)}; {kept}{missing}")
 
     def __rich__(self) -> RenderableType:
         ranks = self.spec.world_size
@@ -139,7 +144,7 @@ class Explanation:
             _rows("Convolutions", self.convolutions, self, sent=True),
             _collectives(self),
             _rows("Computed whole, for want of a rule", self.fallbacks, self),
-            _replicated(self))
+            _replicated(self), _passes(self))
 
     def __str__(self) -> str:
         return plain(self)
@@ -187,4 +192,12 @@ def _replicated(e: Explanation) -> Table | None:
     for row in e.replicated:
         made.add_row(name(row.function, row.node), place(row.module, row.source), row.text, str(row.times),
                      f"{row.flops / max(e.local.flops, 1):.2%}")
+    return made if made.row_count else None
+
+
+def _passes(e: Explanation) -> Table | None:
+    made = table("Passes", "pass", "source", ">seconds", ">nodes before", ">after", "noted")
+    for p in e.passes:
+        noted = ", ".join(f"{count} {kind}" for kind, count in p.matched.items())
+        made.add_row(p.name, p.digest, f"{p.seconds:.3f}", f"{p.nodes_before:,}", f"{p.nodes_after:,}", noted)
     return made if made.row_count else None

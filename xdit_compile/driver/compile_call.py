@@ -17,7 +17,7 @@ from xdit_compile.ir.call_arguments import bind_call
 from xdit_compile.ir.output_spec import OutputSpec
 from xdit_compile.ir.program import Program
 from xdit_compile.ir.step_inputs import step_inputs
-from xdit_compile.passes import localize, plan
+from xdit_compile.passes import localize, pass_digests, plan
 from xdit_compile.passes.hoist import kept_apart
 from xdit_compile.passes.interpreter import Seeds
 from xdit_compile.runtime.pipefusion.stage_executor import StageProgram, parameters_of
@@ -70,6 +70,7 @@ class Compiled:
             notes = "\n".join(str(n) for n in self.local.notes)
         return {
             "spec": str(self.whole.spec),
+            "passes": _hash(str(pass_digests())),
             "seeds": "; ".join(f"{name} {layout}" for name, layout in self.seeds.items()),
             "operators": ", ".join(f"{n} {len(m.graph.nodes)} {_hash(m.code)}" for n, m in self.whole.functions()),
             "constants": " ".join(_hash(str(t.tolist())) for t in self.whole.constants.values() if t.numel() < 65536),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ from xdit_compile.runtime.pipefusion.denoising_loops import DenoisingLoop, Denoi
 from xdit_compile.runtime.pipefusion.schedule import RESULT
 from xdit_compile.runtime.pipefusion.stage_executor import StageExecutor
 from xdit_compile.spec import ALL
+
+log = logging.getLogger(__name__)
 
 RESTARTS = 8
 """First steps in a row that are more than a pipeline's terms of guidance."""
@@ -59,6 +63,8 @@ class ModelRunner:
         self.stages: dict[str, int] = {}
         """Of blocks seen so far: their weights are on the ranks of that stage, whatever call comes."""
         self.used: set[str] = set()
+        self._told: set[int] = set()
+        """Kinds of calls that are known to come again."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.group.spec.pipefusion_degree == 1:
@@ -81,7 +87,11 @@ class ModelRunner:
             if agreed:
                 self.group.control.agree("the call's inputs", fingerprint)
             self.group.counts["calls"] += 1
-            ready = ready or self._prepare(bound.args, bound.kwargs)
+            if ready is None:
+                ready = self._prepare(bound.args, bound.kwargs)
+            elif id(kind) not in self._told:
+                self._told.add(id(kind))
+                log.info("program %s of %s used again", ready.compiled.name, type(self.model).__name__)
             results: Sequence[torch.Tensor]
             if isinstance(ready.executor, StageExecutor):
                 later = _samples(ready, tensors, named)
@@ -163,13 +173,17 @@ class ModelRunner:
 
     def _prepare(self, args: Any, kwargs: Any) -> ReadyProgram:
         """Capture and compile a new kind of call."""
+        start = time.perf_counter()
         try:
             kind = self.source.make(args, kwargs)
+            middle = time.perf_counter()
             compiled, group = self._compiled(kind)
         except Exception as error:
             # Told to the others, who else would wait for this rank's plan. All failing alike, the group lives on.
             self.group.control.agree("the plan", {"error": f"{type(error).__name__}: {error}"})
             raise
+        log.info("program %s of %s under %s: captured or found in %.2f s, planned in %.2f s", compiled.name,
+                 type(self.model).__name__, group.spec, middle - start, time.perf_counter() - middle)
         self.group.control.agree("the plan", compiled.digest())
         executor = self._executor(compiled, group)
         if compiled.unsharded and group.spec.sequence_degree > 1 and self.group.rank == 0:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import operator
 import re
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -65,10 +66,15 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
         CaptureError: naming the line of the model that stands in the way and what to do about it.
     """
     left: list[type[nn.Module]] = []
+    start = time.perf_counter()
     while True:
         try:
             with gc_paused(), left_in_python(model, left):
-                return _capture(model, tuple(args), dict(kwargs or {}))
+                program = _capture(model, tuple(args), dict(kwargs or {}))
+            log.info("captured %s in %.2f s: %d nodes in %d functions", type(model).__name__,
+                     time.perf_counter() - start, sum(len(m.graph.nodes) for _, m in program.functions()),
+                     len(program.calls()))
+            return program
         except CaptureError:
             raise
         except Exception as error:

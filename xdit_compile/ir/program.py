@@ -18,6 +18,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from xdit_compile.ir.guards import Guards
 from xdit_compile.ir.output_spec import OutputSpec
+from xdit_compile.ir.pass_record import PassRecord
 from xdit_compile.ir.pytree import Structure
 from xdit_compile.ir.stale_cache import update_and_read
 from xdit_compile.spec import ShardingSpec
@@ -67,6 +68,7 @@ class Program:
         facts: what holds of the graphs (``captured``, ``canonical``, ``sharded``, ``lowered``).
         spec, position: for which sharding spec and rank this is the local program; None for the global one.
         notes: what the passes decided, in order.
+        history: the passes that made it, in order.
     """
 
     main: fx.GraphModule
@@ -80,6 +82,7 @@ class Program:
     written: tuple[int, ...] = ()
     guards: Guards = field(default_factory=Guards)
     part: bool = False
+    history: tuple[PassRecord, ...] = field(default=(), repr=False, compare=False)
 
     def functions(self) -> Iterator[tuple[str, fx.GraphModule]]:
         """``main`` and each block function, by name."""

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from xdit_compile.ir.layout import EVERY, PATCH, Layout, Position
 from xdit_compile.ir.mesh import axis_sizes, position_of
+from xdit_compile.ir.pass_record import source_digest
 from xdit_compile.ir.program import Note, Program
 from xdit_compile.passes.batch_axis import batch_seeds, joined
 from xdit_compile.passes.canonicalize import canonicalize
 from xdit_compile.passes.interpreter import Leave, Seeds
 from xdit_compile.passes.lower_attention import lower_attention
 from xdit_compile.passes.overlap_communication import overlap
+from xdit_compile.passes.recorded import analysed, count_of_seeds, rewritten
 from xdit_compile.passes.shard import shard
 from xdit_compile.passes.simplify import simplify
 from xdit_compile.passes.token_axis import choose_seeds
@@ -37,21 +40,22 @@ class Context:
 
 @dataclass(frozen=True)
 class Pass:
-    """A step from program to program: which facts it needs and which it establishes."""
+    """A step from program to program: what carries it out, which facts it needs and which it establishes."""
 
     name: str
+    function: Callable[..., Any]
     run: Callable[[Program, Context], Program]
     requires: frozenset[str]
     provides: frozenset[str]
 
 
 PASSES: tuple[Pass, ...] = (
-    Pass("shard", lambda p, c: shard(p, c.seeds, c.position, c.sizes, c.mode, c.given, c.leave),
+    Pass("shard", shard, lambda p, c: shard(p, c.seeds, c.position, c.sizes, c.mode, c.given, c.leave),
          frozenset({"canonical"}), frozenset({"sharded"})),
-    Pass("lower_attention", lambda p, c: lower_attention(p, c.sizes, c.mode),
+    Pass("lower_attention", lower_attention, lambda p, c: lower_attention(p, c.sizes, c.mode),
          frozenset({"sharded"}), frozenset({"lowered"})),
-    Pass("simplify", lambda p, c: simplify(p), frozenset({"lowered"}), frozenset()),
-    Pass("overlap", lambda p, c: overlap(p), frozenset({"lowered"}), frozenset()),
+    Pass("simplify", simplify, lambda p, c: simplify(p), frozenset({"lowered"}), frozenset()),
+    Pass("overlap_communication", overlap, lambda p, c: overlap(p), frozenset({"lowered"}), frozenset()),
 )
 
 
@@ -68,14 +72,25 @@ def validate(passes: Sequence[Pass], facts: frozenset[str]) -> None:
 
 validate(PASSES, frozenset({"captured", "canonical"}))
 
+ANALYSES: Mapping[str, Callable[..., Any]] = MappingProxyType({"batch_axis": batch_seeds, "token_axis": choose_seeds})
+"""What ``plan`` finds out before any pass that rewrites for ranks."""
+
+
+def pass_digests() -> dict[str, str]:
+    """By the name of each pass of this package, the hash of its source: what was made under others is not ours."""
+    functions = {"canonicalize": canonicalize, **ANALYSES, **{step.name: step.function for step in PASSES}}
+    return {name: source_digest(function.__module__) for name, function in functions.items()}
+
 
 def plan(program: Program, spec: ShardingSpec) -> tuple[Program, Seeds]:
     """The canonical program under ``spec``, and where to begin sharding it: the same on every rank."""
-    program = replace(canonicalize(program), spec=spec)
+    program = replace(rewritten("canonicalize", canonicalize, program, canonicalize), spec=spec)
     check(program)
     sizes = axis_sizes(spec)
-    batch = batch_seeds(program, sizes)
-    seeds = joined(batch, choose_seeds(program, sizes, batch))
+    program, batch = analysed("batch_axis", batch_seeds, program, lambda p: batch_seeds(p, sizes), count_of_seeds)
+    program, tokens = analysed("token_axis", choose_seeds, program, lambda p: choose_seeds(p, sizes, batch),
+                               count_of_seeds)
+    seeds = joined(batch, tokens)
     if not seeds and spec.world_size > 1:
         program = replace(program, notes=(*program.notes, Note("seed", "main", NOTHING)))
     return program, seeds
@@ -98,7 +113,7 @@ def localize(program: Program, seeds: Seeds, rank: int, dump: Callable[[str, Pro
     if dump:
         dump("canonicalize", program)
     for step in PASSES:
-        program = step.run(program, context)
+        program = rewritten(step.name, step.function, program, lambda p, run=step.run: run(p, context))
         check(program)
         if dump:
             dump(step.name, program)

@@ -22,6 +22,7 @@ from xdit_compile.passes.hoist import hoist
 from xdit_compile.passes.interpreter import Cost, FunctionInterpreter, Leave, ProgramInterpreter, Seeds
 from xdit_compile.passes.laid_out_value import Value
 from xdit_compile.passes.patch_axis import cut_by_patches, patch_seeds
+from xdit_compile.passes.recorded import analysed, count_of_seeds, rewritten
 from xdit_compile.passes.stage_partition import Stage, stages
 from xdit_compile.passes.token_axis import arguments, check_heads, choose_seeds
 from xdit_compile.spec import ShardingSpec
@@ -72,20 +73,28 @@ def plan_pipeline(program: Program, spec: ShardingSpec,
     if program.output_spec.changes_arguments:
         raise SpecError(f"{spec} cuts the model into stages, but this call of it writes into its arguments, which only "
                         "one stage would see; use ulysses or ring")
-    program = replace(canonicalize(program), spec=spec)
+    program = replace(rewritten("canonicalize", canonicalize, program, canonicalize), spec=spec)
     sizes = axis_sizes(spec)
-    batch = batch_seeds(program, sizes)
+    program, batch = analysed("batch_axis", batch_seeds, program, lambda p: batch_seeds(p, sizes), count_of_seeds)
     if spec.ulysses_degree > 1:
         check_heads(program)
     if spec.patches > 1:
-        seeds = joined(batch, patch_seeds(program, sizes, batch))
+        program, patches = analysed("patch_axis", patch_seeds, program, lambda p: patch_seeds(p, sizes, batch),
+                                    count_of_seeds)
+        seeds = joined(batch, patches)
         begin = cut_by_patches(seeds)
     else:
-        seeds = joined(batch, choose_seeds(program, sizes, batch))
+        program, tokens = analysed("token_axis", choose_seeds, program, lambda p: choose_seeds(p, sizes, batch),
+                                   count_of_seeds)
+        seeds = joined(batch, tokens)
         begin = _flowing_from(program, sizes, batch)
-    hoisted, flowing = hoist(program, begin)
+    program, (hoisted, flowing) = analysed("hoist", hoist, program, lambda p: hoist(p, begin),
+                                           lambda found: {"flowing": len(found[1])})
     given = [int(n) for n in spec.stage_blocks.split("+")] if spec.stage_blocks else []
-    made = stages(hoisted, flowing, spec.pipefusion_degree, given, known)
+    program, made = analysed("stage_partition", stages, program,
+                             lambda _: stages(hoisted, flowing, spec.pipefusion_degree, given, known),
+                             lambda found: {"stage": len(found)})
+    made = tuple(replace(stage, body=replace(stage.body, history=program.history)) for stage in made)
     of_argument = {n.name: n for n in arguments(program)}
     samples = {name: Layout(tuple(_without(d, BATCH).gathered(SEQUENCE) for d in seeds[name].dims))
                for name in begin if name in of_argument and name in seeds and spec.patches > 1}

@@ -6,6 +6,8 @@ different programs, as in those of patches, are compiled once in a process.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Hashable
 from difflib import get_close_matches
 from functools import partial
@@ -29,6 +31,8 @@ INDUCTOR_OPTIONS: dict[str, Any] = {
     "reorder_for_locality": False,
 }
 
+log = logging.getLogger(__name__)
+
 _SHARED: WeakValueDictionary[Hashable, Function] = WeakValueDictionary()
 """What was made of each function, as long as a program calls it."""
 
@@ -48,9 +52,15 @@ def compiled(main: fx.GraphModule, spec: ShardingSpec) -> Function:
     def make(module: fx.GraphModule) -> Function:
         key = (spec.backend, spec.compile_mode, spec.onediff_backend, spec.compile_options, _content(module.graph))
         made = _SHARED.get(key)
-        if made is None:
-            # A module whose code is written when it is first called is not what torch.compile can look into.
-            made = _SHARED[key] = compiler(fx.GraphModule({}, module.graph))
+        if made is not None:
+            log.info("a function of %d nodes that %s has had before is used again", len(module.graph.nodes),
+                     spec.backend)
+            return made
+        # A module whose code is written when it is first called is not what torch.compile can look into.
+        made = compiler(fx.GraphModule({}, module.graph))
+        if log.isEnabledFor(logging.INFO):
+            made = _timed(made, f"{spec.backend} compiled a function of {len(module.graph.nodes)} nodes")
+        _SHARED[key] = made
         return made
 
     # What is written, and where, is all that tells most functions of one patch from those of the next.
@@ -58,6 +68,22 @@ def compiled(main: fx.GraphModule, spec: ShardingSpec) -> Function:
     blocks = {n: m for n, m in main.named_children() if isinstance(m, fx.GraphModule)}
     called = {n: outlined(m, stays, make, {}) if any(map(stays, m.graph.nodes)) else make(m) for n, m in blocks.items()}
     return outlined(main, stays, make, called)
+
+
+def _timed(call: Function, what: str) -> Function:
+    """``call``, which tells once how long its first call took, in which compilers do their work."""
+    told = False
+
+    def called(*tensors: torch.Tensor) -> Any:
+        nonlocal told
+        if told:
+            return call(*tensors)
+        start, told = time.perf_counter(), True
+        results = call(*tensors)
+        log.info("%s in %.2f s", what, time.perf_counter() - start)
+        return results
+
+    return called
 
 
 def _stays(node: fx.Node) -> bool:
