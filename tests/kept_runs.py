@@ -22,7 +22,7 @@ from xdit_compile.ir.program import Program, is_collective
 from xdit_compile.ir.pytree import flatten
 from xdit_compile.ir.step_inputs import step_inputs
 from xdit_compile.runtime.deferred.deferred_tensor import materialize
-from xdit_compile.runtime.executor import Executor
+from xdit_compile.runtime.execution.executor import Executor
 
 
 def stepped(model: nn.Module, inputs: Inputs, step: int) -> Inputs:

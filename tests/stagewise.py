@@ -14,7 +14,7 @@ from xdit_compile.frontend.capture import capture
 from xdit_compile.ir.call_arguments import call_arguments
 from xdit_compile.ir.pytree import flatten
 from xdit_compile.passes.pipefusion import plan_pipeline
-from xdit_compile.runtime.executor import Executor
+from xdit_compile.runtime.execution.executor import Executor
 from xdit_compile.runtime.pipefusion.schedule import WHOLE
 from xdit_compile.runtime.pipefusion.stage_executor import StageProgram
 from xdit_compile.spec import ShardingSpec

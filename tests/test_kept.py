@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import xdit_compile
 from xdit_compile.driver.compile_call import compile_call
-from xdit_compile.runtime.executor import Executor
-from xdit_compile.runtime.loop_invariant_cache import ENTRIES
+from xdit_compile.runtime.execution.executor import Executor
+from xdit_compile.runtime.execution.loop_invariant_cache import ENTRIES
 from xdit_compile.spec import ShardingSpec
 
 EXACT = 1e-5  # of the output's scale, in float32

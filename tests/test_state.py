@@ -14,7 +14,7 @@ from torch import nn
 from xdit_compile.driver.compile_call import compile_program
 from xdit_compile.frontend.model_state import state_token
 from xdit_compile.frontend.program_cache import captured
-from xdit_compile.runtime.executor import Executor
+from xdit_compile.runtime.execution.executor import Executor
 from xdit_compile.spec import ShardingSpec
 
 

@@ -21,7 +21,7 @@ from xdit_compile.ir.layout import Dim, Layout
 from xdit_compile.kernels.registry import KERNELS
 from xdit_compile.passes.emitter import Emitter
 from xdit_compile.passes.rules import RULES, Rule, find_rule
-from xdit_compile.runtime.executor import Executor
+from xdit_compile.runtime.execution.executor import Executor
 
 aten = torch.ops.aten
 

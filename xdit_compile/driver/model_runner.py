@@ -22,7 +22,7 @@ from xdit_compile.ir.step_inputs import timestep_inputs
 from xdit_compile.passes import NOTHING
 from xdit_compile.runtime.control.tensor_digest import digests
 from xdit_compile.runtime.deferred.deferred_tensor import DeferredTensor, materialize
-from xdit_compile.runtime.executor import Executor
+from xdit_compile.runtime.execution.executor import Executor
 from xdit_compile.runtime.parallel_group import ParallelGroup
 from xdit_compile.runtime.pipefusion.denoising_loops import DenoisingLoop, DenoisingLoops
 from xdit_compile.runtime.pipefusion.schedule import RESULT

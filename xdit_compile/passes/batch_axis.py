@@ -1,4 +1,4 @@
-"""Which dimensions of the arguments are the batch, found by trying, as ``seeds.py`` finds the tokens."""
+"""Which dimensions of the arguments are the batch, found by trying, as ``token_axis.py`` finds the tokens."""
 
 from __future__ import annotations
 

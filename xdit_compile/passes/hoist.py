@@ -2,7 +2,7 @@
 
 What does not flow from the inputs where the flow ``begin``s is found in ``main`` and in each block function, which is
 parted in two: what does not flow, called first, and the rest. Stages of a pipeline so compute once per step what the
-sample leaves alone (``stages.py``); ``kept_apart`` finds what a denoising loop need compute only once.
+sample leaves alone (``stage_partition.py``); ``kept_apart`` finds what a denoising loop need compute only once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How the tokens are cut into patches, found by trying, as ``seeds.py`` finds where ranks' shares begin.
+"""How the tokens are cut into patches, found by trying, as ``token_axis.py`` finds where ranks' shares begin.
 
 PipeFusion (arXiv 2405.14430) cuts the sample that a model is given. A cut of one of its dimensions must lead to
 attention over kept keys and values, or at least save work. Tokens of text that attend together with those of the sample

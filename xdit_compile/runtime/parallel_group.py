@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
 from xdit_compile.runtime.control.control_plane import ControlPlane
+from xdit_compile.runtime.control.process_groups import ProcessGroups, forget, make_group
 from xdit_compile.runtime.deferred.guidance_round_robin import GuidanceRoundRobin
 from xdit_compile.runtime.pipefusion.stage_communicator import StageCommunicator
-from xdit_compile.runtime.process_groups import ProcessGroups, forget, make_group
 from xdit_compile.spec import ShardingSpec
 
 

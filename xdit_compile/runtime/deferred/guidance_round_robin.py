@@ -2,7 +2,7 @@
 
 Classifier-free guidance as most video pipelines do it calls the model once with the condition and once without. With
 ``cfg_degree`` groups, call ``i`` of a model is computed by group ``i mod cfg_degree`` and promised to the others
-(``deferred.py``). A group sends a result when it has it, and the others fetch it when they need it, so that no rank
+(``deferred_tensor.py``). A group sends a result when it has it, and the others fetch it when they need it, so that no rank
 waits for what another does with the results, only for the call that it computes.
 """
 
@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from xdit_compile.errors import XditError
 from xdit_compile.runtime.control.control_plane import ControlPlane
+from xdit_compile.runtime.control.process_groups import make_group
 from xdit_compile.runtime.deferred.deferred_tensor import DeferredTensor, Promise, Tape
-from xdit_compile.runtime.process_groups import make_group
 from xdit_compile.spec import ShardingSpec
 
 

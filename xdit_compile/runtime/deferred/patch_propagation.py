@@ -1,4 +1,4 @@
-"""PatchedResults of tensors that come patch by patch, followed through element-wise operators.
+"""Pieces of tensors that come patch by patch, followed through element-wise operators.
 
 What PipeFusion's last stage sends is one patch of a result after the other. Between two calls of the model a pipeline
 combines guidance and steps its scheduler, element by element: so patch p of the next sample needs no more than patch p

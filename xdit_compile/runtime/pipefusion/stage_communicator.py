@@ -1,7 +1,7 @@
 """What the stages of a pipeline exchange: values of one stage for a later one, and results for everybody.
 
 A patch's values go from stage to stage, and its results from the last stage to all, as soon as they are there and while
-other patches are computed. Nobody waits for a whole step: what a call returns is deferred (``deferred.py``), patch by
+other patches are computed. Nobody waits for a whole step: what a call returns is deferred (``deferred_tensor.py``), patch by
 patch, and the next call takes its patches from that.
 """
 
@@ -17,10 +17,10 @@ import torch.distributed as dist
 
 from xdit_compile.errors import XditError
 from xdit_compile.runtime.control.control_plane import ControlPlane
+from xdit_compile.runtime.control.process_groups import forget, make_group
 from xdit_compile.runtime.deferred.deferred_tensor import DeferredTensor, Promise, Tape
 from xdit_compile.runtime.deferred.patch_propagation import Cut
 from xdit_compile.runtime.pipefusion.schedule import WHOLE
-from xdit_compile.runtime.process_groups import forget, make_group
 
 Shapes = Sequence[tuple[tuple[int, ...], torch.dtype]]
 

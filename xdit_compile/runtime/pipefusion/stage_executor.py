@@ -20,7 +20,7 @@ from xdit_compile.errors import XditError
 from xdit_compile.ir.program import Program
 from xdit_compile.runtime.deferred.deferred_tensor import DeferredTensor, materialize
 from xdit_compile.runtime.deferred.patch_propagation import Cut
-from xdit_compile.runtime.executor import Executor
+from xdit_compile.runtime.execution.executor import Executor
 from xdit_compile.runtime.pipefusion.denoising_loops import DenoisingLoop
 from xdit_compile.runtime.pipefusion.schedule import RESULT, WHOLE, Bar, Edge, Op, step_ops
 from xdit_compile.runtime.pipefusion.stage_communicator import PatchedResults, Shapes, StageCommunicator, digest

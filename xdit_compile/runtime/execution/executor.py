@@ -12,7 +12,7 @@ from torch import nn
 
 from xdit_compile.ir.program import Program
 from xdit_compile.runtime.compilation.regional import compiled
-from xdit_compile.runtime.loop_invariant_cache import CachedValues, LoopInvariantCache
+from xdit_compile.runtime.execution.loop_invariant_cache import CachedValues, LoopInvariantCache
 
 NONE: Mapping[str, torch.Tensor] = MappingProxyType({})
 
