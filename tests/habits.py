@@ -159,7 +159,7 @@ def told_apart(name: str, root: str, what: str) -> tuple[str, int, float]:
         text = ""
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
-    return text, pipe.group.counts["calls"], apart(case, pipe, alone)
+    return text, pipe.parallel_group.counts["calls"], apart(case, pipe, alone)
 
 
 def refused(name: str, root: str) -> tuple[str, float]:
@@ -319,4 +319,4 @@ def modular(name: str, root: str) -> tuple[float, dict[int, int]]:
             return pipe(**call, generator=torch.Generator().manual_seed(0), output="latents")
 
     pipe = xdit_compile.parallelize(load(), "cfg=2", ranks=range(2), timeout=60)
-    return difference(run(pipe), run(load())), dict(pipe.group.round_robin.fetched)
+    return difference(run(pipe), run(load())), dict(pipe.parallel_group.round_robin.fetched)

@@ -177,7 +177,7 @@ def guided(name: str, spec: str, steps: int = 6) -> dict[str, Any]:
 
 
 def alone_in_turns(name: str, spec: str) -> float:
-    """One condition, though groups take turns: all of its steps are of one lane."""
+    """One condition, though groups take turns: all of its steps are of one loop."""
     entry, model, parallel, inputs = setup(name, spec)
     times = displaced.times(inputs, 5)
     actual = materialize(walk(parallel, entry, inputs, times))
@@ -204,7 +204,7 @@ def placed(name: str) -> list[Any]:
 
 
 def shared_between() -> list[float]:
-    """Both of a pipeline's denoisers, the second from the middle on, as Wan 2.2 has them; in one crew."""
+    """Both of a pipeline's denoisers, the second from the middle on, as Wan 2.2 has them; in one group."""
     entry, model, parallel, inputs = setup("wan")
     second = cases.made(entry.case, seed=1)
     late = parallel_of(second)

@@ -36,7 +36,7 @@ def differences(name: str, root: str, specs: Sequence[str], copies: int = 1, **o
             actual = pipelines.run(pipe, case, **overrides)
         assert type(actual) is torch.Tensor
         found[spec] = {"error": difference(actual, expected), "warnings": [str(w.message) for w in said],
-                       "fetched": dict(pipe.group.round_robin.fetched) if pipe.group.round_robin else {}}
+                       "fetched": dict(robin.fetched) if (robin := pipe.parallel_group.round_robin) else {}}
     return found
 
 

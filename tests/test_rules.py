@@ -120,12 +120,12 @@ def local_program(program: Program, layouts: list[Layout], rank: int,
     position, sizes = {**position_of(rank, program.spec), PATCH: patch}, axis_sizes(program.spec)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     emitter = Emitter(mode, position, sizes)
-    sharder = FunctionInterpreter(ProgramInterpreter(program, {}, position, sizes, mode), emitter, "main")
+    interpreter = FunctionInterpreter(ProgramInterpreter(program, {}, position, sizes, mode), emitter, "main")
     values = []
     for node, layout in zip(program.main.graph.find_nodes(op="placeholder"), layouts, strict=True):
         holder = emitter.placeholder(node.name, node.meta["val"], layout.local_shape(position))
         values.append(Value(holder, layout, node.meta["val"].dtype))
-    results = sharder.run(program.main.graph, values, {})
+    results = interpreter.run(program.main.graph, values, {})
     out = emitter.graph.output(tuple(v.node for v in results))
     out.meta["val"] = tuple(v.node.meta["val"] for v in results)
     made = Program(fx.GraphModule({}, emitter.graph), (), {}, program.outputs, frozenset({"captured"}), program.spec,

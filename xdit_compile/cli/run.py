@@ -95,7 +95,7 @@ def run_rank(request: Request) -> Run:
         if place.type == "cuda":
             torch.cuda.synchronize(place)
         seconds = time.perf_counter() - started
-        peaks = parallel.group.gather(torch.cuda.max_memory_allocated(place)) if place.type == "cuda" else ()
+        peaks = parallel.parallel_group.gather(torch.cuda.max_memory_allocated(place)) if place.type == "cuda" else ()
         files: list[Path] = []
         if first:
             rate = request.frame_rate or int(_value(parallel, arguments, "frame_rate") or FRAME_RATE)

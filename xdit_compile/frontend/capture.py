@@ -1,7 +1,7 @@
 """Any module's forward as a Program: functional ATen with attention, linear, convolutions and norms whole.
 
-The model runs once on fake tensors to find its repeated blocks (``repeated_blocks.py``), then it is traced around them, and
-each kind of block by itself (``tracing.py``). Nothing is computed and no weight is copied, so a model on the meta
+The model runs once on fake tensors to find its repeated blocks (``repeated_blocks.py``), then it is traced around them,
+and each kind of block by itself (``tracing.py``). Nothing is computed and no weight is copied, so a model on the meta
 device is captured the same way.
 """
 

@@ -440,7 +440,7 @@ class ProgramInterpreter:
                    seeds: Seeds) -> tuple[tuple[Layout, ...], Cost]:
         graph = self._graphs[name].graph
         emitter = Emitter(self.mode, self.position, self.sizes) if self.mode is not None else None
-        sharder = FunctionInterpreter(self, emitter, local)
+        interpreter = FunctionInterpreter(self, emitter, local)
         arguments = []
         for node, layout in zip(graph.find_nodes(op="placeholder"), layouts, strict=True):
             example = node.meta["val"]
@@ -449,19 +449,20 @@ class ProgramInterpreter:
                 holder = emitter.placeholder(node.name, example, layout.local_shape(self.position))
                 holder.meta["layout"] = layout
             arguments.append(Value(holder, layout, example.dtype))
-        outputs = sharder.run(graph, arguments, seeds)
+        outputs = interpreter.run(graph, arguments, seeds)
         # The caller of main expects whole tensors, main takes what a block returns as it is laid out.
-        sharder.cost.results = tuple(v.layout for v in outputs)
-        outputs = [self._leave(sharder, i, v) if local == "main" else sharder.summed(v) for i, v in enumerate(outputs)]
+        interpreter.cost.results = tuple(v.layout for v in outputs)
+        outputs = [self._leave(interpreter, i, v) if local == "main" else interpreter.summed(v)
+                   for i, v in enumerate(outputs)]
         if emitter:
-            self.notes += sharder.cost.notes
-            out = emitter.graph.output(tuple(sharder._node(v) for v in outputs))
-            out.meta["val"] = tuple(sharder._node(v).meta["val"] for v in outputs)
+            self.notes += interpreter.cost.notes
+            out = emitter.graph.output(tuple(interpreter._node(v) for v in outputs))
+            out.meta["val"] = tuple(interpreter._node(v).meta["val"] for v in outputs)
             self.results[local] = out.meta["val"]
             self.caches[local] = [c.meta["val"] for c in emitter.caches]
             self.functions[local] = graph_module(
                 local, emitter.graph, self.functions if local == "main" else None)
-        return tuple(v.layout for v in outputs), sharder.cost
+        return tuple(v.layout for v in outputs), interpreter.cost
 
 
 def _map_values(f: Callable[[Value], Any], tree: Any) -> Any:

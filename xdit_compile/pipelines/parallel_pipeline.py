@@ -38,9 +38,9 @@ def is_pipeline(candidate: Any) -> bool:
 
 
 class ParallelPipeline:
-    """Marks a parallel pipeline. ``make`` turns a component into a parallel one; ``group`` runs them."""
+    """Marks a parallel pipeline. ``make`` turns a component into a parallel one; ``parallel_group`` runs them."""
 
-    group: ParallelGroup
+    parallel_group: ParallelGroup
     make: Callable[[Any], Any]
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -51,13 +51,13 @@ class ParallelPipeline:
         """What ran so far: how each component is shared out, what a call of it costs this rank, and whether calls
         that follow each other ran at once."""
         modules = {n: c for n, c in vars(self).items() if isinstance(c, nn.Module)}
-        round_robin = self.group.round_robin
+        group = self.parallel_group
+        round_robin, communicators = group.round_robin, group.communicators
         return PipelineReport(
-            type(self).__name__, self.group.spec, self.group.rank,
-            tuple(part for name, module in modules.items() for part in _parts(name, module, self.group)),
+            type(self).__name__, group.spec, group.rank,
+            tuple(part for name, module in modules.items() for part in _parts(name, module, group)),
             dict(round_robin.fetched) if round_robin else {}, round_robin.sent if round_robin else 0,
-            sum(s.sent for s in self.group.communicators), sum(s.results_sent for s in self.group.communicators),
-            self.group.counts["kept"])
+            sum(c.sent for c in communicators), sum(c.results_sent for c in communicators), group.counts["kept"])
 
 
 def parallel_pipeline(pipe: Any, group: ParallelGroup, check_inputs: bool, dump: Dump | None,
@@ -75,7 +75,7 @@ def parallel_pipeline(pipe: Any, group: ParallelGroup, check_inputs: bool, dump:
         raise XditError(f"weights are read for what runs at each step, which {', '.join(sorted(unknown))} is not")
     make = functools.partial(_parallel, group=group, check_inputs=check_inputs, dump=dump)
     parts = {n: make(c, encoders.index(n) if n in encoders else 0, weights=weights.get(n)) for n, c in modules.items()}
-    members = {"__call__": _call(type(pipe)), "crew": group, "make": staticmethod(make)}
+    members = {"__call__": _call(type(pipe)), "parallel_group": group, "make": staticmethod(make)}
     if isinstance(inspect.getattr_static(type(pipe), "interrupt", None), property):
         members["interrupt"] = property(_interrupted)
     return instance_of_subclass(pipe, ParallelPipeline, members, dict(vars(pipe)) | parts)
@@ -115,7 +115,7 @@ def _call(cls: type) -> Callable[..., Any]:
     """The pipeline's ``__call__``: arguments agreed upon before anything runs, results settled, failing together."""
     @functools.wraps(cls.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        group: ParallelGroup = self.group
+        group: ParallelGroup = self.parallel_group
         bound = inspect.signature(cls.__call__).bind(self, *args, **kwargs)
         given = {n: v for n, v in bound.arguments.items() if v is not self}
         group.control.agree(f"the arguments of {cls.__name__}", call_fingerprint(given))
@@ -187,11 +187,12 @@ def _interrupted(self: Any) -> bool:
     """Whether any rank was told to stop: all must, or the others would wait for it. Between calls ranks may ask or
     not, so that each answers for itself."""
     mine = bool(self._interrupt)
-    if not self.group.running:
+    group = self.parallel_group
+    if not group.running:
         return mine
     # Stages are in different steps, and asking would bring them together: they learn it one step later.
-    later = self.group.spec.pipefusion_degree > 1
-    return self.group.said_before(mine) if later else self.group.control.anyone("whether to stop", mine)
+    later = group.spec.pipefusion_degree > 1
+    return group.said_before(mine) if later else group.control.anyone("whether to stop", mine)
 
 
 def _warn_of_nothing_gained(name: str, group: ParallelGroup, shared: int, fetched: Mapping[int, int]) -> None:

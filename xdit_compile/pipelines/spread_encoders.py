@@ -20,7 +20,7 @@ RESIZE = "resize_token_embeddings"
 
 
 def spread(encoder: nn.Module, group: ParallelGroup, owner: int) -> Any:
-    """``encoder`` on rank ``owner`` of the crew alone. The others give up their weights, which are put on the meta
+    """``encoder`` on rank ``owner`` of the group alone. The others give up their weights, which are put on the meta
     device, and receive what its forward returns."""
     device, dtype = _home(encoder)
     members: dict[str, Any] = {"forward": _forward(type(encoder), group, owner), "runners": {}}

@@ -1,6 +1,6 @@
 """The table of sharding rules: for each operator, what a rank computes on its pieces.
 
-A rule is a function of the sharder and the operator's arguments (tensors as ``Value``). It lays its arguments out
+A rule is a function of the interpreter and the operator's arguments (tensors as ``Value``). It lays its arguments out
 (``lay``, ``whole``, ``broadcast``), emits the local operator and states the result's layout, or raises ``NoRule``
 with the reason. It is entered with an example of a call for each operator it serves, from which the property test
 draws: being in the table is being tested.

@@ -2,8 +2,8 @@
 
 Classifier-free guidance as most video pipelines do it calls the model once with the condition and once without. With
 ``cfg_degree`` groups, call ``i`` of a model is computed by group ``i mod cfg_degree`` and promised to the others
-(``deferred_tensor.py``). A group sends a result when it has it, and the others fetch it when they need it, so that no rank
-waits for what another does with the results, only for the call that it computes.
+(``deferred_tensor.py``). A group sends a result when it has it, and the others fetch it when they need it, so that no
+rank waits for what another does with the results, only for the call that it computes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a denoising loop keeps from step to step, and when a new loop begins, which must use nothing of it.
 
-A lane is one condition's way through the steps: a pipeline that calls its model with the condition and without it has
-two. Calls belong to a lane if all their tensors but the sample and the times are equal. A lane begins anew when times
+A loop is one condition's way through the steps: a pipeline that calls its model with the condition and without it has
+two. Calls belong to a loop if all their tensors but the sample and the times are equal. A loop begins anew when times
 go back or start again, when it missed a step, and with each call of a pipeline: values of another picture, prompt or
 resolution are never read.
 """
@@ -44,7 +44,7 @@ class DenoisingLoop:
 
 
 class DenoisingLoops:
-    """The lanes of one model."""
+    """The loops of one model."""
 
     def __init__(self) -> None:
         self._lanes: dict[Hashable, DenoisingLoop] = {}
@@ -53,7 +53,7 @@ class DenoisingLoops:
 
     def next(self, key: Hashable, times: Times, epoch: int,
              make: Callable[[], Sequence[torch.Tensor]]) -> DenoisingLoop:
-        """The lane of a call, one step further.
+        """The loop of a call, one step further.
 
         Args:
             key: of the condition.

@@ -1,8 +1,8 @@
 """What the stages of a pipeline exchange: values of one stage for a later one, and results for everybody.
 
 A patch's values go from stage to stage, and its results from the last stage to all, as soon as they are there and while
-other patches are computed. Nobody waits for a whole step: what a call returns is deferred (``deferred_tensor.py``), patch by
-patch, and the next call takes its patches from that.
+other patches are computed. Nobody waits for a whole step: what a call returns is deferred (``deferred_tensor.py``),
+patch by patch, and the next call takes its patches from that.
 """
 
 from __future__ import annotations

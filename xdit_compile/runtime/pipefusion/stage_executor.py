@@ -124,7 +124,7 @@ class StageExecutor:
 
         Args:
             tensors: the arguments; samples may be deferred.
-            lane: what is kept of this condition's steps; exact: whether this step uses none of it.
+            loop: what is kept of this condition's steps; exact: whether this step uses none of it.
             facts: what all ranks must hold alike for the call to be one and the same.
             likes: tensors shaped as the results.
             owner: the global rank that will send the results; mine: whether this rank's pipeline computes them.

@@ -302,14 +302,14 @@ def test_pieces_after_the_whole_is_known() -> None:
 
 
 class Loops:
-    """Calls of lanes, with the memory they were given numbered."""
+    """Calls of loops, with the memory they were given numbered."""
 
     def __init__(self) -> None:
         self.loops = DenoisingLoops()
         self.made = 0
 
     def __call__(self, key: str, *times: float, epoch: int = 0) -> int:
-        """How many steps the call's lane then had."""
+        """How many steps the call's loop then had."""
         self.loop: DenoisingLoop = self.loops.next(key, times, epoch, self._make)
         return self.loop.steps
 
