@@ -28,7 +28,7 @@ from xdit_compile.frontend.capture import capture
 from xdit_compile.ir.program import Program
 from xdit_compile.passes import localize, plan
 from xdit_compile.runtime.compilation import regional as compiling
-from xdit_compile.runtime.compilation.graph_segments import outlined
+from xdit_compile.runtime.compilation.graph_segments import outline_segments
 from xdit_compile.spec import ShardingSpec
 
 EXACT = 1e-5
@@ -163,8 +163,8 @@ def test_cut_graphs_mean_the_same(apart: str) -> None:
         made.append(module)
         return module
 
-    block = outlined(program.main.blocks, stays, build, {})
-    cut = outlined(program.main, stays, build, {"blocks": block})
+    block = outline_segments(program.main.blocks, stays, build, {})
+    cut = outline_segments(program.main, stays, build, {"blocks": block})
     given = held(model, program, [*inputs().values()])
     assert torch.equal(cut(*given)[0], program.main(*given)[0])
     for before, after in ((program.main, cut), (program.main.blocks, block)):

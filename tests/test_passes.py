@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import cases
 import pytest
+import torch
 import zoo
 
 import xdit_compile
@@ -84,35 +83,35 @@ def test_an_artifact_of_other_passes_is_refused(tmp_path: Path) -> None:
         xdit_compile.load(path)
 
 
-SCRIPT = """
-import torch, xdit_compile
-layer = torch.nn.TransformerEncoderLayer(16, 2, batch_first=True).eval()
-model = xdit_compile.parallelize(layer, "ulysses=1,backend=inductor" if COMPILE else "ulysses=1")
-with torch.no_grad():
-    for _ in range(3):
-        model(torch.ones(1, 8, 16))
-"""
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
+    """What is on the error stream when the package is imported and says something, under an environment."""
+    logger = logging.getLogger(log.ROOT)
+    before = logger.handlers[:], logger.level, logger.propagate
+
+    def said(level: str | None, rank: str = "0", ranks: str | None = None) -> str:
+        for name, value in (("XDIT_COMPILE_LOG", level), ("RANK", rank), ("XDIT_COMPILE_LOG_RANKS", ranks)):
+            monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+        logger.handlers.clear()
+        log.configure()
+        logging.getLogger(f"{log.ROOT}.frontend.capture").info("captured it")
+        return capsys.readouterr().err
+
+    yield said
+    logger.handlers[:], logger.level, logger.propagate = before
 
 
-def said(level: str | None, rank: str = "0", ranks: str | None = None, compile: bool = False) -> list[str]:
-    given = {"XDIT_COMPILE_LOG": level, "XDIT_COMPILE_LOG_RANKS": ranks, "RANK": rank}
-    env = {k: v for k, v in os.environ.items() if k not in given} | {k: v for k, v in given.items() if v is not None}
-    done = subprocess.run([sys.executable, "-c", SCRIPT.replace("COMPILE", str(compile))], env=env, check=True,
-                          capture_output=True, text=True)
-    return [line for line in done.stderr.splitlines() if "xdit_compile" in line]
+def test_the_log_is_silent_unless_asked_and_rank_0_s_unless_all_are(asked: Callable[..., str]) -> None:
+    assert asked(None) == "" == asked("warning") == asked("info", rank="1")
+    assert "rank 0] captured it" in asked("info") and "rank 1] captured it" in asked("info", rank="1", ranks="all")
+    assert "LOUD is none of DEBUG, INFO, WARNING, ERROR" in asked("loud")
 
 
-def test_the_log_is_silent_unless_asked_and_tells_each_event_once() -> None:
-    assert said(None) == []
-    lines = said("info")
-    for event in ("captured TransformerEncoderLayer in", "planned in", "used again"):
-        assert sum(event in line for line in lines) == 1, lines
-    assert said("info", rank="1") == [] and all("rank 1" in line for line in said("info", rank="1", ranks="all"))
-    assert "is none of DEBUG, INFO" in "".join(said("loud"))
-
-
-def test_loggers_are_those_of_logging(caplog: pytest.LogCaptureFixture) -> None:
-    case = zoo.CASES["dit"]
-    with caplog.at_level(logging.INFO, logger=log.ROOT):
-        xdit_compile.explain(cases.made(case), "ulysses=2", case.inputs(1, False))
-    assert [r.name for r in caplog.records if "captured" in r.message] == ["xdit_compile.frontend.capture"]
+def test_each_event_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    layer = torch.nn.TransformerEncoderLayer(16, 2, batch_first=True).eval()
+    model = xdit_compile.parallelize(layer, "ulysses=1,backend=inductor")
+    with caplog.at_level(logging.INFO, logger=log.ROOT), torch.no_grad():
+        for _ in range(3):
+            model(torch.ones(1, 8, 16))
+    for event in ("captured TransformerEncoderLayer in", "planned in", "used again", "inductor compiled a function"):
+        assert sum(event in r.message for r in caplog.records) == 1, caplog.text

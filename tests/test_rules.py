@@ -22,9 +22,9 @@ from xdit_compile.ir.program import Program
 from xdit_compile.ir.pytree import flatten
 from xdit_compile.passes.emitter import Emitter
 from xdit_compile.passes.interpreter import FunctionInterpreter, ProgramInterpreter
-from xdit_compile.passes.laid_out_value import Value
 from xdit_compile.passes.lower_attention import lower_attention
 from xdit_compile.passes.rules import RULES
+from xdit_compile.passes.sharded_value import Value
 from xdit_compile.passes.verifier import check
 from xdit_compile.spec import ShardingSpec
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,9 +55,6 @@ def test_the_wheel_runs_outside_of_the_repository(installed: Path, tmp_path: Pat
     (tmp_path / "mine.py").write_text(MINE)
     said = outside(installed, tmp_path, "-m", "xdit_compile", "explain", "mine.py:mine", "--spec", "ulysses=2")
     assert "Mine under ulysses=2" in said and "token_axis" in said
-    said = outside(installed, tmp_path, "-m", "xdit_compile", "verify", "mine.py:mine", "--spec", "ulysses=2",
-                   "--device", "cpu")
-    assert re.search(r"1 output equal to one device's", said)
 
 
 def test_the_wheel_has_what_others_look_for(installed: Path) -> None:

@@ -22,7 +22,7 @@ from xdit_compile.artifact.json_values import (
     structure_json,
 )
 from xdit_compile.artifact.native_reader import target_of
-from xdit_compile.artifact.native_writer import Packages
+from xdit_compile.artifact.native_writer import AheadOfTimePackages
 from xdit_compile.artifact.program_writer import program_json, stage_json
 from xdit_compile.driver.captured_programs import CapturedPrograms
 from xdit_compile.driver.compile_call import Compiled
@@ -88,7 +88,7 @@ class _Writer:
     def __init__(self, model: nn.Module, spec: ShardingSpec, draft: ArtifactDraft, progress: Progress,
                  native: bool) -> None:
         self.model, self.spec, self.draft, self.progress = model, spec, draft, progress
-        self.source, self.packages = CapturedPrograms(model), Packages(draft.add) if native else None
+        self.source, self.packages = CapturedPrograms(model), AheadOfTimePackages(draft.add) if native else None
         self.constants: dict[str, torch.Tensor] = {}
         self.known: dict[tuple[Any, ...], str] = {}
         self.stages: dict[str, int] = {}

@@ -18,7 +18,7 @@ from xdit_compile.artifact.files import ArtifactFolder
 from xdit_compile.artifact.json_values import Fields, Json, look_of, signature_of, structure_of
 from xdit_compile.artifact.native_reader import check_target
 from xdit_compile.artifact.program_reader import Reader
-from xdit_compile.artifact.weight_files import Stored, placed
+from xdit_compile.artifact.weight_files import WeightFiles, placed
 from xdit_compile.driver.model_runner import ModelRunner
 from xdit_compile.driver.parallel_model import parallel_model
 from xdit_compile.errors import ArtifactError, CaptureError, SpecError, XditError
@@ -90,7 +90,7 @@ class ArtifactLoader:
             raise ArtifactError(f"{folder.path} was made for {manifest['world_size']} ranks, but its spec {self.spec} "
                                 f"asks for {self.spec.world_size}")
         name = manifest["constants"]
-        constants = Stored.read(folder.file(name), self.device) if name else {}
+        constants = WeightFiles.read(folder.file(name), self.device) if name else {}
         if native and manifest["native"] is None:
             raise ArtifactError(f"{folder.path} holds no compiled functions; export it with native=True (--native)")
         if native:
@@ -119,7 +119,7 @@ class ArtifactLoader:
         group = ParallelGroup(self.spec, chosen, timeout)
         group.control.agree("load", {"artifact": self.folder.digest, "spec": str(self.spec)})
         manifest = self.folder.manifest
-        stored = Stored.of(manifest["tensors"], manifest["weights"], self.folder, weights)
+        stored = WeightFiles.of(manifest["tensors"], manifest["weights"], self.folder, weights)
         needed = set().union(*(call.parameters(group.rank) for call in self.calls))
         try:
             tensors = stored.load(needed, self.device)

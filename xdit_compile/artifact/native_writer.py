@@ -19,7 +19,7 @@ from xdit_compile.artifact.graph_writer import encode
 from xdit_compile.ir.layout import BATCH, SEQUENCE
 from xdit_compile.ir.mesh import RING, ULYSSES, axis_sizes, group_name, position_of
 from xdit_compile.ir.program import Program, is_collective, output_args
-from xdit_compile.runtime.compilation.graph_segments import outlined
+from xdit_compile.runtime.compilation.graph_segments import outline_segments
 from xdit_compile.runtime.compilation.regional import INDUCTOR_OPTIONS
 from xdit_compile.spec import ShardingSpec
 
@@ -36,7 +36,7 @@ def all_in_functions(program: Program) -> Program:
         functions[f"run_{len(functions)}"] = module
         return module
 
-    main = outlined(program.main, lambda _: False, build, children)
+    main = outline_segments(program.main, lambda _: False, build, children)
     for node in main.graph.nodes:
         if node.op == "call_module":
             node.meta["val"] = tuple(n.meta["val"] for n in output_args(functions[str(node.target)].graph))
@@ -45,7 +45,7 @@ def all_in_functions(program: Program) -> Program:
     return replace(program, main=main)
 
 
-class Packages:
+class AheadOfTimePackages:
     """Compiles each function once, whichever programs it is in.
 
     Args:

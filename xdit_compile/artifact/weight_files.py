@@ -22,7 +22,7 @@ _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 @dataclass(frozen=True)
-class Stored:
+class WeightFiles:
     """Where the tensors of a model are.
 
     Attributes:
@@ -36,7 +36,7 @@ class Stored:
     buffers: frozenset[str]
 
     @staticmethod
-    def of(entries: Json, included: Json, folder: ArtifactFolder, weights: str | Path | None) -> Stored:
+    def of(entries: Json, included: Json, folder: ArtifactFolder, weights: str | Path | None) -> WeightFiles:
         """From what the manifest says of tensors, and the weights that the user named.
 
         Raises:
@@ -58,7 +58,7 @@ class Stored:
             raise ArtifactError(f"{weights} has no {shown}" if weights is not None else
                                 f"{folder.path} does not include {shown}; give weights=FOLDER with the model's "
                                 "safetensors")
-        return Stored(looks, aliases, found, frozenset(n for n, e in entries.items() if e["buffer"]))
+        return WeightFiles(looks, aliases, found, frozenset(n for n, e in entries.items() if e["buffer"]))
 
     def load(self, names: Collection[str], device: torch.device) -> dict[str, torch.Tensor]:
         """These tensors; one where names mean the same. On a CPU they are mapped: read when they are used.

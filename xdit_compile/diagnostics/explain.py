@@ -13,7 +13,7 @@ from torch import fx, nn
 from xdit_compile.diagnostics.explanation import Explanation, Row, Traffic
 from xdit_compile.diagnostics.origins import Piece, global_functions, pieces
 from xdit_compile.diagnostics.stage_costs import Stages, stages_of
-from xdit_compile.driver.compile_call import Dump, compile_program, parted
+from xdit_compile.driver.compile_call import Dump, compile_program, split_invariant
 from xdit_compile.driver.compile_stage import staged
 from xdit_compile.errors import SpecError
 from xdit_compile.frontend.method_module import as_module
@@ -90,7 +90,7 @@ def _stage(program: Program, spec: ShardingSpec, rank: int, dump: Dump | None, c
     _, stage = staged(pipeline, rank, dump)
     found = stages_of(pipeline, stage.edges)
     units = [costs_of(stage.units[unit]) for unit in stage.patches]
-    invariant, rest = parted(program, stage.once, changes)
+    invariant, rest = split_invariant(program, stage.once, changes)
     once = with_invariants(costs_of(stage.once), invariant, rest)
     costs = Costs(once.flops + sum(u.flops for u in units), max(u.activations for u in (once, *units)),
                   tuple(c for u in (once, *units) for c in u.collectives))

@@ -12,7 +12,7 @@ from xdit_compile.driver.parallel_model import Parallel
 from xdit_compile.errors import XditError
 from xdit_compile.pipelines.parallel_pipeline import ParallelPipeline
 from xdit_compile.report.operations import program_flops
-from xdit_compile.runtime.pipefusion.schedule import Timeline, retold, simulate
+from xdit_compile.runtime.pipefusion.schedule import Timeline, schedule_of_run, simulate
 from xdit_compile.runtime.pipefusion.stage_executor import StageExecutor
 
 
@@ -64,6 +64,6 @@ def _of(ready: ReadyProgram, executor: StageExecutor) -> Timelines:
     measured = Timeline(tuple(b.since(start) for b in bars), len(stages))
     run = sum(b.end - b.start for b in bars if b.kind == "run")
     work = sum(stages[b.stage][1][b.unit] for b in bars if b.kind == "run")
-    plan = retold(len(stages), executor.history, executor.stage.edges)
+    plan = schedule_of_run(len(stages), executor.history, executor.stage.edges)
     predicted = simulate(plan, lambda stage, unit: stages[stage][1][unit] * run / max(work, 1), lambda edge, unit: 0.0)
     return Timelines(measured, predicted)

@@ -18,7 +18,7 @@ from xdit_compile.ir.output_spec import OutputSpec
 from xdit_compile.ir.program import Program
 from xdit_compile.ir.step_inputs import step_inputs
 from xdit_compile.passes import localize, pass_digests, plan
-from xdit_compile.passes.hoist import kept_apart
+from xdit_compile.passes.hoist import split_loop_invariant
 from xdit_compile.passes.interpreter import Seeds
 from xdit_compile.runtime.pipefusion.stage_executor import StageProgram, parameters_of
 from xdit_compile.spec import ShardingSpec
@@ -95,16 +95,16 @@ def compile_program(captured: Program, spec: ShardingSpec, rank: int = 0, dump: 
     with gc_paused():
         whole, seeds = plan(captured, spec)
         local = localize(whole, seeds, rank, dump)
-        invariant, body = parted(captured, local, changes)
+        invariant, body = split_invariant(captured, local, changes)
         return Compiled(captured, whole, seeds, local, body, invariant, tuple(changes.values()))
 
 
-def parted(captured: Program, local: Program, changes: Mapping[int, str]) -> tuple[Program | None, Program]:
+def split_invariant(captured: Program, local: Program, changes: Mapping[int, str]) -> tuple[Program | None, Program]:
     """What of ``local`` to keep from step to step, and the rest. All is the rest where there are no steps, and where
     the call itself changes its arguments."""
     if local.spec is None or local.spec.keep == "off" or not changes or captured.output_spec.changes_arguments:
         return None, local
-    return kept_apart(local, {f"arg_{i}" for i in changes})
+    return split_loop_invariant(local, {f"arg_{i}" for i in changes})
 
 
 def compile_call(model: nn.Module, spec: ShardingSpec, args: Sequence[Any], kwargs: Mapping[str, Any], rank: int = 0,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from xdit_compile.driver.compile_call import NONE, Compiled, Dump, parted
+from xdit_compile.driver.compile_call import NONE, Compiled, Dump, split_invariant
 from xdit_compile.frontend.gc_pause import gc_paused
 from xdit_compile.ir.layout import EVERY, PATCH, Layout
 from xdit_compile.ir.mesh import STAGE, position_of
@@ -61,7 +61,7 @@ def staged(pipeline: Pipeline, rank: int, dump: Dump | None = None,
         pipeline.whole.main.graph.find_nodes(op="placeholder"), pipeline.whole.inputs, strict=True)
         if i.kind == "argument"}
     receives = {a: names for (a, b), names in sent.items() if b == index}
-    invariant, once = parted(pipeline.whole, local.once, changes)
+    invariant, once = split_invariant(pipeline.whole, local.once, changes)
     program = StageProgram(
         invariant=invariant, once=once, units=local.units, held=stage.held,
         samples={place[n]: cut for n, lay in pipeline.samples.items() if (cut := _cut(lay, spec.patches))},

@@ -26,10 +26,10 @@ from xdit_compile.errors import CaptureError
 from xdit_compile.frontend.concrete_values import ConcreteValueMode, Value, of_inputs
 from xdit_compile.frontend.flex_attention import FLEX, dense_mask, is_open, is_plain, modified_attention
 from xdit_compile.frontend.gc_pause import gc_paused
-from xdit_compile.frontend.opaque_modules import culprit, left_in_python
+from xdit_compile.frontend.opaque_modules import culprit, leaving_in_python
 from xdit_compile.frontend.repeated_blocks import BLOCK, BlockKind, Outliner
 from xdit_compile.frontend.side_effects import side_effects_undone
-from xdit_compile.frontend.tracing import Traced, as_export_does, as_fake, fake_state, traced
+from xdit_compile.frontend.tracing import Traced, as_fake, export_conventions, fake_state, traced
 from xdit_compile.ir.program import Input, Program, drop_unused, graph_module, output_args, source_of
 from xdit_compile.ir.pytree import Structure, differ, flatten, sharing
 
@@ -69,7 +69,7 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
     start = time.perf_counter()
     while True:
         try:
-            with gc_paused(), left_in_python(model, left):
+            with gc_paused(), leaving_in_python(model, left):
                 program = _capture(model, tuple(args), dict(kwargs or {}))
             log.info("captured %s in %.2f s: %d nodes in %d functions", type(model).__name__,
                      time.perf_counter() - start, sum(len(m.graph.nodes) for _, m in program.functions()),
@@ -121,7 +121,7 @@ def _off_meta(model: nn.Module) -> None:
 def _assemble(call: _Call, tensors: Sequence[torch.Tensor], outliner: Outliner | None, known: ConcreteValueMode,
               mode: FakeTensorMode) -> Program:
     constants: dict[str, torch.Tensor] = {}
-    with as_export_does():
+    with export_conventions():
         if outliner is None:
             found, kinds = _trace(call, tensors, mode), {}
         else:

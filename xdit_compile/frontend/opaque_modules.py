@@ -83,7 +83,7 @@ def culprit(error: BaseException, model: nn.Module) -> type[nn.Module] | None:
 
 
 @contextmanager
-def left_in_python(model: nn.Module, classes: Sequence[type[nn.Module]]) -> Iterator[None]:
+def leaving_in_python(model: nn.Module, classes: Sequence[type[nn.Module]]) -> Iterator[None]:
     """Within: calls of modules of these classes are traced as opaque operators."""
     forwards = {cls: cls.forward for cls in classes}
     # Tracing puts its own tensors in their places.

@@ -74,7 +74,7 @@ def fake_state(module: nn.Module, mode: FakeTensorMode, without: Collection[str]
 
 def traced(function: Callable[..., tuple[Tensor, ...]], model: nn.Module, tensors: Sequence[Tensor],
            mode: FakeTensorMode) -> Traced:
-    """The graph of ``function(*tensors)``, which calls ``model``; to be called within ``as_export_does()``.
+    """The graph of ``function(*tensors)``, which calls ``model``; to be called within ``export_conventions()``.
 
     Nodes have ``val``, ``stack_trace`` and ``nn_module_stack`` in their meta, the last with paths in ``model``.
 
@@ -169,7 +169,7 @@ def _fakes(values: Sequence[Tensor], mode: FakeTensorMode) -> Iterator[Tensor]:
 
 
 @contextmanager
-def as_export_does() -> Iterator[None]:
+def export_conventions() -> Iterator[None]:
     """Within, ``traced`` may be called: models are told that they are exported, and composite operators that neither
     write nor return views of their inputs are recorded as they are."""
     own = FunctionalTensor.tolist

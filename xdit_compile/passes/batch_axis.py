@@ -41,7 +41,7 @@ def batch_seeds(program: Program, sizes: Mapping[str, int]) -> Seeds:
     return options[best]
 
 
-def joined(base: Seeds, seeds: Seeds) -> Seeds:
+def merge_seeds(base: Seeds, seeds: Seeds) -> Seeds:
     """Both; of a value that is in both, each dimension as the one says that cuts it."""
     both = {name: Layout(tuple(new if new.sharded else old for old, new in zip(
         base[name].dims, seeds[name].dims, strict=True))) for name in base.keys() & seeds.keys()}

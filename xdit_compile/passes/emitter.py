@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from xdit_compile.ir.layout import PATCH, Dim, Layout, Position, Spans, length
 from xdit_compile.ir.mesh import group_name
 from xdit_compile.ir.program import output_args
-from xdit_compile.passes.laid_out_value import Value
+from xdit_compile.passes.sharded_value import Value
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional

@@ -2,7 +2,8 @@
 
 What does not flow from the inputs where the flow ``begin``s is found in ``main`` and in each block function, which is
 parted in two: what does not flow, called first, and the rest. Stages of a pipeline so compute once per step what the
-sample leaves alone (``stage_partition.py``); ``kept_apart`` finds what a denoising loop need compute only once.
+sample leaves alone (``stage_partition.py``); ``split_loop_invariant`` finds what a denoising loop need compute only
+once.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Spared = Callable[[fx.Node, Collection[fx.Node]], bool]
 same."""
 
 
-def kept_apart(program: Program, begin: Collection[str]) -> tuple[Program | None, Program]:
+def split_loop_invariant(program: Program, begin: Collection[str]) -> tuple[Program | None, Program]:
     """What of a local program does not depend on the arguments ``begin`` (by their inputs' names, ``arg_0``), and the
     rest, which takes the results of the first as its ``invariant`` inputs. None where there is nothing worth keeping.
 

@@ -25,8 +25,8 @@ from xdit_compile.ir.program import Note, Program, graph_module, module_of, sour
 from xdit_compile.ir.stale_cache import update_and_read
 from xdit_compile.passes.attention_plan import AttentionPlan
 from xdit_compile.passes.emitter import Emitter
-from xdit_compile.passes.laid_out_value import NoRule, Value
 from xdit_compile.passes.rules import find_rule
+from xdit_compile.passes.sharded_value import NoRule, Value
 
 Result = Value | tuple[Any, ...] | None
 Leave = Callable[["FunctionInterpreter", int, Value], Value]

@@ -17,7 +17,6 @@ from xdit_compile.errors import SpecError
 from xdit_compile.ir.layout import EVERY, PATCH, SEQUENCE, Dim, Layout, Segment, even_offsets
 from xdit_compile.ir.mesh import position_of
 from xdit_compile.ir.program import Program
-from xdit_compile.passes.batch_axis import joined
 from xdit_compile.passes.hoist import hoist
 from xdit_compile.passes.interpreter import ProgramInterpreter, Seeds
 from xdit_compile.passes.stage_partition import work
@@ -31,7 +30,7 @@ FIRST = (1.0, 0.75, 0.5, 0.25, 0.125, 0.0)
 
 
 @dataclass(frozen=True)
-class Tried:
+class PatchCandidate:
     """A cut of the tokens and what it costs: the operations of all patches, and of the largest as often; whether
     patches attend to each other, whether they save work, and which values of ``main`` are cut."""
 
@@ -59,7 +58,7 @@ def patch_seeds(program: Program, sizes: Mapping[str, int], batch: Seeds) -> See
         offsets = [0, *(lead + o for o in even_offsets(rows - lead, count - 1))]
         return {node.name: Layout.replicated(shape).replace(dim, Dim.patched([o * unit for o in offsets], ranks, unit))}
 
-    tried: list[tuple[Tried, tuple[fx.Node, int, int]]] = []
+    tried: list[tuple[PatchCandidate, tuple[fx.Node, int, int]]] = []
     most = 0
     for node in arguments(program):
         for dim, size in list(enumerate(node.meta["val"].shape))[1:]:
@@ -100,7 +99,7 @@ class _Measure:
         self._times = {0: 1, last: 1} | ({last // 2: last - 1} if last > 1 else {})
         self._whole = ProgramInterpreter(program, batch, {**self._here, PATCH: EVERY}, sizes).main().cost
 
-    def __call__(self, seeds: Seeds) -> Tried:
+    def __call__(self, seeds: Seeds) -> PatchCandidate:
         hoisted, flowing = hoist(self.program, cut_by_patches(seeds))
         once = work(hoisted, flowing)
         both = joined(self.batch, seeds)
@@ -112,7 +111,7 @@ class _Measure:
         whole = sum(not any(PATCH in d.axes for d in layout.dims) for layout in first.results)
         cost = (total + largest) / each + 0.1 * first.stale_bytes / max(self._whole.moved, 1) + whole
         saves = total < 0.5 * each * (1 + self.sizes[PATCH])
-        return Tried(cost, seeds, first.attentions > 0, saves, frozenset(first.cut))
+        return PatchCandidate(cost, seeds, first.attentions > 0, saves, frozenset(first.cut))
 
 
 def cut_by_patches(seeds: Seeds) -> set[str]:

@@ -16,13 +16,13 @@ from xdit_compile.ir.layout import BATCH, EVERY, PATCH, SEQUENCE, Dim, Layout
 from xdit_compile.ir.mesh import STAGE, axis_sizes, position_of
 from xdit_compile.ir.program import Program
 from xdit_compile.passes import localize
-from xdit_compile.passes.batch_axis import batch_seeds, joined
+from xdit_compile.passes.batch_axis import batch_seeds, merge_seeds
 from xdit_compile.passes.canonicalize import canonicalize
 from xdit_compile.passes.hoist import hoist
 from xdit_compile.passes.interpreter import Cost, FunctionInterpreter, Leave, ProgramInterpreter, Seeds
-from xdit_compile.passes.laid_out_value import Value
 from xdit_compile.passes.patch_axis import cut_by_patches, patch_seeds
 from xdit_compile.passes.recorded import analysed, count_of_seeds, rewritten
+from xdit_compile.passes.sharded_value import Value
 from xdit_compile.passes.stage_partition import Stage, stages
 from xdit_compile.passes.token_axis import arguments, check_heads, choose_seeds
 from xdit_compile.spec import ShardingSpec
@@ -81,12 +81,12 @@ def plan_pipeline(program: Program, spec: ShardingSpec,
     if spec.patches > 1:
         program, patches = analysed("patch_axis", patch_seeds, program, lambda p: patch_seeds(p, sizes, batch),
                                     count_of_seeds)
-        seeds = joined(batch, patches)
+        seeds = merge_seeds(batch, patches)
         begin = cut_by_patches(seeds)
     else:
         program, tokens = analysed("token_axis", choose_seeds, program, lambda p: choose_seeds(p, sizes, batch),
                                    count_of_seeds)
-        seeds = joined(batch, tokens)
+        seeds = merge_seeds(batch, tokens)
         begin = _flowing_from(program, sizes, batch)
     program, (hoisted, flowing) = analysed("hoist", hoist, program, lambda p: hoist(p, begin),
                                            lambda found: {"flowing": len(found[1])})

@@ -18,7 +18,7 @@ from xdit_compile.errors import SpecError
 from xdit_compile.ir.flops import FORMULAS
 from xdit_compile.ir.layout import SEQUENCE, Dim, Layout
 from xdit_compile.ir.program import Program, module_of, source_of
-from xdit_compile.passes.batch_axis import joined
+from xdit_compile.passes.batch_axis import merge_seeds
 from xdit_compile.passes.interpreter import Cost, Seeds
 from xdit_compile.passes.shard import CostEstimator
 
@@ -47,7 +47,7 @@ def choose_seeds(program: Program, sizes: Mapping[str, int], batch: Seeds) -> Se
     estimator = CostEstimator(program, sizes)
 
     def estimate(seeds: Seeds) -> Cost:
-        return estimator(joined(batch, seeds))
+        return estimator(merge_seeds(batch, seeds))
 
     whole = estimate({})
 

@@ -7,8 +7,8 @@ from itertools import pairwise
 import torch
 
 from xdit_compile.ir.layout import PATCH, Dim, Layout, Segment
-from xdit_compile.passes.laid_out_value import NoRule, Value
 from xdit_compile.passes.rules import rule
+from xdit_compile.passes.sharded_value import NoRule, Value
 
 aten = torch.ops.aten
 

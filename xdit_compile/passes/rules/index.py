@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from xdit_compile.ir.layout import Layout
-from xdit_compile.passes.laid_out_value import NoRule
 from xdit_compile.passes.rules import rule
+from xdit_compile.passes.sharded_value import NoRule
 
 aten = torch.ops.aten
 

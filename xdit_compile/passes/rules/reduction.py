@@ -7,8 +7,8 @@ import math
 import torch
 
 from xdit_compile.ir.layout import PATCH, Dim, Layout
-from xdit_compile.passes.laid_out_value import Value
 from xdit_compile.passes.rules import rule
+from xdit_compile.passes.sharded_value import Value
 
 aten = torch.ops.aten
 

@@ -7,9 +7,9 @@ from functools import cache
 import torch
 
 from xdit_compile.ir.layout import PATCH, Dim, Layout, Segment
-from xdit_compile.passes.laid_out_value import NoRule, Value
 from xdit_compile.passes.rules import rule
 from xdit_compile.passes.rules.shape import cat, slice_
+from xdit_compile.passes.sharded_value import NoRule, Value
 
 aten = torch.ops.aten
 

@@ -8,8 +8,8 @@ from itertools import pairwise
 import torch
 
 from xdit_compile.ir.layout import Dim, Layout, concatenate, length, reshape
-from xdit_compile.passes.laid_out_value import NoRule
 from xdit_compile.passes.rules import rule
+from xdit_compile.passes.sharded_value import NoRule
 
 aten = torch.ops.aten
 

@@ -16,8 +16,8 @@ from xdit_compile.ir.program import graph_module
 Function = Callable[..., Any]
 
 
-def outlined(main: fx.GraphModule, apart: Callable[[fx.Node], bool], build: Callable[[fx.GraphModule], Function],
-             called: Mapping[str, Function]) -> fx.GraphModule:
+def outline_segments(main: fx.GraphModule, apart: Callable[[fx.Node], bool],
+                     build: Callable[[fx.GraphModule], Function], called: Mapping[str, Function]) -> fx.GraphModule:
     """``main`` with the runs of nodes between those that are ``apart`` called as functions.
 
     Args:

@@ -38,7 +38,7 @@ NEEDS: dict[str, tuple[str, Callable[[], str]]] = {
 """What a compiler of onediff imports, and how to come by it."""
 
 
-def handed_to_onediff(spec: ShardingSpec) -> Callable[[fx.GraphModule], Function]:
+def onediff_compiler(spec: ShardingSpec) -> Callable[[fx.GraphModule], Function]:
     """What compiles one function with onediff as ``spec`` asks for.
 
     Raises:

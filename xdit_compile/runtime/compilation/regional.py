@@ -19,8 +19,8 @@ from torch import fx, nn
 
 from xdit_compile.errors import SpecError
 from xdit_compile.ir.program import is_collective, is_write
-from xdit_compile.runtime.compilation.graph_segments import Function, outlined
-from xdit_compile.runtime.compilation.onediff_backend import handed_to_onediff
+from xdit_compile.runtime.compilation.graph_segments import Function, outline_segments
+from xdit_compile.runtime.compilation.onediff_backend import onediff_compiler
 from xdit_compile.spec import ShardingSpec
 
 INDUCTOR_OPTIONS: dict[str, Any] = {
@@ -66,8 +66,9 @@ def compiled(main: fx.GraphModule, spec: ShardingSpec) -> Function:
     # What is written, and where, is all that tells most functions of one patch from those of the next.
     stays = is_write if spec.backend == "inductor" else _stays
     blocks = {n: m for n, m in main.named_children() if isinstance(m, fx.GraphModule)}
-    called = {n: outlined(m, stays, make, {}) if any(map(stays, m.graph.nodes)) else make(m) for n, m in blocks.items()}
-    return outlined(main, stays, make, called)
+    called = {n: outline_segments(m, stays, make, {}) if any(map(stays, m.graph.nodes)) else make(m)
+              for n, m in blocks.items()}
+    return outline_segments(main, stays, make, called)
 
 
 def _timed(call: Function, what: str) -> Function:
@@ -97,7 +98,7 @@ def compiler_for(spec: ShardingSpec) -> Callable[[fx.GraphModule], Function]:
     Raises:
         SpecError: the compiler does not know the options, or is not there.
     """
-    return handed_to_onediff(spec) if spec.backend == "onediff" else _inductor(spec)
+    return onediff_compiler(spec) if spec.backend == "onediff" else _inductor(spec)
 
 
 def _inductor(spec: ShardingSpec) -> Callable[[fx.GraphModule], Function]:

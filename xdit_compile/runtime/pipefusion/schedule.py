@@ -183,7 +183,7 @@ def schedule(stages: int, patches: int, steps: int, warmup: int, edges: Sequence
     return Schedule(units, tuple(edges), tuple(map(tuple, ops)), chained)
 
 
-def retold(stages: int, steps: Sequence[tuple[tuple[int, ...], tuple[int, ...] | None]],
+def schedule_of_run(stages: int, steps: Sequence[tuple[tuple[int, ...], tuple[int, ...] | None]],
            edges: Sequence[Edge]) -> Schedule:
     """The schedule of a run that was not known beforehand: of each step its units, and those of the step before if its
     sample was computed from their results as they came."""
