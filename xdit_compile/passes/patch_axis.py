@@ -102,7 +102,7 @@ class _Measure:
     def __call__(self, seeds: Seeds) -> PatchCandidate:
         hoisted, flowing = hoist(self.program, cut_by_patches(seeds))
         once = work(hoisted, flowing)
-        both = joined(self.batch, seeds)
+        both = merge_seeds(self.batch, seeds)
         walks = [(ProgramInterpreter(hoisted, both, {**self._here, PATCH: patch}, self.sizes).main().cost, n)
                  for patch, n in self._times.items()]
         first, each = walks[0][0], max(self._whole.flops, 1) / self.sizes[SEQUENCE]
