@@ -76,8 +76,8 @@ def test_operations_are_saved(name: str, formula: Any) -> None:
     explained = xdit_compile.explain(model, "ulysses=1", inputs)
     assert explained.kept is not None and (explained.kept.flops, explained.kept.of) == (saved, executed[0])
     assert set(explained.kept.changes) == {"hidden_states", "timestep"}
-    assert executor_of(run)._kept is not None and explained.to_dict()["kept"]["flops"] == saved
-    (kept,) = executor_of(run)._kept._sets.values()  # type: ignore[union-attr]
+    assert executor_of(run)._cache is not None and explained.to_dict()["kept"]["flops"] == saved
+    (kept,) = executor_of(run)._cache._sets.values()  # type: ignore[union-attr]
     memory = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in kept.values}
     assert explained.kept.nbytes == sum(memory.values())
     assert "ept from step to step" in str(explained) and "kept from step to step" in explained.summary()
@@ -163,7 +163,7 @@ def test_prompts_by_turns() -> None:
     later = [flops(run, stepped(model, p, i)) for i in (1, 2) for p in prompts[:2]]
     assert len({*first}) == len({*later}) == 1 and later[0] < first[0]
     assert all(error(model, run, stepped(model, p, i)) <= EXACT for i in (3, 4) for p in prompts)
-    kept = executor_of(run)._kept
+    kept = executor_of(run)._cache
     assert kept is not None and len(kept) == ENTRIES
 
 
@@ -178,7 +178,7 @@ def test_repeated_by_turns() -> None:
 
 def test_nothing_is_held() -> None:
     model, run, inputs = run_of("sd3")
-    kept = executor_of(run)._kept
+    kept = executor_of(run)._cache
     assert kept is not None and len(kept) == 0, "the first prompt is gone"
     results(run, stepped(model, inputs, 0))
     values = [weakref.ref(v) for s in kept._sets.values() for v in s.values]

@@ -507,7 +507,7 @@ def test_without_matplotlib_a_picture_says_what_to_install(tmp_path: Path, monke
 
 
 def test_matplotlib_is_imported_for_a_picture_only() -> None:
-    code = "import sys, xdit_compile.report.timeline; assert 'matplotlib' not in sys.modules"
+    code = "import sys, xdit_compile.diagnostics.timeline_plot; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
