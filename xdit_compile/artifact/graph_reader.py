@@ -79,7 +79,7 @@ class Setting:
 
     device: torch.device
     kernel: str
-    groups: checks.ProcessGroups
+    groups: checks.GroupSizes
     largest: int
     mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_fallback_kernels=False))
     watch: Watch = field(default_factory=lambda: Watch())

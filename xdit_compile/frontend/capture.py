@@ -27,6 +27,7 @@ from xdit_compile.frontend.concrete_values import ConcreteValueMode, Value, of_i
 from xdit_compile.frontend.flex_attention import FLEX, dense_mask, is_open, is_plain, modified_attention
 from xdit_compile.frontend.gc_pause import gc_paused
 from xdit_compile.frontend.opaque_modules import culprit, leaving_in_python
+from xdit_compile.frontend.own_errors import not_of_capture
 from xdit_compile.frontend.repeated_blocks import BLOCK, BlockKind, Outliner
 from xdit_compile.frontend.side_effects import side_effects_undone
 from xdit_compile.frontend.tracing import Traced, as_fake, export_conventions, fake_state, traced
@@ -63,7 +64,8 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
     """Capture ``model(*args, **kwargs)``; what is no tensor among the inputs is baked into the program.
 
     Raises:
-        CaptureError: naming the line of the model that stands in the way and what to do about it.
+        CaptureError: naming the line of the model that stands in the way and what to do about it. What the model itself
+            raises, as it would on one device, goes on as it is; so does the lack of memory.
     """
     left: list[type[nn.Module]] = []
     start = time.perf_counter()
@@ -78,6 +80,8 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
         except CaptureError:
             raise
         except Exception as error:
+            if not_of_capture(error):
+                raise
             found = culprit(error, model)
             if found is None or found in left:
                 raise _explained(error, model) from error
@@ -92,6 +96,7 @@ def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     mode = detect_fake_mode([*tensors, *model.parameters()]) or FakeTensorMode(allow_non_fake_inputs=True)
     with torch.no_grad(), side_effects_undone(model, args, kwargs):
         _off_meta(model)
+        standing_in = False
         try:
             outliner = Outliner(model, known, mode)
             if outliner.paths:
@@ -101,10 +106,13 @@ def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
                     with mode:
                         call(*(shown[i] for i in sharing(tensors)))
                 known.forget_reads()
+                standing_in = True
             return _assemble(call, tensors, outliner, known, mode)
-        except CaptureError:
+        except (CaptureError, MemoryError):
             raise
         except Exception as error:
+            if not standing_in and not_of_capture(error):
+                raise
             # Outlining leans on more of the model than a plain trace does; without it the same model may pass.
             log.info("capturing %s again, block by block no more, after: %s", type(model).__name__, error)
         return _assemble(call, tensors, None, known, mode)

@@ -51,8 +51,8 @@ def _forward(cls: Any, group: ParallelGroup, owner: int) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = materialize((args, kwargs))
         named, others = named_leaves(bind_call(self, args, kwargs))
-        group.control.agree(f"the inputs of {cls.__name__}", digests(named) | others)
         group.counts["calls"] += 1
+        group.control.agree(f"the inputs of {cls.__name__}", digests(named) | others)
         with group.control.guard(cls.__name__, (group.everyone,)):
             if group.rank != owner:
                 _release(self)
