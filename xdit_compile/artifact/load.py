@@ -256,6 +256,11 @@ class LoadedModel(nn.Module):
 
     config: Fields
 
+    @contextmanager
+    def cache_context(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Pipelines call their model inside of this, for caches of steps, which no artifact has."""
+        yield
+
     @property
     def dtype(self) -> torch.dtype:
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
