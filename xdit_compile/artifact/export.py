@@ -84,7 +84,8 @@ def export(model: nn.Module, spec: str | dict | ShardingSpec, example_inputs: In
             "passes": pass_digests(),
             "model": {"class": type(model).__name__, "config": _config(model)},
             "spec": str(Running().on(spec)), "world_size": spec.world_size, "device": device_of_model(model).type,
-            "signature": signature_json(_signature(model)), "calls": written, "constants": writer.constants_file(),
+            "signature": signature_json(inspect.signature(model.forward)), "calls": written,
+            "constants": writer.constants_file(),
             "tensors": tensors, "weights": files,
             "native": target_of(device_of_model(model)) if native else None}
         progress("reading it again")
@@ -233,11 +234,6 @@ def _reads(guards: Guards, tensors: Sequence[torch.Tensor]) -> Json:
     read = sorted({step.args[0] for step in guards.steps if step.func is None}) if any(
         step.answer is not None for step in guards.steps) else []
     return {str(i): digest(tensors[i].cpu()) for i in read}
-
-
-def _signature(model: nn.Module) -> inspect.Signature:
-    signature = inspect.signature(type(model).forward)
-    return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 def _config(model: nn.Module) -> Json:

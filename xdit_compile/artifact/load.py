@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -372,6 +373,11 @@ class LoadedModel(nn.Module):
     """A model without code: its parameters, and what callers ask of a model of diffusers."""
 
     config: Fields
+
+    @contextmanager
+    def cache_context(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Pipelines call their model inside of this, for caches of steps, which no artifact has."""
+        yield
 
     @property
     def dtype(self) -> torch.dtype:

@@ -16,6 +16,7 @@ from torch import nn
 from xdit_compile.driver.checkpoint import Checkpoint
 from xdit_compile.driver.program_source import ProgramSource, Runnable
 from xdit_compile.errors import RankMismatch, SpecError, XditError
+from xdit_compile.frontend.caller import check_call, unwatched
 from xdit_compile.ir.call_arguments import bind_call, named_leaves
 from xdit_compile.ir.pytree import flatten
 from xdit_compile.ir.released_parameters import missing_parameters, release_parameters
@@ -33,6 +34,9 @@ from xdit_compile.runtime.pipefusion.stage_executor import StageExecutor
 from xdit_compile.spec import ALL
 
 log = logging.getLogger(__name__)
+
+PLAIN = frozenset({torch.Tensor, nn.Parameter, DeferredTensor})
+"""Types of tensors that a call may be made with."""
 
 RESTARTS = 8
 """First steps in a row that are more than a pipeline's terms of guidance."""
@@ -77,6 +81,7 @@ class ModelRunner:
             args, kwargs = tuple(map(materialize, args)), {n: materialize(a) for n, a in kwargs.items()}
         bound = bind_call(self.model, args, kwargs)
         tensors, _ = flatten((bound.args, bound.kwargs))
+        check_call(tensors, PLAIN)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise XditError("a parallel model computes no gradients, but an input requires them; "
                             "call it under torch.no_grad() or detach the input")
@@ -201,9 +206,10 @@ class ModelRunner:
         """Capture and compile a new kind of call."""
         start = time.perf_counter()
         try:
-            kind = self.source.make(args, kwargs)
-            middle = time.perf_counter()
-            compiled, group = self._compiled(kind)
+            with unwatched():
+                kind = self.source.make(args, kwargs)
+                middle = time.perf_counter()
+                compiled, group = self._compiled(kind)
         except Exception as error:
             # Told to the others, who else would wait for this rank's plan. All failing alike, the group lives on.
             self.group.control.agree("the plan", {"error": f"{type(error).__name__}: {error}"})

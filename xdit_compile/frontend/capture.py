@@ -12,7 +12,9 @@ import operator
 import re
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,14 +25,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from xdit_compile.errors import CaptureError
+from xdit_compile.frontend.caller import autocast_as, undisturbed
 from xdit_compile.frontend.concrete_values import ConcreteValueMode, Value, of_inputs
 from xdit_compile.frontend.flex_attention import FLEX, dense_mask, is_open, is_plain, modified_attention
 from xdit_compile.frontend.gc_pause import gc_paused
+from xdit_compile.frontend.mechanisms import COMPILED, check, compiled_inside
 from xdit_compile.frontend.opaque_modules import culprit, leaving_in_python
 from xdit_compile.frontend.own_errors import not_of_capture
 from xdit_compile.frontend.repeated_blocks import BLOCK, BlockKind, Outliner
 from xdit_compile.frontend.side_effects import side_effects_undone
 from xdit_compile.frontend.tracing import Traced, as_fake, export_conventions, fake_state, traced
+from xdit_compile.frontend.watchers import observed_hooks
 from xdit_compile.ir.program import Input, Program, drop_unused, graph_module, output_args, source_of
 from xdit_compile.ir.pytree import Structure, differ, flatten, sharing
 
@@ -54,7 +59,7 @@ class _Call:
                 self._known.assign(tensor, value)
             args, kwargs = self.inputs.build(tensors)
             # Forward alone: hooks of the module itself run around the call, wherever that is made.
-            result = type(self.module).forward(self.module, *args, **kwargs)
+            result = self.module.forward(*args, **kwargs)
         left = (args, kwargs) if differ((args, kwargs), tensors, self.inputs) else None
         made, self.outputs = flatten((result, left))
         return tuple(made)
@@ -67,11 +72,15 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
         CaptureError: naming the line of the model that stands in the way and what to do about it. What the model itself
             raises, as it would on one device, goes on as it is; so does the lack of memory.
     """
+    check(model)
+    if compiled := compiled_inside(model):
+        warnings.warn(f"torch.compile around {', '.join(path or type(model).__name__ for path in compiled[:5])} "
+                      f"({len(compiled)} modules) {COMPILED}", stacklevel=2)
     left: list[type[nn.Module]] = []
     start = time.perf_counter()
     while True:
         try:
-            with gc_paused(), leaving_in_python(model, left):
+            with gc_paused(), undisturbed(), observed_hooks(model), leaving_in_python(model, left):
                 program = _capture(model, tuple(args), dict(kwargs or {}))
             log.info("captured %s in %.2f s: %d nodes in %d functions", type(model).__name__,
                      time.perf_counter() - start, sum(len(m.graph.nodes) for _, m in program.functions()),
@@ -94,7 +103,7 @@ def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     known = ConcreteValueMode(tensors)
     call = _Call(model, inputs, known, of_inputs(tensors))
     mode = detect_fake_mode([*tensors, *model.parameters()]) or FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.no_grad(), side_effects_undone(model, args, kwargs):
+    with torch.no_grad(), side_effects_undone(model, args, kwargs), _forgetting(mode):
         _off_meta(model)
         standing_in = False
         try:
@@ -116,6 +125,15 @@ def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             # Outlining leans on more of the model than a plain trace does; without it the same model may pass.
             log.info("capturing %s again, block by block no more, after: %s", type(model).__name__, error)
         return _assemble(call, tensors, None, known, mode)
+
+
+@contextmanager
+def _forgetting(mode: FakeTensorMode) -> Iterator[None]:
+    """Afterwards, ``mode`` knows no tensor of the model by a weak reference: those with one cannot be swapped."""
+    try:
+        yield
+    finally:
+        mode.fake_tensor_converter.meta_converter.describer.lookup_tensor.clear()
 
 
 def _off_meta(model: nn.Module) -> None:
@@ -274,7 +292,8 @@ class _Copier:
 def _block(kind: BlockKind, known: ConcreteValueMode, mode: FakeTensorMode,
            constants: dict[str, torch.Tensor]) -> tuple[fx.GraphModule, list[Input]]:
     """A block kind as a function of its parameters, then its inputs; it returns what its inputs are not."""
-    found = _trace(_Call(kind.module, kind.inputs, known, kind.values), kind.examples, mode)
+    with autocast_as(kind.autocast):
+        found = _trace(_Call(kind.module, kind.inputs, known, kind.values), kind.examples, mode)
     copier = _Copier(found, f"{kind.path}.", constants)
     copier.placeholders()
     for node in found.graph.nodes:

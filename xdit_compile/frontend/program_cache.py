@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from xdit_compile.frontend.caller import surroundings
 from xdit_compile.frontend.capture import capture
 from xdit_compile.frontend.model_state import state_token
 from xdit_compile.frontend.opaque_modules import modules_in
@@ -68,5 +69,5 @@ def _capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
 def _kind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Hashable, list[torch.Tensor]]:
     tensors, structure = flatten((tuple(args), dict(kwargs)))
     looks = tuple((t.shape, t.dtype, device_of(t)) for t in tensors)
-    return (structure.key(), looks, sharing(tensors), state_token(model)), tensors
+    return (structure.key(), looks, sharing(tensors), state_token(model), surroundings()), tensors
 

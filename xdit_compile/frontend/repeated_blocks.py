@@ -19,6 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from xdit_compile.frontend.block_fingerprint import fingerprint, meta
+from xdit_compile.frontend.caller import Autocast, autocast_now
 from xdit_compile.frontend.concrete_values import ConcreteValueMode, Value
 from xdit_compile.frontend.tracing import fake_state
 from xdit_compile.ir.pytree import CONSTANTS, TENSOR, Structure, differ, flatten, sharing
@@ -51,6 +52,8 @@ class BlockKind:
     outputs: Structure
     results: tuple[int | torch.Tensor, ...]
     """Per output tensor: the index of the input it simply is, or what it looks like."""
+    autocast: Autocast
+    """As the model had it on around the block."""
 
     @property
     def fresh(self) -> list[torch.Tensor]:
@@ -143,7 +146,7 @@ class Outliner:
     def _key(self, path: str, tensors: list[torch.Tensor], structure: Structure) -> Hashable:
         # Strides are left out: canonical programs reshape, they do not view, so any strides are right.
         looks = tuple((t.shape, t.dtype, t.device) for t in tensors)
-        key = self._prints[path], structure.key(), looks, sharing(tensors)
+        key = self._prints[path], structure.key(), looks, sharing(tensors), autocast_now()
         return (key, self._values(tensors)) if key in self._reading else key
 
     def _values(self, tensors: list[torch.Tensor]) -> Hashable:
@@ -176,7 +179,7 @@ class Outliner:
         self.kinds[key] = BlockKind(
             self._name(path), path, self._modules[path], structure, tuple(tensors),
             tuple(snapshots), outputs,
-            tuple(next((i for i, t in enumerate(tensors) if t is m), m) for m in made),
+            tuple(next((i for i, t in enumerate(tensors) if t is m), m) for m in made), autocast_now(),
         ) if pure else None
         if not pure:
             self._inside.add(path)

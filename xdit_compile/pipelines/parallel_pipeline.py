@@ -16,6 +16,7 @@ from xdit_compile.driver.compile_call import Compiled, Dump
 from xdit_compile.driver.model_runner import ModelRunner, ReadyProgram
 from xdit_compile.driver.parallel_model import Parallel, instance_of_subclass, parallel_model
 from xdit_compile.errors import SpecError, XditError
+from xdit_compile.frontend.mechanisms import unwrapped
 from xdit_compile.frontend.method_module import as_module
 from xdit_compile.pipelines.call_fingerprint import call_fingerprint
 from xdit_compile.pipelines.components import Role, role_of
@@ -104,16 +105,32 @@ def _parallel(module: Any, turn: int = 0, *, group: ParallelGroup, check_inputs:
     if not isinstance(module, nn.Module) or isinstance(module, Parallel):
         return module
     role = role_of(module)
+    if _is_captured(role, group.spec):
+        module = unwrapped(module)
+        if isinstance(module, Parallel):
+            return module
     if role is Role.DENOISER:
         runner = ModelRunner(module, group, check_inputs, CapturedPrograms(module, dump), weights)
         return parallel_model(module, {"forward": runner})
-    if role is Role.AUTOENCODER and group.spec.vae_degree * group.spec.data_degree > 1:
+    if role is Role.AUTOENCODER and _is_captured(role, group.spec):
         parts = {name: as_module(module, name) for name in ("encode", "decode")}
         return parallel_model(module, {name: ModelRunner(part, group.vae, check_inputs, CapturedPrograms(part, dump))
                                        for name, part in parts.items()})
     if role is Role.ENCODER and group.spec.encoders == "spread" and len(group.ranks) > 1:
         return spread(module, group, turn % len(group.ranks))
     return module
+
+
+def captured_parts(pipe: Any, spec: ShardingSpec) -> list[nn.Module]:
+    """The components of which programs are made."""
+    # Without the wrapper of torch.compile, if there is one.
+    parts = [getattr(c, "_orig_mod", c) for c in pipe.components.values()
+             if isinstance(c, nn.Module) and _is_captured(role_of(c), spec)]
+    return [part if role_of(part) is Role.DENOISER else as_module(part, "decode") for part in parts]
+
+
+def _is_captured(role: Role, spec: ShardingSpec) -> bool:
+    return role is Role.DENOISER or (role is Role.AUTOENCODER and spec.vae_degree * spec.data_degree > 1)
 
 
 def _call(cls: type) -> Callable[..., Any]:
@@ -177,7 +194,7 @@ def _settled_first(callback: Any, group: ParallelGroup) -> Any:
 
 def _parts(name: str, module: nn.Module, group: ParallelGroup) -> Iterator[ComponentReport]:
     model = type(module).__name__
-    runners = module.runners if isinstance(module, Parallel) else {}
+    runners: Mapping[str, ModelRunner] = module.runners if isinstance(module, Parallel) else {}
     for method, runner in runners.items():
         for ready in runner.programs.values():
             how = f"{method}: {_how(ready, group)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import MappingProxyType
 from typing import Any
 
@@ -15,6 +16,7 @@ from xdit_compile.runtime.compilation.regional import compiled
 from xdit_compile.runtime.execution.loop_invariant_cache import CachedValues, LoopInvariantCache
 
 NONE: Mapping[str, torch.Tensor] = MappingProxyType({})
+_NOTHING = nullcontext()
 
 
 class Executor:
@@ -52,7 +54,7 @@ class Executor:
             "argument": given.__getitem__, "parameter": lambda _: next(held), "cache": lambda _: next(memory),
             "constant": self.program.constants.__getitem__, "once": values.__getitem__,
             "received": values.__getitem__, "invariant": lambda _: next(kept)}
-        with torch.no_grad():
+        with torch.no_grad(), _as_captured():
             results = self._module(*(find[i.kind](i.name) for i in self.program.inputs))
         # The caller may write into what the model returns.
         return results if invariant is None or self.program.part else tuple(map(invariant.apart, results))
@@ -61,6 +63,17 @@ class Executor:
         if (invariant := self._invariant) is None or self._cache is None:
             return None
         return self._cache(tensors, invariant._state.read(), lambda: invariant(tensors))
+
+
+def _as_captured() -> AbstractContextManager[Any]:
+    """The caller's autocast is off: its casts are in the graph, and none where the model had switched it off."""
+    if not torch._C._is_any_autocast_enabled():  # type: ignore[attr-defined]
+        return _NOTHING
+    stack = ExitStack()
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
 
 
 class ParameterReader:
