@@ -160,6 +160,7 @@ class StoredProgram:
     output_spec: OutputSpec
     unsharded: bool
     stage: StageProgram | None = None
+    lost: str = ""
 
     @property
     def parameters(self) -> set[str]:

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from xdit_compile.ir.layout import EVERY, PATCH, Layout, Position
 from xdit_compile.ir.mesh import axis_sizes, position_of
 from xdit_compile.ir.program import Note, Program
-from xdit_compile.passes.batch_axis import batch_seeds, joined
+from xdit_compile.passes.batch_axis import batch_seeds, joined, lost_factor
 from xdit_compile.passes.canonicalize import canonicalize
 from xdit_compile.passes.lower_attention import lower_attention
 from xdit_compile.passes.overlap_communication import overlap
@@ -75,8 +75,9 @@ def plan(program: Program, spec: ShardingSpec) -> tuple[Program, Seeds]:
     sizes = axis_sizes(spec)
     batch = batch_seeds(program, sizes)
     seeds = joined(batch, choose_seeds(program, sizes, batch))
-    if not seeds and spec.world_size > 1:
-        program = replace(program, notes=(*program.notes, Note("seed", "main", NOTHING)))
+    lost = NOTHING if not seeds and spec.world_size > 1 else lost_factor(program, sizes, batch, seeds)
+    if lost:
+        program = replace(program, notes=(*program.notes, Note("seed", "main", lost)))
     return program, seeds
 
 
