@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -226,6 +226,7 @@ class StoredProgram:
     output_spec: OutputSpec
     unsharded: bool
     stage: StageProgram | None = None
+    lost: str = ""
 
     @property
     def parameters(self) -> set[str]:

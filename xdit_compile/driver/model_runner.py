@@ -230,6 +230,8 @@ class ModelRunner:
             executor = self._executor(compiled, group)
         if compiled.unsharded and group.spec.sequence_degree > 1 and self.group.rank == 0:
             warnings.warn(f"{type(self.model).__name__} under {group.spec}: {NOTHING}", stacklevel=4)
+        if compiled.lost and self.group.rank == 0:
+            warnings.warn(f"{type(self.model).__name__} under {group.spec}: {compiled.lost}", stacklevel=4)
         round_robin = group is not self.group and self.group.round_robin is not None and (
             not compiled.output_spec.changes_arguments)
         self.programs[id(kind)] = ReadyProgram(kind, compiled, executor, group, round_robin)

@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from xdit_compile.errors import CaptureError
+from xdit_compile.frontend.block_fingerprint import Attribute
 from xdit_compile.frontend.caller import autocast_as, undisturbed
 from xdit_compile.frontend.concrete_values import ConcreteValueMode, Value, of_inputs
 from xdit_compile.frontend.flex_attention import FLEX, dense_mask, is_open, is_plain, modified_attention
@@ -50,13 +51,15 @@ class _Call:
     arguments as it left them; known once it has run."""
 
     def __init__(self, module: nn.Module, inputs: Structure, known: ConcreteValueMode,
-                 values: Sequence[Value | int | None]) -> None:
-        self.module, self.inputs, self._known, self._values = module, inputs, known, values
+                 values: Sequence[Value | int | None], path: str = "") -> None:
+        """``path``: where in the model ``module`` is, with a dot behind it."""
+        self.module, self.inputs, self._known, self._values, self._path = module, inputs, known, values, path
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with self._known:
             for tensor, value in zip(tensors, self._values, strict=True):
                 self._known.assign(tensor, value)
+            self._known.stand(self.module, self._path)
             args, kwargs = self.inputs.build(tensors)
             # Forward alone: hooks of the module itself run around the call, wherever that is made.
             result = self.module.forward(*args, **kwargs)
@@ -100,22 +103,26 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
 
 def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
     tensors, inputs = flatten((args, kwargs))
-    known = ConcreteValueMode(tensors)
+    known = ConcreteValueMode(tensors, model)
     call = _Call(model, inputs, known, of_inputs(tensors))
     mode = detect_fake_mode([*tensors, *model.parameters()]) or FakeTensorMode(allow_non_fake_inputs=True)
     with torch.no_grad(), side_effects_undone(model, args, kwargs), _forgetting(mode):
         _off_meta(model)
-        standing_in = False
+        standing_in, read = False, frozenset[Attribute]()
         try:
             outliner = Outliner(model, known, mode)
-            if outliner.paths:
+            while outliner.paths:
                 with side_effects_undone(model, args, kwargs), outliner.recording(), fake_state(
                         model, mode, outliner.repeats):
                     shown = [as_fake(t, mode) for t in tensors]
                     with mode:
                         call(*(shown[i] for i in sharing(tensors)))
                 known.forget_reads()
-                standing_in = True
+                if not outliner.read:
+                    standing_in = True
+                    break
+                read |= outliner.read
+                outliner = Outliner(model, known, mode, read)
             return _assemble(call, tensors, outliner, known, mode)
         except (CaptureError, MemoryError):
             raise
@@ -293,7 +300,7 @@ def _block(kind: BlockKind, known: ConcreteValueMode, mode: FakeTensorMode,
            constants: dict[str, torch.Tensor]) -> tuple[fx.GraphModule, list[Input]]:
     """A block kind as a function of its parameters, then its inputs; it returns what its inputs are not."""
     with autocast_as(kind.autocast):
-        found = _trace(_Call(kind.module, kind.inputs, known, kind.values), kind.examples, mode)
+        found = _trace(_Call(kind.module, kind.inputs, known, kind.values, f"{kind.path}."), kind.examples, mode)
     copier = _Copier(found, f"{kind.path}.", constants)
     copier.placeholders()
     for node in found.graph.nodes:
