@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from xdit_compile.frontend.objects import CAPTURES, content, slot, slots
 from xdit_compile.ir.pytree import CONSTANTS
 from xdit_compile.ir.released_parameters import device_of
 
@@ -41,8 +42,13 @@ def _describe(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable:
     if isinstance(value, torch.nn.Module):
         state = [(n, meta(t)) for group in (value._parameters, value._buffers) for n, t in group.items()
                  if t is not None]
-        rest = {k: v for k, v in vars(value).items() if k not in ("_parameters", "_buffers")}
+        rest = {k: v for k, v in vars(value).items() if k not in ("_parameters", "_buffers", CAPTURES)}
         return type(value), tuple(state), _describe(rest, seen)
+    if (raw := content(value)) is not None:
+        return type(value), raw, str(getattr(value, "dtype", "")), getattr(value, "shape", ())
+    if named := slots(type(value)):
+        return type(value), _describe({n: slot(m, value) for n, m in named}, seen), _describe(
+            getattr(value, "__dict__", None), seen)
     if isinstance(value, Mapping):
         return type(value), tuple((_describe(k, seen), _describe(v, seen)) for k, v in value.items())
     if isinstance(value, (set, frozenset)):
