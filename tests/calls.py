@@ -231,9 +231,9 @@ def counting() -> Iterator[Counter]:
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         counter.total += 1
-        return frontend.capture(*args, **kwargs)
+        return frontend.recorded(*args, **kwargs)
 
-    with mock.patch.object(cache, "capture", counted):
+    with mock.patch.object(cache, "recorded", counted):
         yield counter
 
 

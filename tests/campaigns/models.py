@@ -72,7 +72,8 @@ def attempt(seed: int) -> Outcome:
         where = f"{Path(last.filename).name}:{last.lineno}"
         return Outcome(seed, spec, "failed", f"{type(error).__name__} at {where}: {error}", str(plan))
     good = found.error <= EXACT
-    return Outcome(seed, spec, "exact" if good else "failed", "" if good else f"differs by {found.error:.2g}", str(plan))
+    return Outcome(seed, spec, "exact" if good else "failed", "" if good else f"differs by {found.error:.2g}",
+                   str(plan))
 
 
 def main() -> int:

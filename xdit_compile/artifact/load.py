@@ -345,9 +345,9 @@ class _Calls:
     """The kinds of calls of an artifact, as a source of programs."""
 
     def __init__(self, folder: ArtifactFolder, calls: Sequence[_Call]) -> None:
-        self.folder, self.calls = folder, calls
+        self.folder, self.calls, self.changes = folder, calls, 0
 
-    def find(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Call | None:
+    def find(self, args: Sequence[Any], kwargs: Mapping[str, Any], fresh: bool = False) -> _Call | None:
         tensors, structure = flatten((tuple(args), dict(kwargs)))
         return next((c for c in self.calls if c.differs(structure, tensors) is None), None)
 

@@ -20,7 +20,7 @@ from xdit_compile.frontend.caller import check_call, unwatched
 from xdit_compile.ir.call_arguments import bind_call, named_leaves
 from xdit_compile.ir.pytree import flatten
 from xdit_compile.ir.released_parameters import missing_parameters, release_parameters
-from xdit_compile.ir.step_inputs import timestep_inputs
+from xdit_compile.ir.step_inputs import condition_among, timestep_inputs
 from xdit_compile.passes import NOTHING
 from xdit_compile.runtime.control.one_call_at_a_time import alone
 from xdit_compile.runtime.control.replicas import Replicas
@@ -28,7 +28,7 @@ from xdit_compile.runtime.control.tensor_digest import digests
 from xdit_compile.runtime.deferred.deferred_tensor import DeferredTensor, materialize
 from xdit_compile.runtime.execution.executor import Executor
 from xdit_compile.runtime.parallel_group import ParallelGroup
-from xdit_compile.runtime.pipefusion.denoising_loops import DenoisingLoop, DenoisingLoops
+from xdit_compile.runtime.pipefusion.denoising_loops import DenoisingLoop, DenoisingLoops, LoopBoundaries
 from xdit_compile.runtime.pipefusion.schedule import RESULT
 from xdit_compile.runtime.pipefusion.stage_executor import StageExecutor
 from xdit_compile.spec import ALL
@@ -67,6 +67,7 @@ class ModelRunner:
         self.programs: dict[int, ReadyProgram] = {}
         """By the identity of the kind of call, which ``ReadyProgram`` keeps alive."""
         self.loops, self.steps, self.restarts = DenoisingLoops(), 0, 0
+        self.boundaries, self.changes = LoopBoundaries(), 0
         self.stages: dict[str, int] = {}
         """Of blocks seen so far: their weights are on the ranks of that stage, whatever call comes."""
         self.used: set[str] = set()
@@ -91,11 +92,11 @@ class ModelRunner:
     def _called(self, bound: inspect.BoundArguments, tensors: Sequence[torch.Tensor]) -> Any:
         self.group.counts["calls"] += 1
         try:
-            kind = self.source.find(bound.args, bound.kwargs)
+            named, others = named_leaves(bound)
+            kind = self._find(bound, named, others)
             ready = self.programs.get(id(kind))
             # Also which program: a rank that has to capture one waits for the others to do so too.
             fingerprint = {"program": ready.compiled.name if ready else "still to be made"}
-            named, others = named_leaves(bound)
             later = _samples(ready, tensors, named)
             if self.check_inputs:
                 fingerprint |= digests({n: materialize(t) for n, t in named.items() if n not in later}) | others
@@ -133,6 +134,18 @@ class ModelRunner:
         else:
             self.replicas.agree(control, "the call's inputs", fingerprint, {"": self.model})
 
+    def _find(self, bound: inspect.BoundArguments, named: Mapping[str, torch.Tensor], others: Mapping[str, str]) -> Any:
+        """The kind of a call. Where a loop begins, or the model has changed, nothing is kept of steps before."""
+        epoch = self.group.epoch if self.group.running else None
+        times = _times(named) if epoch is None else ()
+        fresh = self.boundaries.begins(epoch, times, (condition_among(named), *others.values()))
+        kind = self.source.find(bound.args, bound.kwargs, fresh)
+        if fresh or self.changes != self.source.changes:
+            self.changes = self.source.changes
+            for ready in self.programs.values():
+                ready.executor.forget()
+        return kind
+
     def _together(self, ready: ReadyProgram, executor: Executor,
                   tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """The results, computed by all ranks."""
@@ -169,8 +182,8 @@ class ModelRunner:
         communicator, spec = executor.communicator, ready.group.spec
         round_robin = self.group.round_robin if ready.round_robin else None
         others = {n: materialize(t) for n, t in named.items() if n not in later}
-        times = [others.pop(n).double() for n in sorted(timestep_inputs(others))]
-        time = tuple(x for t in times if t.numel() for x in (t.min().item(), t.max().item()))
+        time = _times(others)
+        others = {n: t for n, t in others.items() if n not in timestep_inputs(others)}
         owner = round_robin.next(self) if round_robin else 0
         mine = round_robin is None or owner == round_robin.mine
         loop = DenoisingLoop((), time, time, 0, 1)
@@ -234,6 +247,10 @@ class ModelRunner:
             warnings.warn(f"{type(self.model).__name__} under {group.spec}: {compiled.lost}", stacklevel=4)
         round_robin = group is not self.group and self.group.round_robin is not None and (
             not compiled.output_spec.changes_arguments)
+        if compiled.stage is not None:
+            # Weights that were given up just now are no change that another call makes.
+            self.source.find(args, kwargs)
+            self.changes = self.source.changes
         self.programs[id(kind)] = ReadyProgram(kind, compiled, executor, group, round_robin)
         return self.programs[id(kind)]
 
@@ -271,6 +288,12 @@ class ModelRunner:
         self.used |= compiled.parameters
         release_parameters(self.model, [path for path, i in self.stages.items() if i != group.stage], self.used)
         return StageExecutor(stage, self.model, group.communicator, self.group.counts)
+
+
+def _times(named: Mapping[str, torch.Tensor]) -> tuple[float, ...]:
+    """The least and the greatest of each of the times."""
+    found = [materialize(named[n]).double() for n in sorted(timestep_inputs(named))]
+    return tuple(x for t in found if t.numel() for x in (t.min().item(), t.max().item()))
 
 
 def _samples(ready: ReadyProgram | None, tensors: Sequence[torch.Tensor],

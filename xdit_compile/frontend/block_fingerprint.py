@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from xdit_compile.frontend.objects import CAPTURES, content, slot, slots
 from xdit_compile.ir.pytree import CONSTANTS
 from xdit_compile.ir.released_parameters import device_of
 
@@ -65,7 +66,12 @@ class _Description:
         if isinstance(value, torch.nn.Module):
             state = [(n, meta(t)) for group in (value._parameters, value._buffers) for n, t in group.items()
                      if t is not None]
-            return type(value), tuple(state), self._attributes(value, ("_parameters", "_buffers"))
+            return type(value), tuple(state), self._attributes(value, ("_parameters", "_buffers", CAPTURES))
+        if (raw := content(value)) is not None:
+            return type(value), raw, str(getattr(value, "dtype", "")), getattr(value, "shape", ())
+        if named := slots(type(value)):
+            held = {n: slot(m, value) for n, m in named}
+            return type(value), self.of(held), self.of(getattr(value, "__dict__", None))
         if isinstance(value, Mapping):
             return type(value), tuple((self.of(k), self.of(v)) for k, v in value.items())
         if isinstance(value, (set, frozenset)):
@@ -77,7 +83,7 @@ class _Description:
         return type(value), id(value)
 
     def _attributes(self, value: Any, without: tuple[str, ...] = ()) -> Hashable:
-        found = []
+        found: list[tuple[str, Hashable]] = []
         for name, held in vars(value).items():
             if name in without or (self._unread is not None and (type(value), name) in self._unread):
                 continue

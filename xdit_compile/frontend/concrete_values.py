@@ -178,7 +178,7 @@ class ConcreteValueMode(TorchFunctionMode):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if not self._known(tensors):
             result = func(*args, **kwargs)
-            if _writes(func, kwargs):
+            if writes(func, kwargs):
                 self._forget(tensors)
             elif func in _OF_SHAPES and isinstance(result, Tensor):
                 like = {"dtype": result.dtype, "device": result.device}
@@ -196,12 +196,12 @@ class ConcreteValueMode(TorchFunctionMode):
     def _follow(self, result: Any, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """Repeat on the mirrors what gave ``result``."""
         made, structure = tree_flatten(result)
-        writes = _writes(func, kwargs)
-        if not writes and not any(isinstance(m, Tensor) for m in made):
+        written = writes(func, kwargs)
+        if not written and not any(isinstance(m, Tensor) for m in made):
             return
         name = getattr(func, "__name__", "")
         if name.startswith(_UNDEFINED) or any(m.numel() > LARGEST for m in made if isinstance(m, Tensor)):
-            if writes:
+            if written:
                 self._forget([x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)][:1])
             return
         try:
@@ -298,9 +298,10 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _writes(func: Callable[..., Any], kwargs: Any) -> bool:
+def writes(func: Callable[..., Any], kwargs: Any) -> bool:
+    """Whether a function writes into its first argument, or into the one that is named ``out``."""
     name = getattr(func, "__name__", "")
-    return name in _WRITES or "out" in kwargs or (name.endswith("_") and not name.endswith("__"))
+    return name in _WRITES or "out" in (kwargs or ()) or (name.endswith("_") and not name.endswith("__"))
 def digest(tensor: Tensor) -> Hashable:
     """Equal for tensors of equal dtype, shape and bits."""
     with plain():

@@ -72,7 +72,8 @@ def cross(s, a, b, *, dim=-1):
 
 @rule({
     aten._fft_r2c.default: lambda r: (r.tensor(2, 6, 4), r.pick([1], [2], [1, 2]), 0, r.pick(False, True)),
-    aten._fft_c2c.default: lambda r: (torch.complex(r.tensor(2, 6, 4), r.tensor(2, 6, 4)), r.pick([1], [0, 2]), 0, True),
+    aten._fft_c2c.default: lambda r: (torch.complex(r.tensor(2, 6, 4), r.tensor(2, 6, 4)), r.pick([1], [0, 2]), 0,
+                                      True),
     aten._fft_c2r.default: lambda r: (torch.complex(r.tensor(2, 6, 4), r.tensor(2, 6, 4)), r.pick([1], [2]), 0, 6),
 })
 def fourier(s, x, dims, *args):

@@ -45,6 +45,11 @@ class Executor:
         """All that a call may run."""
         return (self.program, *(self._invariant.programs if self._invariant else ()))
 
+    def forget(self) -> None:
+        """Keep nothing of the steps so far."""
+        if self._cache is not None:
+            self._cache.forget()
+
     def __call__(self, tensors: Sequence[torch.Tensor], values: Mapping[str, torch.Tensor] = NONE,
                  caches: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
         given = {f"arg_{i}": t for i, t in enumerate(tensors)}
