@@ -199,7 +199,9 @@ def by_hand(rank: int, size: int, port: int, folder: str) -> None:
     """A rank that no launcher started: rank 0 hosts the store. What it saw of ``init_from_env`` and after."""
     variables = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(variables)
-    Path(folder, f"pid{rank}").write_text(str(os.getpid()))
+    # Starting takes longer than some of the waits below.
+    Path(folder, f"started{rank}").touch()
+    soon(lambda: Path(folder, "started0").exists() and Path(folder, "started1").exists(), 90)
     start, said = time.monotonic(), "right"
     try:
         init_from_env("cpu", timeout=3.0 if size > 2 else 60.0)

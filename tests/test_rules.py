@@ -91,7 +91,8 @@ def random_layout(rng: random.Random, shape: tuple[int, ...], spec: ShardingSpec
     there are ranks along it; sometimes none is. ``number`` goes through the dimensions and the ways to cut them."""
     dims = [Dim.replicated(n) for n in shape]
     wide = [i for i, n in enumerate(shape) if n > 1]
-    axes = [(axis, parts) for axis, parts in ((SEQUENCE, spec.sequence_degree), (BATCH, spec.batch_degree)) if parts > 1]
+    axes = [(axis, parts) for axis, parts in ((SEQUENCE, spec.sequence_degree), (BATCH, spec.batch_degree))
+            if parts > 1]
     rng.shuffle(axes)
     for axis, parts in axes:
         if wide and (number >= 0 or rng.random() < 0.8):

@@ -121,11 +121,11 @@ def _collective(name: str, args: Sequence[Any], groups: GroupSizes) -> None:
         if len(receive) != size or len(send) != size or x.ndim == 0 or sum(send) != x.shape[0] or min(
                 *receive, *send) < 0:
             raise ArtifactError(f"it sends {send} and receives {receive} rows of {list(x.shape)} among {size} ranks")
-    elif operator in ("all_gather_into_tensor", "reduce_scatter_tensor"):
-        if args[-2] != size or x.ndim == 0 or (operator[0] == "r" and x.shape[0] % size):
-            raise ArtifactError(f"it exchanges {list(x.shape)} among {args[-2]} ranks, but the group has {size}")
-    elif operator == "broadcast" and not 0 <= args[1] < size:
-        raise ArtifactError(f"rank {args[1]} of {size} is to send")
+    elif operator == "all_gather_into_tensor":
+        if args[1] != size or x.ndim == 0:
+            raise ArtifactError(f"it exchanges {list(x.shape)} among {args[1]!r:.100} ranks, but the group has {size}")
+    elif args[1] != "sum":
+        raise ArtifactError(f"it reduces by {args[1]!r:.100}, and programs only sum up")
 
 
 def indices(name: str, args: Sequence[Any], shape: Callable[[Any], Sequence[int]]) -> list[tuple[Any, int, int]]:

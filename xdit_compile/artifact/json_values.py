@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import keyword
 import math
 import re
 import sys
@@ -188,10 +189,14 @@ def signature_of(entry: Entry) -> inspect.Signature:
     kinds = {k.name: k for k in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD,
                                  inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.KEYWORD_ONLY,
                                  inspect.Parameter.VAR_KEYWORD)}
+    made = []
+    for e in entry.parts():
+        if not (name := e["name"].text()).isidentifier() or keyword.iskeyword(name):
+            raise e["name"].wrong("name of an argument")
+        default = _template(e["default"]) if "default" in e else inspect.Parameter.empty
+        made.append((name, kinds[e["kind"].one_of(tuple(kinds))], default))
     try:
-        return inspect.Signature([
-            inspect.Parameter(e["name"].text(), kinds[e["kind"].one_of(tuple(kinds))], default=_template(e["default"])
-                              if "default" in e else inspect.Parameter.empty) for e in entry.parts()])
+        return inspect.Signature([inspect.Parameter(name, kind, default=default) for name, kind, default in made])
     except ValueError as error:
         raise ArtifactError(f"{entry.where} is no signature: {error}") from error
 

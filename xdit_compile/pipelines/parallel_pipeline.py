@@ -41,11 +41,12 @@ def is_pipeline(candidate: Any) -> bool:
 
 
 class ParallelPipeline:
-    """Marks a parallel pipeline. ``make`` turns a component into a parallel one; ``parallel_group`` runs them."""
+    """Marks a parallel pipeline. ``make`` turns a component into a parallel one; ``parallel_group`` runs them;
+    ``replicas``, where inputs are checked, compares what ranks hold. Names that pipelines have for methods of their own
+    are not taken."""
 
     parallel_group: ParallelGroup
-    check_inputs: bool
-    replicas: Replicas
+    replicas: Replicas | None
     make: Callable[[Any], Any]
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -80,8 +81,8 @@ def parallel_pipeline(pipe: Any, group: ParallelGroup, check_inputs: bool, dump:
         raise XditError(f"weights are read for what runs at each step, which {', '.join(sorted(unknown))} is not")
     make = functools.partial(_parallel, group=group, check_inputs=check_inputs, dump=dump)
     parts = {n: make(c, encoders.index(n) if n in encoders else 0, weights=weights.get(n)) for n, c in modules.items()}
-    members = {"__call__": _call(type(pipe)), "parallel_group": group, "check_inputs": check_inputs,
-               "replicas": Replicas(), "make": staticmethod(make)}
+    members = {"__call__": _call(type(pipe)), "parallel_group": group,
+               "replicas": Replicas() if check_inputs else None, "make": staticmethod(make)}
     if isinstance(inspect.getattr_static(type(pipe), "interrupt", None), property):
         members["interrupt"] = property(_interrupted)
     return instance_of_subclass(pipe, ParallelPipeline, members, dict(vars(pipe)) | parts)
@@ -170,8 +171,8 @@ def _call(cls: type) -> Callable[..., Any]:
 
 def _agree(pipe: Any, name: str, given: Mapping[str, Any]) -> None:
     """Make sure that all ranks call the pipeline alike, with components that hold the same weights."""
-    what, facts, control = f"the arguments of {name}", call_fingerprint(given), pipe.group.control
-    if not pipe.check_inputs:
+    what, facts, control = f"the arguments of {name}", call_fingerprint(given), pipe.parallel_group.control
+    if pipe.replicas is None:
         control.agree(what, facts)
         return
     # What lives on one rank has nobody to compare with.
