@@ -16,8 +16,12 @@ test: .venv/ready
 test-whole: .venv/ready
 	$(RUN) -m pytest tests $(BY_TWO) --whole
 
+# Seeded and long: random models and specs, random edits between calls, faults of ranks, spoiled artifacts.
 campaign: .venv/ready
+	$(RUN) tests/campaigns/models.py --count 2000 --seed 0
+	$(RUN) tests/campaigns/edits.py --count 2000 --seed 0
 	$(RUN) tests/campaigns/faults.py --count 300 --seed 0
+	$(RUN) tests/campaigns/artifacts.py --count 20000 --seed 0
 
 lint: .venv/ready
 	$(BIN)/ruff check .
