@@ -35,6 +35,7 @@ from xdit_compile.ir.program import Program
 from xdit_compile.ir.pytree import Structure, flatten, sharing
 from xdit_compile.passes import pass_digests
 from xdit_compile.runtime.compilation.regional import compiler_for
+from xdit_compile.runtime.control.replicas import Replicas
 from xdit_compile.runtime.control.tensor_digest import digest
 from xdit_compile.runtime.launch import init_from_env
 from xdit_compile.runtime.parallel_group import ParallelGroup
@@ -172,6 +173,10 @@ class ArtifactLoader:
 class _Runner(ModelRunner):
     """Calls of a loaded model. What an operator refuses is the fault of the artifact, or of values that it was not made
     for, and is told so; memory that is not there is nobody's."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.replicas = Replicas(parts=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:

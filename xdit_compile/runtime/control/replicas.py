@@ -30,9 +30,14 @@ class Replicas:
     A digest is made anew when a tensor was written into, as far as PyTorch counts that, or replaced. What ranks have
     compared once each of them knows of all, also of what it has given up itself: while nothing changes, one short
     text stands for everything.
+
+    Args:
+        parts: whether each rank has but the tensors that it uses, as of an artifact; else one that is not there is a
+            difference.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parts: bool = False) -> None:
+        self._absent = _ELSEWHERE if parts else "nothing of this name"
         self._marks: list[Mark] = []
         self._digests: dict[Mark, tuple[weakref.ref[torch.Tensor], str]] = {}
         self._held: dict[str, str] = {}
@@ -72,7 +77,7 @@ class Replicas:
         ranks, texts = control.ranks, control.gather("the weights", json.dumps(self._held))
         held = [json.loads(text) for text in texts]
         found = [line for name in dict.fromkeys(n for one in held for n in one)
-                 if (line := _difference(name, ranks, [one.get(name, "nothing of this name") for one in held]))]
+                 if (line := _difference(name, ranks, [one.get(name, self._absent) for one in held]))]
         if found:
             more = f" (and {len(found) - 1} more tensors differ)" if len(found) > 1 else ""
             raise RankMismatch(f"ranks do not hold the same weights: {found[0]}{more}; load the same checkpoint and "
@@ -93,6 +98,8 @@ class Replicas:
 
     def _summarize(self) -> None:
         known = {n: self._agreed.get(n, text) if text == _ELSEWHERE else text for n, text in self._held.items()}
+        if self._absent == _ELSEWHERE:
+            known = self._agreed | known
         content = json.dumps(known, sort_keys=True).encode()
         self._summary = hashlib.blake2b(content, digest_size=8).hexdigest()
 
