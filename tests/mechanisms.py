@@ -259,7 +259,7 @@ def watched(module: nn.Module, args: Any, out: Tensor) -> Tensor:
     return out
 
 
-@row("hooks on inner modules that keep what they are given", "refused", "keeps tensors")
+@row("hooks on inner modules that keep what they are given", "refused", "keeps state from call to call")
 def hooks_that_keep() -> None:
     kept: list[Any] = []
     for hook in (lambda m, args, out: setattr(m, "last", out), lambda m, args: setattr(m, "last", args[0]),
@@ -434,11 +434,12 @@ def loaded_state() -> float:
     return after(lambda m: m.load_state_dict(other))
 
 
-@row("`torch.utils.swap_tensors`", "honoured")
-def swapped() -> float:
-    def change(model: Model) -> None:
-        torch.utils.swap_tensors(model.head.weight, nn.Parameter(torch.ones(16, 16), requires_grad=False))
-    return after(change)
+@row("`torch.utils.swap_tensors`", "refused", "Cannot swap")
+def swapped() -> None:
+    """By PyTorch itself, of what is watched for changes."""
+    made = parallel(tiny())
+    answer(made)
+    torch.utils.swap_tensors(made.head.weight, nn.Parameter(torch.ones(16, 16), requires_grad=False))
 
 
 @row("`torch.func.functional_call`", "honoured")

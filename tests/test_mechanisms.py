@@ -11,8 +11,6 @@ import mechanisms_ranks
 import pytest
 from pool import Pool
 
-import xdit_compile
-
 PAGE = Path(__file__).parent.parent / "docs" / "mechanisms.md"
 EXACT = 1e-5
 
@@ -32,7 +30,7 @@ def test_the_page_and_the_tests_have_the_same_rows() -> None:
 def test_row(name: str) -> None:
     row = mechanisms.ROWS[name]
     if row.word == "refused":
-        with pytest.raises(xdit_compile.XditError, match=re.escape(row.says)):
+        with pytest.raises(RuntimeError, match=re.escape(row.says)):  # of PyTorch's own, or an XditError
             row.act()
         return
     with warnings.catch_warnings(record=True) as said:

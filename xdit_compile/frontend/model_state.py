@@ -244,6 +244,7 @@ class _Walk:
     def _module(self, module: nn.Module, path: str) -> Hashable:
         state, groups = vars(module), (module._parameters, module._buffers, module._modules)
         self.classes[type(module)] = None
+        self.getters.append(partial(_class_of, weakref.ref(module)))
         self.states.append((operator.itemgetter(*(k for k in state if k not in _UNREAD)), state))
         for mapping in (*groups, *(state[h] for h in _HOOKS)):
             self.mappings[id(mapping)] = mapping
@@ -497,6 +498,11 @@ def _content(cell: CellType) -> Any:
         return cell.cell_contents
     except ValueError:  # nothing was assigned yet
         return MISSING
+
+
+def _class_of(module: weakref.ref[nn.Module]) -> type:
+    """Its class, which can be exchanged while the object stays the same."""
+    return type(module())
 
 
 def _paths(modules: Sequence[nn.Module]) -> list[str]:

@@ -39,16 +39,24 @@ def observed_hooks(model: nn.Module) -> Iterator[None]:
             group[key] = _Observed(hook, name == "_forward_pre_hooks", notes)
     try:
         yield
+    except CaptureError as error:
+        # What a hook keeps may have been met as state of the model's.
+        if watching := notes.watching():
+            raise _refusal(watching) from error
+        raise
     finally:
         for group, hooks in before:
             # Hooks may take themselves off.
             group.update({key: hook for key, hook in hooks.items() if key in group})
-    watching = next((said for key, said in notes.idle.items() if key not in notes.acting), None)
-    if watching or (watching := notes.keeping()):
-        raise CaptureError(
-            f"{watching}. Inside of a parallel model no module is called: the hook would be given fake tensors once, "
-            "while the model is captured, and nothing afterwards. Remove it, watch the model itself (hooks on the "
-            "parallel model are given its inputs and results), or watch inner modules of the model as it is")
+    if watching := notes.watching() or notes.keeping():
+        raise _refusal(watching)
+
+
+def _refusal(watching: str) -> CaptureError:
+    return CaptureError(
+        f"{watching}. Inside of a parallel model no module is called: the hook would be given fake tensors once, "
+        "while the model is captured, and nothing afterwards. Remove it, watch the model itself (hooks on the "
+        "parallel model are given its inputs and results), or watch inner modules of the model as it is")
 
 
 class _Notes:
@@ -62,6 +70,10 @@ class _Notes:
         self.acting: set[int] = set()
         self.idle: dict[int, str] = {}
         self.given: list[tuple[weakref.ref[FunctionalTensor], str]] = []
+
+    def watching(self) -> str | None:
+        """A hook that was never seen to do anything."""
+        return next((said for key, said in self.idle.items() if key not in self.acting), None)
 
     def keeping(self) -> str | None:
         """A hook that holds what it was given when all is over."""
