@@ -106,7 +106,8 @@ class ArtifactLoader:
         if native and not manifest["native"]:
             raise ArtifactError(f"{folder.path} holds no compiled functions; export it with native=True (--native)")
         if native:
-            check_target(dict(manifest["native"].items()), self.device, folder.path)
+            made_for = {name: entry.text() for name, entry in manifest["native"].items()}
+            check_target(made_for, self.device, folder.path)
         self.watch = Watch()
         setting = Setting(self.device, running.attention_kernel, {}, self.declared.values, watch=self.watch)
         self._readers: dict[ShardingSpec, Reader] = {}
