@@ -113,7 +113,7 @@ def test_an_exchanged_component_is_parallel_too(pool: Pool, folders: str) -> Non
 
 
 def test_the_pipeline_itself_stays_as_it_was(pool: Pool, folders: str) -> None:  # noqa: F811
-    assert act(pool, habits.side_effects_undone, "sd3", folders) == [True, True]
+    assert act(pool, habits.unchanged, "sd3", folders) == [True, True]
 
 
 @pytest.mark.parametrize(
