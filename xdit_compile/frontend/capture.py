@@ -104,9 +104,11 @@ def recorded(model: nn.Module, args: Sequence[Any] = (),
             return program, reads
         except _Fills as found:
             if filled:
-                raise StateWritten(found.names) from None
+                raise CaptureError(str(StateWritten(found.names))) from None
             fill(model, found.names, args, kwargs)
             filled = True
+        except StateWritten as error:
+            raise CaptureError(str(error)) from error
         except CaptureError:
             raise
         except Exception as error:
@@ -158,9 +160,10 @@ class _Capture:
 
     def _traced(self) -> Program:
         call = self._call(self.known)
-        standing_in, read = False, frozenset[Attribute]()
+        standing_in, watched, read = False, False, frozenset[Attribute]()
         try:
             outliner = Outliner(self.model, self.known, self.mode)
+            watched = bool(outliner.unread)
             while outliner.paths:
                 with self._unchanged(), outliner.recording(), fake_state(self.model, self.mode, outliner.repeats):
                     shown = self._examples()
@@ -176,7 +179,8 @@ class _Capture:
         except (CaptureError, MemoryError):
             raise
         except Exception as error:
-            if not standing_in and not_of_capture(error):
+            # Attributes that are watched are not where the model's code may look for them.
+            if not standing_in and not watched and not_of_capture(error):
                 raise
             # Outlining leans on more of the model than a plain trace does; without it the same model may pass.
             log.info("capturing %s again, block by block no more, after: %s", type(self.model).__name__, error)

@@ -95,8 +95,8 @@ class Outliner:
                  read: frozenset[Attribute] = frozenset()) -> None:
         """``read``: attributes that tell blocks apart, and are known to be read."""
         self._known, self._mode = known, mode
-        self._unread = telling_apart(model) - read
-        self._prints = repeated(model, self._unread)
+        self.unread = telling_apart(model) - read
+        self._prints = repeated(model, self.unread)
         self._modules = {path: model.get_submodule(path) for path in self._prints}
         self.kinds: dict[Hashable, BlockKind | None] = {}
         """By (fingerprint, inputs); None for a block that has to stay inside the model."""
@@ -121,7 +121,7 @@ class Outliner:
     def recording(self) -> Iterator[None]:
         """Within: run the model on fake tensors once, with blocks whose state is as it was: it becomes fake where a
         block really runs, one of each kind."""
-        with watching(self._modules.values(), self._unread) as read, self._replaced(self._record):
+        with watching(self._modules.values(), self.unread) as read, self._replaced(self._record):
             yield
             self.read = frozenset(read)
 
