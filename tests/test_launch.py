@@ -111,7 +111,7 @@ def python(code: str, **keywords: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_function_of_an_interactive_session_is_explained() -> None:
-    ran = python("from xdit_compile.launch import launch\ndef f(): pass\nlaunch(f, world_size=2)")
+    ran = python("from xdit_compile.runtime.launch import launch\ndef f(): pass\nlaunch(f, world_size=2)")
     assert "it lives in __main__ of a notebook or an interactive session" in ran.stderr
 
 
