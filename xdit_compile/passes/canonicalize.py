@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from xdit_compile.passes.composite import expand_composites
 from xdit_compile.passes.einsum import expand_einsum
 from xdit_compile.passes.manual_attention import fold_softmax, fuse_attention
 from xdit_compile.passes.writes import expand_writes
@@ -24,6 +25,7 @@ UNSET = {aten.empty_like.default: aten.zeros_like.default, aten.new_empty.defaul
          aten.empty.memory_format: aten.zeros.default}
 """Uninitialised memory is made zero: what ranks hold of it would differ."""
 VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+REWRITTEN = frozenset({*COPIES, *JOINS, *UNSET, *VIEWS, aten.type_as.default, aten.pad.default})
 
 
 def canonicalize(program: Program) -> Program:
@@ -33,9 +35,10 @@ def canonicalize(program: Program) -> Program:
     for name, module in program.functions():
         graph = fx.Graph()
         graph.output(graph.graph_copy(module.graph, {})).meta.update(module.graph.output_node().meta)
+        expand_einsum(graph)
+        expand_composites(graph, REWRITTEN)
         _clean(graph)
         expand_writes(graph)
-        expand_einsum(graph)
         fold_softmax(graph)
         notes += fuse_attention(graph, name)
         drop_unused(graph)

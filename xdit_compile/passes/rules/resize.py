@@ -125,3 +125,28 @@ def pixels(s, x, factor):
             x = _filled(s, x, [i])
             dims[i] = dims[i] if x.dims[i].sharded else Dim.replicated(shuffled[i])
     return s.emit(Layout(tuple(dims)), x, factor)
+
+
+def _resampled(n):
+    return lambda r: (r.tensor(2, 2, *[5, 4, 3][:n]), [7, 8, 4][:n], r.pick(False, True), None)
+
+
+@rule({aten.upsample_linear1d.vec: _resampled(1), aten.upsample_bilinear2d.vec: _resampled(2),
+       aten.upsample_bicubic2d.vec: _resampled(2), aten.upsample_trilinear3d.vec: _resampled(3),
+       aten._upsample_bilinear2d_aa.vec: _resampled(2), aten._upsample_bicubic2d_aa.vec: _resampled(2)})
+def resample(s, x, *how):
+    """Weights over neighbours, which depend on global positions: space is whole, channels and the batch are free."""
+    x = s.whole(x, *range(2, x.ndim))
+    return s.emit(Layout((*x.dims[:2], *map(Dim.replicated, s.node.meta["val"].shape[2:]))), x, *how)
+
+
+@rule({aten.grid_sampler_2d.default: lambda r: (r.tensor(2, 2, 5, 4), r.tensor(2, 6, 3, 2), 0, r.pick(0, 1), False)})
+def grid_sample(s, x, grid, *how):
+    """Pictures are whole; of the grid that says where to look, rows and columns are free."""
+    x, grid = s.whole(x, 2, 3), s.whole(grid, 3)
+    batch = x.dims[0] if x.dims[0].sharded else grid.dims[0]
+    grid = s.lay(grid, 0, batch)
+    taken = {a for d in grid.dims for a in d.axes}
+    x = s.whole(x, 1) if x.dims[1].axes & taken else x
+    x = s.lay(x, 0, grid.dims[0])
+    return s.emit(Layout((grid.dims[0], x.dims[1], *grid.dims[1:3])), x, grid, *how)
