@@ -37,7 +37,7 @@ class Drawn:
 
     def tensor(self, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.rng.randrange(2**31))
-        return torch.randn(*shape, dtype=dtype, generator=generator)
+        return torch.randn(shape, dtype=dtype, generator=generator)
 
     def indices(self, limit: int, *shape: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.rng.randrange(2**31))
@@ -86,9 +86,21 @@ def piece(tensor: torch.Tensor, layout: Layout, position: dict[str, int]) -> tor
     return tensor
 
 
+def trimmed(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Without the last arguments that are as they would be by default."""
+    schema = op._schema.arguments
+    while args and schema[len(args) - 1].has_default_value() and not isinstance(args[-1], torch.Tensor) and (
+            args[-1] == schema[len(args) - 1].default_value):
+        args = args[:-1]
+    return args
+
+
 def program_of(op: Any, args: tuple[Any, ...]) -> tuple[Program, list[torch.Tensor]]:
-    """A program of this one call."""
+    """A program of this one call, whose arguments end in those by name, if any; without what is a default, which
+    captured programs leave away."""
     graph = fx.Graph()
+    args, kwargs = (args[:-1], args[-1]) if isinstance(args[-1], dict) else (args, {})
+    args = trimmed(op, args)
     tensors: list[torch.Tensor] = []
 
     def place(value: Any) -> Any:
@@ -100,8 +112,8 @@ def program_of(op: Any, args: tuple[Any, ...]) -> tuple[Program, list[torch.Tens
         return [place(v) for v in value] if isinstance(value, list) else value
 
     placed = tuple(place(a) for a in args)
-    call = graph.call_function(op, placed)
-    call.meta["val"] = op(*args)
+    call = graph.call_function(op, placed, kwargs)
+    call.meta["val"] = op(*args, **kwargs)
     outs = [call]
     if not isinstance(call.meta["val"], torch.Tensor):
         outs = []

@@ -58,7 +58,7 @@ def chosen(s, x, count, dim=-1, *args, **kwargs):
     return s.emit_many([_result(x, dim, out.shape) for out in s.node.meta["val"]], x, count, dim, *args, **kwargs)
 
 
-@rule({aten.sort.stable: lambda r: (r.tensor(2, 6, 4),)})
+@rule({aten.sort.stable: lambda r: (r.tensor(2, 6, 4), {"stable": True, "dim": r.pick(1, -1), "descending": True})})
 def stable_sort(s, x, *, dim=-1, **kwargs):
     x = s.whole(x, dim)
     return s.emit_many([x.layout] * 2, x, dim=dim, **kwargs)
@@ -77,14 +77,14 @@ def cross(s, a, b, *, dim=-1):
 })
 def fourier(s, x, dims, *args):
     """A transform reads all of its dimensions; the last may come out longer or shorter."""
-    x = s.whole(x, *dims)
+    x = s.filled(s.whole(x, *dims), range(x.ndim))
     out = [Dim.replicated(n) if i in dims else d for i, (d, n) in enumerate(
         zip(x.dims, s.node.meta["val"].shape, strict=True))]
     return s.emit(Layout(tuple(out)), x, dims, *args)
 
 
 @rule({op: lambda r: (r.tensor(2, 4, 4) + 4 * torch.eye(4),) for op in (
-    aten._linalg_det.default, aten._linalg_slogdet.default, aten.linalg_inv_ex.default, aten.linalg_matrix_exp.default)})
+    aten.linalg_inv_ex.default, aten.linalg_matrix_exp.default)})
 def matrices(s, x, *args, **kwargs):
     """Of matrices in the last two dimensions, whole each; the others are a batch."""
     x, made = s.whole(x, -2, -1), s.node.meta["val"]

@@ -42,10 +42,10 @@ def average(s, x, kernel, stride=(), padding=(0,), ceil_mode=False, count_paddin
     rest = () if divisor is None else (divisor,)
     if ceil_mode or (not count_padding and any(padding)):
         # A mean over fewer values at the border.
-        x = s.whole(x, *range(2, x.ndim))
+        x = s.filled(s.whole(x, *range(2, x.ndim)), (0, 1))
         space = map(Dim.replicated, s.node.meta["val"].shape[2:])
         return s.emit(Layout((*x.dims[:2], *space)), x, kernel, stride, padding, ceil_mode, count_padding, *rest)
-    x, space, padding, finish = _slid(s, x, kernel, stride, padding)
+    x, space, padding, finish = _slid(s, s.filled(x, (0, 1)), kernel, stride, padding)
     return finish(s.emit(Layout((*x.dims[:2], *space)), x, kernel, stride, padding, ceil_mode, count_padding, *rest))
 
 
@@ -58,6 +58,7 @@ def _largest(n):
 def largest(s, x, kernel, stride=(), padding=(0,), dilation=(1,), ceil_mode=False):
     kernel, stride, padding, dilation = (list(v) * (x.ndim - 2) if len(v) == 1 else list(v)
                                          for v in (kernel, stride or kernel, padding, dilation))
+    x = s.filled(x, (0, 1))
     if ceil_mode:
         x = s.whole(x, *range(2, x.ndim))
         space = map(Dim.replicated, s.node.meta["val"].shape[2:])
@@ -71,7 +72,7 @@ def largest(s, x, kernel, stride=(), padding=(0,), dilation=(1,), ceil_mode=Fals
     aten._adaptive_avg_pool2d.default, aten.adaptive_max_pool2d.default)})
 def adaptive(s, x, size):
     """Windows that begin anywhere: space is whole, channels and the batch are free."""
-    x, made = s.whole(x, -2, -1), s.node.meta["val"]
+    x, made = s.filled(s.whole(x, -2, -1), range(x.ndim)), s.node.meta["val"]
     out = Layout((*x.dims[:-2], *map(Dim.replicated, size)))
     return s.emit(out, x, size) if isinstance(made, torch.Tensor) else s.emit_many([out, out], x, size)
 

@@ -16,7 +16,7 @@ def _two(r):
 
 
 @rule({
-    aten.add.Tensor: _two,
+    aten.add.Tensor: lambda r: (*_two(r), {"alpha": r.pick(1, 2)}),
     aten.mul.Tensor: _two,
     aten.gelu.default: lambda r: (r.tensor(2, 6, 4),),
     aten._to_copy.default: lambda r: (r.tensor(2, 6, 4),),
@@ -32,7 +32,7 @@ def _two(r):
     aten.fill.Scalar: lambda r: (r.tensor(2, 6), 0.5),
     aten.fill.Tensor: lambda r: (r.tensor(2, 6), r.tensor()),
     aten.zero.default: lambda r: (r.tensor(2, 6),),
-    aten.rsub.Tensor: _two,
+    aten.rsub.Tensor: lambda r: (r.tensor(2, 6, 4), r.tensor(6, 4), {"alpha": 2}),
     aten.floor_divide.default: lambda r: (r.tensor(2, 6, 4), 0.3),
     aten.hardswish.default: lambda r: (r.tensor(2, 6, 4),),
     aten.log_sigmoid.default: lambda r: (r.tensor(2, 6, 4),),

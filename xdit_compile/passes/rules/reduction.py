@@ -113,7 +113,7 @@ def vector_norm(s, x, order=2.0, dims=None, keepdim=False, **kwargs):
     return s.emit(Layout(_reduced(x, over, keepdim)), x, order, over, keepdim, **kwargs)
 
 
-@rule({aten.aminmax.default: lambda r: (r.tensor(2, 6, 4),)})
+@rule({aten.aminmax.default: lambda r: (r.tensor(2, 6, 4), {"dim": r.pick(None, 1, -1), "keepdim": r.pick(False, True)})})
 def extremes(s, x, *, dim=None, keepdim=False):
     over = _dims(x, dim)
     x = s.whole(x, *over)
@@ -121,7 +121,8 @@ def extremes(s, x, *, dim=None, keepdim=False):
 
 
 def _varied(r):
-    return r.tensor(2, 6, 4), r.pick([-1], [1], [0, 1], None)
+    return r.tensor(2, 6, 4), r.pick([-1], [1], [0, 1], None), {"correction": r.pick(None, 0, 1), "keepdim": r.pick(
+        False, True)}
 
 
 @rule({op: _varied for op in (aten.var.correction, aten.std.correction, aten.var_mean.correction,
