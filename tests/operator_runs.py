@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from emulation import together
+from emulation import sharded
 from operators import FAMILIES
 from torch import Tensor, nn
 
 from xdit_compile.calls import call_arguments
 from xdit_compile.frontend.capture import capture
+from xdit_compile.layout import Dim, Layout
 from xdit_compile.passes.canonicalize import canonicalize
 from xdit_compile.passes.rules import RULES, find_rule
 from xdit_compile.program import module_of
+from xdit_compile.spec import ShardingSpec
 from xdit_compile.structure import flatten
 
 BATCH, TOKENS, WIDTH = 2, 12, 16
@@ -125,8 +127,11 @@ def measure(text: str, spec: str = "ulysses=2") -> Found:
     arguments = call_arguments(model, {"x": torch.randn(BATCH, TOKENS, 8, generator=torch.Generator().manual_seed(0))})
     result = model(*arguments[0], **arguments[1])
     program = capture(model, *arguments)
-    found = together(model, arguments, flatten((result, arguments))[0], program, spec)
-    graph = canonicalize(program).main.graph
+    whole = replace(canonicalize(program), spec=ShardingSpec.parse(spec))
+    graph = whole.main.graph
+    first = next(n for n in graph.nodes if n.target is torch.ops.aten.linear.default)
+    cut = Layout.replicated((BATCH, TOKENS, WIDTH)).replace(1, Dim.even(TOKENS, 2))
+    found = sharded(model, arguments, flatten((result, arguments))[0], whole, {first.name: cut})
     mine = [n for n in found.notes if n.module == "call"]
     targets = dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "call_function" and module_of(n) == "call"
                             and isinstance(n.target, torch._ops.OpOverload))

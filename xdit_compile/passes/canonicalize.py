@@ -13,6 +13,7 @@ from torch import fx
 from xdit_compile.passes.composite import expand_composites
 from xdit_compile.passes.einsum import expand_einsum
 from xdit_compile.passes.manual_attention import fold_softmax, fuse_attention
+from xdit_compile.passes.spelling import respell
 from xdit_compile.passes.writes import expand_writes
 from xdit_compile.program import Note, Program, drop_unused
 
@@ -36,7 +37,9 @@ def canonicalize(program: Program) -> Program:
         graph = fx.Graph()
         graph.output(graph.graph_copy(module.graph, {})).meta.update(module.graph.output_node().meta)
         expand_einsum(graph)
+        respell(graph)
         expand_composites(graph, REWRITTEN)
+        respell(graph)
         _clean(graph)
         expand_writes(graph)
         fold_softmax(graph)
