@@ -172,6 +172,8 @@ class Runner:
         executor = self._executor(compiled, crew)
         if compiled.idle and crew.spec.sequence_degree > 1 and self.crew.rank == 0:
             warnings.warn(f"{type(self.model).__name__} under {crew.spec}: {NOTHING}", stacklevel=4)
+        if compiled.lost and self.crew.rank == 0:
+            warnings.warn(f"{type(self.model).__name__} under {crew.spec}: {compiled.lost}", stacklevel=4)
         turns = crew is not self.crew and self.crew.turns is not None and (
             not compiled.answer.changes_arguments)
         self.programs[id(kind)] = Ready(kind, compiled, executor, crew, turns)

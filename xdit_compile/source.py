@@ -36,6 +36,10 @@ class Runnable(Protocol):
         """Equal on ranks that would run the same program."""
 
     @property
+    def lost(self) -> str:
+        """Of a spec that shares a call out in two ways, which of them gains nothing, in words; else nothing."""
+
+    @property
     def idle(self) -> bool:
         """Whether nothing is shared out among ranks."""
 

@@ -160,6 +160,7 @@ class StoredProgram:
     answer: Answer
     idle: bool
     stage: StageProgram | None = None
+    lost: str = ""
 
     @property
     def parameters(self) -> set[str]:

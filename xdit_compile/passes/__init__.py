@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from xdit_compile.layout import EVERY, PATCH, Layout, Position
 from xdit_compile.mesh import axis_sizes, position_of
-from xdit_compile.passes.batch import batch_seeds, joined
+from xdit_compile.passes.batch import batch_seeds, joined, lost_factor
 from xdit_compile.passes.canonicalize import canonicalize
 from xdit_compile.passes.check import check
 from xdit_compile.passes.lower import lower_attention
@@ -75,8 +75,9 @@ def plan(program: Program, spec: ShardingSpec) -> tuple[Program, Seeds]:
     sizes = axis_sizes(spec)
     batch = batch_seeds(program, sizes)
     seeds = joined(batch, choose_seeds(program, sizes, batch))
-    if not seeds and spec.world_size > 1:
-        program = replace(program, notes=(*program.notes, Note("seed", "main", NOTHING)))
+    lost = NOTHING if not seeds and spec.world_size > 1 else lost_factor(program, sizes, batch, seeds)
+    if lost:
+        program = replace(program, notes=(*program.notes, Note("seed", "main", lost)))
     return program, seeds
 
 

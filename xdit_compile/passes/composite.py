@@ -57,7 +57,7 @@ def _parts(node: fx.Node) -> fx.Graph | None:
     try:
         with mode, torch.no_grad():
             graph = make_fx(run)(*examples).graph
-    except (NotImplementedError, RuntimeError):  # its steps depend on values, or have no functional form
+    except (NotImplementedError, RuntimeError, AssertionError):  # steps depend on values, or have no functional form
         return None
     graph.eliminate_dead_code()
     whole = any(n.target is node.target for n in graph.nodes) or graph.find_nodes(op="get_attr")
