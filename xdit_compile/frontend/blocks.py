@@ -18,9 +18,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from xdit_compile.frontend.fingerprint import fingerprint, meta
+from xdit_compile.frontend.fingerprint import Attribute, fingerprint, meta
 from xdit_compile.frontend.known import Known, Value
 from xdit_compile.frontend.tracing import fake_state
+from xdit_compile.frontend.watched import telling_apart, watching
 from xdit_compile.structure import CONSTANTS, TENSOR, Structure, differ, flatten, sharing
 
 _library = torch.library.Library("xdit_compile", "FRAGMENT")
@@ -57,14 +58,15 @@ class Kind:
         return [r for r in self.results if isinstance(r, torch.Tensor)]
 
 
-def repeated(model: nn.Module) -> dict[str, Hashable]:
-    """Path and fingerprint of every block: a module that has an identical sibling in the same container. Blocks inside
-    of blocks do not count, unless there are as many of them: then the outer ones are whole models, side by side."""
+def repeated(model: nn.Module, unread: frozenset[Attribute] = frozenset()) -> dict[str, Hashable]:
+    """Path and fingerprint of every block: a module that has an identical sibling in the same container, ``unread``
+    attributes aside. Blocks inside of blocks do not count, unless there are as many of them: then the outer ones are
+    whole models, side by side."""
     children = {name: child for name, child in model.named_children() if next(child.children(), None)}
     listed = isinstance(model, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
-    prints = {name: fingerprint(child) if listed else name for name, child in children.items()}
+    prints = {name: fingerprint(child, unread) if listed else name for name, child in children.items()}
     counts = Counter(prints.values())
-    inside = {prints[name]: repeated(child) for name, child in children.items()}
+    inside = {prints[name]: repeated(child, unread) for name, child in children.items()}
     found: dict[str, Hashable] = {}
     for name, child in children.items():
         inner, alike = inside[prints[name]], counts[prints[name]]
@@ -86,14 +88,19 @@ def _levels(module: nn.Module) -> int:
 class Outliner:
     """Stands in for the repeated blocks of a model, first to record them, then to trace around them."""
 
-    def __init__(self, model: nn.Module, known: Known, mode: FakeTensorMode) -> None:
+    def __init__(self, model: nn.Module, known: Known, mode: FakeTensorMode,
+                 read: frozenset[Attribute] = frozenset()) -> None:
+        """``read``: attributes that tell blocks apart, and are known to be read."""
         self._known, self._mode = known, mode
-        self._prints = repeated(model)
+        self._unread = telling_apart(model) - read
+        self._prints = repeated(model, self._unread)
         self._modules = {path: model.get_submodule(path) for path in self._prints}
         self.kinds: dict[Hashable, Kind | None] = {}
         """By (fingerprint, inputs); None for a block that has to stay inside the model."""
         self._reading: set[Hashable] = set()
         """Kinds that read values: for them, inputs of other values are another kind."""
+        self.read: frozenset[Attribute] = frozenset()
+        """Attributes that tell blocks apart, and turned out to be read while they were recorded."""
         self._inside: set[str] = set()
         """Blocks some call of which has to stay inside the model."""
 
@@ -111,8 +118,9 @@ class Outliner:
     def recording(self) -> Iterator[None]:
         """Within: run the model on fake tensors once, with blocks whose state is as it was: it becomes fake where a
         block really runs, one of each kind."""
-        with self._replaced(self._record):
+        with watching(self._modules.values(), self._unread) as read, self._replaced(self._record):
             yield
+            self.read = frozenset(read)
 
     @contextmanager
     def standing_in(self) -> Iterator[None]:

@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from xdit_compile.errors import CaptureError
 from xdit_compile.frontend.blocks import BLOCK, Kind, Outliner
+from xdit_compile.frontend.fingerprint import Attribute
 from xdit_compile.frontend.flex import FLEX, dense_mask, is_open, is_plain, modified_attention
 from xdit_compile.frontend.known import Known, Value, of_inputs
 from xdit_compile.frontend.opaque import culprit, left_in_python
@@ -86,14 +87,19 @@ def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     mode = detect_fake_mode([*tensors, *model.parameters()]) or FakeTensorMode(allow_non_fake_inputs=True)
     with torch.no_grad(), unchanged(model, args, kwargs):
         _off_meta(model)
+        read: frozenset[Attribute] = frozenset()
         try:
             outliner = Outliner(model, known, mode)
-            if outliner.paths:
+            while outliner.paths:
                 with unchanged(model, args, kwargs), outliner.recording(), fake_state(model, mode, outliner.repeats):
                     shown = [as_fake(t, mode) for t in tensors]
                     with mode:
                         call(*(shown[i] for i in sharing(tensors)))
                 known.forget_reads()
+                if not outliner.read:
+                    break
+                read |= outliner.read
+                outliner = Outliner(model, known, mode, read)
             return _assemble(call, tensors, outliner, known, mode)
         except CaptureError:
             raise
