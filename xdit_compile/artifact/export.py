@@ -206,8 +206,13 @@ def _several(inputs: Any) -> bool:
 
 def _reads(guards: Guards, tensors: Sequence[torch.Tensor]) -> Json:
     """Digests of the arguments whose values the program was made for."""
-    read = sorted({step.args[0] for step in guards.steps if step.func is None}) if any(
+    places = {step.args[0] for step in guards.steps if step.func is None}
+    read = sorted(place for place in places if isinstance(place, int)) if any(
         step.answer is not None for step in guards.steps) else []
+    if state := sorted(place for place in places if isinstance(place, str)):
+        raise ArtifactError(f"the forward reads the values of {', '.join(state)} into Python; an artifact may be given "
+                            "other weights later, for which its programs would be wrong. Pass them as arguments, or as "
+                            "Python numbers")
     return {str(i): digest(tensors[i].cpu()) for i in read}
 
 

@@ -173,11 +173,13 @@ class Outliner:
             return kind.outputs.build(results)
         snapshots, values, reads = [*map(self._known.snapshot, tensors)], self._values(tensors), self._known.reads
         versions = [t._version for t in tensors]
-        before = self._state(path)
+        before, held = self._state(path), self._known.state_read()
         out = self._run(path, forward, args, kwargs)
         made, outputs = flatten(out)
         pure = (versions == [t._version for t in tensors] and before == self._state(path) and _plain(outputs)
                 and not differ((args, kwargs), tensors, structure))
+        # Blocks of one kind may differ in the values of their buffers.
+        pure = pure and not any(n.startswith(f"{path}.") for n in self._known.state_read() - held)
         if self._known.reads > reads:
             self._reading.add(key)
             key = key, values
@@ -192,6 +194,7 @@ class Outliner:
 
     def _run(self, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         with fake_state(self._modules[path], self._mode):
+            self._known.stand(self._modules[path], f"{path}.")
             return forward(*args, **kwargs)
 
     def _name(self, path: str) -> str:

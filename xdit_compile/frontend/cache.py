@@ -25,7 +25,7 @@ class _Captured:
     """By path, those that the program calls themselves; all others it knows by what they hold."""
 
     def serves(self, model: nn.Module, tensors: Sequence[torch.Tensor]) -> bool:
-        return self.program.guards.hold(tensors) and all(
+        return self.program.guards.hold(tensors, model) and all(
             model.get_submodule(path) is module for path, module in self.modules.items())
 
 

@@ -44,13 +44,15 @@ class _Call:
     arguments as it left them; known once it has run."""
 
     def __init__(self, module: nn.Module, inputs: Structure, known: Known,
-                 values: Sequence[Value | int | None]) -> None:
-        self.module, self.inputs, self._known, self._values = module, inputs, known, values
+                 values: Sequence[Value | int | None], path: str = "") -> None:
+        """``path``: where in the model ``module`` is, with a dot behind it."""
+        self.module, self.inputs, self._known, self._values, self._path = module, inputs, known, values, path
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with self._known:
             for tensor, value in zip(tensors, self._values, strict=True):
                 self._known.assign(tensor, value)
+            self._known.stand(self.module, self._path)
             args, kwargs = self.inputs.build(tensors)
             # Forward alone: hooks of the module itself run around the call, wherever that is made.
             result = type(self.module).forward(self.module, *args, **kwargs)
@@ -82,7 +84,7 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
 
 def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
     tensors, inputs = flatten((args, kwargs))
-    known = Known(tensors)
+    known = Known(tensors, model)
     call = _Call(model, inputs, known, of_inputs(tensors))
     mode = detect_fake_mode([*tensors, *model.parameters()]) or FakeTensorMode(allow_non_fake_inputs=True)
     with torch.no_grad(), unchanged(model, args, kwargs):
@@ -265,7 +267,7 @@ class _Copier:
 def _block(kind: Kind, known: Known, mode: FakeTensorMode,
            constants: dict[str, torch.Tensor]) -> tuple[fx.GraphModule, list[Input]]:
     """A block kind as a function of its parameters, then its inputs; it returns what its inputs are not."""
-    found = _trace(_Call(kind.module, kind.inputs, known, kind.values), kind.examples, mode)
+    found = _trace(_Call(kind.module, kind.inputs, known, kind.values, f"{kind.path}."), kind.examples, mode)
     copier = _Copier(found, f"{kind.path}.", constants)
     copier.placeholders()
     for node in found.graph.nodes:
