@@ -28,7 +28,6 @@ def attention(s, q, k, v, mask=None, dropout=0.0, is_causal=False, *, scale=None
     q, k, v = s.whole(q, -1), s.whole(k, -1), s.whole(v, -1)
     # Tokens that hold the samples of a batch: each attends for its own, to all.
     k, v = (s.whole(x, -2) if BATCH in x.dims[-2].axes else x for x in (k, v))
-    q = s.whole(q, -2) if BATCH in q.dims[-2].axes and (k.dims[-2].sharded or SEQUENCE in q.dims[-2].axes) else q
     for i in range(-q.ndim, -2):
         if q.shape[i] == k.shape[i] == v.shape[i]:
             dim = next((x.dims[i] for x in (q, k, v) if x.dims[i].sharded), q.dims[i])
@@ -40,7 +39,8 @@ def attention(s, q, k, v, mask=None, dropout=0.0, is_causal=False, *, scale=None
     if tokens.axes & batch_axes:
         tokens = Dim.replicated(tokens.size)
     k, v = s.lay(k, -2, tokens), s.lay(v, -2, tokens)
-    if q.dims[-2].axes & batch_axes:
+    held = q.dims[-2].axes
+    if held & batch_axes or (BATCH in held and (len(held) > 1 or k.dims[-2].sharded)):
         q = s.whole(q, -2)
     q, k, v = _within_reach(s, q, k, v, mask)
     if is_causal and (q.dims[-2].sharded or k.dims[-2].sharded):
