@@ -110,31 +110,38 @@ def transposed_convolution(s, x, weight, bias=None, stride=(1,), padding=(0,), e
     stride, padding, extra, dilation = (list(v) * n if len(v) == 1 else list(v)
                                         for v in (stride, padding, extra, dilation))
     x, weight, bias = s.whole(x, 1), s.whole(weight), bias and s.whole(bias)
-    sizes, dims, cuts = s.node.meta["val"].shape, [x.dims[0], Dim.replicated(weight.shape[1] * groups)], {}
-    for i in range(2, x.ndim):
-        by, spare, span = stride[i - 2], padding[i - 2], dilation[i - 2] * (weight.shape[i] - 1)
-        out = None if not x.dims[i].sharded or PATCH in x.dims[i].axes or cuts else _spread(
-            x.dims[i], sizes[i], by, (span + 1 - by) // 2 - spare)
-        if out is None:
-            x = s.whole(x, i)
-            dims.append(Dim.replicated(sizes[i]))
-            continue
-        dims.append(out)
-        (axis,) = out.axes
-        spans = [out.spans({**s.position, axis: rank})[0] for rank in range(s.sizes[axis])]
-        # Rows that reach any of the outputs a .. b - 1, and enough that all of these are made.
-        rows = [(min(-((span - spare - a) // by), (a + spare) // by),
-                 max((b - 1 + spare) // by, -((span - spare - b + 1) // by)) + 1) for a, b in spans]
-        a, b = spans[s.position[axis]]
-        cuts[i] = a - (rows[s.position[axis]][0] * by - spare), b - a
-        x = _with_halo(s, x, i, out, [[r] for r in rows], f"border of a transposed convolution reaching {span + 1}")
-        padding[i - 2] = extra[i - 2] = 0
+    sizes, cuts = s.node.meta["val"].shape, {}
+    spans = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    dims = [x.dims[0], Dim.replicated(weight.shape[1] * groups)]
+    for i, (by, spare, span) in enumerate(zip(stride, padding, spans, strict=True), 2):
+        follows = x.dims[i].sharded and PATCH not in x.dims[i].axes and not any(d.sharded for d in dims[2:])
+        out = _spread(x.dims[i], sizes[i], by, (span + 1 - by) // 2 - spare) if follows else None
+        dims.append(out or Dim.replicated(sizes[i]))
+    for i, d in enumerate(dims[2:], 2):
+        x = x if d.sharded else s.whole(x, i)
+    for i, d in enumerate(dims[2:], 2):
+        if d.sharded:
+            x, cuts[i] = _reached(s, x, i, d, stride[i - 2], padding[i - 2], spans[i - 2])
+            padding[i - 2] = extra[i - 2] = 0
     out = Layout(tuple(dims))
     made = s.emit(out, x, weight, bias, stride, padding, extra, groups, dilation) if not cuts else Value(s.local(
         s.node.target, x, weight, bias, stride, padding, extra, groups, dilation), out, x.dtype)
     for i, (first, size) in cuts.items():
         made = s.emit(out, made, i, first, first + size, target=aten.slice.Tensor)
     return made
+
+
+def _reached(s, x, i, out, by, spare, span):
+    """The rows of dimension ``i`` that reach this rank's outputs, and where these begin in what is made of them, and
+    how many they are."""
+    (axis,) = out.axes
+    spans = [out.spans({**s.position, axis: rank})[0] for rank in range(s.sizes[axis])]
+    # Rows that reach any of the outputs a .. b - 1, and enough that all of these are made.
+    rows = [(min(-((span - spare - a) // by), (a + spare) // by),
+             max((b - 1 + spare) // by, -((span - spare - b + 1) // by)) + 1) for a, b in spans]
+    (a, b), (first, _) = spans[s.position[axis]], rows[s.position[axis]]
+    x = _with_halo(s, x, i, out, [[r] for r in rows], f"border of a transposed convolution reaching {span + 1}")
+    return x, (a - (first * by - spare), b - a)
 
 
 def _spread(dim, size, stride, shift):

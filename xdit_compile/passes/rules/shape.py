@@ -111,7 +111,9 @@ def stack(s, tensors, dim=0):
     return s.emit(Layout(tuple(new)), laid, dim)
 
 
-@rule({aten.slice.Tensor: lambda r: (r.tensor(2, 9), 1, r.size(0, 4), r.pick(-1, 7, sys.maxsize), r.pick(1, 1, 2))})
+@rule({aten.slice.Tensor: lambda r: (
+    r.tensor(2, 9), r.pick(1, -1), r.pick(None, 0, 1, 2, 3, 5, -7, -4), r.pick(None, -1, 7, 8, 2, sys.maxsize),
+    r.pick(1, 2, 2, 3, 4))})
 def slice_(s, x, dim=0, start=None, stop=None, step=1):
     old = x.dims[dim]
     start, stop, step = slice(start, stop, step).indices(old.size)
@@ -238,6 +240,7 @@ def triangle(s, x, diagonal=0):
 def view_dtype(s, x, dtype):
     """The same bytes as other numbers, of which there may be more or fewer in the last dimension."""
     size = s.node.meta["val"].shape[-1]
-    x = x if size == x.shape[-1] else s.whole(x, -1)
-    return s.emit(x.layout if size == x.shape[-1] else x.layout.replace(-1, Dim.replicated(size)),
-                  s.emit(x.layout, x, target=aten.contiguous.default), dtype)
+    if size == x.shape[-1]:
+        return s.emit(x.layout, x, dtype)
+    x = s.whole(x, -1)
+    return s.emit(x.layout.replace(-1, Dim.replicated(size)), x, dtype)
