@@ -81,7 +81,7 @@ class Model(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.blocks[0](self.first(x))
         made = self.call(x, self.other(x))
-        made = [m for m in (made if isinstance(made, (tuple, list)) else [made])]
+        made = list(made) if isinstance(made, (tuple, list)) else [made]
         gates = [_gate(m) for m in made]
         for gate in gates:
             x = x + self.second(x) * gate
