@@ -76,7 +76,7 @@ def test_a_bias_of_pairs_is_cut_by_rows(spec: str, given: bool) -> None:
     model = Given("scaled", True).eval().requires_grad_(False)
     args = (torch.randn(1, 64, D), torch.rand(1), *([torch.randn(1, 64, 64, 8)] if given else []))
     explained = explain(model, spec, args)
-    assert explained.work_ratio < 1.1
+    assert explained.work_ratio < 1.25
     assert not any("64, 64" in r.text and "needed whole" in r.text for r in explained.replicated)
     assert exact(model, spec, *args)
 
