@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -35,16 +35,15 @@ the canonical program, and what they met. Composite operators without a rule are
 def page(found: dict[str, list[Found]]) -> str:
     """The tables, with a summary before them."""
     kinds = {op: kind_of(op) for records in found.values() for f in records for op in f.operators}
-    counts, whole = Counter(kinds.values()), defaultdict(list)
-    for records in found.values():
-        for f in records:
-            for text in f.fallbacks:
-                whole[text.partition(" computed")[0]].append(f.text)
+    counts = Counter(kinds.values())
+    whole = {text.partition(" computed")[0] for records in found.values() for f in records for text in f.fallbacks}
+    constant = sum(kind == "none" and op not in whole for op, kind in kinds.items())
     total = sum(map(len, found.values()))
     lines = [HEAD + f"{total} calls become {len(kinds)} operators: {counts['rule']} have a rule, "
-             f"{counts['element-wise']} are element-wise by PyTorch's own tag, {len(whole)} are computed whole where "
-             f"they meet shared tokens, and {counts['none'] - len(whole)} never do (they make constants).", ""]
-    lines += ["Computed whole, for want of a rule: " + ", ".join(f"`{op}`" for op in sorted(whole)) + ".", ""]
+             f"{counts['element-wise']} are element-wise by PyTorch's own tag, {counts['none'] - constant} have "
+             f"neither and are computed whole where they meet shared tokens, and {constant} never do (they make "
+             "constants).", ""]
+    lines += ["Computed whole by some call: " + ", ".join(f"`{op}`" for op in sorted(whole)) + ".", ""]
     for family, records in found.items():
         lines += [f"## {family.capitalize()}", "", "| call | became | on two ranks |", "|---|---|---|"]
         for f in records:

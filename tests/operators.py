@@ -606,6 +606,8 @@ COMPUTED_WHOLE = frozenset(line.strip() for line in """
     F.binary_cross_entropy_with_logits(x, y.sigmoid())
     F.cross_entropy(x.flatten(0, 1), numbers.flatten())
     torch.linalg.det(square)
+    torch.linalg.cholesky(square)
+    torch.linalg.solve(square, x[:, :, :2])
     torch.linalg.qr(x)[1].abs()
     torch.linalg.svdvals(x)
     torch.linalg.eigvalsh(square)
