@@ -1,4 +1,4 @@
-"""What a program assumes of the values of its inputs and of the model's buffers: the reads that the model made of them, and their answers."""
+"""What a program assumes of the values of its inputs and of the model's buffers: what the model read of them."""
 
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ import torch
 from xdit_compile.givenup import device_of
 from xdit_compile.structure import CONSTANTS
 
-
 Attribute = tuple[type, str]
 """An attribute of the objects of a class."""
 

@@ -26,8 +26,8 @@ def telling_apart(model: nn.Module) -> frozenset[Attribute]:
 
 @contextmanager
 def watching(modules: Iterable[nn.Module], attributes: frozenset[Attribute]) -> Iterator[set[Attribute]]:
-    """Within, these attributes of ``modules``, and of the objects that they hold, are where only ``getattr`` finds them;
-    yields the set of those that were read or written so far."""
+    """Within, these attributes of ``modules``, and of the objects that they hold, are where only ``getattr`` finds
+    them; yields the set of those that were read or written so far."""
     touched: set[Attribute] = set()
     values: dict[Attribute, dict[int, tuple[Any, Any]]] = {a: {} for a in attributes}
     for holder in _holders(modules) if attributes else ():

@@ -1,4 +1,4 @@
-"""Composite operators that have no rule, taken apart into those that they are made of, as PyTorch itself does to run them.
+"""Composite operators that have no rule, taken apart into those that they are made of, as PyTorch does to run them.
 
 PyTorch writes some thousand operators in terms of others (``CompositeImplicitAutograd``). Capture keeps many whole, of
 which few need to be: linear, attention, convolutions and norms have rules. What is left here costs nothing to take

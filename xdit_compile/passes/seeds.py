@@ -78,7 +78,8 @@ def choose_seeds(program: Program, sizes: Mapping[str, int], batch: Seeds) -> Se
     found = gathered(tried)
     for further in (
         # Blocks that are given features as they are, with no projection before.
-        lambda: [gathered(tried + _tried(estimate, given, parts))] if (given := list(candidates(program, False))) else [],
+        lambda: [gathered(tried + _tried(estimate, given, parts))] if (
+            given := list(candidates(program, False))) else [],
         # Where blocks make grids of tokens again, for convolutions or to attend inside frames, these can be followed
         # if the grid was cut along one of its sides.
         lambda: [gathered(tried + _tried(estimate, _grids(entering), parts))],
@@ -181,7 +182,8 @@ def candidates(program: Program, projected: bool = True) -> Iterator[fx.Node]:
         # Features come out of a matrix product; position tables and masks, which do not, follow by themselves.
         if node.op == "call_module" or node.target in FORMULAS or any(n in learned for n in node.all_input_nodes):
             learned.add(node)
-        if node in entering and (node in learned) is projected and isinstance(value := node.meta.get("val"), torch.Tensor) and (
+        value = node.meta.get("val")
+        if node in entering and (node in learned) is projected and isinstance(value, torch.Tensor) and (
                 value.is_floating_point() and value.ndim > 1) and (projected or node in features):
             yield node
 

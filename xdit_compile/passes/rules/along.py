@@ -72,7 +72,8 @@ def cross(s, a, b, *, dim=-1):
 
 @rule({
     aten._fft_r2c.default: lambda r: (r.tensor(2, 6, 4), r.pick([1], [2], [1, 2]), 0, r.pick(False, True)),
-    aten._fft_c2c.default: lambda r: (torch.complex(r.tensor(2, 6, 4), r.tensor(2, 6, 4)), r.pick([1], [0, 2]), 0, True),
+    aten._fft_c2c.default: lambda r: (torch.complex(r.tensor(2, 6, 4), r.tensor(2, 6, 4)), r.pick([1], [0, 2]), 0,
+                                      True),
     aten._fft_c2r.default: lambda r: (torch.complex(r.tensor(2, 6, 4), r.tensor(2, 6, 4)), r.pick([1], [2]), 0, 6),
 })
 def fourier(s, x, dims, *args):
@@ -84,8 +85,7 @@ def fourier(s, x, dims, *args):
 
 
 @rule({op: lambda r: (r.tensor(2, 4, 4) + 8 * torch.eye(4),) for op in (
-    aten.linalg_inv.default, aten.inverse.default, aten.linalg_inv_ex.default,
-    aten.linalg_matrix_exp.default)})
+    aten.linalg_inv.default, aten.inverse.default, aten.linalg_inv_ex.default, aten.linalg_matrix_exp.default)})
 def matrices(s, x, *args, **kwargs):
     """Of matrices in the last two dimensions, whole each; the others are a batch."""
     x, made = s.whole(x, -2, -1), s.node.meta["val"]

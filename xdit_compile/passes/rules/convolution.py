@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -54,7 +55,8 @@ def _largest(n):
                       [1] * n, r.pick(False, False, True))
 
 
-@rule({aten.max_pool1d.default: _largest(1), aten.max_pool2d.default: _largest(2), aten.max_pool3d.default: _largest(3)})
+@rule({aten.max_pool1d.default: _largest(1), aten.max_pool2d.default: _largest(2),
+       aten.max_pool3d.default: _largest(3)})
 def largest(s, x, kernel, stride=(), padding=(0,), dilation=(1,), ceil_mode=False):
     kernel, stride, padding, dilation = (list(v) * (x.ndim - 2) if len(v) == 1 else list(v)
                                          for v in (kernel, stride or kernel, padding, dilation))
@@ -110,7 +112,7 @@ def transposed_convolution(s, x, weight, bias=None, stride=(1,), padding=(0,), e
     stride, padding, extra, dilation = (list(v) * n if len(v) == 1 else list(v)
                                         for v in (stride, padding, extra, dilation))
     x, weight, bias = s.whole(x, 1), s.whole(weight), bias and s.whole(bias)
-    sizes, cuts = s.node.meta["val"].shape, {}
+    sizes, cuts = s.node.meta["val"].shape, dict[int, Any]()
     spans = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
     dims = [x.dims[0], Dim.replicated(weight.shape[1] * groups)]
     for i, (by, spare, span) in enumerate(zip(stride, padding, spans, strict=True), 2):
@@ -191,8 +193,10 @@ def _slid(s, x, reach, stride, padding, filling=0):
         space.append(out)
         (axis,) = out.axes
         spans = [out.spans({**s.position, axis: rank}) for rank in range(s.sizes[axis])]
-        rows = [[(a * stride[i] - padding[i], (b - 1) * stride[i] - padding[i] + reach[i]) for a, b in w] for w in spans]
-        source = _with_halo(s, x, 2 + i, out, rows, f"border of a convolution reading {reach[i]} with stride {stride[i]}",
+        rows = [[(a * stride[i] - padding[i], (b - 1) * stride[i] - padding[i] + reach[i]) for a, b in w]
+                for w in spans]
+        source = _with_halo(s, x, 2 + i, out, rows,
+                            f"border of a convolution reading {reach[i]} with stride {stride[i]}",
                             filling)
         left[i] = 0
 
@@ -229,7 +233,7 @@ def _shares(dim, size, stride, shift):
 
 
 def _with_halo(s, x, i, out, windows, why, filling=0):
-    """The rows ``windows[rank]`` of dimension ``i``, which this rank's outputs read, with ``filling`` beyond its ends."""
+    """The rows ``windows[rank]`` of dimension ``i``, which this rank's outputs read; ``filling`` beyond its ends."""
     (axis,) = out.axes
     inside = [[(max(a, 0), min(b, x.shape[i])) for a, b in w] for w in windows]
     held = [x.dims[i].spans({**s.position, axis: r}) for r in range(s.sizes[axis])]

@@ -108,12 +108,14 @@ def vector_norm(s, x, order=2.0, dims=None, keepdim=False, **kwargs):
     """The norm of the norms of the parts, which counting (order 0) has not."""
     over, order = _dims(x, dims), 2.0 if order is None else order
     if order > 0:
-        x = _staged(s, x, over, order < math.inf, lambda y, layout, keep: s.emit(layout, y, order, over, keep, **kwargs))
+        x = _staged(s, x, over, order < math.inf,
+                    lambda y, layout, keep: s.emit(layout, y, order, over, keep, **kwargs))
     x = s.whole(x, *over)
     return s.emit(Layout(_reduced(x, over, keepdim)), x, order, over, keepdim, **kwargs)
 
 
-@rule({aten.aminmax.default: lambda r: (r.tensor(2, 6, 4), {"dim": r.pick(None, 1, -1), "keepdim": r.pick(False, True)})})
+@rule({aten.aminmax.default: lambda r: (r.tensor(2, 6, 4), {"dim": r.pick(None, 1, -1),
+                                                            "keepdim": r.pick(False, True)})})
 def extremes(s, x, *, dim=None, keepdim=False):
     over = _dims(x, dim)
     x = s.whole(x, *over)
@@ -125,8 +127,8 @@ def _varied(r):
         False, True)}
 
 
-@rule({op: _varied for op in (aten.var.correction, aten.std.correction, aten.var_mean.correction,
-                              aten.std_mean.correction)})
+@rule(dict.fromkeys((aten.var.correction, aten.std.correction, aten.var_mean.correction, aten.std_mean.correction),
+                    _varied))
 def variance(s, x, dims=None, *, correction=None, keepdim=False):
     """Local over whole dimensions; over shared ones ranks sum their moments."""
     over, several = _dims(x, dims), "_mean" in str(s.node.target)
@@ -215,7 +217,8 @@ def batch_norm(s, x, *given):
     return s.emit_many([x.layout, *rest], x, *given)
 
 
-@rule({aten.native_layer_norm.default: lambda r: (r.tensor(2, 6, 4), [4], r.tensor(4), r.pick(None, r.tensor(4)), 1e-5)})
+@rule({aten.native_layer_norm.default: lambda r: (r.tensor(2, 6, 4), [4], r.tensor(4), r.pick(None, r.tensor(4)),
+                                                  1e-5)})
 def native_layer_norm(s, x, shape, *rest):
     over = list(range(x.ndim - len(shape), x.ndim))
     x = s.whole(x, *over)

@@ -226,7 +226,8 @@ def triangle(s, x, diagonal=0):
     """What is kept is a matter of global positions: a mask says, of which each rank has its part."""
     if not any(d.sharded for d in x.dims[-2:]):
         return s.emit(x.layout, x, diagonal)
-    outside = {aten.tril.default: (aten.triu.default, diagonal + 1), aten.triu.default: (aten.tril.default, diagonal - 1)}
+    outside = {aten.tril.default: (aten.triu.default, diagonal + 1),
+               aten.triu.default: (aten.tril.default, diagonal - 1)}
     target, beyond = outside[s.node.target]
     mask = Layout.replicated(x.shape[-2:])
     hidden = s.emit(mask, x, list(mask.shape), 1, dtype=torch.bool, target=aten.new_full.default)
