@@ -77,7 +77,7 @@ class _Description:
         return type(value), id(value)
 
     def _attributes(self, value: Any, without: tuple[str, ...] = ()) -> Hashable:
-        found = []
+        found: list[tuple[str, Hashable]] = []
         for name, held in vars(value).items():
             if name in without or (self._unread is not None and (type(value), name) in self._unread):
                 continue
