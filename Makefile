@@ -5,7 +5,7 @@ RUN := OMP_NUM_THREADS=1 $(BIN)/python
 # Half of the tests run in one process, the others in up to four of one thread that often wait: two cores are enough.
 BY_TWO := -n 2 --dist loadfile
 
-.PHONY: demo test test-whole lint published coverage coverage-sample quality benchmark clean
+.PHONY: demo test test-whole campaign lint published coverage coverage-sample quality benchmark clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
@@ -15,6 +15,13 @@ test: .venv/ready
 
 test-whole: .venv/ready
 	$(RUN) -m pytest tests $(BY_TWO) --whole
+
+# Seeded and long: random models and specs, random edits between calls, faults of ranks, spoiled artifacts.
+campaign: .venv/ready
+	$(RUN) tests/campaigns/models.py --count 2000 --seed 0
+	$(RUN) tests/campaigns/edits.py --count 2000 --seed 0
+	$(RUN) tests/campaigns/faults.py --count 300 --seed 0
+	$(RUN) tests/campaigns/artifacts.py --count 20000 --seed 0
 
 lint: .venv/ready
 	$(BIN)/ruff check .

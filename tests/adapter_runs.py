@@ -197,14 +197,14 @@ STEPS: Mapping[str, Callable[..., Any]] = {
 def _counting(blind: bool) -> Iterator[list[int]]:
     """Within, captures are counted; ``blind``: and what a model has changed is not seen."""
     counts = [0]
-    capture, token = cache.capture, cache.state_token
+    capture, same = cache.recorded, cache._Captured.same_state
 
     def counted(*args: Any) -> Any:
         counts[0] += 1
         return capture(*args)
 
-    with patch.object(cache, "capture", counted), patch.object(
-            cache, "state_token", (lambda model, held=None: 0) if blind else token):
+    with patch.object(cache, "recorded", counted), patch.object(
+            cache._Captured, "same_state", (lambda self, model, fresh: True) if blind else same):
         yield counts
 
 

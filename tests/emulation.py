@@ -18,6 +18,7 @@ from xdit_compile.ir.call_arguments import call_arguments
 from xdit_compile.ir.program import Note, Program
 from xdit_compile.ir.pytree import flatten
 from xdit_compile.passes import localize, plan
+from xdit_compile.passes.shard import Seeds
 from xdit_compile.report.operations import program_flops
 from xdit_compile.spec import ShardingSpec
 
@@ -62,14 +63,20 @@ def together(model: nn.Module, arguments: tuple[Any, Any], expected: list[torch.
              spec: str) -> Found:
     """All ranks' programs of ``program``, that of this call, against ``expected``: the tensors of the result and of
     what is left in the arguments."""
-    parsed = ShardingSpec.parse(spec)
-    whole, seeds = plan(program, parsed)
-    ranks = [localize(whole, seeds, rank) for rank in range(parsed.world_size)]
+    return sharded(model, arguments, expected, *plan(program, ShardingSpec.parse(spec)))
+
+
+@torch.no_grad()
+def sharded(model: nn.Module, arguments: tuple[Any, Any], expected: list[torch.Tensor], whole: Program,
+            seeds: Seeds) -> Found:
+    """All ranks' programs of ``whole``, a canonical program under a spec, sharded from these seeds."""
+    assert whole.spec is not None
+    ranks = [localize(whole, seeds, rank) for rank in range(whole.spec.world_size)]
     tensors, _ = flatten(arguments)
     error = 0.0
     for results in lockstep.run([r.main for r in ranks], [held(model, r, tensors) for r in ranks]):
         mine = copy.deepcopy(arguments)
-        actual, _ = flatten((program.output_spec.finish(mine, flatten(mine)[0], results), mine))
+        actual, _ = flatten((whole.output_spec.finish(mine, flatten(mine)[0], results), mine))
         assert len(actual) == len(expected)
         error = max([error, *map(difference, actual, expected)])
     work = max(map(program_flops, ranks)) * len(ranks) / program_flops(whole)

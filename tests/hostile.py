@@ -124,7 +124,7 @@ def without_a_graph(path: Path) -> None:
 # Names
 
 
-@spoils("names '../|is none of its files")
+@spoils("names '../.*is none of the files of")
 def a_path_outside(path: Path) -> None:
     said = manifest(path)
     name, _, _ = first(path)
@@ -132,7 +132,7 @@ def a_path_outside(path: Path) -> None:
     put(path, json.loads(text))
 
 
-@spoils("is none of its files")
+@spoils("is none of the files of")
 def an_absolute_path(path: Path) -> None:
     said = manifest(path)
     name, _, _ = first(path)
@@ -150,7 +150,7 @@ def a_link_to_elsewhere(path: Path) -> None:
 # Sizes
 
 
-@spoils("no size of a tensor|no shape of a tensor|cannot take")
+@spoils(r"inputs\[0\]: 1152921504606846976 is no size of a tensor")
 def an_absurd_size(path: Path) -> None:
     name, document, _ = first(path)
     values = document["graph_module"]["graph"]["tensor_values"]
@@ -158,14 +158,14 @@ def an_absurd_size(path: Path) -> None:
     renewed(path, name, json.dumps(document).encode())
 
 
-@spoils("is no shape of a tensor")
+@spoils(r"shape\[0\] is 10+, which is no whole number")
 def an_absurd_weight(path: Path) -> None:
     said = manifest(path)
     next(iter(said["tensors"].values()))["shape"] = [10**18]
     put(path, said)
 
 
-@spoils("bytes, more than any")
+@spoils("bytes, more than the")
 def a_manifest_without_end(path: Path) -> None:
     with (path / "manifest.json").open("r+b") as file:
         file.truncate(2**40)
@@ -182,7 +182,7 @@ def a_header_that_claims_all_memory(path: Path) -> None:
 # Code
 
 
-@spoils("this is no graph")
+@spoils("is damaged")
 def a_pickle_as_a_graph(path: Path) -> None:
     name, _, _ = first(path)
     renewed(path, name, pickle.dumps(Runs()))
@@ -204,27 +204,27 @@ def a_pickle_as_a_manifest(path: Path) -> None:
     (path / "manifest.json").write_bytes(pickle.dumps(Runs()))
 
 
-@spoils("only operators of")
+@spoils("'torch.load', which is not on the list")
 def a_function_of_python(path: Path) -> None:
     wrong(path, lambda nodes: nodes[0].update(target="torch.load"))
 
 
-@spoils("only operators of")
+@spoils("'os.system', which is not on the list")
 def a_function_of_a_module(path: Path) -> None:
     wrong(path, lambda nodes: nodes[0].update(target="os.system"))
 
 
-@spoils("is not allowed in artifacts")
+@spoils("which is not on the list of operators")
 def an_operator_that_reads_files(path: Path) -> None:
     wrong(path, lambda nodes: nodes[0].update(target="torch.ops.aten.from_file.default"))
 
 
-@spoils("which writes into its arguments")
+@spoils("which is not on the list of operators")
 def an_operator_that_writes(path: Path) -> None:
     wrong(path, lambda nodes: nodes[0].update(target="torch.ops.aten.add_.Tensor"))
 
 
-@spoils("does not have")
+@spoils("which is not on the list of operators")
 def an_operator_that_is_none(path: Path) -> None:
     wrong(path, lambda nodes: nodes[0].update(target="torch.ops.aten.__class__.__mro__"))
 
@@ -239,13 +239,184 @@ def an_expression_to_evaluate(path: Path) -> None:
     wrong(path, change)
 
 
-@spoils("cannot take what it is given")
+@spoils(r"nodes\[\d+\] \(torch.ops.aten.reshape.default\).*shape '\[7, 11, 13\]' is invalid")
 def shapes_that_do_not_fit(path: Path) -> None:
     def change(nodes: list[dict[str, Any]]) -> None:
         view = next(n for n in nodes if n["target"] == "torch.ops.aten.reshape.default")
         view["inputs"][1]["arg"]["as_ints"] = [7, 11, 13]
 
     wrong(path, change)
+
+
+# Memory
+
+
+def arguments_of(nodes: list[dict[str, Any]], target: str) -> list[dict[str, Any]]:
+    return next(n for n in nodes if n["target"] == f"torch.ops.aten.{target}")["inputs"]
+
+
+@spoils("makes a value of 17592186044416 bytes, more than the")
+def a_value_larger_than_said(path: Path) -> None:
+    def change(nodes: list[dict[str, Any]]) -> None:
+        node = next(n for n in nodes if "as_tensor" in n["outputs"][0])
+        node["target"] = "torch.ops.aten.full.default"
+        node["inputs"] = [{"name": "size", "arg": {"as_ints": [2**42]}, "kind": 1},
+                          {"name": "fill_value", "arg": {"as_float": 1.0}, "kind": 1}]
+
+    wrong(path, change)
+
+
+@spoils(r"it makes 200000000 results, but \d+ are taken")
+def results_without_number(path: Path) -> None:
+    """2e8 of one element each took 6 GB while they were loaded."""
+    def change(nodes: list[dict[str, Any]]) -> None:
+        at = next(i for i, n in enumerate(nodes) if "as_tensors" in n["outputs"][0])
+        name = nodes[at]["outputs"][0]["as_tensors"][0]["name"]
+        nodes.insert(at, {"target": "torch.ops.aten.expand.default", "metadata": {}, "inputs": [
+            {"name": "self", "arg": {"as_tensor": {"name": "many0"}}, "kind": 1},
+            {"name": "size", "arg": {"as_ints": [200_000_000]}, "kind": 1}],
+            "outputs": [{"as_tensor": {"name": "many"}}]})
+        nodes.insert(at, {"target": "torch.ops.aten.full.default", "metadata": {}, "inputs": [
+            {"name": "size", "arg": {"as_ints": [1]}, "kind": 1},
+            {"name": "fill_value", "arg": {"as_float": 1.0}, "kind": 1}],
+            "outputs": [{"as_tensor": {"name": "many0"}}]})
+        nodes[at + 2] = {"target": "torch.ops.aten.unbind.int", "metadata": {}, "inputs": [
+            {"name": "self", "arg": {"as_tensor": {"name": "many"}}, "kind": 1}],
+            "outputs": [{"as_tensors": [{"name": name}]}]}
+
+    said = manifest(path)
+    said["memory"]["values"] = 2**40
+    put(path, said)
+    wrong(path, change)
+
+
+@spoils("says that a rank takes 100 bytes of values, but its programs take|bytes, more than the 100")
+def less_memory_than_it_takes(path: Path) -> None:
+    said = manifest(path)
+    said["memory"]["values"] = 100
+    put(path, said)
+
+
+# Writing
+
+
+@spoils("writes into the parameter")
+def weights_that_are_written(path: Path) -> None:
+    """Into the first parameter, what an operator made of it."""
+    said = manifest(path)
+    name = said["calls"][0]["ranks"][0]["body"]["functions"]["main"]
+    document = json.loads((path / name).read_text())
+    graph = document["graph_module"]["graph"]
+    kinds = [kind for kind, _ in said["calls"][0]["ranks"][0]["body"]["inputs"]]
+    weight = graph["inputs"][kinds.index("parameter")]["as_tensor"]["name"]
+    graph["nodes"].append({"target": "torch.ops.aten.copy_.default", "metadata": {}, "inputs": [
+        {"name": n, "arg": {"as_tensor": {"name": weight}}, "kind": 1} for n in ("self", "src")],
+        "outputs": [{"as_tensor": {"name": "written"}}]})
+    renewed(path, name, json.dumps(document).encode())
+
+
+# References
+
+
+@spoils("which nothing before it has made")
+def a_value_that_comes_later(path: Path) -> None:
+    def change(nodes: list[dict[str, Any]]) -> None:
+        node = next(n for n in nodes if "as_tensor" in n["outputs"][0] and "as_tensor" in n["inputs"][0]["arg"])
+        node["inputs"][0]["arg"]["as_tensor"]["name"] = node["outputs"][0]["as_tensor"]["name"]
+
+    wrong(path, change)
+
+
+@spoils("returns .* but the model")
+def results_of_another_shape(path: Path) -> None:
+    said = manifest(path)
+    said["calls"][0]["results"][0]["shape"][0] += 1
+    put(path, said)
+
+
+@spoils("takes the argument 'arg_99', which is not there")
+def an_argument_that_is_not_there(path: Path) -> None:
+    said = manifest(path)
+    entries = said["calls"][0]["ranks"][0]["body"]["inputs"]
+    next(e for e in entries if e[0] == "argument")[1] = "arg_99"
+    put(path, said)
+
+
+# JSON
+
+
+def text_of(path: Path, old: str, new: str) -> None:
+    text = (path / "manifest.json").read_text()
+    assert old in text
+    (path / "manifest.json").write_text(text.replace(old, new, 1))
+
+
+@spoils("the key 'spec' is there twice")
+def a_key_twice(path: Path) -> None:
+    text_of(path, '"spec":', '"spec": "ulysses=1", "spec":')
+
+
+@spoils("NaN is no number of JSON")
+def a_size_that_is_no_number(path: Path) -> None:
+    text_of(path, '"world_size": 1', '"world_size": NaN')
+
+
+@spoils("is damaged: Exceeds the limit")
+def a_number_of_many_digits(path: Path) -> None:
+    text_of(path, '"world_size": 1', '"world_size": 1' + "0" * 5000)
+
+
+@spoils(r"outputs.*is nested more than 32 times")
+def results_nested_deeply(path: Path) -> None:
+    said = manifest(path)
+    for _ in range(200):
+        said["calls"][0]["outputs"] = {"tuple": [said["calls"][0]["outputs"]]}
+    put(path, said)
+
+
+@spoils("which is none of the files of")
+def a_name_without_end(path: Path) -> None:
+    said = manifest(path)
+    said["calls"][0]["ranks"][0]["body"]["functions"]["main"] = "x" * 100_000
+    put(path, said)
+
+
+# Files
+
+
+@spoils("is missing, or no plain file")
+def a_manifest_that_is_a_link(path: Path) -> None:
+    os.replace(path / "manifest.json", path.parent / "elsewhere")
+    (path / "manifest.json").symlink_to(path.parent / "elsewhere")
+
+
+@spoils("is missing, or no plain file")
+def a_pipe_without_end(path: Path) -> None:
+    name, _, _ = first(path)
+    (path / name).unlink()
+    os.mkfifo(path / name)
+
+
+@spoils("is missing, or no plain file")
+def a_folder_for_a_file(path: Path) -> None:
+    name, _, _ = first(path)
+    (path / name).unlink()
+    (path / name).mkdir()
+
+
+# How it is run
+
+
+@spoils("says backend=inductor, compile_options=.*but how programs are run is not for a file to say")
+def a_compiler_to_run(path: Path) -> None:
+    said = manifest(path)
+    said["spec"] = said["calls"][0]["spec"] = 'ulysses=1,backend=inductor,compile_options={"cpp.cxx": ["./evil"]}'
+    put(path, said)
+
+
+@spoils("says attention_kernel=flash_attn")
+def an_attention_kernel(path: Path) -> None:
+    put(path, manifest(path) | {"spec": "ulysses=1,attention_kernel=flash_attn"})
 
 
 # What it says of itself
@@ -268,14 +439,14 @@ def another_world(path: Path) -> None:
     put(path, manifest(path) | {"world_size": 2})
 
 
-@spoils("does not say what it should")
+@spoils("has no 'calls'")
 def without_calls(path: Path) -> None:
     said = manifest(path)
     del said["calls"]
     put(path, said)
 
 
-@spoils("is float32|was exported with")
+@spoils("as float32.*but it is bfloat16")
 def weights_of_another_type(path: Path) -> None:
     said = manifest(path)
     next(iter(said["tensors"].values()))["dtype"] = "bfloat16"

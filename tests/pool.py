@@ -7,7 +7,7 @@ import faulthandler
 import multiprocessing
 import pickle
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch.distributed as dist
 
+from xdit_compile.runtime.control.store import listening_store
 from xdit_compile.runtime.launch import Failure, become_rank, failure_of, kill, pack_call, rank_environment
 
 # Seconds that the other ranks of a case get to answer once one of them has failed.
@@ -64,6 +65,17 @@ class Pool:
             raise RemoteError(f"ranks {missing} did not answer within {timeout} s")
         return [answers[rank] for rank in chosen]
 
+    def answers(self, fn: Callable[..., Any], *args: Any, ranks: Iterable[int], without: Iterable[int] = (),
+                timeout: float = 120.0) -> dict[int, Any]:
+        """What each of `ranks` answered to ``fn(*args)``, or its `Failure`; those `without` are not waited for, as they
+        are expected to be lost. Workers that did not come through it well are started anew."""
+        if not self._processes:
+            self._start()
+        answers = self._exchange(list(ranks), pack_call(fn, args, {}), timeout, set(without))
+        if without or not self._healthy():
+            self.close()
+        return answers
+
     def close(self) -> None:
         """Stop the workers; the next `run` starts new ones."""
         kill(self._processes)
@@ -72,7 +84,7 @@ class Pool:
         self._processes, self._pipes, self._store = [], [], None
 
     def _start(self) -> None:
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store = listening_store()
         context = multiprocessing.get_context("spawn")
         for rank in range(self.world):
             ours, theirs = context.Pipe()
@@ -85,12 +97,13 @@ class Pool:
         for pipe in self._pipes:
             pipe.recv_bytes()
 
-    def _exchange(self, ranks: list[int], call: bytes, timeout: float) -> dict[int, Any]:
-        """Send `call` to `ranks` and collect what they answer in time: a result, or a `Failure`."""
+    def _exchange(self, ranks: list[int], call: bytes, timeout: float, lost: Collection[int] = ()) -> dict[int, Any]:
+        """Send `call` to `ranks` and collect what they answer in time, but for the `lost`: a result, or a `Failure`."""
         answers: dict[int, Any] = {}
         waiting = {self._pipes[rank]: rank for rank in ranks}
         for pipe in waiting:
             pipe.send_bytes(call)
+        waiting = {pipe: rank for pipe, rank in waiting.items() if rank not in lost}
         deadline = time.monotonic() + timeout
         while waiting and (left := deadline - time.monotonic()) > 0:
             for ready in wait(list(waiting), left):

@@ -19,13 +19,24 @@ import torch
 import zoo
 from accelerate import init_empty_weights
 from pool import Pool
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save, save_file
 from test_pipelines import folders  # noqa: F401
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import xdit_compile
+from xdit_compile.artifact.checks import before
+from xdit_compile.artifact.files import ArtifactFolder
+from xdit_compile.artifact.graph_reader import Setting, decode
+from xdit_compile.artifact.graph_writer import encode
+from xdit_compile.artifact.load import ArtifactLoader
+from xdit_compile.artifact.permissions import KINDS, operator_named, permissions
+from xdit_compile.artifact.running import Running
 from xdit_compile.cli import main as cli
-from xdit_compile.errors import ArtifactError, CaptureError
+from xdit_compile.errors import ArtifactError, CaptureError, SpecError
 from xdit_compile.ir.pytree import flatten
+from xdit_compile.kernels.base import KernelUnavailable
+from xdit_compile.report.units import size
 
 EXACT = 1e-5
 MODELS = ("dit", "sd3", "flux", "wan", "cogvideox", "hunyuan_dit")
@@ -255,3 +266,206 @@ def test_a_pipeline_exported_by_the_command(folders: str, tmp_path: Path,  # noq
     expected = drawn()
     pipe.transformer = xdit_compile.load(out)
     assert torch.allclose(drawn(), expected, atol=1e-5)
+
+
+class Labelled(nn.Module):
+    """Label embeddings enter with the sample alone: nothing is left to be computed once per step."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.enter, self.labels, self.leave = nn.Linear(8, width), nn.Embedding(10, width), nn.Linear(width, 8)
+        self.blocks = nn.ModuleList([nn.TransformerEncoderLayer(width, 2, 64, 0.0, batch_first=True) for _ in range(2)])
+
+    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = self.enter(hidden_states) + self.labels(labels)[:, None]
+        for block in self.blocks:
+            x = block(x)
+        return self.leave(x)
+
+
+def labelled(label: int = 3) -> dict[str, torch.Tensor]:
+    return {"hidden_states": torch.linspace(-1, 1, 128).reshape(1, 16, 8), "timestep": torch.ones(1),
+            "labels": torch.tensor([label])}
+
+
+def test_stages_with_nothing_to_do_once_per_step(tmp_path: Path, pool: Pool) -> None:
+    torch.manual_seed(0)
+    model = Labelled().eval()
+    path = xdit_compile.export(model, "pipefusion=2,patches=2,warmup=all", labelled(), tmp_path / "model.xdit",
+                               weights="included")
+    ranks = json.loads((path / "manifest.json").read_text())["calls"][0]["ranks"]
+    files = [path / rank["stage"]["once"]["functions"]["main"] for rank in ranks]
+    assert any(json.loads(file.read_text())["graph_module"]["graph"]["outputs"] == [] for file in files)
+    with torch.no_grad():
+        expected = model(**labelled())
+    for found in pool.run(artifact_runs.called, str(path), labelled(), ranks=range(2)):
+        assert torch.allclose(found, expected, atol=EXACT)
+
+
+def test_graphs_without_inputs_or_results_are_written(tmp_path: Path) -> None:
+    setting = Setting(torch.device("cpu"), "auto", {}, 10**6)
+    with FakeTensorMode():
+        for takes, makes in ((0, 0), (0, 1), (2, 0), (1, 2)):
+            graph = fx.Graph()
+            given = [graph.placeholder(f"x{i}") for i in range(takes)]
+            made = [graph.call_function(torch.ops.aten.arange.default, (5 + i,)) for i in range(makes)]
+            for i, node in enumerate([*given, *made]):
+                node.meta["val"] = torch.arange(5 + (i - takes)) if i >= takes else torch.empty(3)
+            graph.output(tuple(made))
+            read = decode(encode(fx.GraphModule({}, graph)), {}, setting, "here")
+            assert len(read.graph.find_nodes(op="placeholder")) == takes
+            assert [tuple(v.shape) for v in read.graph.output_node().meta["val"]] == [(5 + i,) for i in range(makes)]
+
+
+def test_how_it_is_run_is_said_to_load_alone(good: Path, tmp_path: Path) -> None:
+    case = zoo.CASES["dit"]
+    for spec, complaint in (("ulysses=1,backend=inductor", "backend=inductor says how programs are run"),
+                            ("ulysses=1,attention_kernel=torch", "attention_kernel=torch says how")):
+        with pytest.raises(ArtifactError, match=complaint):
+            xdit_compile.export(cases.made(case), spec, case.inputs(1, False), tmp_path / "model.xdit")
+    assert "backend" not in json.loads((good / "manifest.json").read_text())["spec"]
+    with pytest.raises(SpecError, match=r"epilogue_fusio\b"):
+        xdit_compile.load(good, backend="inductor", compile_options={"epilogue_fusio": True})
+    with pytest.raises(SpecError, match="compile_mode has no effect with backend=eager"):
+        xdit_compile.load(good, mode="max-autotune")
+
+
+def test_the_attention_kernel_is_the_loader_s(tmp_path: Path) -> None:
+    """In files attention is an operator that names no kernel; loaded it is the one that was asked for, or refused."""
+    case = zoo.CASES["sd3"]
+    path = xdit_compile.export(cases.made(case), "ring=2", case.inputs(1, False), tmp_path / "model.xdit")
+    text = "".join(p.read_text() for p in path.glob("*.json"))
+    assert '"as_string":"auto"' in text.replace(" ", "") and '"torch"' not in text.partition("made_with")[0]
+    with pytest.raises(KernelUnavailable, match="flash_attn"):
+        ArtifactLoader(ArtifactFolder.at(path), Running(attention_kernel="flash_attn"), None).memory(0)
+    program = ArtifactLoader(ArtifactFolder.at(path), Running(attention_kernel="torch"), None).calls[0].of(0).body
+    called = [n for _, m in program.functions() for n in m.graph.nodes
+              if n.target is torch.ops.xdit_compile.attention_lse.default]
+    assert called and {n.args[-1] for n in called} == {"torch"}
+
+
+def test_memory_is_shown_and_limited(good: Path) -> None:
+    memory = xdit_compile.inspect(good).memory
+    assert memory.weights == sum(t.nbytes for t in xdit_compile.load(good).state_dict().values())
+    assert f"values {size(memory.values)}" in str(xdit_compile.inspect(good))
+    xdit_compile.load(good, max_memory=memory.total)
+    with pytest.raises(ArtifactError, match=f"more than max_memory={memory.total - 1}"):
+        xdit_compile.load(good, max_memory=memory.total - 1)
+
+
+@pytest.mark.parametrize("label", [-1, 10, 2**40])
+def test_indices_of_a_call_are_compared_when_it_comes(tmp_path: Path, label: int) -> None:
+    path = xdit_compile.export(Labelled().eval(), "ulysses=1", labelled(), tmp_path / "model.xdit", weights="included")
+    with pytest.raises(ArtifactError, match="out of range"):
+        xdit_compile.load(path)(**labelled(label))
+
+
+def test_indices_that_are_constants_are_compared_at_load(tmp_path: Path) -> None:
+    class Ordered(Labelled):
+        def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden_states[:, torch.tensor([3, 1, 2, 0, 7, 5])], timestep, labels)
+
+    path = xdit_compile.export(Ordered().eval(), "ulysses=1", labelled(), tmp_path / "model.xdit", weights="included")
+    xdit_compile.load(path)
+    tensors = load_file(path / "constants.safetensors")
+    (name,) = (n for n, t in tensors.items() if t.dtype == torch.int64 and t.numel() == 6)
+    tensors[name][2] = 16
+    hostile.renewed(path, "constants.safetensors", save(tensors))
+    with pytest.raises(ArtifactError, match=r"indices from 0 to 16, where there are elements -16 to 15"):
+        xdit_compile.load(path)
+
+
+# The list of permissions
+
+
+INDEXED = {
+    "aten.embedding.default": lambda x, i: (x, i),
+    "aten.gather.default": lambda x, i: (x, 0, i[:, None].expand(-1, 4)),
+    "aten.index_select.default": lambda x, i: (x, 0, i),
+    "aten.index.Tensor": lambda x, i: (x, [i]),
+    "aten.index_put.default": lambda x, i: (x, [i], torch.ones(2, 4)),
+    "aten.index_copy.default": lambda x, i: (x, 0, i, torch.ones(2, 4)),
+    "aten.scatter_add.default": lambda x, i: (x, 0, i[:, None].expand(-1, 4), torch.ones(2, 4)),
+    "aten.one_hot.default": lambda x, i: (i, 6),
+}
+"""A call of each operator that takes indices of six rows."""
+
+
+@pytest.mark.parametrize("name", sorted(n for n, p in permissions().items() if p.kind == "index"))
+def test_kernels_compare_indices(name: str) -> None:
+    """What the list says of this kind: else the artifact would have to do it."""
+    operator, _ = operator_named(f"torch.ops.{name}")
+    operator(*INDEXED[name](torch.ones(6, 4), torch.tensor([0, 5])))
+    for wrong in (6, 2**33, 2**62, -7, -(2**40)):
+        with pytest.raises((RuntimeError, IndexError)):
+            operator(*INDEXED[name](torch.ones(6, 4), torch.tensor([0, wrong])))
+
+
+def test_the_list_of_permissions() -> None:
+    for name, permission in permissions().items():
+        assert permission.kind in KINDS
+        assert bool(permission.writes) == (name == "aten.copy_.default") == (permission.kind == "write"), name
+        operator, _ = operator_named(f"torch.ops.{name}")
+        assert {torch.Tag.nondeterministic_seeded, torch.Tag.inplace_view} & set(operator.tags) == set() or (
+            name == "aten.scaled_dot_product_attention.default"), name
+        assert permission.kind != "element-wise" or len(operator._schema.returns) == 1
+    for name in ("aten._reshape_alias_copy.default", "aten._convert_indices_from_csr_to_coo.default",
+                 "aten.max_pool2d_with_indices_backward.default", "aten.segment_reduce.default",
+                 "aten.set_.source_Tensor", "aten._sparse_csr_tensor_unsafe.default", "aten.manual_seed.default",
+                 "aten._print.default", "aten.ljust.default", "aten.rand.default", "aten.as_strided.default",
+                 "aten.from_file.default", "aten.empty.memory_format", "aten.view.dtype", "aten.add_.Tensor",
+                 "aten._unsafe_index.Tensor"):
+        with pytest.raises(ArtifactError, match="not on the list"):
+            operator_named(f"torch.ops.{name}")
+
+
+def test_operators_that_are_not_on_the_list_are_refused_at_export(tmp_path: Path) -> None:
+    class Sampling(Labelled):
+        def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return super().forward(torch.special.bessel_j0(hidden_states), timestep, labels)
+
+    with pytest.raises(ArtifactError, match=r"aten.special_bessel_j0.default \(.*\) is not on the list of operators"):
+        xdit_compile.export(Sampling().eval(), "ulysses=1", labelled(), tmp_path / "model.xdit")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_attention_is_given_what_fits() -> None:
+    """Some kernels believe shapes, and end the process where they are wrong."""
+    q = torch.empty(1, 2, 8, 4, device="meta")
+    before("attention", "aten.scaled_dot_product_attention.default", (q, q, q), {}, 1, {})
+    for k, v in ((q[:, :, :5], q), (q, q[:, :, :5]), (q[:, :1], q), (q[..., :3], q), (q[:, :, :0], q[:, :, :0]),
+                 (q.half(), q), (q[0], q)):
+        with pytest.raises(ArtifactError, match="attention of q"):
+            before("attention", "aten.scaled_dot_product_attention.default", (q, k, v), {}, 1, {})
+
+
+@pytest.mark.parametrize(("args", "complaint"), [
+    (([4, 4], [4, 4], "world"), "none of this artifact"), (([4, 4, 4], [4, 4], "u"), "sends"),
+    (([4, 4], [4, 5], "u"), "sends"), (([9, -1], [4, 4], "u"), "sends")])
+def test_values_are_exchanged_in_the_artifact_s_groups(args: tuple[Any, ...], complaint: str) -> None:
+    x = torch.empty(8, 2, device="meta")
+    before("collective", "_c10d_functional.all_to_all_single.default", (x, [4, 4], [4, 4], "u"), {}, 1, {"u": 2})
+    with pytest.raises(ArtifactError, match=complaint):
+        before("collective", "_c10d_functional.all_to_all_single.default", (x, *args), {}, 1, {"u": 2})
+    for name, wrong in (("all_gather_into_tensor", (x, 3, "u")), ("all_reduce", (x, "product", "u"))):
+        with pytest.raises(ArtifactError, match=r"it exchanges|it reduces"):
+            before("collective", f"_c10d_functional.{name}.default", wrong, {}, 1, {"u": 2})
+
+
+def campaign(count: int, seed: int) -> dict[str, Any]:
+    script = Path(__file__).with_name("campaigns") / "artifacts.py"
+    done = subprocess.run([sys.executable, str(script), "--count", str(count), "--seed", str(seed), "--json"],
+                          capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_spoiled_artifacts_are_refused_or_harmless() -> None:
+    figures = campaign(200, 1)
+    assert figures["refused"] > 100 and figures["ran"] > 5 and figures["exact"] > 0 and figures["slowest"] < 30
+
+
+@pytest.mark.whole
+@pytest.mark.timeout(2000)
+def test_many_spoiled_artifacts() -> None:
+    assert campaign(5000, 2)["refused"] > 3000

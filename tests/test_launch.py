@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
+import calls
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
 from pool import Pool, RemoteError
 
+from xdit_compile.api import parallelize
 from xdit_compile.errors import LaunchError, RankFailure
-from xdit_compile.runtime.launch import init_from_env, launch
+from xdit_compile.runtime.control.control_plane import ControlPlane
+from xdit_compile.runtime.launch import init_from_env, kill, launch
 
 
 def everything(size: int, *, scale: float) -> dict[str, object]:
@@ -129,6 +138,117 @@ except KeyboardInterrupt:
 def test_ctrl_c_ends_the_ranks() -> None:
     ran = python(INTERRUPTED.format(tests=os.path.dirname(__file__)), timeout=120)
     assert ran.stdout == "interrupted with 0 children\n", ran.stderr
+
+
+KILLED = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_launch import stops
+from xdit_compile.runtime.launch import launch
+launch(stops, {folder!r}, world_size=2, device="cpu")
+"""
+
+
+def stops(folder: str) -> None:
+    Path(folder, str(os.getpid())).touch()
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(600)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a stopped process does not learn of its parent's end")
+def test_a_killed_launcher_leaves_no_ranks_and_no_files(tmp_path: Path) -> None:
+    seen, temporary = tmp_path / "seen", tmp_path / "temporary"
+    seen.mkdir()
+    temporary.mkdir()
+    code = KILLED.format(tests=os.path.dirname(__file__), folder=str(seen))
+    launcher = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(temporary)})
+    soon(lambda: len(list(seen.iterdir())) == 2, 90)
+    soon(lambda: any(psutil.Process(int(f.name)).status() == psutil.STATUS_STOPPED for f in seen.iterdir()), 30)
+    launcher.kill()
+    launcher.wait()
+    soon(lambda: not any(psutil.pid_exists(int(f.name)) and psutil.Process(int(f.name)).status() !=
+                         psutil.STATUS_ZOMBIE for f in seen.iterdir()), 30)
+    assert list(temporary.glob("xdit*")) == []
+
+
+def soon(what: Callable[[], bool], seconds: float) -> None:
+    """Wait until something is true; it must be so in time."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def listening() -> list[str]:
+    """The addresses that this process and its parent accept connections on, with groups of all kinds made."""
+    torch.manual_seed(0)
+    parallel = parallelize(calls.Tiny().eval(), "ulysses=2", timeout=60)
+    with torch.no_grad():
+        parallel(**calls.inputs())
+    processes = psutil.Process(), psutil.Process().parent()
+    return [c.laddr.ip for p in processes for c in p.net_connections() if c.status == psutil.CONN_LISTEN]
+
+
+def test_all_that_listens_does_so_on_loopback() -> None:
+    for addresses in launch(listening, world_size=2, device="cpu"):
+        assert addresses and set(addresses) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, addresses
+
+
+def by_hand(rank: int, size: int, port: int, folder: str) -> None:
+    """A rank that no launcher started: rank 0 hosts the store. What it saw of ``init_from_env`` and after."""
+    variables = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(variables)
+    # Starting takes longer than some of the waits below.
+    Path(folder, f"started{rank}").touch()
+    soon(lambda: Path(folder, "started0").exists() and Path(folder, "started1").exists(), 90)
+    start, said = time.monotonic(), "right"
+    try:
+        init_from_env("cpu", timeout=3.0 if size > 2 else 60.0)
+        control = ControlPlane(range(size), timeout=4.0)
+        control.agree("before", {})
+        addresses = [c.laddr.ip for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN]
+        said = f"listens {set(addresses) <= {'127.0.0.1'}}; "
+        Path(folder, f"ready{rank}").touch()
+        if rank == 0:
+            soon(lambda: Path(folder, "ready1").exists(), 30)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        start = time.monotonic()
+        control.agree("after", {})
+    except Exception as error:
+        said = said.removeprefix("right") + f"{type(error).__name__}: {error}"
+    Path(folder, f"said{rank}").write_text(f"{time.monotonic() - start:.1f}|{said}")
+
+
+def started_by_hand(size: int, ranks: Sequence[int], folder: Path) -> list[Any]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    made = [context.Process(target=by_hand, args=(rank, size, port, str(folder)), daemon=True) for rank in ranks]
+    for process in made:
+        process.start()
+    return made
+
+
+def test_a_stopped_host_of_the_store_is_named(tmp_path: Path) -> None:
+    made = started_by_hand(2, (0, 1), tmp_path)
+    try:
+        soon(lambda: (tmp_path / "said1").exists(), 120)
+    finally:
+        kill(made)
+    seconds, said = (tmp_path / "said1").read_text().split("|")
+    assert said.startswith("listens True; RankFailure: rank 0 stopped responding"), said
+    assert float(seconds) < 30
+
+
+def test_a_rank_that_never_joins_is_named(tmp_path: Path) -> None:
+    made = started_by_hand(3, (0, 1), tmp_path)
+    try:
+        soon(lambda: all((tmp_path / f"said{r}").exists() for r in (0, 1)), 120)
+    finally:
+        kill(made)
+    for rank in (0, 1):
+        assert "RankFailure: rank 2 did not join the job within 3 s" in (tmp_path / f"said{rank}").read_text()
 
 
 def rank_and(value: int) -> tuple[int, int]:

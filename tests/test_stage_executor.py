@@ -380,4 +380,4 @@ def test_a_condition_of_which_nothing_is_used_for_long_is_forgotten() -> None:
     for i in range(20):
         call(f"prompt {i}", 9)
         call(f"prompt {i}", 7 - i / 100)
-    assert len(call.loops._lanes) <= 2
+    assert len(call.loops._loops) <= 2

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from xdit_compile.driver.compile_call import compile_program
-from xdit_compile.frontend.model_state import state_token
+from xdit_compile.frontend.model_state import describe
 from xdit_compile.frontend.program_cache import captured
 from xdit_compile.runtime.execution.executor import Executor
 from xdit_compile.spec import ShardingSpec
@@ -46,9 +46,9 @@ def sets_in_another_order(m: nn.Sequential) -> None:
 def test_same(change: Callable[[nn.Sequential], None]) -> None:
     m = model()
     m.extra, m.names = None, {0, 8}
-    before = state_token(m)
+    before = describe(m).value
     change(m)
-    assert state_token(m) == before
+    assert describe(m).value == before
 
 
 def shared(m: nn.Sequential) -> None:
@@ -76,9 +76,9 @@ def exchanged(m: nn.Sequential) -> None:
 def test_different(change: Callable[[nn.Sequential], None]) -> None:
     m = model()
     m.factor = 1
-    before = state_token(m)
+    before = describe(m).value
     change(m)
-    assert state_token(m) != before
+    assert describe(m).value != before
 
 
 def test_program_reads_the_layers_that_are_there_and_keeps_none() -> None:

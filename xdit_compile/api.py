@@ -15,10 +15,11 @@ from xdit_compile.driver.compile_call import Dump
 from xdit_compile.driver.model_runner import ModelRunner
 from xdit_compile.driver.parallel_model import Parallel, parallel_model
 from xdit_compile.errors import SpecError, XditError
+from xdit_compile.frontend.mechanisms import check, obstacle, unwrapped
 from xdit_compile.frontend.program_cache import captured
 from xdit_compile.ir.call_arguments import Inputs, call_arguments
 from xdit_compile.ir.program import Program
-from xdit_compile.pipelines.parallel_pipeline import ParallelPipeline, is_pipeline, parallel_pipeline
+from xdit_compile.pipelines.parallel_pipeline import ParallelPipeline, captured_parts, is_pipeline, parallel_pipeline
 from xdit_compile.runtime.compilation.regional import compiler_for
 from xdit_compile.runtime.launch import init_from_env
 from xdit_compile.runtime.parallel_group import ParallelGroup
@@ -71,7 +72,7 @@ def parallelize(model: Any, spec: str | dict | ShardingSpec, *, ranks: Sequence[
         SpecError: the spec does not fit the processes or the model. CaptureError: the model cannot be captured.
         RankMismatch, RankFailure: another rank holds something else, or is gone.
     """
-    spec = ShardingSpec.parse(spec)
+    spec, model = ShardingSpec.parse(spec), unwrapped(model)
     if isinstance(model, (Parallel, ParallelPipeline)):
         raise SpecError("the model is parallel already; call parallelize on the original")
     if not isinstance(model, nn.Module) and not is_pipeline(model):
@@ -87,7 +88,11 @@ def parallelize(model: Any, spec: str | dict | ShardingSpec, *, ranks: Sequence[
     if spec.backend != "eager":
         compiler_for(spec)
     group = ParallelGroup(spec, chosen, timeout)
-    group.control.agree("parallelize", {"spec": str(spec), "model": type(model).__qualname__})
+    parts = captured_parts(model, spec) if is_pipeline(model) else [model]
+    group.control.agree("parallelize", {"spec": str(spec), "model": type(model).__qualname__,
+                                       "what is in the way": str([obstacle(part) for part in parts])})
+    for part in parts:
+        check(part)
     if is_pipeline(model):
         if weights is not None and not isinstance(weights, Mapping):
             raise XditError("weights of a pipeline are given by component, as in "

@@ -24,7 +24,17 @@ class PlanError(XditError):
 
 
 class RankMismatch(XditError):
-    """Raised on every rank when ranks of one group hold different inputs, plans or specs."""
+    """Raised on every rank when ranks of one group hold different inputs, weights, plans or specs.
+
+    `keys` are the names of what differs.
+    """
+
+    def __init__(self, text: str, keys: frozenset[str] = frozenset()) -> None:
+        super().__init__(text)
+        self.keys = keys
+
+    def __reduce__(self) -> tuple[type[RankMismatch], tuple[str, frozenset[str]]]:
+        return type(self), (str(self), self.keys)
 
 
 class RankFailure(XditError):

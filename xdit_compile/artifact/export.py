@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_compile.artifact.files import ArtifactDraft, drafted
+from xdit_compile.artifact.files import ArtifactDraft, ArtifactFolder, drafted
 from xdit_compile.artifact.json_values import (
     Json,
     dtype_name,
@@ -21,9 +21,12 @@ from xdit_compile.artifact.json_values import (
     signature_json,
     structure_json,
 )
+from xdit_compile.artifact.load import ArtifactLoader
+from xdit_compile.artifact.memory import UNLIMITED, Memory
 from xdit_compile.artifact.native_reader import target_of
 from xdit_compile.artifact.native_writer import AheadOfTimePackages
 from xdit_compile.artifact.program_writer import program_json, stage_json
+from xdit_compile.artifact.running import Running
 from xdit_compile.driver.captured_programs import CapturedPrograms
 from xdit_compile.driver.compile_call import Compiled
 from xdit_compile.errors import ArtifactError, SpecError, XditError
@@ -51,7 +54,8 @@ def export(model: nn.Module, spec: str | dict | ShardingSpec, example_inputs: In
         weights: ``reference`` leaves them in the model's own safetensors files, which `load` is told of; ``included``
             writes them into the artifact, those of each stage as one file.
         native: also compile every function ahead by AOTInductor, for the kind of device that the model is on; takes a
-            while, and `load` runs it where PyTorch and the device are the same.
+            while, and `load` runs it where PyTorch and the device are the same. The spec's words for inductor and its
+            attention kernel are for this; without it how programs are run is for `load` to be told.
         overwrite: whether an artifact that is there is replaced.
         progress: called with what is done next.
 
@@ -64,6 +68,10 @@ def export(model: nn.Module, spec: str | dict | ShardingSpec, example_inputs: In
     spec, path = ShardingSpec.parse(spec), Path(path)
     if weights not in ("reference", "included"):
         raise ArtifactError(f"weights are left by 'reference' or 'included', not {weights!r}")
+    if (words := Running.of(spec).words) and not (native and spec.backend in ("eager", "inductor")):
+        raise ArtifactError(f"{' and '.join(words)} says how programs are run, which is not written into an artifact; "
+                            "leave it out here and give it to load()" + (
+                                ", or give native=True to compile ahead" if spec.backend == "inductor" else ""))
     if spec.vae_degree > 1 or spec.encoders != "everywhere":
         raise SpecError(f"{spec} speaks of a pipeline's autoencoder or encoders, but an artifact holds one model")
     calls = example_inputs if _several(example_inputs) else [example_inputs]
@@ -71,15 +79,27 @@ def export(model: nn.Module, spec: str | dict | ShardingSpec, example_inputs: In
         writer = _Writer(model, spec, draft, progress, native)
         written = [writer.call(*call_arguments(model, inputs), number) for number, inputs in enumerate(calls)]
         tensors, files = writer.tensors(weights == "included")
-        draft.finish({
+        manifest = {
             "made_with": {"xdit_compile": version("xdit-compile"), "torch": torch.__version__},
             "passes": pass_digests(),
             "model": {"class": type(model).__name__, "config": _config(model)},
-            "spec": str(spec), "world_size": spec.world_size, "device": device_of_model(model).type,
-            "signature": signature_json(_signature(model)), "calls": written, "constants": writer.constants_file(),
+            "spec": str(Running().on(spec)), "world_size": spec.world_size, "device": device_of_model(model).type,
+            "signature": signature_json(inspect.signature(model.forward)), "calls": written,
+            "constants": writer.constants_file(),
             "tensors": tensors, "weights": files,
-            "native": target_of(device_of_model(model)) if native else None})
+            "native": target_of(device_of_model(model)) if native else None}
+        progress("reading it again")
+        draft.finish({**manifest, "memory": Memory().to_json()})
+        draft.finish({**manifest, "memory": _memory(draft.folder).to_json()})
     return path
+
+
+def _memory(folder: Path) -> Memory:
+    """What a rank takes at most of what was written, which is read as `load` does: all of it can be."""
+    loading, made = ArtifactLoader(ArtifactFolder.at(folder), Running(), None, declared=UNLIMITED), Memory()
+    for rank in range(loading.spec.world_size):
+        made = made.most(loading.memory(rank))
+    return made
 
 
 class _Writer:
@@ -109,7 +129,8 @@ class _Writer:
             self.progress(f"call {number}: rank {rank} of {spec.world_size}")
             ranks.append(self._rank(self.source.compiled(captured, spec, rank, self.stages), spec, rank))
         return {
-            "spec": str(spec), "inputs": structure_json(structure), "looks": [look_json(t) for t in tensors],
+            "spec": str(Running().on(spec)), "inputs": structure_json(structure),
+            "looks": [look_json(t) for t in tensors],
             "sharing": list(sharing(tensors)), "reads": _reads(captured.guards, tensors),
             "outputs": structure_json(captured.outputs), "results": [look_json(t) for t in captured.output_spec.likes],
             "ranks": ranks}
@@ -210,14 +231,14 @@ def _several(inputs: Any) -> bool:
 
 def _reads(guards: Guards, tensors: Sequence[torch.Tensor]) -> Json:
     """Digests of the arguments whose values the program was made for."""
-    read = sorted({step.args[0] for step in guards.steps if step.func is None}) if any(
+    places = {step.args[0] for step in guards.steps if step.func is None}
+    read = sorted(place for place in places if isinstance(place, int)) if any(
         step.answer is not None for step in guards.steps) else []
+    if state := sorted(place for place in places if isinstance(place, str)):
+        raise ArtifactError(f"the forward reads the values of {', '.join(state)} into Python; an artifact may be given "
+                            "other weights later, for which its programs would be wrong. Pass them as arguments, or as "
+                            "Python numbers")
     return {str(i): digest(tensors[i].cpu()) for i in read}
-
-
-def _signature(model: nn.Module) -> inspect.Signature:
-    signature = inspect.signature(type(model).forward)
-    return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 def _config(model: nn.Module) -> Json:

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from xdit_compile.artifact.entries import Entry, parse
 from xdit_compile.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 FORMAT = "xdit_compile artifact"
 VERSION = 2
-LARGEST_TEXT = 256 * 2**20
-"""Bytes of the largest manifest or graph that is read; those of the largest models have a few million."""
+LARGEST_TEXT = 32 * 2**20
+"""Bytes of the largest manifest or graph that is read; those of the largest models have a few million. As values of
+Python they take up to twenty times as much."""
 TENSORS = ".safetensors"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*(\.[a-z0-9_-]+)*")
+_LONGEST_NAME = 128
 
 
 @dataclass
@@ -47,9 +52,11 @@ class ArtifactDraft:
     def _note(self, name: str) -> None:
         assert _NAME.fullmatch(name), name
         path = self.folder / name
-        self.parts[name] = {"bytes": path.stat().st_size, "sha256": hash_of(path)}
-        if path.suffix == TENSORS:
-            self.parts[name]["header"] = _hash_of_header(path)
+        with _opened(path) as file:
+            self.parts[name] = {"bytes": path.stat().st_size, "sha256": hash_of(file)}
+            file.seek(0)
+            if path.suffix == TENSORS:
+                self.parts[name]["header"] = _hash_of_header(path, file)
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         whole = {"format": FORMAT, "version": VERSION, **manifest, "parts": dict(sorted(self.parts.items()))}
@@ -85,7 +92,7 @@ class ArtifactFolder:
     """An artifact that was written before. Its manifest is read; other files when they are asked for."""
 
     path: Path
-    manifest: Mapping[str, Any]
+    manifest: Entry
     digest: str
     """Of the manifest, and so of all that it names."""
 
@@ -93,66 +100,98 @@ class ArtifactFolder:
     def at(path: str | Path) -> ArtifactFolder:
         """Raises ArtifactError where there is none, or one of another version."""
         path = Path(path)
-        if not (path / MANIFEST).is_file():
+        if not (path / MANIFEST).exists():
             raise ArtifactError(f"{path} is no artifact: it has no {MANIFEST}")
-        text = _small(path / MANIFEST)
-        try:
-            manifest = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ArtifactError(f"{path / MANIFEST} is damaged: {error}") from error
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        text = _content(path / MANIFEST)
+        manifest = parse(text, str(path / MANIFEST))
+        if "format" not in manifest or manifest["format"].value != FORMAT:
             raise ArtifactError(f"{path / MANIFEST} is not that of an {FORMAT}")
-        if manifest.get("version") != VERSION:
-            raise ArtifactError(f"{path} has version {manifest.get('version')!r} of the format; this package reads "
+        if (found := manifest["version"].value) != VERSION or type(found) is not int:
+            raise ArtifactError(f"{path} has version {found!r} of the format; this package reads "
                                 f"version {VERSION}: export the model anew, or use the package that wrote it")
         return ArtifactFolder(path, manifest, hashlib.sha256(text).hexdigest())
 
-    def file(self, name: Any, whole: bool = True) -> Path:
+    def file(self, name: Entry, whole: bool = True) -> Path:
         """The file of this name, which is as long as the manifest says and has the content whose hash is there; of
         tensors only the header is compared, with their names, types and places, unless it is looked at ``whole``.
 
         Raises:
             ArtifactError: it is not, or the name is not that of a file beside the manifest.
         """
-        noted = self.manifest.get("parts", {}).get(name) if isinstance(name, str) else None
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or not isinstance(noted, dict):
-            raise ArtifactError(f"{self.path} names {name!r}, which is none of its files")
-        path = self.path / name
-        if path.is_symlink() or not path.is_file():
-            raise ArtifactError(f"{path} is missing, or no plain file")
-        if path.stat().st_size != noted.get("bytes"):
-            raise ArtifactError(f"{path} has {path.stat().st_size} bytes, but was written with {noted.get('bytes')}: "
-                                "it is damaged or was replaced")
+        path, noted = self._noted(name)
         whole = whole or path.suffix != TENSORS
-        if (hash_of(path) if whole else _hash_of_header(path)) != noted.get("sha256" if whole else "header"):
-            raise ArtifactError(f"{path} does not have the hash that it was written with: it is damaged or was "
-                                "replaced")
+        with _opened(path) as file:
+            self._sized(path, file, noted)
+            self._hashed(path, hash_of(file) if whole else _hash_of_header(path, file),
+                         noted["sha256" if whole else "header"])
         return path
 
-    def read(self, name: Any) -> bytes:
-        """The content of a file that fits into memory."""
-        return _small(self.file(name))
+    def read(self, name: Entry, most: int = LARGEST_TEXT) -> bytes:
+        """The content of a file of at most so many bytes: that whose hash was compared, whatever becomes of the
+        file."""
+        path, noted = self._noted(name)
+        with _opened(path) as file:
+            self._sized(path, file, noted)
+        data = _content(path, most)
+        if len(data) != noted["bytes"].value:
+            raise ArtifactError(f"{path} has changed while it was read")
+        self._hashed(path, hashlib.sha256(data).hexdigest(), noted["sha256"])
+        return data
+
+    def _noted(self, name: Entry) -> tuple[Path, Entry]:
+        """Where a file is, and what the manifest says of it."""
+        if not isinstance(name.value, str) or len(name.value) > _LONGEST_NAME or not _NAME.fullmatch(name.value) or (
+                name.value not in self.manifest["parts"]):
+            raise ArtifactError(f"{name.where} names {name.value!r:.200}, which is none of the files of {self.path}")
+        return self.path / name.value, self.manifest["parts"][name.value]
+
+    @staticmethod
+    def _sized(path: Path, file: BinaryIO, noted: Entry) -> None:
+        size, written = os.fstat(file.fileno()).st_size, noted["bytes"].value
+        if size != written:
+            raise ArtifactError(f"{path} has {size} bytes, but was written with {written!r:.40}: it is damaged or was "
+                                "replaced")
+
+    @staticmethod
+    def _hashed(path: Path, found: str, noted: Entry) -> None:
+        if found != noted.value:
+            raise ArtifactError(f"{path} does not have the hash that it was written with: it is damaged or was "
+                                "replaced")
 
 
-def hash_of(path: Path) -> str:
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A plain file: no link to elsewhere, and nothing that could be waited for."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise ArtifactError(f"{path} is missing, or no plain file ({error.strerror})") from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ArtifactError(f"{path} is missing, or no plain file")
+    with open(handle, "rb") as file:
+        yield file
+
+
+def hash_of(file: BinaryIO) -> str:
     made = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(2**20):
-            made.update(piece)
+    while piece := file.read(2**20):
+        made.update(piece)
     return made.hexdigest()
 
 
-def _hash_of_header(path: Path) -> str:
+def _hash_of_header(path: Path, file: BinaryIO) -> str:
     """Of the length and the header that a safetensors file begins with."""
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if length > LARGEST_TEXT:
-            raise ArtifactError(f"cannot read {path}: its header claims {length} bytes")
-        return hashlib.sha256(start + file.read(length)).hexdigest()
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if length > LARGEST_TEXT:
+        raise ArtifactError(f"cannot read {path}: its header claims {length} bytes")
+    return hashlib.sha256(start + file.read(length)).hexdigest()
 
 
-def _small(path: Path) -> bytes:
-    if (size := path.stat().st_size) > LARGEST_TEXT:
-        raise ArtifactError(f"{path} has {size} bytes, more than any manifest or graph")
-    return path.read_bytes()
+def _content(path: Path, most: int = LARGEST_TEXT) -> bytes:
+    with _opened(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise ArtifactError(f"{path} has {size} bytes, more than the {most} that it may have")
+        # A file that grows meanwhile is not followed.
+        return file.read(size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -23,11 +24,15 @@ from torch.export.exported_program import (
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from xdit_compile.artifact.graph_reader import CHOSEN
+from xdit_compile.artifact.permissions import name_of, permissions
 from xdit_compile.errors import ArtifactError
 from xdit_compile.frontend.repeated_blocks import BLOCK
-from xdit_compile.ir.program import output_args, source_of
+from xdit_compile.ir.program import module_of, output_args, source_of
 from xdit_compile.ir.stale_cache import update_and_read
+from xdit_compile.kernels import ops as ours
 
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _DIALECT = "TRAINING"  # of the two, the one that may write into tensors
 
 
@@ -35,9 +40,40 @@ def encode(module: fx.GraphModule) -> bytes:
     """The graph of ``module``, its own children's calls as calls of one operator.
 
     Raises:
-        ArtifactError: an operator cannot be written down, as it is a function or module of this process.
+        ArtifactError: an operator cannot be written down, as it is a function or module of this process, or none of
+            those that artifacts may call.
     """
     graph = _plain(module.graph)
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and name_of(node.target) not in permissions():
+            raise ArtifactError(f"{name_of(node.target)} ({source_of(node) or module_of(node)}) is not on the list of "
+                                "operators that artifacts may call; somebody has to look at what its kernels rely on "
+                                "and add it to permissions.json (benchmarks/permissions.py)")
+    ins, outs = graph.find_nodes(op="placeholder"), output_args(graph)
+    if ins and outs:
+        return _serialized(graph)
+    # PyTorch writes no graph without inputs or results: it is given some, which are then taken out.
+    like = next(n.meta["val"] for n in module.graph.nodes if n.op in ("placeholder", "call_function")) if (
+        ins or outs) else None
+    with graph.inserting_before(next(iter(graph.nodes))):
+        extra = graph.placeholder("nothing")
+    extra.meta["val"] = torch.empty(0, device="meta") if like is None else _empty(like)
+    (output,) = graph.find_nodes(op="output")
+    output.args = ((extra, *outs),)
+    document = json.loads(_serialized(graph))
+    written = document["graph_module"]["graph"]
+    written["inputs"], written["outputs"] = written["inputs"][1:], written["outputs"][1:]
+    return json.dumps(document).encode()
+
+
+def _empty(like: Any) -> torch.Tensor:
+    """A fake tensor of the mode of ``like``."""
+    (value, *_) = pytree.tree_leaves(like)
+    with value.fake_mode:
+        return torch.empty(0)
+
+
+def _serialized(graph: fx.Graph) -> bytes:
     ins, outs = graph.find_nodes(op="placeholder"), output_args(graph)
     given, returned = [TensorArgument(n.name) for n in ins], [TensorArgument(n.name) for n in outs]
     signature = ExportGraphSignature(
@@ -51,6 +87,11 @@ def encode(module: fx.GraphModule) -> bytes:
     return serialize(program).exported_program
 
 
+def operators_of(module: fx.GraphModule) -> set[torch._ops.OpOverload]:
+    """Those that the file of ``module`` calls. Raises ArtifactError as `encode`."""
+    return {n.target for n in _plain(module.graph).nodes if isinstance(n.target, torch._ops.OpOverload)}
+
+
 def _plain(graph: fx.Graph) -> fx.Graph:
     """A copy of operators alone."""
     new = fx.Graph()
@@ -60,6 +101,12 @@ def _plain(graph: fx.Graph) -> fx.Graph:
             made = new.call_function(BLOCK, (str(node.target), "", [env[a] for a in node.args]))
         elif node.target is update_and_read:
             made = _refreshed(new, node, env)
+        elif node.target is _ATTENTION and "kernel" in node.meta:
+            q, k, v, mask, *_ = node.args
+            made = new.call_function(ours.attention, (
+                *(fx.map_arg((q, k, v, mask), lambda n: env[n])), node.kwargs["scale"], CHOSEN))
+        elif node.target in (ours.attention, ours.attention_lse):
+            made = new.call_function(node.target, (*fx.map_arg(node.args[:-1], lambda n: env[n]), CHOSEN))
         elif node.op in ("placeholder", "output") or isinstance(node.target, torch._ops.OpOverload) or (
                 getattr(node.target, "__name__", "") == "getitem"):
             made = new.node_copy(node, lambda n: env[n])
@@ -68,7 +115,7 @@ def _plain(graph: fx.Graph) -> fx.Graph:
                                 "written into an artifact")
         env[node] = made
         if node.target is not update_and_read:
-            made.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack")}
+            made.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack", "stack_trace")}
     return new
 
 

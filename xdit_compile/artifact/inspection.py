@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import RenderableType
 from rich.text import Text
 
+from xdit_compile.artifact.entries import Entry
 from xdit_compile.artifact.files import ArtifactFolder
-from xdit_compile.artifact.json_values import look_of
-from xdit_compile.artifact.load import ArtifactLoader, StoredProgram, reading
+from xdit_compile.artifact.json_values import nbytes_of
+from xdit_compile.artifact.load import ArtifactLoader, StoredProgram
+from xdit_compile.artifact.memory import Memory
+from xdit_compile.artifact.running import Running
+from xdit_compile.errors import ArtifactError
 from xdit_compile.ir.program import Program
 from xdit_compile.report.costs import Costs, costs_of
 from xdit_compile.report.tables import sections, table
@@ -47,6 +49,7 @@ class Inspection:
     Attributes:
         digest: SHA-256 of the manifest, which has those of all other files.
         parameters: bytes of the weights that programs use; included: of those that are in the artifact.
+        memory: what a rank takes at most, as the artifact says; `load` compares it with the programs of each rank.
         files, nbytes: of all parts; checked: whether the hash of each was compared.
     """
 
@@ -60,6 +63,7 @@ class Inspection:
     calls: tuple[CallRow, ...]
     parameters: int
     included: int
+    memory: Memory
     files: int
     nbytes: int
     checked: bool
@@ -74,7 +78,8 @@ class Inspection:
                              f"made with {versions}; manifest sha256 {self.digest}\n"
                              f"{plural(self.files, 'file')}, {size(self.nbytes)}, "
                              f"{'all hashes are right' if self.checked else 'hashes of graphs are right'}; weights "
-                             f"{size(self.parameters)}, of which {size(self.included)} are included")
+                             f"{size(self.parameters)}, of which {size(self.included)} are included\n"
+                             f"a rank takes at most {size(self.memory.total)}: {self.memory}")
         rows = table("Calls, as rank 0 runs them", "arguments", "spec", ">programs", ">work", ">of it once",
                      ">collectives", ">sent")
         for call in self.calls:
@@ -90,27 +95,29 @@ def inspect(path: str | Path, *, check_all: bool = False) -> Inspection:
     """What is in the artifact at ``path``. Graphs are read and checked as `load` does; no processes, no weights.
 
     Args:
-        check_all: compare the hashes of all files, weights as well.
+        check_all: compare the hashes of all files, weights as well, and read the programs of all ranks.
 
     Raises:
         ArtifactError: it is damaged.
     """
     folder = ArtifactFolder.at(path)
-    with reading(folder):
-        manifest = folder.manifest
-        for name in manifest["parts"]:
-            folder.file(name, whole=check_all)
-        loading = ArtifactLoader(folder, None, "cpu")
-        rows = tuple(_row(call.of(0), call.spec, call.looks) for call in loading.calls)
-        held = {name: _nbytes(entry) for name, entry in manifest["tensors"].items()}
-        own = {name for names in manifest["weights"].values() for name in names}
-        made_with = {str(k): str(v) for k, v in manifest["made_with"].items()}
-        return Inspection(
-            str(folder.path), folder.digest, str(manifest["model"]["class"]), str(loading.spec),
-            loading.spec.world_size, str(manifest["device"]), made_with, rows,
-            sum(held[n] for n, e in manifest["tensors"].items() if "same_as" not in e),
-            sum(held[n] for n in own), len(manifest["parts"]), sum(e["bytes"] for e in manifest["parts"].values()),
-            check_all)
+    manifest = folder.manifest
+    parts = manifest["parts"].items()
+    for name, entry in parts:
+        folder.file(Entry(name, entry.where), whole=check_all)
+    loading = ArtifactLoader(folder, Running(), "cpu")
+    for rank in range(loading.spec.world_size) if check_all else (0,):
+        loading.memory(rank).check(loading.declared, str(folder.path))
+    rows = tuple(_row(call.of(0), call.spec, call.looks) for call in loading.calls)
+    held = {name: nbytes_of(look) for name, look in loading.tensors.items()}
+    own = {name.text() for _, names in manifest["weights"].items() for name in names.parts()}
+    if unknown := own - held.keys():
+        raise ArtifactError(f"{manifest['weights'].where} has {sorted(unknown)[0]!r:.100}, which is no tensor of it")
+    return Inspection(
+        str(folder.path), folder.digest, manifest["model"]["class"].text(), str(loading.spec),
+        loading.spec.world_size, manifest["device"].text(), {k: v.text() for k, v in manifest["made_with"].items()},
+        rows, sum(held[n] for n, e in manifest["tensors"].items() if "same_as" not in e), sum(held[n] for n in own),
+        loading.declared, len(parts), sum(e["bytes"].whole() for _, e in parts), check_all)
 
 
 def _row(made: StoredProgram, spec: Any, looks: Any) -> CallRow:
@@ -122,8 +129,3 @@ def _row(made: StoredProgram, spec: Any, looks: Any) -> CallRow:
     tensors = tuple(f"{str(dtype).removeprefix('torch.')}{list(shape)}" for shape, dtype in looks)
     return CallRow(tensors, str(spec), sum(p is not None for p in programs), sum(c.flops for c in costs) + kept,
                    sum(c.collective_count for c in costs), sum(c.sent for c in costs), kept)
-
-
-def _nbytes(entry: Any) -> int:
-    shape, dtype = look_of(entry)
-    return math.prod(shape) * torch.empty((), dtype=dtype).element_size()

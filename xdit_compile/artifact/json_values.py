@@ -5,19 +5,30 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import keyword
+import math
+import re
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from xdit_compile.artifact.entries import LARGEST_NUMBER, Entry
 from xdit_compile.errors import ArtifactError
 from xdit_compile.ir.pytree import TENSOR, Structure, flatten
 
 Json = Any
+Look = tuple[tuple[int, ...], torch.dtype]
+"""Shape and type of a tensor."""
+DEEPEST = 32
+"""Containers inside of containers."""
+MOST_DIMENSIONS = 32
 _PLAIN = (bool, int, float, str, type(None))
+_DEVICE = re.compile(r"(cpu|cuda|meta)(:[0-9]{1,3})?")
 
 
 class Fields(OrderedDict[str, Any]):
@@ -49,10 +60,10 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def dtype_of(name: Json) -> torch.dtype:
-    found = getattr(torch, name, None) if isinstance(name, str) else None
+def dtype_of(entry: Entry) -> torch.dtype:
+    found = vars(torch).get(entry.text())
     if not isinstance(found, torch.dtype):
-        raise ArtifactError(f"{name!r} is no type of tensors")
+        raise entry.wrong("type of tensors")
     return found
 
 
@@ -68,14 +79,18 @@ def constant_json(value: Any) -> Json:
     raise ArtifactError(f"a {type(value).__qualname__} cannot be written into an artifact")
 
 
-def constant_of(value: Json) -> Any:
-    ((kind, held),) = value.items()
-    if kind == "value" and isinstance(held, _PLAIN):
-        return held
-    made: dict[str, Any] = {"float": float, "dtype": dtype_of, "device": torch.device}
-    if kind not in made or not isinstance(held, str):
-        raise ArtifactError(f"{value!r} is no constant")
-    return made[kind](held)
+def constant_of(entry: Entry) -> Any:
+    ((kind, held),) = entry.items() if isinstance(entry.value, dict) and len(entry.value) == 1 else [("", entry)]
+    if kind == "value" and isinstance(held.value, _PLAIN) and not (
+            isinstance(held.value, float) and not math.isfinite(held.value)):
+        return held.text() if isinstance(held.value, str) else held.value
+    if kind == "float" and held.text() in ("inf", "-inf", "nan"):
+        return float(held.value)
+    if kind == "dtype":
+        return dtype_of(held)
+    if kind == "device" and _DEVICE.fullmatch(held.text()):
+        return torch.device(held.value)
+    raise entry.wrong("constant")
 
 
 # Containers
@@ -109,32 +124,51 @@ def _names(context: Any) -> list[str]:
     return list(context)
 
 
-def structure_of(tree: Json) -> Structure:
-    leaves, spec = pytree.tree_flatten(_template(tree))
+def structure_of(entry: Entry) -> Structure:
+    leaves, spec = pytree.tree_flatten(_template(entry))
     return Structure(spec, tuple(leaves))
 
 
-def _template(tree: Json) -> Any:
-    if tree == "tensor":
+def _template(entry: Entry, depth: int = 0) -> Any:
+    if depth > DEEPEST:
+        raise ArtifactError(f"{entry.where[:500]} is nested more than {DEEPEST} times")
+    if entry.value == "tensor":
         return TENSOR
-    if "output" in tree:
-        fields = {str(k): _template(v) for k, v in tree["fields"]}
-        cls = _known(tree["output"], fields)
-        return cls(**fields) if cls else Result(fields)
-    if "dict" in tree:
-        return {str(k): _template(v) for k, v in tree["dict"]}
-    if "tuple" in tree or "list" in tree:
-        kind = tuple if "tuple" in tree else list
-        return kind(map(_template, tree[kind.__name__]))
-    return constant_of(tree)
+    if "output" in entry:
+        fields = _fields(entry["fields"], depth)
+        cls = _known(entry["output"].text(), fields)
+        try:
+            return cls(**fields) if cls else Result(fields)
+        except Exception as error:
+            raise ArtifactError(f"{entry.where} cannot be made: {error}") from error
+    if "dict" in entry:
+        return _fields(entry["dict"], depth)
+    for kind in (tuple, list):
+        if kind.__name__ in entry:
+            return kind(_template(part, depth + 1) for part in entry[kind.__name__].parts())
+    return constant_of(entry)
+
+
+def _fields(entry: Entry, depth: int) -> dict[str, Any]:
+    """Entries of a dictionary, in order."""
+    pairs = [part.parts(2) for part in entry.parts()]
+    made = {name.text(): _template(value, depth + 1) for name, value in pairs}
+    if len(made) != len(pairs):
+        raise ArtifactError(f"{entry.where} has a key twice")
+    return made
 
 
 def _known(name: str, fields: Mapping[str, Any]) -> Any:
-    """The class of results of this name, if its module is loaded anyhow. Nothing is imported for it."""
+    """The class of results of this name, if its module is loaded anyhow. Nothing is imported for it: modules that load
+    what they are asked for are not asked."""
     module, _, path = name.partition(":")
-    cls: Any = getattr(sys.modules.get(module), path, None)
+    loaded = sys.modules.get(module)
+    cls: Any = vars(loaded).get(path) if isinstance(loaded, ModuleType) else None
     fits = isinstance(cls, type) and issubclass(cls, OrderedDict) and dataclasses.is_dataclass(cls)
-    return cls if fits and fields.keys() <= {f.name for f in dataclasses.fields(cls)} else None
+    names = {f.name for f in dataclasses.fields(cls)} if fits else set()
+    needed = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING} if (
+        fits) else set()
+    return cls if fits and needed <= fields.keys() <= names else None
 
 
 # Signatures
@@ -151,13 +185,20 @@ def signature_json(signature: inspect.Signature) -> Json:
     return made
 
 
-def signature_of(entries: Json) -> inspect.Signature:
+def signature_of(entry: Entry) -> inspect.Signature:
     kinds = {k.name: k for k in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD,
                                  inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.KEYWORD_ONLY,
                                  inspect.Parameter.VAR_KEYWORD)}
-    return inspect.Signature([
-        inspect.Parameter(e["name"], kinds[e["kind"]], default=_template(e["default"]) if "default" in e
-                          else inspect.Parameter.empty) for e in entries])
+    made = []
+    for e in entry.parts():
+        if not (name := e["name"].text()).isidentifier() or keyword.iskeyword(name):
+            raise e["name"].wrong("name of an argument")
+        default = _template(e["default"]) if "default" in e else inspect.Parameter.empty
+        made.append((name, kinds[e["kind"].one_of(tuple(kinds))], default))
+    try:
+        return inspect.Signature([inspect.Parameter(name, kind, default=default) for name, kind, default in made])
+    except ValueError as error:
+        raise ArtifactError(f"{entry.where} is no signature: {error}") from error
 
 
 # Tensors
@@ -167,8 +208,17 @@ def look_json(tensor: torch.Tensor) -> Json:
     return {"shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype)}
 
 
-def look_of(entry: Json) -> tuple[tuple[int, ...], torch.dtype]:
-    shape = entry["shape"]
-    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
-        raise ArtifactError(f"{shape!r} is no shape of a tensor")
-    return tuple(shape), dtype_of(entry["dtype"])
+def look_of(entry: Entry) -> Look:
+    """Shape and type of a tensor, whose elements can be counted."""
+    shape = entry["shape"].wholes()
+    if math.prod(shape) > LARGEST_NUMBER or len(shape) > MOST_DIMENSIONS:
+        raise entry["shape"].wrong("shape of a tensor")
+    return shape, dtype_of(entry["dtype"])
+
+
+def look_text(look: Look) -> str:
+    return f"{dtype_name(look[1])}{list(look[0])}"
+
+
+def nbytes_of(look: Look) -> int:
+    return math.prod(look[0]) * look[1].itemsize

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,19 +15,27 @@ import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from xdit_compile.artifact.files import ArtifactFolder
-from xdit_compile.artifact.json_values import Fields, Json, look_of, signature_of, structure_of
+from xdit_compile.artifact.entries import Entry
+from xdit_compile.artifact.files import LARGEST_TEXT, ArtifactFolder
+from xdit_compile.artifact.graph_reader import Setting, Watch
+from xdit_compile.artifact.json_values import Fields, look_of, look_text, nbytes_of, signature_of, structure_of
+from xdit_compile.artifact.memory import Memory, memory_of
 from xdit_compile.artifact.native_reader import check_target
-from xdit_compile.artifact.program_reader import Reader
-from xdit_compile.artifact.weight_files import WeightFiles, placed
+from xdit_compile.artifact.program_reader import Reader, Values, kept_values, results_of
+from xdit_compile.artifact.running import Running, needed
+from xdit_compile.artifact.stage_reader import read_stage
+from xdit_compile.artifact.weight_files import WeightFiles, placed, tensors_in
 from xdit_compile.driver.model_runner import ModelRunner
 from xdit_compile.driver.parallel_model import parallel_model
 from xdit_compile.errors import ArtifactError, CaptureError, SpecError, XditError
-from xdit_compile.ir.mesh import position_of
+from xdit_compile.ir.layout import BATCH, SEQUENCE
+from xdit_compile.ir.mesh import RING, STAGE, ULYSSES, axis_sizes, group_name, members, position_of
 from xdit_compile.ir.output_spec import OutputSpec
 from xdit_compile.ir.program import Program
 from xdit_compile.ir.pytree import Structure, flatten, sharing
 from xdit_compile.passes import pass_digests
+from xdit_compile.runtime.compilation.regional import compiler_for
+from xdit_compile.runtime.control.replicas import Replicas
 from xdit_compile.runtime.control.tensor_digest import digest
 from xdit_compile.runtime.launch import init_from_env
 from xdit_compile.runtime.parallel_group import ParallelGroup
@@ -35,8 +44,9 @@ from xdit_compile.spec import ShardingSpec
 
 
 def load(path: str | Path, weights: str | Path | None = None, *, ranks: Sequence[int] | None = None,
-         timeout: float = 600.0, check_inputs: bool = True, backend: str | None = None, native: bool = False,
-         device: str | torch.device | None = None) -> Any:
+         timeout: float = 600.0, check_inputs: bool = True, backend: str = "eager", mode: str = "default",
+         compile_options: str | Mapping[str, Any] = "", onediff_backend: str = "", attention_kernel: str = "auto",
+         native: bool = False, device: str | torch.device | None = None, max_memory: int | None = None) -> Any:
     """The model that `export` wrote, on the processes that call this: a module that is called as the original was.
 
     Every process gets the programs of its rank and maps those weights that they use. The code of the model is not
@@ -47,64 +57,90 @@ def load(path: str | Path, weights: str | Path | None = None, *, ranks: Sequence
         weights: a safetensors file, or a folder of them, if the artifact does not include its weights.
         ranks: the global ranks that take part; all of them by default.
         timeout, check_inputs: as for `parallelize`.
-        backend: how programs run, if otherwise than the spec of the artifact says.
+        backend, mode, compile_options, onediff_backend, attention_kernel: how programs are run, as the words of a spec.
+            Files have no say in it.
         native: run the functions that were compiled ahead. They are machine code, which is run as it is: ask for it
             only where you trust the artifact.
         device: cpu or cuda; the kind that the artifact was made on by default.
+        max_memory: the most bytes that a rank may take, weights included; `inspect` shows what the artifact says.
 
     Raises:
-        ArtifactError: files are damaged, or do not fit this machine, these ranks or these weights; says which.
+        ArtifactError: files are damaged, ask for more than they say, or do not fit this machine, these ranks or these
+            weights; says which. SpecError: the words for how it is run do not go together.
     """
+    if native and (backend, mode, compile_options, onediff_backend, attention_kernel) != (
+            "eager", "default", "", "", "auto"):
+        raise ArtifactError("native=True runs what was compiled ahead, as it was compiled then; give either it or "
+                            "other words for how programs are run")
     folder = ArtifactFolder.at(path)
-    with reading(folder):
-        return ArtifactLoader(folder, backend, device, native).model(weights, ranks, timeout, check_inputs)
-
-
-@contextmanager
-def reading(folder: ArtifactFolder) -> Iterator[None]:
-    """Within: what a manifest lacks, or says wrongly, is told as its fault."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        if isinstance(error, XditError):
-            raise
-        raise ArtifactError(f"{folder.path}: its manifest does not say what it should ({type(error).__name__}: {error})"
-                            ) from error
+    running = Running(backend, mode, onediff_backend, compile_options, attention_kernel)
+    loading = ArtifactLoader(folder, running, device, native, max_memory=max_memory)
+    return loading.model(weights, ranks, timeout, check_inputs)
 
 
 class ArtifactLoader:
-    """What a manifest says, and where it shall run."""
+    """What a manifest says, and where it shall run.
 
-    def __init__(self, folder: ArtifactFolder, backend: str | None, device: str | torch.device | None,
-                 native: bool = False) -> None:
+    Args:
+        declared: what a rank takes at most; None to believe the manifest.
+    """
+
+    def __init__(self, folder: ArtifactFolder, running: Running, device: str | torch.device | None,
+                 native: bool = False, *, declared: Memory | None = None, max_memory: int | None = None) -> None:
         self.folder, manifest = folder, folder.manifest
-        if native and backend not in (None, "eager"):
-            raise ArtifactError(f"native=True runs what was compiled ahead, and backend={backend!r} would compile it "
-                                "anew; give one of them")
-        self.backend = "eager" if native else backend
-        self.spec = self.on_backend(manifest["spec"])
+        self.running = running
+        self.spec = running.on(needed(manifest["spec"]))
+        if self.spec.backend != "eager":
+            compiler_for(self.spec)
         _check_version(folder)
         _check_passes(folder)
-        self.device = _device(manifest["device"] if device is None else str(device), folder)
-        if manifest["world_size"] != self.spec.world_size:
-            raise ArtifactError(f"{folder.path} was made for {manifest['world_size']} ranks, but its spec {self.spec} "
-                                f"asks for {self.spec.world_size}")
-        name = manifest["constants"]
-        constants = WeightFiles.read(folder.file(name), self.device) if name else {}
-        if native and manifest["native"] is None:
+        self.device = _device(manifest["device"].text() if device is None else str(device), folder)
+        if manifest["world_size"].value != self.spec.world_size:
+            raise ArtifactError(f"{folder.path} was made for {manifest['world_size'].value!r:.40} ranks, but its spec "
+                                f"{self.spec} asks for {self.spec.world_size}")
+        self.declared = Memory.of_json(manifest["memory"]) if declared is None else declared
+        self.declared.check_limit(max_memory, str(folder.path))
+        self.tensors = {name: look_of(entry) for name, entry in manifest["tensors"].items()}
+        constants = self._constants(manifest["constants"])
+        self.constants = sum(t.nbytes for t in constants.values())
+        if native and not manifest["native"]:
             raise ArtifactError(f"{folder.path} holds no compiled functions; export it with native=True (--native)")
         if native:
-            check_target(manifest["native"], self.device, folder.path)
-        self.reader = Reader(folder.read, constants, self.device, folder.file if native else None)
-        self.calls = [_Call(folder, number, entry, self) for number, entry in enumerate(manifest["calls"])]
+            made_for = {name: entry.text() for name, entry in manifest["native"].items()}
+            check_target(made_for, self.device, folder.path)
+        self.watch = Watch()
+        setting = Setting(self.device, running.attention_kernel, {}, self.declared.values, watch=self.watch)
+        self._readers: dict[ShardingSpec, Reader] = {}
+        self._make_reader = lambda groups: Reader(folder.read, constants, replace(setting, groups=groups),
+                                                  folder.path, folder.file if native else None)
+        self.calls = [_Call(folder, number, entry, self) for number, entry in enumerate(manifest["calls"].parts())]
+        if not self.calls:
+            raise ArtifactError(f"{manifest['calls'].where} is empty")
 
-    def on_backend(self, spec: str) -> ShardingSpec:
-        """A spec of the manifest, with the backend that was asked for."""
-        parsed = ShardingSpec.parse(spec)
-        if self.backend in (None, parsed.backend):
-            return parsed
-        assert self.backend is not None
-        return replace(parsed, backend=self.backend, compile_mode="default", onediff_backend="", compile_options="")
+    def _constants(self, name: Entry) -> dict[str, torch.Tensor]:
+        """Constants, of which no more is read than was declared."""
+        if not name:
+            return {}
+        data = self.folder.read(name, self.declared.constants + LARGEST_TEXT)
+        return tensors_in(data, self.folder.path / name.text(), self.device)
+
+    def reader(self, spec: ShardingSpec) -> Reader:
+        """For programs under ``spec``, each file of which is read once."""
+        if spec not in self._readers:
+            sizes = axis_sizes(spec)
+            self._readers[spec] = self._make_reader(
+                {group_name(axis, sizes): sizes[axis] for axis in (BATCH, SEQUENCE, ULYSSES, RING) if sizes[axis] > 1})
+        return self._readers[spec]
+
+    def memory(self, rank: int) -> Memory:
+        """What a rank takes at most, whichever call comes."""
+        made = Memory()
+        for call in self.calls:
+            program = call.of(rank % call.spec.world_size)
+            weights = sum(nbytes_of(self.tensors[name]) for name in program.parameters)
+            made = made.most(memory_of(program.body, program.invariant, program.stage, weights, self.constants))
+        # Operators that are made of others may make more on the way than what comes of it.
+        return made.most(Memory(workspace=max(0, self.watch.most - made.values)))
 
     def model(self, weights: str | Path | None, ranks: Sequence[int] | None, timeout: float, check: bool) -> Any:
         if self.spec.world_size > 1 and not dist.is_initialized():
@@ -119,44 +155,68 @@ class ArtifactLoader:
         group = ParallelGroup(self.spec, chosen, timeout)
         group.control.agree("load", {"artifact": self.folder.digest, "spec": str(self.spec)})
         manifest = self.folder.manifest
-        stored = WeightFiles.of(manifest["tensors"], manifest["weights"], self.folder, weights)
-        needed = set().union(*(call.parameters(group.rank) for call in self.calls))
+        # What is wrong with an artifact may be wrong on one rank alone, which the others have to be told.
         try:
-            tensors = stored.load(needed, self.device)
+            self.memory(group.rank).check(self.declared, str(self.folder.path))
+            stored = WeightFiles.of(manifest, self.folder, weights)
+            used = set().union(*(call.parameters(group.rank) for call in self.calls))
+            tensors = stored.load(used, self.device)
+            model = placed(_class(manifest), tensors, stored.buffers)
         except XditError as error:
-            group.control.agree("the weights", {"error": str(error)})
+            group.control.agree("the artifact", {"error": str(error)})
             raise
-        group.control.agree("the weights", {"error": "none"})
-        model = placed(_class(manifest), tensors, stored.buffers)
-        runner = ModelRunner(model, group, check, _Calls(self.folder, self.calls))
+        group.control.agree("the artifact", {"error": "none"})
+        runner = _Runner(model, group, check, _Calls(self.folder, self.calls))
         made: Any = parallel_model(model, {"forward": runner})
         return made
 
 
+class _Runner(ModelRunner):
+    """Calls of a loaded model. What an operator refuses is the fault of the artifact, or of values that it was not made
+    for, and is told so; memory that is not there is nobody's."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.replicas = Replicas(parts=True)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        except (XditError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, IndexError, ValueError) as error:
+            assert isinstance(self.source, _Calls)
+            raise ArtifactError(f"{self.source.folder.path}: an operator of its program failed in this call: "
+                                f"{type(error).__name__}: {error}") from error
+
+
 def _check_version(folder: ArtifactFolder) -> None:
     made, here = folder.manifest["made_with"]["torch"], torch.__version__
-    if _series(made) > _series(here):
-        raise ArtifactError(f"{folder.path} was made with PyTorch {made}, this is {here}; use that version or a later "
-                            "one, or export the model anew")
+    found = _SERIES.match(made.text())
+    if found is None:
+        raise made.wrong("version of PyTorch")
+    if tuple(map(int, found.groups())) > tuple(map(int, here.split("+")[0].split(".")[:2])):
+        raise ArtifactError(f"{folder.path} was made with PyTorch {made.value}, this is {here}; use that version or a "
+                            "later one, or export the model anew")
 
 
 def _check_passes(folder: ArtifactFolder) -> None:
     """What older or newer passes have made is never run: they may have been mended since."""
-    made, here = folder.manifest["passes"], pass_digests()
+    here = pass_digests()
+    made = {name: digest.text() for name, digest in folder.manifest["passes"].items()}
     if others := sorted(name for name in made.keys() | here.keys() if made.get(name) != here.get(name)):
         raise ArtifactError(f"{folder.path} was made by other passes of xdit_compile than this version has "
-                            f"({', '.join(others)}); export the model anew, or use the version that wrote it, "
-                            f"{folder.manifest['made_with']['xdit_compile']}")
+                            f"({', '.join(others)[:200]}); export the model anew, or use the version that wrote it, "
+                            f"{folder.manifest['made_with']['xdit_compile'].text()}")
 
 
-def _series(text: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in text.split("+")[0].split(".")[:2])
+_SERIES = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})(?![0-9])")
 
 
 def _device(asked: str, folder: ArtifactFolder) -> torch.device:
-    device = torch.device(asked)
-    if device.type not in ("cpu", "cuda"):
-        raise ArtifactError(f"{folder.path} asks for the device {asked!r}; there are cpu and cuda")
+    if asked.partition(":")[0] not in ("cpu", "cuda"):
+        raise ArtifactError(f"{folder.path} asks for the device {asked!r:.100}; there are cpu and cuda")
+    device = torch.device(asked.partition(":")[0])
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ArtifactError(f"{folder.path} was made for cuda, which is not there; give device='cpu' to run it here")
     return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
@@ -172,6 +232,7 @@ class StoredProgram:
     output_spec: OutputSpec
     unsharded: bool
     stage: StageProgram | None = None
+    lost: str = ""
 
     @property
     def parameters(self) -> set[str]:
@@ -184,18 +245,26 @@ class StoredProgram:
 class _Call:
     """One kind of call of an artifact."""
 
-    def __init__(self, folder: ArtifactFolder, number: int, entry: Json, loading: ArtifactLoader) -> None:
+    def __init__(self, folder: ArtifactFolder, number: int, entry: Entry, loading: ArtifactLoader) -> None:
         self.entry, self.loading = entry, loading
         self.name = f"{folder.digest[:16]}.{number}"
-        self.spec = loading.on_backend(entry["spec"])
-        self.inputs = structure_of(entry["inputs"])
-        self.looks = [look_of(e) for e in entry["looks"]]
-        self.sharing = tuple(entry["sharing"])
-        self.reads = {int(i): text for i, text in entry["reads"].items()}
+        self.spec = loading.running.on(needed(entry["spec"]))
+        if self.spec not in (loading.spec, replace(loading.spec, cfg_degree=1)):
+            raise ArtifactError(f"{entry['spec'].where} is {self.spec}, in an artifact for {loading.spec}")
+        self.inputs, self.outputs = structure_of(entry["inputs"]), structure_of(entry["outputs"])
+        self.looks = [look_of(e) for e in entry["looks"].parts(self.inputs.tensor_count)]
+        self.results = [look_of(e) for e in entry["results"].parts(self.outputs.tensor_count)]
+        _check_pairs(entry, self.inputs, self.outputs)
+        self.sharing = entry["sharing"].wholes()
+        self.reads = {i: e.text() for i, e in entry["reads"].numbered()}
+        if len(self.sharing) != len(self.looks) or any(i >= len(self.looks) for i in self.reads):
+            raise ArtifactError(f"{entry.where}: sharing or reads are not of its {len(self.looks)} tensors")
         self._made: dict[int, StoredProgram] = {}
-        if len(entry["ranks"]) != self.spec.world_size:
-            raise ArtifactError(f"{folder.path} has programs for {len(entry['ranks'])} ranks, not "
+        if len(entry["ranks"].parts()) != self.spec.world_size:
+            raise ArtifactError(f"{folder.path} has programs for {len(entry['ranks'].parts())} ranks, not "
                                 f"{self.spec.world_size}")
+        if self.spec.pipefusion_degree > 1:
+            _check_columns(entry["ranks"], self.spec)
 
     def differs(self, structure: Structure, tensors: Sequence[torch.Tensor]) -> str | None:
         """In what a call is not of this kind."""
@@ -214,34 +283,77 @@ class _Call:
     def of(self, rank: int) -> StoredProgram:
         """What this rank runs."""
         if rank not in self._made:
-            entry, reader, position = self.entry["ranks"][rank], self.loading.reader, position_of(rank, self.spec)
+            entry, reader = self.entry["ranks"].parts()[rank], self.loading.reader(self.spec)
+            position = position_of(rank, self.spec)
             with FakeTensorMode():
                 likes = tuple(torch.empty(shape, dtype=dtype, device=self.loading.device)
-                              for shape, dtype in map(look_of, self.entry["results"]))
-            output_spec = OutputSpec(structure_of(self.entry["outputs"]), (), likes)
+                              for shape, dtype in self.results)
+            output_spec, unsharded = OutputSpec(self.outputs, (), likes), entry["unsharded"].flag()
+            state = {("parameter", name): look for name, look in self.loading.tensors.items()}
+            state |= {("argument", f"arg_{i}"): look for i, look in enumerate(self.looks)}
+            if ("stage" in entry) != (self.spec.pipefusion_degree > 1):
+                raise ArtifactError(f"{entry.where} is a stage of a pipeline, or none, where {self.spec} asks for the "
+                                    "other")
             if "stage" in entry:
-                stage = reader.stage(entry["stage"], self.spec, position)
-                made = StoredProgram(self.name, stage.once, stage.invariant, output_spec, bool(entry["unsharded"]),
-                                     stage)
+                stage = read_stage(reader, entry["stage"], self.spec, position, state, self.results)
+                made = StoredProgram(self.name, stage.once, stage.invariant, output_spec, unsharded, stage)
             else:
-                body = reader.program(entry["body"], self.spec, position)
-                invariant = reader.program(entry["invariant"], self.spec, position) if entry["invariant"] else None
-                made = StoredProgram(self.name, body, invariant, output_spec, bool(entry["unsharded"]))
+                body, invariant = self._parted(entry, reader, position, state)
+                made = StoredProgram(self.name, body, invariant, output_spec, unsharded)
             self._made[rank] = made
         return self._made[rank]
+
+    def _parted(self, entry: Entry, reader: Reader, position: Mapping[str, int],
+                state: Values) -> tuple[Program, Program | None]:
+        """A program, and what of it is kept from step to step."""
+        def program(written: Entry, values: Values) -> Program:
+            return reader.program(written, self.spec, position, lambda *what: values.get(what))
+
+        invariant = program(entry["invariant"], state) if entry["invariant"] else None
+        body = program(entry["body"], {**state, **kept_values(entry["body"], invariant)})
+        if (found := results_of(body)) != self.results:
+            ours, theirs = (", ".join(map(look_text, looks))[:200] for looks in (found, self.results))
+            raise ArtifactError(f"{entry.where}: its program returns {ours}, but the model {theirs}")
+        return body, invariant
 
     def parameters(self, rank: int) -> set[str]:
         """The names of those that ``rank`` of all takes. Where groups take turns, its place is in its own."""
         return self.of(rank % self.spec.world_size).parameters
 
 
+def _check_pairs(entry: Entry, inputs: Structure, outputs: Structure) -> None:
+    """Arguments are those by place and those by name; an answer is what is returned, and nothing that is left in
+    arguments, as artifacts have no such calls."""
+    args, kwargs = _pair(inputs, entry["inputs"])
+    _, left = _pair(outputs, entry["outputs"])
+    if type(args) is not tuple or type(kwargs) is not dict or left is not None:
+        raise ArtifactError(f"{entry.where}: its inputs are no arguments, or its outputs are left in them")
+
+
+def _pair(structure: Structure, entry: Entry) -> tuple[Any, Any]:
+    made = structure.build(range(structure.tensor_count))
+    if type(made) is not tuple or len(made) != 2:
+        raise entry.wrong("pair")
+    return made
+
+
+def _check_columns(ranks: Entry, spec: ShardingSpec) -> None:
+    """The stages of one pipeline agree on what they send each other."""
+    entries = ranks.parts()
+    for rank, entry in enumerate(entries):
+        first = entries[members(STAGE, rank, spec)[0]]
+        for key in ("edges", "cuts"):
+            if entry["stage"][key].value != first["stage"][key].value:
+                raise ArtifactError(f"{entry['stage'][key].where} is not that of the other stages")
+
+
 class _Calls:
     """The kinds of calls of an artifact, as a source of programs."""
 
     def __init__(self, folder: ArtifactFolder, calls: Sequence[_Call]) -> None:
-        self.folder, self.calls = folder, calls
+        self.folder, self.calls, self.changes = folder, calls, 0
 
-    def find(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Call | None:
+    def find(self, args: Sequence[Any], kwargs: Mapping[str, Any], fresh: bool = False) -> _Call | None:
         tensors, structure = flatten((tuple(args), dict(kwargs)))
         return next((c for c in self.calls if c.differs(structure, tensors) is None), None)
 
@@ -269,6 +381,11 @@ class LoadedModel(nn.Module):
 
     config: Fields
 
+    @contextmanager
+    def cache_context(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Pipelines call their model inside of this, for caches of steps, which no artifact has."""
+        yield
+
     @property
     def dtype(self) -> torch.dtype:
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
@@ -278,7 +395,14 @@ class LoadedModel(nn.Module):
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
 
-def _class(manifest: Mapping[str, Any]) -> type[LoadedModel]:
+def _constants_of(entry: Entry) -> Any:
+    structure = structure_of(entry)
+    if structure.tensor_count:
+        raise entry.wrong("plain value")
+    return structure.build(())
+
+
+def _class(manifest: Entry) -> type[LoadedModel]:
     """One with the signature of the original's forward, by its name."""
     signature = signature_of(manifest["signature"])
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -288,8 +412,8 @@ def _class(manifest: Mapping[str, Any]) -> type[LoadedModel]:
 
     forward.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # type: ignore[attr-defined]
     described = manifest["model"]
-    config = Fields({str(k): structure_of(v).build(()) for k, v in described["config"].items()})
-    name = described["class"] if str(described["class"]).isidentifier() else "Model"
+    config = Fields({k: _constants_of(v) for k, v in described["config"].items()})
+    name = described["class"].text() if described["class"].text().isidentifier() else "Model"
     return type(name, (LoadedModel,), {"forward": forward, "config": config, "__module__": __name__})
 
 

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import fx, nn
 
-from xdit_compile.artifact.graph_reader import decode
-from xdit_compile.artifact.json_values import Json, look_of
+from xdit_compile.artifact.entries import Entry
+from xdit_compile.artifact.graph_reader import Function, Setting, decode, function_name
+from xdit_compile.artifact.json_values import Look, look_text
 from xdit_compile.artifact.native_reader import CompiledFunction
 from xdit_compile.errors import ArtifactError
-from xdit_compile.ir.program import Input, Program, graph_module
+from xdit_compile.ir.program import Input, Program, graph_module, output_args
 from xdit_compile.ir.pytree import flatten
-from xdit_compile.runtime.deferred.patch_propagation import Cut
-from xdit_compile.runtime.pipefusion.schedule import Edge
-from xdit_compile.runtime.pipefusion.stage_executor import StageProgram
 from xdit_compile.spec import ShardingSpec
 
 KINDS = ("parameter", "constant", "argument", "once", "received", "cache", "invariant")
-LARGEST_CACHE = 2**42
-"""Bytes that a program may ask for to keep values from step to step: more than any device has."""
+Values = Mapping[tuple[str, str], Look]
+"""Shapes and types of what is there for programs, by kind and name."""
+Given = Callable[[str, str], Look | None]
+"""Shape and type of what a program is given, by kind and name; None if there is no such thing."""
 
 
 class Reader:
@@ -30,75 +29,100 @@ class Reader:
 
     Args:
         read: gives the content of a file; constants: tensors by the names that programs know them by.
-        device: where programs shall run.
+        setting: where programs shall run, and what they may ask for.
+        where: the folder, for errors.
         package: gives the path of a file with machine code, if functions shall be run as such.
     """
 
-    def __init__(self, read: Callable[[Any], bytes], constants: Mapping[str, torch.Tensor],
-                 device: torch.device, package: Callable[[Any], Path] | None = None) -> None:
-        self._read, self._constants, self._device, self._package = read, constants, device, package
-        self._graphs: dict[str, fx.Graph] = {}
+    def __init__(self, read: Callable[[Entry], bytes], constants: Mapping[str, torch.Tensor], setting: Setting,
+                 where: Path, package: Callable[[Entry], Path] | None = None) -> None:
+        self._read, self._constants, self._setting = read, constants, setting
+        self._where, self._package = where, package
+        self._functions: dict[str, Function] = {}
 
-    def program(self, entry: Json, spec: ShardingSpec, position: Mapping[str, int]) -> Program:
-        """Raises ArtifactError or GraphError where it does not fit together."""
-        functions = entry["functions"]
-        names = tuple(sorted(n for n in functions if n != "main"))
-        if bad := [n for n in names if not n.isidentifier()]:
-            raise ArtifactError(f"{bad[0]!r} is no name of a function")
-        graphs = {name: self._graph(functions[name]) for name in names}
-        main = decode(self._read(functions["main"]), graphs, self._device)
-        children: dict[str, nn.Module] = {name: graph_module(name, graph) for name, graph in graphs.items()}
+    def program(self, entry: Entry, spec: ShardingSpec, position: Mapping[str, int], given: Given,
+                caches: bool = False) -> Program:
+        """Raises ArtifactError or GraphError where it does not fit together, or to what it is ``given``; caches are as
+        it wants them, if it may have any."""
+        files = dict(entry["functions"].items())
+        functions = {function_name(name): self._function(file) for name, file in sorted(files.items())
+                     if name != "main"}
+        main = self._decoded(entry["functions"]["main"], functions)
+        children: dict[str, nn.Module] = {name: graph_module(name, f.graph) for name, f in functions.items()}
         if self._package is not None:
-            packages = {name: self._package(entry["packages"][name]) for name in names}
-            children = {name: CompiledFunction(packages[name], graph) for name, graph in graphs.items()}
-        inputs = tuple(Input(kind, name) for kind, name in entry["inputs"])
-        holders = main.find_nodes(op="placeholder")
-        if len(holders) != len(inputs) or any(i.kind not in KINDS for i in inputs):
-            raise ArtifactError(f"a program takes {len(holders)} values, but {len(inputs)} are described")
-        for node, i in zip(holders, inputs, strict=True):
-            if i.kind == "cache" and node.meta["val"].nbytes > LARGEST_CACHE:
-                raise ArtifactError(f"a program keeps {node.meta['val'].nbytes} bytes in one value")
+            packages = {name: self._package(entry["packages"][name]) for name in functions}
+            children = {name: CompiledFunction(packages[name], f.graph) for name, f in functions.items()}
         constants = {name: self._constant(key) for name, key in entry["constants"].items()}
-        if missing := [i.name for i in inputs if i.kind == "constant" and i.name not in constants]:
-            raise ArtifactError(f"the constant {missing[0]} is missing")
-        return Program(graph_module("main", main, children), inputs, constants, flatten(())[1], spec=spec,
-                       position=position, facts=frozenset({"lowered"}), part=bool(entry["part"]))
+        inputs = self._inputs(entry["inputs"], main, constants, given, caches)
+        return Program(graph_module("main", main.graph, children), inputs, constants, flatten(())[1], spec=spec,
+                       position=position, facts=frozenset({"lowered"}), part=entry["part"].flag())
 
-    def stage(self, entry: Json, spec: ShardingSpec, position: Mapping[str, int]) -> StageProgram:
-        def program(written: Json) -> Program:
-            return self.program(written, spec, position)
+    def _inputs(self, entry: Entry, main: Function, constants: Mapping[str, torch.Tensor],
+                given: Given, caches: bool) -> tuple[Input, ...]:
+        """What the program takes, compared with what there is."""
+        holders = main.graph.find_nodes(op="placeholder")
+        made = []
+        for i, (node, part) in enumerate(zip(holders, entry.parts(len(holders)), strict=True)):
+            kind, name = part.parts(2)
+            what = Input(kind.one_of(KINDS), name.text())  # type: ignore[arg-type]
+            found, look = look_of_node(node), given(what.kind, what.name)
+            tensor = constants.get(what.name) if what.kind == "constant" else None
+            if what.kind == "cache" and caches:
+                look = found
+            elif tensor is not None:
+                look = tuple(tensor.shape), tensor.dtype
+            if look is None:
+                raise ArtifactError(f"{part.where}: a program takes the {what.kind} {what.name!r:.100}, which is not "
+                                    "there")
+            if look != found:
+                raise ArtifactError(f"{part.where}: a program takes the {what.kind} {what.name!r:.100} as "
+                                    f"{look_text(found)}, but it is {look_text(look)}")
+            if i in main.writes and what.kind != "cache":
+                raise ArtifactError(f"{part.where}: a program writes into the {what.kind} {what.name!r:.100}; it may "
+                                    "only write into what is kept from step to step")
+            if tensor is not None and i in main.bounds:
+                _check_indices(tensor, *main.bounds[i], part)
+            made.append(what)
+        return tuple(made)
 
-        return StageProgram(
-            invariant=program(entry["invariant"]) if entry["invariant"] else None, once=program(entry["once"]),
-            units={int(unit): program(written) for unit, written in entry["units"].items()},
-            held=tuple(entry["held"]), samples={int(place): _cut(cut) for place, cut in entry["samples"].items()},
-            sends={int(to): tuple(names) for to, names in entry["sends"].items()}, returns=tuple(entry["returns"]),
-            receives={int(source): tuple(names) for source, names in entry["receives"].items()},
-            shapes={(name, unit): look_of({"shape": shape, "dtype": dtype}) for name, unit, shape, dtype in
-                    entry["shapes"]},
-            cuts=tuple(_cut(cut) if cut else None for cut in entry["cuts"]), results=_whole(entry["results"]),
-            fixed=_whole(entry["fixed"]), edges=tuple(_edge(e) for e in entry["edges"]),
-            blocks=tuple(tuple(b) for b in entry["blocks"]))
+    def _function(self, file: Entry) -> Function:
+        if file.text() not in self._functions:
+            self._functions[file.value] = self._decoded(file, {})
+        return self._functions[file.value]
 
-    def _graph(self, name: str) -> fx.Graph:
-        if name not in self._graphs:
-            self._graphs[name] = decode(self._read(name), {}, self._device)
-        return self._graphs[name]
+    def _decoded(self, file: Entry, functions: Mapping[str, Function]) -> Function:
+        return decode(self._read(file), functions, self._setting, str(self._where / file.text()))
 
-    def _constant(self, key: Any) -> torch.Tensor:
-        if key not in self._constants:
-            raise ArtifactError(f"the constant {key!r} is missing")
-        return self._constants[key]
+    def _constant(self, key: Entry) -> torch.Tensor:
+        if key.text() not in self._constants:
+            raise ArtifactError(f"{key.where} is {key.value!r:.100}, which is none of the constants")
+        return self._constants[key.value]
 
 
-def _cut(entry: Json) -> Cut:
-    return Cut(int(entry["dim"]), _whole(entry["borders"]))
+def look_of_node(node: fx.Node) -> Look:
+    return tuple(node.meta["val"].shape), node.meta["val"].dtype
 
 
-def _edge(entry: Json) -> Edge:
-    return Edge(int(entry["source"]), int(entry["target"]), _whole(entry["nbytes"]), int(entry["whole"]),
-                str(entry["name"]))
+def results_of(program: Program) -> list[Look]:
+    """Shapes and types of what a program returns."""
+    return [look_of_node(n) for n in output_args(program.main.graph)]
 
 
-def _whole(numbers: Sequence[Any]) -> tuple[int, ...]:
-    return tuple(int(n) for n in numbers)
+def kept_values(entry: Entry, invariant: Program | None) -> Values:
+    """What ``invariant`` keeps, by the names that the program in ``entry`` knows it by, in order.
+
+    Raises:
+        ArtifactError: it takes other values than that.
+    """
+    names = [name for kind, name in (part.parts(2) for part in entry["inputs"].parts()) if kind.value == "invariant"]
+    found = results_of(invariant) if invariant else []
+    if len(names) != len(found) or len({n.text() for n in names}) < len(names):
+        raise ArtifactError(f"{entry.where} takes {len(names)} values that are kept, but {len(found)} are made")
+    return {("invariant", name.text()): look for name, look in zip(names, found, strict=True)}
+
+
+def _check_indices(constant: torch.Tensor, least: int, most: int, entry: Entry) -> None:
+    """Raise ArtifactError if a constant has an index of something that has less elements."""
+    if constant.numel() and not least <= int(constant.min()) <= int(constant.max()) <= most:
+        raise ArtifactError(f"{entry.where}: a constant has indices from {int(constant.min())} to "
+                            f"{int(constant.max())}, where there are elements {least} to {most}")

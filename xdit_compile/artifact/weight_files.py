@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from xdit_compile.artifact.entries import Entry
 from xdit_compile.artifact.files import ArtifactFolder
-from xdit_compile.artifact.json_values import Json, look_of
+from xdit_compile.artifact.json_values import DEEPEST, look_of
 from xdit_compile.driver.checkpoint import Checkpoint
 from xdit_compile.errors import ArtifactError
 
@@ -36,16 +38,19 @@ class WeightFiles:
     buffers: frozenset[str]
 
     @staticmethod
-    def of(entries: Json, included: Json, folder: ArtifactFolder, weights: str | Path | None) -> WeightFiles:
+    def of(manifest: Entry, folder: ArtifactFolder, weights: str | Path | None) -> WeightFiles:
         """From what the manifest says of tensors, and the weights that the user named.
 
         Raises:
             ArtifactError: they are nowhere, or in other shapes or types than the model's.
         """
-        looks = {str(name): look_of(entry) for name, entry in entries.items()}
-        aliases = {name: (name, *([e["same_as"]] if "same_as" in e else []), *e["also"]) for name, e in entries.items()}
+        entries = manifest["tensors"].items()
+        looks = {name: look_of(entry) for name, entry in entries}
+        aliases = {name: (name, *([e["same_as"].text()] if "same_as" in e else []), *e["also"].texts())
+                   for name, e in entries}
         # A hash of all of them would take longer than to map them.
-        places = {name: (folder.file(file, whole=False), name) for file, names in included.items() for name in names}
+        places = {name: (folder.file(Entry(file, names.where), whole=False), name)
+                  for file, names in manifest["weights"].items() for name in names.texts()}
         given = {} if weights is None else {
             name: (path, name) for name, path in Checkpoint.at(weights).files.items()}
         found: dict[str, tuple[Path, str]] = {}
@@ -55,10 +60,10 @@ class WeightFiles:
                 found[name] = place
         if missing := [name for name in looks if name not in found]:
             shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-            raise ArtifactError(f"{weights} has no {shown}" if weights is not None else
-                                f"{folder.path} does not include {shown}; give weights=FOLDER with the model's "
+            raise ArtifactError(f"{weights} has no {shown:.500}" if weights is not None else
+                                f"{folder.path} does not include {shown:.500}; give weights=FOLDER with the model's "
                                 "safetensors")
-        return WeightFiles(looks, aliases, found, frozenset(n for n, e in entries.items() if e["buffer"]))
+        return WeightFiles(looks, aliases, found, frozenset(n for n, e in entries if e["buffer"].flag()))
 
     def load(self, names: Collection[str], device: torch.device) -> dict[str, torch.Tensor]:
         """These tensors; one where names mean the same. On a CPU they are mapped: read when they are used.
@@ -68,29 +73,49 @@ class WeightFiles:
         """
         made: dict[tuple[Path, str], torch.Tensor] = {}
         for path in sorted({self.files[n][0] for n in names}):
-            with _opened(path, device) as file:
+            with readable(path), _library().safe_open(str(path), framework="pt", device=str(device)) as file:
                 for name in names:
                     if (place := self.files[name])[0] == path and place not in made:
                         self._check(name, file.get_slice(place[1]), path)
-                        made[place] = file.get_tensor(place[1])
+                        made[place] = truth(file.get_tensor(place[1]), path)
+        for name in names:
+            # One tensor may go by several names, of which each says what it is.
+            if (tensor := made[self.files[name]]).shape != self.looks[name][0] or tensor.dtype != self.looks[name][1]:
+                raise self._differs(name, (tuple(tensor.shape), tensor.dtype), self.files[name][0])
         return {name: made[self.files[name]] for name in names}
 
     def _check(self, name: str, header: Any, path: Path) -> None:
         found = tuple(header.get_shape()), _TYPES.get(header.get_dtype(), header.get_dtype())
         if found != self.looks[name]:
-            shape, dtype = self.looks[name]
-            raise ArtifactError(f"{name} is {found[1]}{list(found[0])} in {path}, but the model was exported with "
-                                f"{dtype}{list(shape)}; convert the weights, or export the model as it is loaded now")
+            raise self._differs(name, found, path)
 
-    @staticmethod
-    def read(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
-        """All tensors of a file."""
-        with _opened(path, device) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    def _differs(self, name: str, found: Any, path: Path) -> ArtifactError:
+        shape, dtype = self.looks[name]
+        return ArtifactError(f"{name} is {found[1]}{list(found[0])} in {path}, but the model was exported with "
+                             f"{dtype}{list(shape)}; convert the weights, or export the model as it is loaded now")
+
+
+def tensors_in(data: bytes, path: Path, device: torch.device) -> dict[str, torch.Tensor]:
+    """All tensors of a file with this content."""
+    with readable(path):
+        _library()
+        return {name: truth(tensor, path).to(device)
+                for name, tensor in import_module("safetensors.torch").load(data).items()}
+
+
+def truth(tensor: torch.Tensor, path: Path) -> torch.Tensor:
+    """``tensor``, of which truth values are 0 or 1: kernels rely on that."""
+    if tensor.dtype == torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
+        raise ArtifactError(f"{path} has truth values that are neither 0 nor 1")
+    return tensor
 
 
 def placed(cls: type[nn.Module], tensors: Mapping[str, torch.Tensor], buffers: Collection[str]) -> nn.Module:
     """A model of nothing but these tensors, in modules by the parts of their names."""
+    holders = {name.rpartition(".")[0] for name in tensors}
+    for name in tensors:
+        if not all(name.split(".")) or name.count(".") > DEEPEST or name in holders:
+            raise ArtifactError(f"{name!r:.200} is no name of a parameter, or one of modules that have some")
     model = cls()
     made: dict[int, nn.Parameter] = {}
     for name, tensor in sorted(tensors.items()):
@@ -109,13 +134,20 @@ def placed(cls: type[nn.Module], tensors: Mapping[str, torch.Tensor], buffers: C
     return model.eval()
 
 
-def _opened(path: Path, device: torch.device) -> Any:
+def _library() -> Any:
     try:
-        library = import_module("safetensors")
+        return import_module("safetensors")
     except ImportError as error:
         raise ArtifactError("artifacts keep tensors as safetensors, which is not installed; pip install safetensors"
                             ) from error
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Within: a file of tensors that cannot be read is told by its name."""
     try:
-        return library.safe_open(str(path), framework="pt", device=str(device))
-    except (OSError, library.SafetensorError) as error:
-        raise ArtifactError(f"cannot read {path}: {error}") from error
+        yield
+    except ArtifactError:
+        raise
+    except Exception as error:  # of safetensors' own, of PyTorch's, or the file system's: by what is wrong with it
+        raise ArtifactError(f"cannot read {path}: {type(error).__name__}: {error!s:.500}") from error

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from xdit_compile.diagnostics.difference import Difference
 from xdit_compile.diagnostics.side_by_side import Finding, arguments_of_call, findings
 from xdit_compile.ir.layout import Position
 from xdit_compile.ir.program import Program, module_of, source_of
@@ -80,8 +81,8 @@ def _differing(pair: Pair, position: Position, tolerance: float, gather: Gather,
     mine = [f for f in findings(pair.whole, pair.local, pair.whole_arguments, pair.local_arguments, position)
             if f.difference.exceeds(tolerance)]
     by_value: dict[tuple[int, str, str], dict[int, Finding]] = defaultdict(dict)
-    for rank, theirs in enumerate(gather(mine)):
-        for finding in theirs:
+    for rank, theirs in enumerate(gather([astuple(f) for f in mine])):
+        for finding in (Finding(order, node, layout, Difference(*d)) for order, node, layout, d in theirs):
             by_value[finding.order, finding.node, finding.layout][rank] = finding
     nodes = {n.name: n for n in pair.whole.graph.nodes}
     differing = []

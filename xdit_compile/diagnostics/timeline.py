@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from xdit_compile.driver.parallel_model import Parallel
 from xdit_compile.errors import XditError
 from xdit_compile.pipelines.parallel_pipeline import ParallelPipeline
 from xdit_compile.report.operations import program_flops
-from xdit_compile.runtime.pipefusion.schedule import Timeline, schedule_of_run, simulate
+from xdit_compile.runtime.pipefusion.schedule import Bar, Timeline, schedule_of_run, simulate
 from xdit_compile.runtime.pipefusion.stage_executor import StageExecutor
 
 
@@ -56,8 +56,8 @@ def timeline(parallel: Any) -> Timelines:
 
 def _of(ready: ReadyProgram, executor: StageExecutor) -> Timelines:
     spec = ready.group.spec
-    mine = (executor.bars, {unit: program_flops(p) for unit, p in executor.stage.units.items()})
-    everyone = ready.group.gather(mine)
+    mine = [astuple(bar) for bar in executor.bars], {unit: program_flops(p) for unit, p in executor.stage.units.items()}
+    everyone = [([Bar(*bar) for bar in bars], work) for bars, work in ready.group.gather(mine)]
     stages = [everyone[i * spec.sequence_degree] for i in range(spec.pipefusion_degree)]
     bars = [bar for its, _ in stages for bar in its]
     start = min((b.start for b in bars), default=0.0)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import torch
 from torch import nn
 
 from xdit_compile.api import parallelize
 from xdit_compile.diagnostics.blame import Pair, arguments_of, first_differences
-from xdit_compile.diagnostics.difference import difference
+from xdit_compile.diagnostics.difference import Difference, difference
 from xdit_compile.diagnostics.verification import OutputDifference, Verification
 from xdit_compile.driver.compile_call import Compiled
 from xdit_compile.driver.model_runner import ModelRunner, ReadyProgram
@@ -58,8 +58,8 @@ def verify(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, in
     compiled, group = ready.compiled, ready.group
     assert isinstance(compiled, Compiled)
     with runner.group.control.guard("the verification", group.process_groups.bind()), torch.no_grad():
-        everyone = [its for one in ready.group.gather([
-            [difference(a, b) for a, b in zip(got, expected, strict=True)] for got in actual]) for its in one]
+        everyone = [[Difference(*d) for d in its] for one in ready.group.gather([
+            [astuple(difference(a, b)) for a, b in zip(got, expected, strict=True)] for got in actual]) for its in one]
         outputs = tuple(
             OutputDifference(i, tuple(x.shape), str(x.dtype).removeprefix("torch."),
                              max(d.absolute for d in found), max(d.relative for d in found))
@@ -80,8 +80,8 @@ def verify(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, in
 
 def _explained(result: Verification, ready: ReadyProgram, main: Pair, expected: Sequence[torch.Tensor]) -> Verification:
     """``result`` with the cause of its differences, and the nodes to blame."""
-    captured = [difference(a, b) for a, b in zip(main.whole(*main.whole_arguments), expected, strict=True)]
-    if any(d.exceeds(result.tolerance) for theirs in ready.group.gather(captured) for d in theirs):
+    captured = [astuple(difference(a, b)) for a, b in zip(main.whole(*main.whole_arguments), expected, strict=True)]
+    if any(Difference(*d).exceeds(result.tolerance) for theirs in ready.group.gather(captured) for d in theirs):
         return replace(result, cause="capture")
     compiled = ready.compiled
     assert isinstance(compiled, Compiled) and compiled.local.position is not None

@@ -9,7 +9,7 @@ from torch import nn
 
 from xdit_compile.driver.compile_call import Compiled, Dump, compile_program
 from xdit_compile.driver.compile_stage import compile_stage
-from xdit_compile.frontend.program_cache import captured, find
+from xdit_compile.frontend.program_cache import captured, changes_of, find
 from xdit_compile.ir.program import Program
 from xdit_compile.ir.step_inputs import step_inputs
 from xdit_compile.spec import ShardingSpec
@@ -23,8 +23,12 @@ class CapturedPrograms:
         self._changes: dict[int, Mapping[int, str]] = {}
         """By the identity of a program, which is kept with the model: which arguments change from step to step."""
 
-    def find(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program | None:
-        return find(self.model, args, kwargs)
+    @property
+    def changes(self) -> int:
+        return changes_of(self.model)
+
+    def find(self, args: Sequence[Any], kwargs: Mapping[str, Any], fresh: bool = False) -> Program | None:
+        return find(self.model, args, kwargs, fresh)
 
     def make(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
         program = captured(self.model, args, kwargs)

@@ -54,6 +54,10 @@ class Compiled:
         return not self.seeds
 
     @property
+    def lost(self) -> str:
+        return next((n.text for n in self.whole.notes if n.kind == "seed" and self.seeds), "")
+
+    @property
     def parameters(self) -> set[str]:
         return self.stage.parameters if self.stage else parameters_of(self.body, self.invariant)
 

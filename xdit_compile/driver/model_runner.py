@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,22 +15,28 @@ from torch import nn
 
 from xdit_compile.driver.checkpoint import Checkpoint
 from xdit_compile.driver.program_source import ProgramSource, Runnable
-from xdit_compile.errors import CaptureError, RankMismatch, SpecError, XditError
+from xdit_compile.errors import RankMismatch, SpecError, XditError
+from xdit_compile.frontend.caller import check_call, unwatched
 from xdit_compile.ir.call_arguments import bind_call, named_leaves
 from xdit_compile.ir.pytree import flatten
 from xdit_compile.ir.released_parameters import missing_parameters, release_parameters
-from xdit_compile.ir.step_inputs import timestep_inputs
+from xdit_compile.ir.step_inputs import condition_among, timestep_inputs
 from xdit_compile.passes import NOTHING
+from xdit_compile.runtime.control.one_call_at_a_time import alone
+from xdit_compile.runtime.control.replicas import Replicas
 from xdit_compile.runtime.control.tensor_digest import digests
 from xdit_compile.runtime.deferred.deferred_tensor import DeferredTensor, materialize
 from xdit_compile.runtime.execution.executor import Executor
 from xdit_compile.runtime.parallel_group import ParallelGroup
-from xdit_compile.runtime.pipefusion.denoising_loops import DenoisingLoop, DenoisingLoops
+from xdit_compile.runtime.pipefusion.denoising_loops import DenoisingLoop, DenoisingLoops, LoopBoundaries
 from xdit_compile.runtime.pipefusion.schedule import RESULT
 from xdit_compile.runtime.pipefusion.stage_executor import StageExecutor
 from xdit_compile.spec import ALL
 
 log = logging.getLogger(__name__)
+
+PLAIN = frozenset({torch.Tensor, nn.Parameter, DeferredTensor})
+"""Types of tensors that a call may be made with."""
 
 RESTARTS = 8
 """First steps in a row that are more than a pipeline's terms of guidance."""
@@ -60,33 +67,42 @@ class ModelRunner:
         self.programs: dict[int, ReadyProgram] = {}
         """By the identity of the kind of call, which ``ReadyProgram`` keeps alive."""
         self.loops, self.steps, self.restarts = DenoisingLoops(), 0, 0
+        self.boundaries, self.changes = LoopBoundaries(), 0
         self.stages: dict[str, int] = {}
         """Of blocks seen so far: their weights are on the ranks of that stage, whatever call comes."""
         self.used: set[str] = set()
         self._told: set[int] = set()
         """Kinds of calls that are known to come again."""
+        self.begun: tuple[int, frozenset[Hashable]] = (0, frozenset())
+        """Of the denoising loop: the pipeline's call that it is in, and the keys of its loops."""
+        self.replicas = Replicas()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.group.spec.pipefusion_degree == 1:
             args, kwargs = tuple(map(materialize, args)), {n: materialize(a) for n, a in kwargs.items()}
         bound = bind_call(self.model, args, kwargs)
         tensors, _ = flatten((bound.args, bound.kwargs))
+        check_call(tensors, PLAIN)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise XditError("a parallel model computes no gradients, but an input requires them; "
                             "call it under torch.no_grad() or detach the input")
+        with alone(self.group.timeout):
+            return self._called(bound, tensors)
+
+    def _called(self, bound: inspect.BoundArguments, tensors: Sequence[torch.Tensor]) -> Any:
+        self.group.counts["calls"] += 1
         try:
-            kind = self.source.find(bound.args, bound.kwargs)
+            named, others = named_leaves(bound)
+            kind = self._find(bound, named, others)
             ready = self.programs.get(id(kind))
             # Also which program: a rank that has to capture one waits for the others to do so too.
             fingerprint = {"program": ready.compiled.name if ready else "still to be made"}
-            named, others = named_leaves(bound)
             later = _samples(ready, tensors, named)
             if self.check_inputs:
                 fingerprint |= digests({n: materialize(t) for n, t in named.items() if n not in later}) | others
             agreed = ready is None or not (ready.round_robin or later)
             if agreed:
-                self.group.control.agree("the call's inputs", fingerprint)
-            self.group.counts["calls"] += 1
+                self._agree(fingerprint)
             if ready is None:
                 ready = self._prepare(bound.args, bound.kwargs)
             elif id(kind) not in self._told:
@@ -100,13 +116,35 @@ class ModelRunner:
                 results = self._in_turn(ready, ready.executor, tensors, fingerprint)
             else:
                 results = self._together(ready, ready.executor, tensors)
-        except (RankMismatch, CaptureError, SpecError):
-            # All ranks raise alike, before any collective: the next call may well succeed.
-            raise
-        except BaseException:
-            self.group.forget()
+        except BaseException as error:
+            # What all ranks raise alike before any collective ends nothing: the next call may well succeed.
+            try:
+                self.group.control.fail(error, "a call of the model")
+            finally:
+                if self.group.control.verdict is not None:
+                    self.group.forget()
             raise
         return ready.compiled.output_spec.finish((bound.args, bound.kwargs), tensors, results)
+
+    def _agree(self, fingerprint: Mapping[str, str]) -> None:
+        """Compare what ranks call the model with, and outside of a pipeline, which does so itself, its weights."""
+        control = self.group.control
+        if not self.check_inputs or self.group.running:
+            control.agree("the call's inputs", fingerprint)
+        else:
+            self.replicas.agree(control, "the call's inputs", fingerprint, {"": self.model})
+
+    def _find(self, bound: inspect.BoundArguments, named: Mapping[str, torch.Tensor], others: Mapping[str, str]) -> Any:
+        """The kind of a call. Where a loop begins, or the model has changed, nothing is kept of steps before."""
+        epoch = self.group.epoch if self.group.running else None
+        times = _times(named) if epoch is None else ()
+        fresh = self.boundaries.begins(epoch, times, (condition_among(named), *others.values()))
+        kind = self.source.find(bound.args, bound.kwargs, fresh)
+        if fresh or self.changes != self.source.changes:
+            self.changes = self.source.changes
+            for ready in self.programs.values():
+                ready.executor.forget()
+        return kind
 
     def _together(self, ready: ReadyProgram, executor: Executor,
                   tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -144,15 +182,15 @@ class ModelRunner:
         communicator, spec = executor.communicator, ready.group.spec
         round_robin = self.group.round_robin if ready.round_robin else None
         others = {n: materialize(t) for n, t in named.items() if n not in later}
-        times = [others.pop(n).double() for n in sorted(timestep_inputs(others))]
-        time = tuple(x for t in times if t.numel() for x in (t.min().item(), t.max().item()))
+        time = _times(others)
+        others = {n: t for n, t in others.items() if n not in timestep_inputs(others)}
         owner = round_robin.next(self) if round_robin else 0
         mine = round_robin is None or owner == round_robin.mine
         loop = DenoisingLoop((), time, time, 0, 1)
         if later:
             key = (id(ready), owner, tuple(digests(others).items()))
             loop = self.loops.next(key, time, self.group.epoch, executor.caches if mine else list)
-            if loop.steps == 1 < self.steps:
+            if loop.steps == 1 and self._loop_begins(key):
                 executor.begin()
             self._notice(loop.steps)
             if loop.steps == 1 and self.check_inputs and not agreed:
@@ -160,8 +198,14 @@ class ModelRunner:
                 self.group.control.agree("the call's inputs", {**fingerprint, **samples})
         exact = spec.warmup_steps == ALL or loop.steps <= int(spec.warmup_steps)
         last = communicator.audience[(owner + 1) * len(communicator.column) - 1]
-        with self.group.control.guard("the forward pass", (*ready.group.process_groups.bind(), *communicator.groups())):
+        with self.group.control.guard("the forward pass", (*ready.group.process_groups.bind(), *communicator.all())):
             return executor(tensors, loop, exact, fingerprint, ready.compiled.output_spec.likes, last, mine)
+
+    def _loop_begins(self, key: Hashable) -> bool:
+        """Whether a loop's first step is that of a loop, and not of another term of guidance in the same loop."""
+        first = self.steps > 1 or self.restarts >= RESTARTS or self.group.epoch != self.begun[0] or key in self.begun[1]
+        self.begun = (self.group.epoch, frozenset({key}) if first else self.begun[1] | {key})
+        return first
 
     def _notice(self, steps: int) -> None:
         """Say so once if no call of a pipeline follows another, because something else than times changes."""
@@ -175,9 +219,10 @@ class ModelRunner:
         """Capture and compile a new kind of call."""
         start = time.perf_counter()
         try:
-            kind = self.source.make(args, kwargs)
-            middle = time.perf_counter()
-            compiled, group = self._compiled(kind)
+            with unwatched():
+                kind = self.source.make(args, kwargs)
+                middle = time.perf_counter()
+                compiled, group = self._compiled(kind)
         except Exception as error:
             # Told to the others, who else would wait for this rank's plan. All failing alike, the group lives on.
             self.group.control.agree("the plan", {"error": f"{type(error).__name__}: {error}"})
@@ -185,11 +230,27 @@ class ModelRunner:
         log.info("program %s of %s under %s: captured or found in %.2f s, planned in %.2f s", compiled.name,
                  type(self.model).__name__, group.spec, middle - start, time.perf_counter() - middle)
         self.group.control.agree("the plan", compiled.digest())
-        executor = self._executor(compiled, group)
+        try:
+            self._get_weights(compiled)
+        except Exception as error:
+            self.group.control.agree("getting ready", {"error": f"{type(error).__name__}: {error}"})
+            raise
+        self.group.control.agree("getting ready", {})
+        if self.weights is not None and self.check_inputs:
+            self.replicas.summary({"": self.model})
+            self.replicas.compare(self.group.control)
+        with self.group.control.guard("getting ready", tuple(self.group.groups_of_all())):
+            executor = self._executor(compiled, group)
         if compiled.unsharded and group.spec.sequence_degree > 1 and self.group.rank == 0:
             warnings.warn(f"{type(self.model).__name__} under {group.spec}: {NOTHING}", stacklevel=4)
+        if compiled.lost and self.group.rank == 0:
+            warnings.warn(f"{type(self.model).__name__} under {group.spec}: {compiled.lost}", stacklevel=4)
         round_robin = group is not self.group and self.group.round_robin is not None and (
             not compiled.output_spec.changes_arguments)
+        if compiled.stage is not None:
+            # Weights that were given up just now are no change that another call makes.
+            self.source.find(args, kwargs)
+            self.changes = self.source.changes
         self.programs[id(kind)] = ReadyProgram(kind, compiled, executor, group, round_robin)
         return self.programs[id(kind)]
 
@@ -203,9 +264,12 @@ class ModelRunner:
                 raise
         return self.source.compiled(kind, group.subgroup.spec, group.subgroup.rank, self.stages), group.subgroup
 
-    def _executor(self, compiled: Runnable, group: ParallelGroup) -> Executor | StageExecutor:
-        """What runs the program here. All ranks come to it together."""
-        stage = compiled.stage
+    def _get_weights(self, compiled: Runnable) -> None:
+        """Read those that this rank needs and was not given.
+
+        Raises:
+            XditError: some are nowhere.
+        """
         names = compiled.parameters
         if self.weights is not None:
             self.weights.load(self.model, names, torch.device("cuda", torch.cuda.current_device()) if
@@ -213,13 +277,23 @@ class ModelRunner:
         if absent := missing_parameters(self.model, names):
             raise XditError(f"{absent[0]} and {len(absent) - 1} more that this rank needs are on the meta device: give "
                             "parallelize weights=FOLDER")
+
+    def _executor(self, compiled: Runnable, group: ParallelGroup) -> Executor | StageExecutor:
+        """What runs the program here. All ranks come to it together."""
+        stage = compiled.stage
         if stage is None:
             return Executor(compiled.body, self.model, compiled.invariant, self.group.counts)
         group.communicator.connect([(e.source, e.target) for e in stage.edges if e.name != RESULT])
         self.stages |= {path: i for i, paths in enumerate(stage.blocks) for path in paths}
-        self.used |= names
+        self.used |= compiled.parameters
         release_parameters(self.model, [path for path, i in self.stages.items() if i != group.stage], self.used)
         return StageExecutor(stage, self.model, group.communicator, self.group.counts)
+
+
+def _times(named: Mapping[str, torch.Tensor]) -> tuple[float, ...]:
+    """The least and the greatest of each of the times."""
+    found = [materialize(named[n]).double() for n in sorted(timestep_inputs(named))]
+    return tuple(x for t in found if t.numel() for x in (t.min().item(), t.max().item()))
 
 
 def _samples(ready: ReadyProgram | None, tensors: Sequence[torch.Tensor],

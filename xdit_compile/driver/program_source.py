@@ -36,6 +36,10 @@ class Runnable(Protocol):
         """Equal on ranks that would run the same program."""
 
     @property
+    def lost(self) -> str:
+        """Of a spec that shares a call out in two ways, which of them gains nothing, in words; else nothing."""
+
+    @property
     def unsharded(self) -> bool:
         """Whether nothing is shared out among ranks."""
 
@@ -46,8 +50,12 @@ class Runnable(Protocol):
 class ProgramSource(Protocol):
     """Finds what to run for a call. A kind of call is an object of its own."""
 
-    def find(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any | None:
-        """The kind of this call if there was one before."""
+    @property
+    def changes(self) -> int:
+        """How often it was noticed that the model is another than before."""
+
+    def find(self, args: Sequence[Any], kwargs: Mapping[str, Any], fresh: bool = False) -> Any | None:
+        """The kind of this call if there was one before; ``fresh``: whether it is the first of a loop."""
 
     def make(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The kind of a new call."""

@@ -12,24 +12,34 @@ import operator
 import re
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from xdit_compile.errors import CaptureError
+from xdit_compile.frontend.block_fingerprint import Attribute
+from xdit_compile.frontend.caller import autocast_as, undisturbed
 from xdit_compile.frontend.concrete_values import ConcreteValueMode, Value, of_inputs
 from xdit_compile.frontend.flex_attention import FLEX, dense_mask, is_open, is_plain, modified_attention
 from xdit_compile.frontend.gc_pause import gc_paused
+from xdit_compile.frontend.mechanisms import COMPILED, check, compiled_inside
 from xdit_compile.frontend.opaque_modules import culprit, leaving_in_python
+from xdit_compile.frontend.own_errors import not_of_capture
+from xdit_compile.frontend.reads import Reads
 from xdit_compile.frontend.repeated_blocks import BLOCK, BlockKind, Outliner
-from xdit_compile.frontend.side_effects import side_effects_undone
-from xdit_compile.frontend.tracing import Traced, as_fake, export_conventions, fake_state, traced
+from xdit_compile.frontend.side_effects import Before, Change, Key, readable
+from xdit_compile.frontend.tracing import StateWritten, Traced, as_fake, export_conventions, fake_state, traced
+from xdit_compile.frontend.watchers import observed_hooks
+from xdit_compile.frontend.writes import fill, refuse, settle
 from xdit_compile.ir.program import Input, Program, drop_unused, graph_module, output_args, source_of
 from xdit_compile.ir.pytree import Structure, differ, flatten, sharing
 
@@ -44,16 +54,20 @@ class _Call:
     arguments as it left them; known once it has run."""
 
     def __init__(self, module: nn.Module, inputs: Structure, known: ConcreteValueMode,
-                 values: Sequence[Value | int | None]) -> None:
+                 values: Sequence[Value | int | None], reads: Reads, path: str = "") -> None:
+        """``path``: where in the model ``module`` is, with a dot behind it."""
         self.module, self.inputs, self._known, self._values = module, inputs, known, values
+        self._reads, self._path = reads, path
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with self._known:
             for tensor, value in zip(tensors, self._values, strict=True):
                 self._known.assign(tensor, value)
+            self._known.stand(self.module, self._path)
             args, kwargs = self.inputs.build(tensors)
             # Forward alone: hooks of the module itself run around the call, wherever that is made.
-            result = type(self.module).forward(self.module, *args, **kwargs)
+            with self._reads.recording():
+                result = self.module.forward(*args, **kwargs)
         left = (args, kwargs) if differ((args, kwargs), tensors, self.inputs) else None
         made, self.outputs = flatten((result, left))
         return tuple(made)
@@ -63,79 +77,201 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
     """Capture ``model(*args, **kwargs)``; what is no tensor among the inputs is baked into the program.
 
     Raises:
-        CaptureError: naming the line of the model that stands in the way and what to do about it.
+        CaptureError: naming the line of the model that stands in the way, or the state that it keeps, and what to do
+            about it. What the model itself raises, as it would on one device, goes on as it is; so does the lack of
+            memory.
     """
+    return recorded(model, args, kwargs)[0]
+
+
+def recorded(model: nn.Module, args: Sequence[Any] = (),
+             kwargs: Mapping[str, Any] | None = None) -> tuple[Program, Reads]:
+    """As ``capture``, with the code that ran."""
+    check(model)
+    if compiled := compiled_inside(model):
+        warnings.warn(f"torch.compile around {', '.join(path or type(model).__name__ for path in compiled[:5])} "
+                      f"({len(compiled)} modules) {COMPILED}", stacklevel=2)
+    args, kwargs = tuple(args), dict(kwargs or {})
     left: list[type[nn.Module]] = []
-    start = time.perf_counter()
+    filled, start = False, time.perf_counter()
     while True:
         try:
-            with gc_paused(), leaving_in_python(model, left):
-                program = _capture(model, tuple(args), dict(kwargs or {}))
+            with gc_paused(), undisturbed(), observed_hooks(model), leaving_in_python(model, left):
+                program, reads = _Capture(model, args, kwargs).program()
             log.info("captured %s in %.2f s: %d nodes in %d functions", type(model).__name__,
                      time.perf_counter() - start, sum(len(m.graph.nodes) for _, m in program.functions()),
                      len(program.calls()))
-            return program
+            return program, reads
+        except _Fills as found:
+            if filled:
+                raise CaptureError(str(StateWritten(found.names))) from None
+            fill(model, found.names, args, kwargs)
+            filled = True
+        except StateWritten as error:
+            raise CaptureError(str(error)) from error
         except CaptureError:
             raise
         except Exception as error:
-            found = culprit(error, model)
-            if found is None or found in left:
+            if not_of_capture(error):
+                raise
+            cls = culprit(error, model)
+            if cls is None or cls in left:
                 raise _explained(error, model) from error
-            log.info("capturing %s again, %s left in Python, after: %s", type(model).__name__, found.__name__, error)
-            left.append(found)
+            log.info("capturing %s again, %s left in Python, after: %s", type(model).__name__, cls.__name__, error)
+            left.append(cls)
 
 
-def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-    tensors, inputs = flatten((args, kwargs))
-    known = ConcreteValueMode(tensors)
-    call = _Call(model, inputs, known, of_inputs(tensors))
-    mode = detect_fake_mode([*tensors, *model.parameters()]) or FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.no_grad(), side_effects_undone(model, args, kwargs):
-        _off_meta(model)
+class _Fills(CaptureError):
+    """Raised when the first call fills buffers, which ``names`` names."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(f"the first call fills {', '.join(names)}")
+        self.names = tuple(names)
+
+
+class _Capture:
+    """One capture: the model, its call, and what becomes known of both."""
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.model, self.arguments = model, (args, kwargs)
+        self.tensors, self.inputs = flatten((args, kwargs))
+        self.mode = detect_fake_mode([*self.tensors, *model.parameters()]) or FakeTensorMode(allow_non_fake_inputs=True)
+        self.known = ConcreteValueMode(self.tensors, model)
+        self.before = Before()
+        self.reads = Reads(first=self.before.note_frame)
+        self.changed: dict[Key, Change] = {}
+
+    def program(self) -> tuple[Program, Reads]:
+        with torch.no_grad(), _off_meta(self.model), _forgetting(self.mode):
+            self.before.note_model(self.model, *self.arguments)
+            try:
+                program = self._traced()
+            except StateWritten as error:
+                try:
+                    filled = self._settled()
+                except CaptureError as why:
+                    raise error from why
+                if not {*error.names} <= {*filled}:
+                    raise
+                raise _Fills(filled) from error
+            self._check(program)
+        # What was noted down is not kept.
+        return program, Reads(self.reads.codes, valued=self.reads.valued)
+
+    def _traced(self) -> Program:
+        call = self._call(self.known)
+        standing_in, watched, read = False, False, frozenset[Attribute]()
         try:
-            outliner = Outliner(model, known, mode)
-            if outliner.paths:
-                with side_effects_undone(model, args, kwargs), outliner.recording(), fake_state(
-                        model, mode, outliner.repeats):
-                    shown = [as_fake(t, mode) for t in tensors]
-                    with mode:
-                        call(*(shown[i] for i in sharing(tensors)))
-                known.forget_reads()
-            return _assemble(call, tensors, outliner, known, mode)
-        except CaptureError:
+            outliner = Outliner(self.model, self.known, self.mode)
+            watched = bool(outliner.unread)
+            while outliner.paths:
+                with self._unchanged(), outliner.recording(), fake_state(self.model, self.mode, outliner.repeats):
+                    shown = self._examples()
+                    with self.mode:
+                        call(*shown)
+                self.known.forget_reads()
+                if not outliner.read:
+                    standing_in = True
+                    break
+                read |= outliner.read
+                outliner = Outliner(self.model, self.known, self.mode, read)
+            return self._assemble(call, outliner)
+        except (CaptureError, MemoryError):
             raise
         except Exception as error:
+            # Attributes that are watched are not where the model's code may look for them.
+            if not standing_in and not watched and not_of_capture(error):
+                raise
             # Outlining leans on more of the model than a plain trace does; without it the same model may pass.
-            log.info("capturing %s again, block by block no more, after: %s", type(model).__name__, error)
-        return _assemble(call, tensors, None, known, mode)
+            log.info("capturing %s again, block by block no more, after: %s", type(self.model).__name__, error)
+        return self._assemble(call, None)
+
+    def _call(self, known: ConcreteValueMode) -> _Call:
+        return _Call(self.model, self.inputs, known, of_inputs(self.tensors), self.reads)
+
+    def _examples(self) -> list[torch.Tensor]:
+        shown = [as_fake(t, self.mode) for t in self.tensors]
+        return [shown[i] for i in sharing(self.tensors)]
+
+    @contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """Within, the model may run; afterwards all is as it was. What was not is noted."""
+        try:
+            yield
+        finally:
+            self.changed |= self.before.restore()
+
+    def _settled(self) -> tuple[str, ...]:
+        """Names of buffers that the first call fills. Raises CaptureError if state goes from call to call."""
+        call = self._call(ConcreteValueMode(self.tensors, self.model))
+        with self._unchanged(), fake_state(self.model, self.mode), self.mode:
+            return settle(self.model, lambda shown: call(*shown), self._fresh, self.before, self.reads)
+
+    def _fresh(self) -> list[torch.Tensor]:
+        """Examples that are no earlier ones."""
+        made = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in self._examples()]
+        return [made[i] for i in sharing(self.tensors)]
+
+    def _check(self, program: Program) -> None:
+        # What forward made itself, and then wrote into, is no state.
+        held = self.before.tensors
+        if written := {readable(held[id(t)]): f"(a tensor that is written into at {line})"
+                       for t, line in self.reads.written if id(t) in held}:
+            raise refuse(written, self.model)
+        if self.changed and (filled := self._settled()):
+            raise _Fills(filled)
+        for name, value in program.constants.items():
+            if isinstance(value, (FakeTensor, FunctionalTensor)):
+                raise CaptureError(f"{name} of {type(self.model).__name__} is a tensor that an earlier trace left "
+                                   "behind; make the model, or the cache that holds it, anew")
+
+    def _assemble(self, call: _Call, outliner: Outliner | None) -> Program:
+        constants: dict[str, torch.Tensor] = {}
+        with export_conventions():
+            if outliner is None:
+                with self._unchanged():
+                    found, kinds = _trace(call, self.tensors, self.mode), {}
+            else:
+                with self._unchanged(), outliner.standing_in():
+                    found = _trace(call, self.tensors, self.mode)
+                kinds = {kind.name: kind for kind in outliner.kinds.values() if kind}
+            blocks = {name: self._block(kind, constants) for name, kind in kinds.items()}
+        main, inputs = _main(found, blocks, constants)
+        return Program(main, tuple(inputs), constants, call.outputs, written=found.written, guards=self.known.guards())
+
+    def _block(self, kind: BlockKind, constants: dict[str, torch.Tensor]) -> tuple[fx.GraphModule, list[Input]]:
+        """A block kind as a function of its parameters, then its inputs; it returns what its inputs are not."""
+        call = _Call(kind.module, kind.inputs, self.known, kind.values, self.reads, f"{kind.path}.")
+        with self._unchanged(), autocast_as(kind.autocast):
+            found = _trace(call, kind.examples, self.mode)
+        return _function_of(kind, found, constants)
 
 
-def _off_meta(model: nn.Module) -> None:
-    """Tables kept as plain attributes on the meta device become zeros. Not taken back here."""
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, torch.Tensor) and value.is_meta:
-                vars(module)[name] = torch.zeros_like(value, device="cpu")
+@contextmanager
+def _forgetting(mode: FakeTensorMode) -> Iterator[None]:
+    """Afterwards, ``mode`` knows no tensor of the model by a weak reference: those with one cannot be swapped."""
+    try:
+        yield
+    finally:
+        mode.fake_tensor_converter.meta_converter.describer.lookup_tensor.clear()
 
 
-def _assemble(call: _Call, tensors: Sequence[torch.Tensor], outliner: Outliner | None, known: ConcreteValueMode,
-              mode: FakeTensorMode) -> Program:
-    constants: dict[str, torch.Tensor] = {}
-    with export_conventions():
-        if outliner is None:
-            found, kinds = _trace(call, tensors, mode), {}
-        else:
-            with outliner.standing_in():
-                found = _trace(call, tensors, mode)
-            kinds = {kind.name: kind for kind in outliner.kinds.values() if kind}
-        blocks = {name: _block(kind, known, mode, constants) for name, kind in kinds.items()}
-    main, inputs = _main(found, blocks, constants)
-    return Program(main, tuple(inputs), constants, call.outputs, written=found.written, guards=known.guards())
+@contextmanager
+def _off_meta(model: nn.Module) -> Iterator[None]:
+    """Within, tables kept as plain attributes on the meta device are zeros."""
+    held = [(vars(m), name, value) for m in model.modules() for name, value in vars(m).items()
+            if isinstance(value, torch.Tensor) and value.is_meta]
+    for state, name, value in held:
+        state[name] = torch.zeros_like(value, device="cpu")
+    try:
+        yield
+    finally:
+        for state, name, value in held:
+            state[name] = value
 
 
 def _trace(call: _Call, tensors: Sequence[torch.Tensor], mode: FakeTensorMode) -> Traced:
-    with side_effects_undone(call.module, call.inputs.constants):
-        found = traced(call, call.module, tensors, mode)
+    found = traced(call, call.module, tensors, mode)
     for node in found.graph.nodes:
         if node.op == "call_function" and _random(node):
             raise CaptureError(
@@ -263,10 +399,9 @@ class _Copier:
         return env[traced.output_node().args[0]]
 
 
-def _block(kind: BlockKind, known: ConcreteValueMode, mode: FakeTensorMode,
-           constants: dict[str, torch.Tensor]) -> tuple[fx.GraphModule, list[Input]]:
-    """A block kind as a function of its parameters, then its inputs; it returns what its inputs are not."""
-    found = _trace(_Call(kind.module, kind.inputs, known, kind.values), kind.examples, mode)
+def _function_of(kind: BlockKind, found: Traced,
+                 constants: dict[str, torch.Tensor]) -> tuple[fx.GraphModule, list[Input]]:
+    """What was traced of a block kind, with its parameters first."""
     copier = _Copier(found, f"{kind.path}.", constants)
     copier.placeholders()
     for node in found.graph.nodes:

@@ -1,4 +1,4 @@
-"""Values that tracing may know: what small inputs and constants hold, and everything computed from them alone.
+"""Values that tracing may know: what small inputs, buffers and constants hold, and everything computed from them alone.
 
 Some models read tensor values into Python (how many text tokens a mask keeps). Static graphs cannot hold such a
 read, but they can be specialised to it: while the model is traced, each tensor of known value has a real **mirror**
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
@@ -74,10 +74,16 @@ class ConcreteValueMode(TorchFunctionMode):
     """While active, follows known values and answers reads of them. Keeps a list of all it did, from which
     ``guards`` takes what led to the reads."""
 
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
-        """``inputs``: the arguments of the call, as flat tensors."""
+    def __init__(self, inputs: Sequence[Tensor], model: nn.Module) -> None:
+        """``inputs``: the arguments of the call, as flat tensors; the model's buffers and tensor attributes hold values
+        too."""
         super().__init__()
         self._inputs = inputs
+        held = dict(_state(model))
+        self._held = {name: t for (name, t), i in zip(held.items(), of_inputs([*held.values()]), strict=True)
+                      if i is not None}
+        self._stands: dict[int, tuple[Tensor, str]] = {}
+        """Tensors of the trace that stand for these, by name."""
         # Keeps the tensors too: a traced tensor's Python object may else be dropped and made anew, unknown.
         self._values: dict[int, tuple[Tensor, Value]] = {}
         self._steps: list[tuple[Step, list[Tensor]]] = []
@@ -105,7 +111,22 @@ class ConcreteValueMode(TorchFunctionMode):
                 needed |= storages
         return Guards(tuple(reversed(kept)))
 
+    def stand(self, module: nn.Module, prefix: str = "") -> None:
+        """While ``module`` is traced, what it has for buffers and tensor attributes stands for the model's."""
+        for name, tensor in _state(module):
+            if prefix + name in self._held:
+                self._stands[id(tensor)] = tensor, prefix + name
+
+    def state_read(self) -> set[str]:
+        """Names of buffers and tensor attributes on which reads depend."""
+        return {step.args[0] for step in self.guards().steps if step.func is None and isinstance(step.args[0], str)}
+
     def value(self, tensor: Tensor) -> Value | None:
+        if id(tensor) in self._stands and id(tensor) not in self._values:
+            name = self._stands.pop(id(tensor))[1]
+            value = Value(_copy(self._held[name]), self._slot())
+            self._steps.append((Step(None, (name,), {}, (value.slot,)), [value.tensor]))
+            self._values[id(tensor)] = tensor, value
         return self._values.get(id(tensor), (None, None))[1]
 
     def snapshot(self, tensor: Tensor) -> Value | None:
@@ -157,7 +178,7 @@ class ConcreteValueMode(TorchFunctionMode):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if not self._known(tensors):
             result = func(*args, **kwargs)
-            if _writes(func, kwargs):
+            if writes(func, kwargs):
                 self._forget(tensors)
             elif func in _OF_SHAPES and isinstance(result, Tensor):
                 like = {"dtype": result.dtype, "device": result.device}
@@ -175,12 +196,12 @@ class ConcreteValueMode(TorchFunctionMode):
     def _follow(self, result: Any, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """Repeat on the mirrors what gave ``result``."""
         made, structure = tree_flatten(result)
-        writes = _writes(func, kwargs)
-        if not writes and not any(isinstance(m, Tensor) for m in made):
+        written = writes(func, kwargs)
+        if not written and not any(isinstance(m, Tensor) for m in made):
             return
         name = getattr(func, "__name__", "")
         if name.startswith(_UNDEFINED) or any(m.numel() > LARGEST for m in made if isinstance(m, Tensor)):
-            if writes:
+            if written:
                 self._forget([x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)][:1])
             return
         try:
@@ -259,6 +280,15 @@ class ConcreteValueMode(TorchFunctionMode):
             return x.index_select(dim, where)
 
 
+def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers and tensor attributes, by their names."""
+    for path, inner in module.named_modules(remove_duplicate=False):
+        for group in (inner._buffers, vars(inner)):
+            for name, tensor in group.items():
+                if isinstance(tensor, Tensor):
+                    yield f"{path}.{name}".lstrip("."), tensor
+
+
 def _copy(tensor: Tensor) -> Tensor:
     with plain():
         return tensor.detach().clone()
@@ -268,9 +298,10 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _writes(func: Callable[..., Any], kwargs: Any) -> bool:
+def writes(func: Callable[..., Any], kwargs: Any) -> bool:
+    """Whether a function writes into its first argument, or into the one that is named ``out``."""
     name = getattr(func, "__name__", "")
-    return name in _WRITES or "out" in kwargs or (name.endswith("_") and not name.endswith("__"))
+    return name in _WRITES or "out" in (kwargs or ()) or (name.endswith("_") and not name.endswith("__"))
 def digest(tensor: Tensor) -> Hashable:
     """Equal for tensors of equal dtype, shape and bits."""
     with plain():

@@ -15,7 +15,7 @@ _made: WeakValueDictionary[tuple[int, str], nn.Module] = WeakValueDictionary()
 
 
 def as_module(model: nn.Module, method: str) -> nn.Module:
-    """A module whose forward is ``model.<method>`` as its class wrote it; ``model`` is its only child, ``model``.
+    """A module whose forward is ``model.<method>``; ``model`` is its only child, ``model``.
 
     The same one each time as long as somebody holds it, and with it all programs that were captured of it.
 
@@ -44,7 +44,8 @@ def _class(cls: type[nn.Module], method: str) -> type[nn.Module]:
     # What ``inspect.signature`` says of forward is what it says of the method.
     @functools.wraps(function)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return function(self.model, *args, **kwargs)
+        return getattr(self.model, method)(*args, **kwargs)
 
     return type(f"{cls.__name__}.{method}", (nn.Module,), {
-        "__init__": init, "forward": forward, "__module__": cls.__module__, "__doc__": function.__doc__})
+        "__init__": init, "forward": forward, "uncalled": ("model",), "__module__": cls.__module__,
+        "__doc__": function.__doc__})

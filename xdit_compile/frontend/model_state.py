@@ -1,115 +1,511 @@
-"""What of a model a captured program depends on, in one value that is cheap to compute at every call."""
+"""What of a model, and of all else that its forward read, a captured program depends on.
+
+A program is made for a *description*: attributes of the model and of what these lead to, the code of its classes, the
+globals that the code which ran names, and what all of these hold, by value. Computing it at each call would be slow.
+With it comes a *watch*: the dictionaries, lists, cells and tensors that were looked into, and the identities of what
+was in them. As long as these are the same, so is the description.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from functools import partial
+import hashlib
+import itertools
+import operator
+import re
+import sys
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import _lru_cache_wrapper, cached_property, partial
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from xdit_compile.frontend.concrete_values import plain
+from xdit_compile.frontend.objects import (
+    CAPTURES,
+    MISSING,
+    attributes,
+    constants,
+    content,
+    elements,
+    entries,
+    is_leaf,
+    is_library,
+    is_plain,
+    is_stream,
+    package,
+    slot,
+    slots,
+    spoken,
+)
+from xdit_compile.frontend.reads import Ran, Reads, resolve
 from xdit_compile.ir.pytree import CONSTANTS
 from xdit_compile.ir.released_parameters import device_of
 
-_INTERNAL = frozenset(vars(nn.Module())) - {"training"}
+_INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {CAPTURES}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_ITSELF = (nn.Module, torch.Tensor, type, BuiltinFunctionType, ModuleType)
-_DEPTH = 16
-"""How deep plain objects are looked into: a processor, its settings, their lists."""
+_UNREAD = _INTERNAL - {"_parameters", "_buffers", "_modules", *_HOOKS}
+"""Attributes of modules in which nothing is looked for."""
 _SWITCHES = frozenset({"_hf_peft_config_loaded"})
 """Attributes that are only asked whether they are true: unloading adapters leaves None where there was nothing."""
+_LAYER = frozenset({"forward", "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__"})
+"""Functions of PyTorch's own classes that decide what a call computes."""
+_FLAG = re.compile(r"(is|get|are)_\w+|\w+_enabled")
+_NO_FLAG = re.compile(r"\w*(rng|seed|grad|inference|compiling|exporting|available)\w*")
+"""Functions of PyTorch that tell how it is set, and those of this name that do not, or that captures decide."""
+_WRAPPERS: dict[type, tuple[str, ...]] = {
+    partial: ("func", "args", "keywords"), MethodType: ("__func__", "__self__"), property: ("fget",),
+    staticmethod: ("__func__",), classmethod: ("__func__",), cached_property: ("func",)}
+DEPTH = 100
+SMALL = 1 << 14
+"""Bytes of an array, or of a tensor on the CPU, that are compared at each call; larger ones at a loop's first step."""
 
 
-def state_token(model: nn.Module, held: dict[int, Any] | None = None) -> Hashable:
-    """Changes when modules are added, removed or exchanged for others, when a parameter changes shape, dtype or
-    device, when a hook or a Python attribute that forward may read changes (an adapter's scale, a processor), and
-    under autocast. Values of parameters do not count: programs read them at each call.
+@dataclass(frozen=True)
+class Description:
+    """A value that is equal for equal states, and what tells cheaply that it would still be the same.
+
+    Attributes:
+        held: objects that count by identity; as long as they live no other object has it.
+        streams: where values are that nobody can look at without changing them.
+    """
+
+    value: Hashable
+    watch: Watch
+    held: Mapping[int, Any]
+    streams: Sequence[str]
+
+
+def ambient() -> Hashable:
+    """What of PyTorch's settings any forward depends on."""
+    autocast = tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
+    return autocast
+
+
+def describe(model: nn.Module, reads: Reads | None = None, extra: Mapping[str, torch.Tensor] | None = None
+             ) -> Description:
+    """The state of ``model``: changes when modules are added, removed or exchanged for others, when a parameter
+    changes shape, dtype or device, and when a hook, a Python attribute or anything else changes that the code which
+    ``reads`` recorded may read. Values of parameters and buffers of the model do not count: programs read them at each
+    call, and so they do what is in ``extra``. Values of all other tensors do.
 
     Modules, objects and functions count by what they hold, so that a hook that is taken off and put on again, or an
     adapter that is loaded where one like it was, changes nothing.
 
     Args:
-        held: given, it receives the objects that count by identity, by that. Whoever keeps the token keeps them too:
-            once freed, another object could have the same identity.
+        extra: other tensors that a program reads at each call, by name.
     """
-    autocast = tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
-    modules = list(model.modules())
-    # Modules of the model go by their place in it, which children and references name.
-    seen = {id(m): i for i, m in enumerate(modules)}
-    return tuple(_of_module(m, held, seen) for m in modules), autocast
+    with plain():
+        return _Walk(model, reads or Reads()).description(extra or {})
 
 
-def _of_module(module: nn.Module, held: dict[int, Any] | None, seen: dict[int, int]) -> Hashable:
-    state, groups = vars(module), (module._parameters, module._buffers, module._modules)
-    tensors = [(name, type(t), t.shape, t.dtype, device_of(t)) for group in groups[:2]
-               for name, t in group.items() if t is not None]
-    children = [(name, seen[id(m)]) for name, m in module._modules.items() if m is not None]
-    # None reads the same wherever it is kept, and what is set anew comes last: order means nothing.
-    plain = {k: None for group in groups if group for k, v in group.items() if v is None}
-    plain |= {k: state[k] for k in state.keys() - _INTERNAL if k not in _SWITCHES or state[k]}
-    rest = [(k, _of_value(plain[k], held, seen, _DEPTH)) for k in sorted(plain)]
-    hooks = [_of_value(h, held, seen, _DEPTH) for group in _HOOKS if state[group] for h in state[group].values()]
-    return type(module), tuple(tensors), tuple(children), tuple(rest), tuple(hooks)
+class Watch:
+    """What a description was made of, and the identities of what was in there."""
+
+    def __init__(self, walk: _Walk) -> None:
+        self._states, self._sizes = walk.states, [len(state) for _, state in walk.states]
+        self._mappings = [*walk.mappings.values()]
+        self._sequences = [*walk.sequences.values()]
+        self._getters = walk.getters
+        self._own = [weakref.ref(t) for t in walk.tensors]
+        self._memory = walk.memory
+        self._fixed = [(weakref.ref(t), t._version if not t.is_inference() else None, t.data_ptr())
+                       for t in walk.foreign.values()]
+        self._large = [weakref.ref(t) for t in walk.foreign.values() if not _is_small(t)]
+        self._small = [(weakref.ref(t), values(t)) for t in walk.foreign.values() if _is_small(t)]
+        self._contents: Hashable = None
+        self._contents = self._values()
+        self._alive = True
+        self._held: list[Any] = []
+        self._keys, self._ids = list(map(id, self._names())), list(map(id, self._all()))
+        self._looks, self._bytes = self._now()
+        # A tensor or a module is not kept alive by being watched; when one is gone, all is looked at anew.
+        watch = weakref.ref(self)
+
+        def gone(_: object) -> None:
+            if (it := watch()) is not None:
+                it._alive = False
+
+        for value in self._all():
+            if isinstance(value, (torch.Tensor, nn.Module)):
+                self._held.append(weakref.ref(value, gone))
+            else:
+                self._held.append(value)
+
+    def _names(self) -> Iterator[Any]:
+        return itertools.chain(itertools.chain.from_iterable(self._mappings), (MISSING,))
+
+    def _all(self) -> Iterator[Any]:
+        return itertools.chain(itertools.chain.from_iterable(get(state) for get, state in self._states),
+                               itertools.chain.from_iterable(m.values() for m in self._mappings),
+                               itertools.chain.from_iterable(self._sequences),
+                               (get() for get in self._getters), (MISSING,))
+
+    def _now(self) -> tuple[list[Any], list[bytes | None]]:
+        looks = [None if (t := ref()) is None else (t.dtype, t.device, t.shape) for ref in self._own]
+        return looks, [content(a) for a in self._memory if _nbytes(a) <= SMALL]
+
+    def _values(self) -> Hashable:
+        """Of what is too large, or too far away, to be compared at each call."""
+        with plain():
+            tensors = [None if (t := ref()) is None else values(t) for ref in self._large]
+            return tensors, [hashlib.sha1(content(a) or b"").digest() for a in self._memory if _nbytes(a) > SMALL]
+
+    def holds(self, fresh: bool = False) -> bool:
+        """Whether nothing has changed that can be told cheaply; with ``fresh``, nor anything else: PyTorch does not
+        count what is written through ``.data``."""
+        if fresh and self._contents != self._values():
+            return False
+        if not self._alive or any(
+                (t := ref()) is None or version != (None if t.is_inference() else t._version) or t.data_ptr() != place
+                for ref, version, place in self._fixed):
+            return False
+        if self._small:
+            with plain():
+                if any((t := ref()) is None or values(t) != before for ref, before in self._small):
+                    return False
+        if [len(state) for _, state in self._states] != self._sizes:
+            return False
+        try:
+            return self._same()
+        except KeyError:  # an attribute was removed
+            return False
+
+    def _same(self) -> bool:
+        # Both end in the same mark, so that none is longer. Lists of the identities would be new memory at each call.
+        return all(map(operator.eq, map(id, self._all()), self._ids)) and all(
+            map(operator.eq, map(id, self._names()), self._keys)) and self._now() == (self._looks, self._bytes)
 
 
-def _identity(value: Any, held: dict[int, Any] | None) -> int:
-    if held is not None:
-        held[id(value)] = value
-    return id(value)
+def _nbytes(value: Any) -> int:
+    return int(getattr(value, "nbytes", None) or len(content(value) or b""))
 
 
-def _of_value(value: Any, held: dict[int, Any] | None, seen: dict[int, int], depth: int) -> Hashable:
-    """``seen`` numbers what was described before: objects may refer to one another in circles."""
-    if isinstance(value, (int, float, complex)):
-        return type(value), value  # 1, 1.0 and True are equal, but do not compute alike
-    if isinstance(value, CONSTANTS):
-        return value
+def _is_small(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() <= SMALL
 
-    def of(part: Any) -> Hashable:
-        return _of_value(part, held, seen, depth - 1)
 
-    if isinstance(value, nn.Module) and id(value) in seen:
-        return nn.Module, seen[id(value)]
-    if not depth or isinstance(value, _ITSELF):
-        return _identity(value, held)
-    if isinstance(value, partial):
-        return tuple(map(of, (value.func, value.args, value.keywords)))
-    if isinstance(value, MethodType):
-        return of(value.__func__), of(value.__self__)
-    if isinstance(value, tuple):
-        return tuple(map(of, value))
-    if isinstance(value, frozenset):
-        return frozenset(map(of, value))
-    if id(value) in seen:
-        return "seen", seen[id(value)]
-    seen[id(value)] = len(seen)
-    if isinstance(value, dict):
-        return tuple((str(k), of(v)) for k, v in value.items())
-    if isinstance(value, list):
-        return tuple(map(of, value))
-    if isinstance(value, set):
-        # Its order is another on each rank, and may be another for the same elements.
-        return frozenset(map(of, value))
-    if isinstance(value, FunctionType):
+def values(tensor: torch.Tensor) -> Hashable:
+    """Equal for tensors of equal dtype, shape, place and bits; of those without values, of equal looks."""
+    looks = tensor.dtype, tensor.shape, device_of(tensor)
+    if tensor.is_meta or isinstance(tensor, FakeTensor) or type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
+        return looks
+    if tensor.layout is not torch.strided:
+        return looks, id(tensor), tensor._version
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    flat = flat.clone(memory_format=torch.contiguous_format) if flat.stride(0) != 1 else flat
+    raw = flat.view(torch.uint8).numpy().data
+    return looks, bytes(raw) if flat.nbytes <= 64 else hashlib.sha1(raw, usedforsecurity=False).digest()
+
+
+class _Walk:
+    """One look at everything."""
+
+    def __init__(self, model: nn.Module, reads: Reads) -> None:
+        self.reads = reads
+        self.modules = list(model.modules())
+        # Modules of the model go by their place in it, which children and references name.
+        self.seen = {id(m): i for i, m in enumerate(self.modules)}
+        self.held: dict[int, Any] = {}
+        self.streams: list[str] = []
+        self.states: list[tuple[Callable[[Any], Any], dict[str, Any]]] = []
+        """Attributes of modules, and what gets those of interest at once."""
+        self.mappings: dict[int, Mapping[Any, Any]] = {}
+        self.sequences: dict[int, Any] = {}
+        self.getters: list[Callable[[], Any]] = []
+        self.memory: list[Any] = []
+        self.tensors: list[torch.Tensor] = []
+        self.foreign: dict[int, torch.Tensor] = {}
+        self.classes: dict[type, None] = {}
+        self.own: dict[int, int] = {}
+        self.live: set[int] = set()
+
+    def description(self, extra: Mapping[str, torch.Tensor]) -> Description:
+        # What a program reads at each call may have any values, unless forward read them into Python.
+        self.live = {id(t) for t in extra.values()} - {id(ref()) for ref in self.reads.valued}
+        for m in self.modules:
+            for group in (m._parameters, m._buffers):
+                for t in group.values():
+                    if t is not None:
+                        self.own.setdefault(id(t), len(self.own))
+                        self.tensors.append(t)
+        found: list[Hashable] = [self._module(m, f"attribute {p}.") for p, m in zip(
+            _paths(self.modules), self.modules, strict=True)]
+        found += [self._globals(), self._imports(), self._classes()]
+        found += [(name, self.of(t, name)) for name, t in extra.items()]
+        return Description(tuple(found), Watch(self), self.held, self.streams)
+
+    def _module(self, module: nn.Module, path: str) -> Hashable:
+        state, groups = vars(module), (module._parameters, module._buffers, module._modules)
+        self.classes[type(module)] = None
+        self.getters.append(partial(_class_of, weakref.ref(module)))
+        self.states.append((operator.itemgetter(*(k for k in state if k not in _UNREAD)), state))
+        for mapping in (*groups, *(state[h] for h in _HOOKS)):
+            self.mappings[id(mapping)] = mapping
+        tensors = [(name, type(t), t.shape, t.dtype, device_of(t)) for group in groups[:2]
+                   for name, t in group.items() if t is not None]
+        children = [(name, self.seen[id(m)]) for name, m in module._modules.items() if m is not None]
+        # None reads the same wherever it is kept, and what is set anew comes last: order means nothing.
+        rest = {k: None for group in groups if group for k, v in group.items() if v is None}
+        rest |= {k: state[k] for k in state.keys() - _INTERNAL if k not in _SWITCHES or state[k]}
+        described = [(k, self.of(rest[k], f"{path}{k}")) for k in sorted(rest)]
+        inside = [(n, self.of(slot(m, module), f"{path}{n}")) for n, m in self._slots(module)]
+        hooks = [self.of(h, f"a hook of {path}") for g in _HOOKS if state[g] for h in state[g].values()]
+        return type(module), tuple(tensors), tuple(children), tuple(described), tuple(inside), tuple(hooks)
+
+    def identity(self, value: Any) -> int:
+        self.held[id(value)] = value
+        return id(value)
+
+    def of(self, value: Any, path: str, depth: int = 0) -> Hashable:
+        """``path`` names the place of the value for people."""
+        if constants(value):
+            # 1, 1.0 and True are equal, but do not compute alike; nor do 0.0 and -0.0.
+            return type(value), repr(value) if isinstance(value, (float, complex)) else value
+        if is_leaf(value):
+            return self.identity(value)
+        if isinstance(value, type):
+            self.classes[value] = None
+            return self.identity(value)
+        if id(value) in self.seen:
+            return "seen", self.seen[id(value)]
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value)
+        if depth > DEPTH:
+            self.streams.append(f"{path}, which lies more than {DEPTH} objects deep")
+            return self.identity(value)
+        if not isinstance(value, tuple):  # equal tuples may be one object or two
+            self.seen[id(value)] = len(self.seen)
+            self.held[id(value)] = value
+        return self._parts(value, path, depth + 1)
+
+    def _tensor(self, value: torch.Tensor) -> Hashable:
+        if id(value) in self.own:
+            return "parameter", self.own[id(value)]
+        self.foreign[id(value)] = value
+        if id(value) in self.live:
+            return "constant", self.identity(value), value.dtype, value.shape, device_of(value)
+        return "tensor", values(value)
+
+    def _parts(self, value: Any, path: str, depth: int) -> Hashable:
+        cls = type(value)
+        self.classes[cls] = None
+
+        def of(part: Any, name: str = "") -> Hashable:
+            return self.of(part, f"{path}{name}", depth)
+
+        if isinstance(value, FunctionType):
+            return self._function(value, path, depth)
+        if isinstance(value, _lru_cache_wrapper):
+            self._include(value)
+            return "cache", of(value.__wrapped__)
+        if isinstance(value, CellType):
+            self.getters.append(partial(_content, value))
+            return of(_content(value))
+        for kind, names in _WRAPPERS.items():
+            if isinstance(value, kind):
+                return (kind.__name__, *(of(getattr(value, n)) for n in names), self._attributes(value, of))
+        if isinstance(value, weakref.ReferenceType):
+            self.getters.append(value)
+            return "reference", of(value())
+        if isinstance(value, ContextVar):
+            self.getters.append(partial(value.get, MISSING))
+            return "context", of(value.get(MISSING))
+        if is_stream(value):
+            self.streams.append(path)
+            return self.identity(value)
+        return cls, self._inside(value, of), self._attributes(value, of)
+
+    def _inside(self, value: Any, of: Callable[..., Hashable]) -> Hashable:
+        if isinstance(value, CONSTANTS):  # of a class of its own
+            return repr(value)
+        if (raw := content(value)) is not None:
+            self.memory.append(value)
+            looks = (value.dtype.str, value.shape) if isinstance(value, (np.ndarray, np.generic)) else ()
+            return looks, hashlib.sha1(raw, usedforsecurity=False).digest() if len(raw) > 64 else raw
+        if (held := entries(value)) is not None:
+            self.mappings[id(value)] = held
+            return tuple((of(k, "'s keys"), of(v, f"[{k!r}]"[:60])) for k, v in list(held.items()))
+        if (listed := elements(value)) is not None:
+            if not isinstance(value, (tuple, frozenset)):
+                self.sequences[id(value)] = value
+            parts = [of(v, f"[{i}]") for i, v in enumerate(listed)]
+            # The order of a set is another on each rank, and may be another for the same elements.
+            return frozenset(parts) if isinstance(value, (set, frozenset)) else tuple(parts)
+        if is_plain(type(value)) or isinstance(value, nn.Module):
+            return ()
+        said = spoken(value)
+        if said is MISSING:
+            # More than its attributes, and nobody knows what.
+            return self.identity(value)
+        self.getters.append(_Answer(partial(_said, value)))
+        return repr(said)
+
+    def _attributes(self, value: Any, of: Callable[..., Hashable]) -> Hashable:
+        found = attributes(value)
+        if found is not None:
+            self._mapping(value, found)
+        skip = _INTERNAL if isinstance(value, nn.Module) else frozenset()
+        named = [(k, of(v, f".{k}")) for k, v in list((found or {}).items()) if k not in skip]
+        if isinstance(value, nn.Module):
+            for group in (value._parameters, value._buffers, value._modules, *(vars(value)[h] for h in _HOOKS)):
+                self.mappings[id(group)] = group
+                named += [(k, of(v, f".{k}")) for k, v in group.items()]
+            named.sort(key=lambda item: str(item[0]))
+        return tuple(named), tuple((n, of(slot(m, value), f".{n}")) for n, m in self._slots(value))
+
+    def _mapping(self, value: Any, found: dict[str, Any]) -> None:
+        if type(value).__module__ == "_thread":  # another one in each thread
+            self.getters.extend(partial(getattr, value, name, MISSING) for name in found)
+        self.mappings[id(found)] = found
+
+    def _slots(self, value: Any) -> Sequence[tuple[str, Any]]:
+        found = slots(type(value))
+        self.getters.extend(partial(slot, member, value) for _, member in found)
+        return found
+
+    def _function(self, value: FunctionType, path: str, depth: int) -> Hashable:
         # A hook that is taken off and put on again is another function of the same code around the same things.
-        return (_identity(value.__code__, held), _identity(value.__globals__, held), of(value.__defaults__),
-                of(value.__kwdefaults__), *(of(_content(cell)) for cell in value.__closure__ or ()),
-                *((k, of(v)) for k, v in vars(value).items()))
-    if hasattr(value, "__dict__"):
-        # An object that is more than its attributes counts as itself.
-        same = type(value) if type(value).__basicsize__ == _Plain.__basicsize__ else value
-        return _identity(same, held), *((k, of(v)) for k, v in vars(value).items())
-    return _identity(value, held)
+        self.getters.append(partial(getattr, value, "__code__"))
+        ran = id(value.__code__) in self.reads.codes
+        parts = [self.of(value.__defaults__, f"{path}'s defaults", depth),
+                 self.of(value.__kwdefaults__, f"{path}'s defaults", depth)]
+        self.getters.append(partial(getattr, value, "__defaults__"))
+        if ran or not is_library(value.__module__):
+            parts += [self.of(cell, f"{path}'s {name}", depth) for cell, name in zip(
+                value.__closure__ or (), value.__code__.co_freevars, strict=True)]
+            self.mappings[id(vars(value))] = vars(value)
+            parts += [(k, self.of(v, f"{path}.{k}", depth)) for k, v in vars(value).items()]
+        return self.identity(value.__code__), id(value.__globals__), tuple(parts)
+
+    def _include(self, value: Any) -> None:
+        """What a remembered function would read counts, also when it was not run because its result was there."""
+        function = value.__wrapped__
+        if isinstance(function, FunctionType):
+            self.reads.include(function)
+
+    def _globals(self) -> Hashable:
+        found: list[Hashable] = []
+        done: set[tuple[int, tuple[str, ...]]] = set()
+        while True:  # functions that are remembered add to what there is to read
+            fresh = [(ran, c) for ran, c in self.reads.chains() if (id(ran.globals), c) not in done]
+            if not fresh:
+                return tuple(found)
+            for ran, chain in fresh:
+                done.add((id(ran.globals), chain))
+                found.append(self._chain(ran, chain))
+
+    def _chain(self, ran: Ran, chain: tuple[str, ...]) -> Hashable:
+        _, name, value = resolve(ran, chain)
+        if ran.is_layer and not isinstance(value, (FunctionType, BuiltinFunctionType)):
+            return chain
+        self.getters.append(_Global(ran, chain))
+        where = f"{'.'.join(chain)} in {ran.globals.get('__name__')}"
+        functions = (FunctionType, BuiltinFunctionType)
+        if isinstance(value, ModuleType) or ran.is_layer or (
+                isinstance(value, functions) and is_library(getattr(value, "__module__", None))):
+            return chain, self.identity(value), self._flag(name, value)
+        return chain, self.of(value, where)
+
+    def _flag(self, name: str, value: Any) -> Hashable:
+        """What a function of PyTorch answers that tells how it is set."""
+        if not callable(value) or not _FLAG.fullmatch(name) or _NO_FLAG.fullmatch(name) or package(
+                getattr(value, "__module__", None) or "torch") != "torch":
+            return None
+        try:
+            answer = value()
+        except Exception:  # it takes arguments, or asks for what is not there
+            return None
+        if not constants(answer):
+            return None
+        self.getters.append(_Answer(value))
+        return type(answer), answer
+
+    def _imports(self) -> Hashable:
+        found: list[Hashable] = []
+        for module, *names in self.reads.imports():
+            for name in names:
+                if not is_library(module) and module in sys.modules:
+                    get = partial(getattr, sys.modules[module], name, MISSING)
+                    self.getters.append(get)
+                    found.append((module, name, self.of(get(), f"{module}.{name}")))
+        return tuple(found)
+
+    def _classes(self) -> Hashable:
+        """Classes are described last, when all that is looked into is known; they may lead to others."""
+        found: list[Hashable] = []
+        done: set[type] = set()
+        named = self.reads.names()
+        while fresh := [c for cls in self.classes for c in cls.__mro__ if c not in done]:
+            for cls in dict.fromkeys(fresh):
+                done.add(cls)
+                if cls.__module__.startswith("torch.nn."):
+                    chosen = {n: v for n, v in vars(cls).items() if n in _LAYER}
+                elif is_library(cls.__module__):
+                    continue
+                else:
+                    chosen = {n: v for n, v in vars(cls).items() if self._is_read(n, v, named)}
+                self.getters.extend(partial(vars(cls).get, n) for n in chosen)
+                where = f"{cls.__module__}.{cls.__qualname__}"
+                found.append((self.identity(cls), *((n, self.of(v, f"{where}.{n}")) for n, v in chosen.items())))
+        return tuple(found)
+
+    def _is_read(self, name: str, value: Any, named: set[str]) -> bool:
+        if name in ("__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "_abc_impl", "__slots__",
+                    "__class__", "__qualname__", "__static_attributes__", "__firstlineno__"):
+            return False
+        if isinstance(value, FunctionType):
+            return name in named or name == "forward" or id(value.__code__) in self.reads.codes or (
+                name.startswith("__") and name.endswith("__") and name != "__init__")
+        return not name.startswith("__")
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a function answers. Equal answers are one object."""
+
+    function: Callable[[], Any]
+    _known: dict[Hashable, Any] = field(default_factory=dict)
+
+    def __call__(self) -> Any:
+        answer = self.function()
+        return self._known.setdefault((type(answer), answer), answer)
+
+
+@dataclass(frozen=True)
+class _Global:
+    """A global by the chain of names that code reads it by."""
+
+    ran: Ran
+    chain: tuple[str, ...]
+
+    def __call__(self) -> Any:
+        return resolve(self.ran, self.chain)[2]
+
+
+def _said(value: Any) -> str:
+    return repr(spoken(value))
 
 
 def _content(cell: CellType) -> Any:
     try:
         return cell.cell_contents
     except ValueError:  # nothing was assigned yet
-        return None
+        return MISSING
 
 
-class _Plain:
-    """An object that is its attributes and no more, as those of most classes are; others take more room."""
+def _class_of(module: weakref.ref[nn.Module]) -> type:
+    """Its class, which can be exchanged while the object stays the same."""
+    return type(module())
+
+
+def _paths(modules: Sequence[nn.Module]) -> list[str]:
+    """The path of each of a model's modules; the first is the model."""
+    paths = {id(m): p for p, m in modules[0].named_modules()}
+    return [paths[id(m)] for m in modules]

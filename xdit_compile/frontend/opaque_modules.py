@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from xdit_compile.errors import XditError
+from xdit_compile.frontend.caller import Autocast, autocast_as, autocast_now
 from xdit_compile.frontend.concrete_values import plain
 from xdit_compile.ir.program import Program
 from xdit_compile.ir.pytree import Structure, flatten
@@ -34,12 +35,16 @@ Shape = tuple[torch.Size, torch.dtype]
 
 @dataclass(frozen=True)
 class _Left:
-    """A module left in Python, at a path of the model: as a function of the flat inputs, and what that returns."""
+    """A module left in Python, at a path of the model: as a function of the flat inputs, and what that returns.
+
+    ``autocast`` is as it was where the model called it: programs run with autocast off.
+    """
 
     module: nn.Module
     path: str
     function: Callable[..., Any]
     shapes: list[Shape]
+    autocast: Autocast
 
 
 _calls: dict[str, _Left] = {}
@@ -49,7 +54,8 @@ _calls: dict[str, _Left] = {}
 def _python(name: str, inputs: list[Tensor]) -> list[Tensor]:
     function, shapes = _calls[name].function, _calls[name].shapes
     # Exchanges leave other strides than the model would see, and its code may take views.
-    results, _ = flatten(function([x.contiguous() for x in inputs]))
+    with autocast_as(_calls[name].autocast):
+        results, _ = flatten(function([x.contiguous() for x in inputs]))
     if [(r.shape, r.dtype) for r in results] != shapes:
         raise XditError(f"{name} is left in Python and returned {[tuple(r.shape) for r in results]}, but "
                         f"{[tuple(s) for s, _ in shapes]} when it was captured")
@@ -113,7 +119,7 @@ def _stand_in(cls: type[nn.Module], original: Callable[..., Any],
         held = [state[n] for n in names]
         outputs, shapes = _example(call, tensors, held)
         name = f"{cls.__qualname__}_{len(_calls)}"
-        _calls[name] = _Left(self, path, call, shapes)
+        _calls[name] = _Left(self, path, call, shapes, autocast_now())
         return outputs.build(OPAQUE(name, [*tensors, *_state(self).values()]))
 
     return forward

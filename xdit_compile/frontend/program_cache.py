@@ -5,68 +5,115 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-from xdit_compile.frontend.capture import capture
-from xdit_compile.frontend.model_state import state_token
+from xdit_compile.errors import CaptureError
+from xdit_compile.frontend.caller import surroundings
+from xdit_compile.frontend.capture import recorded
+from xdit_compile.frontend.model_state import Description, ambient, describe
+from xdit_compile.frontend.objects import CAPTURES
 from xdit_compile.frontend.opaque_modules import modules_in
+from xdit_compile.frontend.reads import Reads
 from xdit_compile.ir.program import Program
 from xdit_compile.ir.pytree import flatten, sharing
 from xdit_compile.ir.released_parameters import device_of
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Captured:
+    """A program and what it was made for."""
+
     program: Program
+    reads: Reads
+    description: Description
     modules: Mapping[str, nn.Module]
     """By path, those that the program calls themselves; all others it knows by what they hold."""
 
-    def serves(self, model: nn.Module, tensors: Sequence[torch.Tensor]) -> bool:
-        return self.program.guards.hold(tensors) and all(
+    def reads_alike(self, model: nn.Module, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether what the model reads of arguments is the same, and modules that are called as they are."""
+        return self.program.guards.hold(tensors, model) and all(
             model.get_submodule(path) is module for path, module in self.modules.items())
+
+    def same_state(self, model: nn.Module, fresh: bool) -> bool:
+        """Whether the model and all else are as they were."""
+        if self.description.watch.holds(fresh):
+            return True
+        now = describe(model, self.reads, self.program.constants)
+        if now.value != self.description.value:
+            return False
+        self.description = now
+        return True
 
 
 @dataclass
 class _Captures:
+    """What was captured of a model, by kind of call; several where state, or values that the model reads, make a
+    difference. The one used last comes first."""
+
     programs: dict[Hashable, list[_Captured]] = field(default_factory=dict)
-    """By kind of call; several where values that the model reads make a difference."""
-    held: dict[int, Any] = field(default_factory=dict)
-    """Objects whose identity is part of a key, by that, so that no other object gets it."""
+    changes: int = 0
+    """How often something was found to have changed."""
 
+    def __deepcopy__(self, _: Any) -> _Captures:
+        return _Captures()
 
-_captures: WeakKeyDictionary[nn.Module, _Captures] = WeakKeyDictionary()
+    def __reduce__(self) -> tuple[type[_Captures], tuple[()]]:
+        return _Captures, ()
 
 
 def captured(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
     """The program of ``model(*args, **kwargs)``, captured now unless a call of this kind was captured before."""
-    return find(model, args, kwargs) or _capture(model, args, kwargs)
+    return find(model, args, kwargs, fresh=True) or _capture(model, args, kwargs)
 
 
-def find(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program | None:
+def find(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], fresh: bool = False) -> Program | None:
     """The program of this kind of call, if it was captured before.
 
     A kind of call is all that shapes the graph: containers and Python values among the arguments, shapes, dtypes
-    and devices of tensors, structure and state of the model, and the tensor values the model read.
+    and devices of tensors, structure and state of the model and of what else it reads, and the tensor values it read.
+
+    Args:
+        fresh: whether this is the first step of a loop, or no step of any: what is costly to compare is compared too.
     """
-    kind, tensors = _kind(model, args, kwargs)
-    known = _captures.setdefault(model, _Captures()).programs.get(kind, ())
-    return next((c.program for c in known if c.serves(model, tensors)), None)
+    kind, tensors = _kind(args, kwargs)
+    captures = _captures_of(model)
+    known = captures.programs.get(kind, [])
+    for i, candidate in enumerate(known):
+        before = candidate.description
+        same = candidate.same_state(model, fresh)
+        captures.changes += not same or candidate.description is not before
+        if same and candidate.reads_alike(model, tensors):
+            known.insert(0, known.pop(i))
+            return candidate.program
+    return None
+
+
+def changes_of(model: nn.Module) -> int:
+    """How often a call met a model that had changed since its program was used."""
+    return _captures_of(model).changes
+
+
+def _captures_of(model: nn.Module) -> _Captures:
+    # On the model, not beside it: what is kept may lead to the model, and is freed with it all the same.
+    return vars(model).setdefault(CAPTURES, _Captures())
 
 
 def _capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
-    program = capture(model, args, kwargs)
-    known = _captures.setdefault(model, _Captures())
-    kind, _ = _kind(model, args, kwargs)
-    state_token(model, known.held)
-    known.programs.setdefault(kind, []).append(_Captured(program, modules_in(program)))
+    program, reads = recorded(model, args, kwargs)
+    description = describe(model, reads, program.constants)
+    named = reads.names()
+    if unseen := [path for path in description.streams if path.rpartition(".")[2].partition("[")[0] in named]:
+        raise CaptureError(f"the forward of {type(model).__name__} can read {unseen[0]}, which cannot be watched for "
+                           "changes; keep it outside of the model, or hold a list or a number instead")
+    kind, _ = _kind(args, kwargs)
+    made = _Captured(program, reads, description, modules_in(program))
+    _captures_of(model).programs.setdefault(kind, []).insert(0, made)
     return program
 
 
-def _kind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Hashable, list[torch.Tensor]]:
+def _kind(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Hashable, list[torch.Tensor]]:
     tensors, structure = flatten((tuple(args), dict(kwargs)))
     looks = tuple((t.shape, t.dtype, device_of(t)) for t in tensors)
-    return (structure.key(), looks, sharing(tensors), state_token(model)), tensors
-
+    return (structure.key(), looks, sharing(tensors), ambient(), surroundings()), tensors

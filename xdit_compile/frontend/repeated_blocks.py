@@ -18,9 +18,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from xdit_compile.frontend.block_fingerprint import fingerprint, meta
+from xdit_compile.frontend.block_fingerprint import Attribute, fingerprint, meta
+from xdit_compile.frontend.caller import Autocast, autocast_now
 from xdit_compile.frontend.concrete_values import ConcreteValueMode, Value
 from xdit_compile.frontend.tracing import fake_state
+from xdit_compile.frontend.watched import telling_apart, watching
 from xdit_compile.ir.pytree import CONSTANTS, TENSOR, Structure, differ, flatten, sharing
 
 _library = torch.library.Library("xdit_compile", "FRAGMENT")
@@ -51,20 +53,23 @@ class BlockKind:
     outputs: Structure
     results: tuple[int | torch.Tensor, ...]
     """Per output tensor: the index of the input it simply is, or what it looks like."""
+    autocast: Autocast
+    """As the model had it on around the block."""
 
     @property
     def fresh(self) -> list[torch.Tensor]:
         return [r for r in self.results if isinstance(r, torch.Tensor)]
 
 
-def repeated(model: nn.Module) -> dict[str, Hashable]:
-    """Path and fingerprint of every block: a module that has an identical sibling in the same container. Blocks inside
-    of blocks do not count, unless there are as many of them: then the outer ones are whole models, side by side."""
+def repeated(model: nn.Module, unread: frozenset[Attribute] = frozenset()) -> dict[str, Hashable]:
+    """Path and fingerprint of every block: a module that has an identical sibling in the same container, ``unread``
+    attributes aside. Blocks inside of blocks do not count, unless there are as many of them: then the outer ones are
+    whole models, side by side."""
     children = {name: child for name, child in model.named_children() if next(child.children(), None)}
     listed = isinstance(model, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
-    prints = {name: fingerprint(child) if listed else name for name, child in children.items()}
+    prints = {name: fingerprint(child, unread) if listed else name for name, child in children.items()}
     counts = Counter(prints.values())
-    inside = {prints[name]: repeated(child) for name, child in children.items()}
+    inside = {prints[name]: repeated(child, unread) for name, child in children.items()}
     found: dict[str, Hashable] = {}
     for name, child in children.items():
         inner, alike = inside[prints[name]], counts[prints[name]]
@@ -86,14 +91,19 @@ def _levels(module: nn.Module) -> int:
 class Outliner:
     """Stands in for the repeated blocks of a model, first to record them, then to trace around them."""
 
-    def __init__(self, model: nn.Module, known: ConcreteValueMode, mode: FakeTensorMode) -> None:
+    def __init__(self, model: nn.Module, known: ConcreteValueMode, mode: FakeTensorMode,
+                 read: frozenset[Attribute] = frozenset()) -> None:
+        """``read``: attributes that tell blocks apart, and are known to be read."""
         self._known, self._mode = known, mode
-        self._prints = repeated(model)
+        self.unread = telling_apart(model) - read
+        self._prints = repeated(model, self.unread)
         self._modules = {path: model.get_submodule(path) for path in self._prints}
         self.kinds: dict[Hashable, BlockKind | None] = {}
         """By (fingerprint, inputs); None for a block that has to stay inside the model."""
         self._reading: set[Hashable] = set()
         """Kinds that read values: for them, inputs of other values are another kind."""
+        self.read: frozenset[Attribute] = frozenset()
+        """Attributes that tell blocks apart, and turned out to be read while they were recorded."""
         self._inside: set[str] = set()
         """Blocks some call of which has to stay inside the model."""
 
@@ -111,8 +121,9 @@ class Outliner:
     def recording(self) -> Iterator[None]:
         """Within: run the model on fake tensors once, with blocks whose state is as it was: it becomes fake where a
         block really runs, one of each kind."""
-        with self._replaced(self._record):
+        with watching(self._modules.values(), self.unread) as read, self._replaced(self._record):
             yield
+            self.read = frozenset(read)
 
     @contextmanager
     def standing_in(self) -> Iterator[None]:
@@ -143,7 +154,7 @@ class Outliner:
     def _key(self, path: str, tensors: list[torch.Tensor], structure: Structure) -> Hashable:
         # Strides are left out: canonical programs reshape, they do not view, so any strides are right.
         looks = tuple((t.shape, t.dtype, t.device) for t in tensors)
-        key = self._prints[path], structure.key(), looks, sharing(tensors)
+        key = self._prints[path], structure.key(), looks, sharing(tensors), autocast_now()
         return (key, self._values(tensors)) if key in self._reading else key
 
     def _values(self, tensors: list[torch.Tensor]) -> Hashable:
@@ -165,18 +176,20 @@ class Outliner:
             return kind.outputs.build(results)
         snapshots, values, reads = [*map(self._known.snapshot, tensors)], self._values(tensors), self._known.reads
         versions = [t._version for t in tensors]
-        before = self._state(path)
+        before, held = self._state(path), self._known.state_read()
         out = self._run(path, forward, args, kwargs)
         made, outputs = flatten(out)
         pure = (versions == [t._version for t in tensors] and before == self._state(path) and _plain(outputs)
                 and not differ((args, kwargs), tensors, structure))
+        # Blocks of one kind may differ in the values of their buffers.
+        pure = pure and not any(n.startswith(f"{path}.") for n in self._known.state_read() - held)
         if self._known.reads > reads:
             self._reading.add(key)
             key = key, values
         self.kinds[key] = BlockKind(
             self._name(path), path, self._modules[path], structure, tuple(tensors),
             tuple(snapshots), outputs,
-            tuple(next((i for i, t in enumerate(tensors) if t is m), m) for m in made),
+            tuple(next((i for i, t in enumerate(tensors) if t is m), m) for m in made), autocast_now(),
         ) if pure else None
         if not pure:
             self._inside.add(path)
@@ -184,6 +197,7 @@ class Outliner:
 
     def _run(self, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         with fake_state(self._modules[path], self._mode):
+            self._known.stand(self._modules[path], f"{path}.")
             return forward(*args, **kwargs)
 
     def _name(self, path: str) -> str:

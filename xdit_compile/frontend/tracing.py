@@ -51,6 +51,15 @@ class Traced:
         return self.module.graph
 
 
+class StateWritten(CaptureError):
+    """Raised when forward writes into parameters, buffers or tensor attributes, which ``names`` names."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(f"the forward writes into {', '.join(names)}; a program has no state. Return the new value "
+                         "instead, or move the write out of forward")
+        self.names = tuple(names)
+
+
 def as_fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
     """A fake tensor that looks like this one; instead of the meta device, which some operations (autocast, masks that
     are read) refuse, on the CPU, or where it was before it was given up."""
@@ -118,8 +127,7 @@ def traced(function: Callable[..., tuple[Tensor, ...]], model: nn.Module, tensor
     # What is put in the place of a buffer before anyone reads that is no state: the next call does it again.
     read = {i.name for i, n in zip(inputs, made.graph.find_nodes(op="placeholder"), strict=True) if n.users}
     if lost := sorted({*changed, *(read & set(exchanged))}):
-        raise CaptureError(f"the forward writes into {', '.join(lost)}; a program has no state. Return the new value "
-                           "instead, or move the write out of forward")
+        raise StateWritten(lost)
     return Traced(made, tuple(inputs), constants, tuple(written))
 
 

@@ -23,9 +23,8 @@ def bind_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     Raises:
         TypeError: forward does not take them.
     """
-    signature = inspect.signature(type(model).forward)
-    parameters = list(signature.parameters.values())[1:]
-    return signature.replace(parameters=parameters).bind(*args, **kwargs)
+    # Of the forward that a call runs, which may be an attribute of the object.
+    return inspect.signature(model.forward).bind(*args, **kwargs)
 
 
 def call_arguments(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,9 +1,10 @@
-"""What a program assumes of its inputs' values: the reads that the model made of them, and their answers."""
+"""What a program assumes of the values of its inputs and of the model's buffers: what the model read of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ class Slot:
 @dataclass(frozen=True)
 class Step:
     """One operation on known tensors, ``Slot`` in their places. ``made``: per flat result, its slot if it is a tensor.
-    A step without a function takes the argument of the call whose index is its only argument."""
+    A step without a function takes the argument of the call whose index is its only argument, or what the model has
+    under that name."""
 
     func: Callable[..., Any] | None
     args: Any
@@ -40,14 +42,17 @@ class Guards:
 
     steps: tuple[Step, ...] = ()
 
-    def hold(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether the reads have the same answers for these arguments, all of the call's in order."""
+    def hold(self, tensors: Sequence[torch.Tensor], model: torch.nn.Module | None = None) -> bool:
+        """Whether the reads have the same answers for these arguments, all of the call's in order, and what the model
+        holds now."""
         made: dict[Slot, torch.Tensor] = {}
         with torch.no_grad():
             for step in self.steps:
                 if step.func is None:
                     # A copy: some step may write into it.
-                    results: list[Any] = [tensors[step.args[0]].clone()]
+                    (place,) = step.args
+                    held = tensors[place] if isinstance(place, int) else attrgetter(place)(model)
+                    results: list[Any] = [held.clone()]
                 else:
                     args, kwargs = tree_map_only(Slot, made.__getitem__, (step.args, step.kwargs))
                     try:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import nn
+
+from xdit_compile.errors import XditError
 
 _HOME = "_xdit_compile_home"
 
@@ -31,6 +33,8 @@ def release_parameters(model: nn.Module, within: Collection[str], names: Collect
                 tensor, nn.Parameter) else gone
             setattr(made, _HOME, tensor.device)
             store[leaf] = made
+    if _refused_state not in model._state_dict_pre_hooks.values():
+        model.register_state_dict_pre_hook(_refused_state)
 
 
 def missing_parameters(model: nn.Module, names: Collection[str]) -> list[str]:
@@ -43,3 +47,36 @@ def device_of_model(model: nn.Module) -> torch.device:
     """Where its parameters are, or were."""
     held = [*model.parameters(), *model.buffers()]
     return device_of(next((t for t in held if not t.is_meta), held[0])) if held else torch.device("cpu")
+
+
+def check_whole(model: nn.Module, what: str) -> None:
+    """Refuse to have a model ``what`` that has given up parameters.
+
+    Raises:
+        XditError: naming one of them.
+    """
+    held = [*model.named_parameters(), *model.named_buffers()]
+    if gone := [name for name, tensor in held if tensor.is_meta and hasattr(tensor, _HOME)]:
+        raise XditError(f"this {type(model).__name__} cannot be {what}: under pipefusion this rank holds one stage, "
+                        f"and gave up {len(gone)} of {len(held)} parameters and buffers at the first call ({gone[0]}, "
+                        "for one). Do it before the first call, or with the model as it was loaded")
+
+
+def _refused_state(model: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Before a state dictionary is made."""
+    check_whole(model, "saved, nor asked for its state_dict")
+
+
+def moving(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``function``, which moves or casts a tensor, for those too that were given up: they remember where they would
+    be."""
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_meta or not hasattr(tensor, _HOME):
+            return function(tensor)
+        like = function(torch.empty(0, dtype=tensor.dtype, device=getattr(tensor, _HOME)))
+        made = tensor.detach().to(like.dtype)
+        for known in (tensor, made):
+            setattr(known, _HOME, like.device)
+        return made
+
+    return move

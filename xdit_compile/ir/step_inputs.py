@@ -20,6 +20,13 @@ def timestep_inputs(named: Mapping[str, torch.Tensor]) -> Collection[str]:
     return TIMES & named.keys() or {n for n, t in named.items() if t.ndim < 2}
 
 
+def condition_among(named: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
+    """Which tensors a call is made with beside its times and its sample, by identity."""
+    times = timestep_inputs(named)
+    sample = next((_head(n) for n, t in named.items() if t.ndim > 2 and n not in times), None)
+    return tuple(id(t) for n, t in named.items() if n not in times and _head(n) != sample)
+
+
 def step_inputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[int, str]:
     """The names of what changes, by its place among the tensors of the call: the times, and the first feature with all
     that comes in the same list or dictionary. Nothing where there is no time: such a call is no step of a loop."""

@@ -13,7 +13,7 @@ from xdit_compile.ir.layout import EVERY, PATCH, Layout, Position
 from xdit_compile.ir.mesh import axis_sizes, position_of
 from xdit_compile.ir.pass_record import source_digest
 from xdit_compile.ir.program import Note, Program
-from xdit_compile.passes.batch_axis import batch_seeds, merge_seeds
+from xdit_compile.passes.batch_axis import batch_seeds, lost_factor, merge_seeds
 from xdit_compile.passes.canonicalize import canonicalize
 from xdit_compile.passes.interpreter import Leave, Seeds
 from xdit_compile.passes.lower_attention import lower_attention
@@ -91,8 +91,9 @@ def plan(program: Program, spec: ShardingSpec) -> tuple[Program, Seeds]:
     program, tokens = analysed("token_axis", choose_seeds, program, lambda p: choose_seeds(p, sizes, batch),
                                count_of_seeds)
     seeds = merge_seeds(batch, tokens)
-    if not seeds and spec.world_size > 1:
-        program = replace(program, notes=(*program.notes, Note("seed", "main", NOTHING)))
+    lost = NOTHING if not seeds and spec.world_size > 1 else lost_factor(program, sizes, batch, seeds)
+    if lost:
+        program = replace(program, notes=(*program.notes, Note("seed", "main", lost)))
     return program, seeds
 
 

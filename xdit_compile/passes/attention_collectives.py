@@ -269,8 +269,10 @@ class _Lowering:
         if self.kernel != "torch":
             return self.e.call(ours.attention.default, q, k, v, mask, self.scale, self.kernel)
         gqa = _val(q).shape[1] != _val(k).shape[1]
-        return self.e.call(aten.scaled_dot_product_attention.default, q, k, v, mask, 0.0, False, scale=self.scale,
+        node = self.e.call(aten.scaled_dot_product_attention.default, q, k, v, mask, 0.0, False, scale=self.scale,
                            enable_gqa=gqa)
+        node.meta["kernel"] = self.kernel  # a choice, which an artifact leaves to who runs it
+        return node
 
     def _attend_lse(self, q: fx.Node, k: fx.Node, v: fx.Node, rows: Spans,
                     columns: Spans) -> tuple[fx.Node, fx.Node]:

@@ -38,7 +38,33 @@ def batch_seeds(program: Program, sizes: Mapping[str, int]) -> Seeds:
         raise SpecError(f"{program.spec} shares the samples of a batch among {parts} groups of ranks, but no first "
                         f"dimension of the arguments (sizes {found}) can be cut so that each has less to do; call the "
                         "model with a larger batch, or without cfg and data")
-    return options[best]
+    return _needed(estimate, options[best])
+
+
+def _needed(estimate: CostEstimator, seeds: Seeds) -> Seeds:
+    """Without arguments whose cut serves nothing: channels, say, of which there are as many as there are samples."""
+    for shape in sorted({layout.shape for layout in seeds.values()}):
+        fewer = {name: layout for name, layout in seeds.items() if layout.shape != shape}
+        now, then = estimate(seeds), estimate(fewer)
+        if then.flops <= now.flops and then.sent < now.sent:
+            seeds = fewer
+    return seeds
+
+
+def lost_factor(program: Program, sizes: Mapping[str, int], batch: Seeds, seeds: Seeds) -> str:
+    """In words, what the spec shares out to no avail: the batch beside the tokens, or the tokens beside the batch;
+    empty
+    where both lower a rank's work, or only one is asked for."""
+    tokens = {name: layout for name, layout in seeds.items() if layout != batch.get(name)}
+    if not batch or not tokens:
+        return ""
+    estimate = CostEstimator(program, sizes)
+    both = estimate(seeds).flops
+    for alone, what in ((tokens, "the batch (cfg, data)"), (batch, "the tokens (ulysses, ring)")):
+        if both > WORTH * estimate(alone).flops:
+            return (f"{what} is shared out to no avail: where a model makes one dimension of batch and tokens, "
+                    "not both can be cut; use all ranks for one of them")
+    return ""
 
 
 def merge_seeds(base: Seeds, seeds: Seeds) -> Seeds:

@@ -11,9 +11,11 @@ import torch
 from torch import fx
 
 from xdit_compile.ir.program import Note, Program, drop_unused
+from xdit_compile.passes.composite import expand_composites
 from xdit_compile.passes.expand_einsum import expand_einsum
 from xdit_compile.passes.functionalize_writes import expand_writes
 from xdit_compile.passes.fuse_attention import fold_softmax, fuse_attention
+from xdit_compile.passes.spelling import respell
 
 aten = torch.ops.aten
 
@@ -24,6 +26,7 @@ UNSET = {aten.empty_like.default: aten.zeros_like.default, aten.new_empty.defaul
          aten.empty.memory_format: aten.zeros.default}
 """Uninitialised memory is made zero: what ranks hold of it would differ."""
 VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+REWRITTEN = frozenset({*COPIES, *JOINS, *UNSET, *VIEWS, aten.type_as.default, aten.pad.default})
 
 
 def canonicalize(program: Program) -> Program:
@@ -33,9 +36,12 @@ def canonicalize(program: Program) -> Program:
     for name, module in program.functions():
         graph = fx.Graph()
         graph.output(graph.graph_copy(module.graph, {})).meta.update(module.graph.output_node().meta)
+        expand_einsum(graph)
+        respell(graph)
+        expand_composites(graph, REWRITTEN)
+        respell(graph)
         _clean(graph)
         expand_writes(graph)
-        expand_einsum(graph)
         fold_softmax(graph)
         notes += fuse_attention(graph, name)
         drop_unused(graph)

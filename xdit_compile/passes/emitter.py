@@ -65,9 +65,12 @@ class Emitter:
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Add a node; PyTorch's own fake kernels check that the local shapes fit together."""
-        if target is aten.view_as_complex.default:
-            # Pairs must lie together in memory, and exchanges leave other strides than the model saw.
-            args = (self.call(aten.contiguous.default, args[0]),)
+        if target in (aten.view_as_complex.default, aten.view.dtype):
+            # Bytes must lie together in memory, and exchanges leave other strides than the model saw. What is empty is
+            # contiguous whatever its strides.
+            how = (aten.contiguous.default, {}) if args[0].meta["val"].numel() else (
+                aten.clone.default, {"memory_format": torch.contiguous_format})
+            args = (self.call(how[0], args[0], **how[1]), *args[1:])
         node = self.graph.call_function(target, args, kwargs)
         args, kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         with self.mode, torch.no_grad():
@@ -160,7 +163,8 @@ class Emitter:
             return v.node  # what they share is of another patch
         if (rows := len(old.segments)) > 1 and len(set(old.segments)) == 1:
             # Rows of a grid, cut alike: their columns are gathered as a dimension of their own.
-            grid = self.call(aten.reshape.default, v.node, [*shape[:dim], rows, -1, *shape[dim + 1 :]])
+            held = [*shape[:dim], rows, shape[dim] // rows, *shape[dim + 1 :]]
+            grid = self.call(aten.reshape.default, v.node, held)
             split = (Dim.replicated(rows), Dim.of(old.segments[:1]))
             full = self.gather(Value(grid, Layout((*v.dims[:dim], *split, *v.dims[dim + 1 :])), v.dtype), dim + 1)
             return self.call(aten.reshape.default, full, [*shape[:dim], old.size, *shape[dim + 1 :]])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -185,6 +185,14 @@ class FunctionInterpreter:
         value = self.summed(value)
         for dim in dims or range(value.ndim):
             value = self.lay(value, dim, Dim.replicated(value.shape[dim]))
+        return value
+
+    def filled(self, value: Value, dims: Iterable[int], least: int = 1) -> Value:
+        """``value`` with those of ``dims`` whole of which some rank, or some time, holds less than ``least``."""
+        for i in dims:
+            d = value.dims[i]
+            if PATCH in d.axes or any(d.local_size(p) < least for p in self.positions(d)):
+                value = self.whole(value, i)
         return value
 
     def summed(self, value: Value) -> Value:

@@ -70,7 +70,7 @@ def choose_seeds(program: Program, sizes: Mapping[str, int], batch: Seeds) -> Se
             if cost.attentions >= first[0].attentions and score(cost) < score(best[0]) * WORTH:
                 best = cost, trial
         rest = {name: layout for name, layout in best[1].items() if name not in first[1]}
-        if rest and score(cost := estimate(rest)) < score(best[0]):
+        if rest and (cost := estimate(rest)).attentions >= first[0].attentions and score(cost) < score(best[0]):
             best = cost, rest
         return best
 
@@ -78,6 +78,9 @@ def choose_seeds(program: Program, sizes: Mapping[str, int], batch: Seeds) -> Se
     prologues, tried = _prologues(program, entering, parts), _tried(estimate, entering, parts)
     found = gathered(tried)
     for further in (
+        # Blocks that are given features as they are, with no projection before.
+        lambda: [gathered(tried + _tried(estimate, given, parts))] if (
+            given := list(candidates(program, False))) else [],
         # Where blocks make grids of tokens again, for convolutions or to attend inside frames, these can be followed
         # if the grid was cut along one of its sides.
         lambda: [gathered(tried + _tried(estimate, _grids(entering), parts))],
@@ -168,17 +171,21 @@ def check_heads(program: Program) -> None:
         )
 
 
-def candidates(program: Program) -> Iterator[fx.Node]:
-    """Features that enter a block, in graph order."""
+def candidates(program: Program, projected: bool = True) -> Iterator[fx.Node]:
+    """Features that enter a block, in graph order; not ``projected``: those that are as they were given."""
     graph = program.main.graph
     entering = _entering_calls(graph) or _entering_modules(graph) or _before_attention(graph)
     learned: set[fx.Node] = set()
+    features = set(arguments(program))
     for node in graph.nodes:
+        if any(n in features for n in node.all_input_nodes):
+            features.add(node)
         # Features come out of a matrix product; position tables and masks, which do not, follow by themselves.
         if node.op == "call_module" or node.target in FORMULAS or any(n in learned for n in node.all_input_nodes):
             learned.add(node)
-        if node in entering and node in learned and isinstance(value := node.meta.get("val"), torch.Tensor) and (
-                value.is_floating_point() and value.ndim > 1):
+        value = node.meta.get("val")
+        if node in entering and (node in learned) is projected and isinstance(value, torch.Tensor) and (
+                value.is_floating_point() and value.ndim > 1) and (projected or node in features):
             yield node
 
 

@@ -20,7 +20,8 @@ class Role(Enum):
 
 def role_of(module: nn.Module) -> Role:
     """A denoiser takes a time; an autoencoder encodes and decodes; all else encodes conditions."""
-    if TIMES & inspect.signature(type(module).forward).parameters.keys():
+    module = getattr(module, "_orig_mod", module)  # inside of a wrapper of torch.compile
+    if TIMES & inspect.signature(module.forward).parameters.keys():
         return Role.DENOISER
     if all(callable(getattr(module, name, None)) for name in ("encode", "decode")):
         return Role.AUTOENCODER

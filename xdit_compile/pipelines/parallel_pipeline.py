@@ -15,12 +15,15 @@ from xdit_compile.driver.checkpoint import Checkpoint
 from xdit_compile.driver.compile_call import Compiled, Dump
 from xdit_compile.driver.model_runner import ModelRunner, ReadyProgram
 from xdit_compile.driver.parallel_model import Parallel, instance_of_subclass, parallel_model
-from xdit_compile.errors import CaptureError, RankMismatch, SpecError, XditError
+from xdit_compile.errors import SpecError, XditError
+from xdit_compile.frontend.mechanisms import unwrapped
 from xdit_compile.frontend.method_module import as_module
 from xdit_compile.pipelines.call_fingerprint import call_fingerprint
 from xdit_compile.pipelines.components import Role, role_of
 from xdit_compile.pipelines.report import ComponentReport, PipelineReport, component_report
 from xdit_compile.pipelines.spread_encoders import spread
+from xdit_compile.runtime.control.one_call_at_a_time import alone
+from xdit_compile.runtime.control.replicas import Replicas
 from xdit_compile.runtime.deferred.deferred_tensor import materialize
 from xdit_compile.runtime.parallel_group import ParallelGroup
 from xdit_compile.runtime.pipefusion.stage_executor import StageExecutor
@@ -38,9 +41,12 @@ def is_pipeline(candidate: Any) -> bool:
 
 
 class ParallelPipeline:
-    """Marks a parallel pipeline. ``make`` turns a component into a parallel one; ``parallel_group`` runs them."""
+    """Marks a parallel pipeline. ``make`` turns a component into a parallel one; ``parallel_group`` runs them;
+    ``replicas``, where inputs are checked, compares what ranks hold. Names that pipelines have for methods of their own
+    are not taken."""
 
     parallel_group: ParallelGroup
+    replicas: Replicas | None
     make: Callable[[Any], Any]
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -75,7 +81,8 @@ def parallel_pipeline(pipe: Any, group: ParallelGroup, check_inputs: bool, dump:
         raise XditError(f"weights are read for what runs at each step, which {', '.join(sorted(unknown))} is not")
     make = functools.partial(_parallel, group=group, check_inputs=check_inputs, dump=dump)
     parts = {n: make(c, encoders.index(n) if n in encoders else 0, weights=weights.get(n)) for n, c in modules.items()}
-    members = {"__call__": _call(type(pipe)), "parallel_group": group, "make": staticmethod(make)}
+    members = {"__call__": _call(type(pipe)), "parallel_group": group,
+               "replicas": Replicas() if check_inputs else None, "make": staticmethod(make)}
     if isinstance(inspect.getattr_static(type(pipe), "interrupt", None), property):
         members["interrupt"] = property(_interrupted)
     return instance_of_subclass(pipe, ParallelPipeline, members, dict(vars(pipe)) | parts)
@@ -99,10 +106,14 @@ def _parallel(module: Any, turn: int = 0, *, group: ParallelGroup, check_inputs:
     if not isinstance(module, nn.Module) or isinstance(module, Parallel):
         return module
     role = role_of(module)
+    if _is_captured(role, group.spec):
+        module = unwrapped(module)
+        if isinstance(module, Parallel):
+            return module
     if role is Role.DENOISER:
         runner = ModelRunner(module, group, check_inputs, CapturedPrograms(module, dump), weights)
         return parallel_model(module, {"forward": runner})
-    if role is Role.AUTOENCODER and group.spec.vae_degree * group.spec.data_degree > 1:
+    if role is Role.AUTOENCODER and _is_captured(role, group.spec):
         parts = {name: as_module(module, name) for name in ("encode", "decode")}
         return parallel_model(module, {name: ModelRunner(part, group.vae, check_inputs, CapturedPrograms(part, dump))
                                        for name, part in parts.items()})
@@ -111,41 +122,63 @@ def _parallel(module: Any, turn: int = 0, *, group: ParallelGroup, check_inputs:
     return module
 
 
+def captured_parts(pipe: Any, spec: ShardingSpec) -> list[nn.Module]:
+    """The components of which programs are made."""
+    # Without the wrapper of torch.compile, if there is one.
+    parts = [getattr(c, "_orig_mod", c) for c in pipe.components.values()
+             if isinstance(c, nn.Module) and _is_captured(role_of(c), spec)]
+    return [part if role_of(part) is Role.DENOISER else as_module(part, "decode") for part in parts]
+
+
+def _is_captured(role: Role, spec: ShardingSpec) -> bool:
+    return role is Role.DENOISER or (role is Role.AUTOENCODER and spec.vae_degree * spec.data_degree > 1)
+
+
 def _call(cls: type) -> Callable[..., Any]:
     """The pipeline's ``__call__``: arguments agreed upon before anything runs, results settled, failing together."""
     @functools.wraps(cls.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with alone(self.parallel_group.timeout):
+            return together(self, args, kwargs)
+
+    def together(self: Any, args: Any, kwargs: Any) -> Any:
         group: ParallelGroup = self.parallel_group
         bound = inspect.signature(cls.__call__).bind(self, *args, **kwargs)
-        given = {n: v for n, v in bound.arguments.items() if v is not self}
-        group.control.agree(f"the arguments of {cls.__name__}", call_fingerprint(given))
+        _agree(self, cls.__name__, {n: v for n, v in bound.arguments.items() if v is not self})
         for name in CALLBACKS:
             if bound.arguments.get(name) is not None:
                 bound.arguments[name] = _settled_first(bound.arguments[name], group)
         before, fetched = group.counts.copy(), dict(group.round_robin.fetched) if group.round_robin else {}
-        alike: BaseException | None = None
-        with group.control.guard(cls.__name__):
-            try:
-                group.running = True
-                group.epoch += 1
-                result = cls.__call__(*bound.args, **bound.kwargs)
-                group.settle()
-                result = materialize(result)
-            except (RankMismatch, CaptureError, SpecError) as error:
-                alike = error
-            except Exception as error:
-                # Before the first model ran, only the arguments can be at fault, and they are the same everywhere.
-                if group.counts["calls"] != before["calls"]:
-                    raise
-                alike = error
-            finally:
-                group.running = False
-        if alike is not None:
-            raise alike
+        try:
+            # What all ranks raise at the same point (wrong arguments, a request that a callback cancels) ends nothing.
+            with group.control.guard(cls.__name__):
+                try:
+                    group.running = True
+                    group.epoch += 1
+                    result = cls.__call__(*bound.args, **bound.kwargs)
+                    group.settle()
+                    result = materialize(result)
+                finally:
+                    group.running = False
+        except BaseException:
+            group.abandon_call()
+            raise
         _warn_of_nothing_gained(cls.__name__, group, before["shared"], fetched)
         return result
 
     return call
+
+
+def _agree(pipe: Any, name: str, given: Mapping[str, Any]) -> None:
+    """Make sure that all ranks call the pipeline alike, with components that hold the same weights."""
+    what, facts, control = f"the arguments of {name}", call_fingerprint(given), pipe.parallel_group.control
+    if pipe.replicas is None:
+        control.agree(what, facts)
+        return
+    # What lives on one rank has nobody to compare with.
+    modules = {n: c for n, c in vars(pipe).items()
+               if isinstance(c, nn.Module) and not (isinstance(c, Parallel) and not c.runners)}
+    pipe.replicas.agree(control, what, facts, modules)
 
 
 def _settled_first(callback: Any, group: ParallelGroup) -> Any:
@@ -162,7 +195,7 @@ def _settled_first(callback: Any, group: ParallelGroup) -> Any:
 
 def _parts(name: str, module: nn.Module, group: ParallelGroup) -> Iterator[ComponentReport]:
     model = type(module).__name__
-    runners = module.runners if isinstance(module, Parallel) else {}
+    runners: Mapping[str, ModelRunner] = module.runners if isinstance(module, Parallel) else {}
     for method, runner in runners.items():
         for ready in runner.programs.values():
             how = f"{method}: {_how(ready, group)}"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdit_compile.driver.parallel_model import Parallel, instance_of_subclass
+from xdit_compile.driver.parallel_model import Method, Parallel, instance_of_subclass
 from xdit_compile.ir.call_arguments import bind_call, named_leaves
 from xdit_compile.runtime.control.tensor_digest import digests
 from xdit_compile.runtime.deferred.deferred_tensor import materialize
@@ -23,7 +23,8 @@ def spread(encoder: nn.Module, group: ParallelGroup, owner: int) -> Any:
     """``encoder`` on rank ``owner`` of the group alone. The others give up their weights, which are put on the meta
     device, and receive what its forward returns."""
     device, dtype = _home(encoder)
-    members: dict[str, Any] = {"forward": _forward(type(encoder), group, owner), "runners": {}}
+    members: dict[str, Any] = {"forward": Method("forward", encoder.forward, _forward(type(encoder), group, owner)),
+                              "runners": {}}
     if group.rank != owner:
         _release(encoder)
         members |= {"_apply": _apply, "device": property(lambda self: self.home.device),
@@ -47,16 +48,17 @@ def _home(encoder: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def _forward(cls: Any, group: ParallelGroup, owner: int) -> Callable[..., Any]:
-    @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = materialize((args, kwargs))
         named, others = named_leaves(bind_call(self, args, kwargs))
-        group.control.agree(f"the inputs of {cls.__name__}", digests(named) | others)
         group.counts["calls"] += 1
+        group.control.agree(f"the inputs of {cls.__name__}", digests(named) | others)
         with group.control.guard(cls.__name__, (group.everyone,)):
             if group.rank != owner:
                 _release(self)
-            result = cls.forward(self, *args, **kwargs) if group.rank == owner else None
+            # Its own forward, or one that was put on the encoder before.
+            own = vars(self).get("forward") or functools.partial(cls.forward, self)
+            result = own(*args, **kwargs) if group.rank == owner else None
             return group.broadcast(result, owner, self.device)
 
     return forward
@@ -83,5 +85,5 @@ def _resized(cls: Any, group: ParallelGroup, owner: int) -> Callable[..., Any]:
 
 def _apply(self: Any, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
     """Moving or casting a module without weights: it remembers where it would be."""
-    type(self).home = fn(self.home)
+    type.__setattr__(type(self), "home", fn(self.home))
     return self

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import multiprocessing
 import os
 import pickle
+import secrets
 import signal
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
+from multiprocessing import reduction
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from xdit_compile.errors import LaunchError, RankFailure
+from xdit_compile.errors import LaunchError, RankFailure, XditError
 from xdit_compile.runtime.control.abort import is_peer_loss
+from xdit_compile.runtime.control.secret import VARIABLE
+from xdit_compile.runtime.control.store import LOOPBACK, attempt, listening_store, never_wait_long, stay_on_loopback
 
 # Seconds that the other ranks get to end by themselves once one rank has failed.
 GRACE = 5.0
+
+_PR_SET_PDEATHSIG = 1
+# Of the jobs that this process starts, unless the user has one.
+_secret = secrets.token_hex(16)
 
 
 def launch(
@@ -41,7 +51,8 @@ def launch(
 
     Every process is one rank of an initialised default group: nccl on one GPU per rank where this machine
     has enough of them (or `device` is "cuda"), else gloo on CPU with `threads` threads each. Arguments and
-    results travel through temporary files; tensors among the results come back on CPU.
+    results travel through files without a name; tensors among the results come back on CPU. All that
+    listens does so on loopback only, and a secret of the job signs what ranks tell each other of themselves.
 
     `timeout` limits the whole run, in seconds. Raises `LaunchError` when a rank fails (with its traceback,
     and the exception itself as ``__cause__`` where it can be pickled), is killed by a signal, when the time
@@ -58,26 +69,24 @@ def launch(
         device = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= world_size else "cpu"
     payload = pack_call(fn, args, kwargs)
     # Hosted here, on whatever port is free: no race for a port, and it outlives every rank.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = listening_store()
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="xdit-launch-", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        (folder / "call").write_bytes(payload)
+    with ExitStack() as files:
+        call = files.enter_context(Nameless())
+        call.write(payload)
+        said = [Said(files.enter_context(Nameless()), files.enter_context(Nameless())) for _ in range(world_size)]
         ranks: list[BaseProcess] = []
         try:
             for rank in range(world_size):
                 env = rank_environment(rank, world_size, store.port)
-                ranks.append(context.Process(target=_rank_main, args=(name, env, device, threads)))
+                ranks.append(context.Process(target=_rank_main, args=(call, said[rank], env, device, threads)))
                 ranks[-1].start()
             overdue = _join(ranks, timeout)
         finally:
             kill(ranks)
-        if failure := _culprit(ranks, folder, overdue, timeout):
+        if failure := _culprit(ranks, said, overdue, timeout):
             raise LaunchError(failure.text) from failure.error
-        return [
-            torch.load(folder / f"result{rank}", map_location="cpu", weights_only=False)
-            for rank in range(world_size)
-        ]
+        return [torch.load(one.result.opened(), map_location="cpu", weights_only=False) for one in said]
 
 
 def init_from_env(device: str | None = None, timeout: float = 600.0) -> torch.device:
@@ -100,9 +109,67 @@ def init_from_env(device: str | None = None, timeout: float = 600.0) -> torch.de
             local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
         torch.cuda.set_device(local)
     if not dist.is_initialized():
-        backend = "nccl" if local.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        _join_job("nccl" if local.type == "cuda" else "gloo", timeout)
     return local
+
+
+def _join_job(backend: str, timeout: float) -> None:
+    """Initialise the default group from the launcher's variables, on loopback where all ranks are on this machine.
+
+    Raises `RankFailure` naming the ranks that do not come within `timeout` seconds.
+    """
+    rank, size, address = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), os.environ["MASTER_ADDR"]
+    port, limit = int(os.environ.get("MASTER_PORT", "29500")), timedelta(seconds=timeout)
+    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if address in ("localhost", LOOPBACK) or os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+        stay_on_loopback()
+    try:
+        if hosts and address in ("localhost", LOOPBACK):
+            store = listening_store(port, timeout=timeout)
+        else:
+            store = dist.TCPStore(address, port, is_master=hosts, wait_for_workers=False, timeout=limit)
+    except (RuntimeError, OSError) as error:
+        raise LaunchError(f"the store of this job at {address}:{port} cannot be {'served' if hosts else 'reached'}: "
+                          f"{str(error).splitlines()[0]}") from error
+    never_wait_long(store)
+    name = f"xdit/job{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    joined = dist.PrefixStore(f"{name}/{attempt(store, name, rank)}", store)
+    _wait_for_all(joined, rank, size, timeout)
+    dist.init_process_group(backend, store=joined, rank=rank, world_size=size, timeout=limit)
+
+
+def _wait_for_all(store: dist.Store, rank: int, size: int, timeout: float) -> None:
+    """Wait until every rank has come. Whoever gives up first says so in the store, and all raise alike."""
+    deadline, look = time.monotonic() + timeout, 0.01
+    try:
+        store.set(f"here{rank}", "")
+        while absent := _missing(store, "here", range(size)):
+            if time.monotonic() > deadline:
+                store.compare_set("absent", "", ",".join(map(str, absent)))
+            if store.check(["absent"]):
+                first, *others = map(int, store.get("absent").decode().split(","))
+                _say_good_bye(store, rank, sorted(set(range(size)) - {first, *others}))
+                more = f"; nor did ranks {', '.join(map(str, others))}" if others else ""
+                raise RankFailure(first, f"did not join the job within {timeout:g} s{more}")
+            time.sleep(look)
+            look = min(2 * look, 0.5)
+    except XditError:
+        raise
+    except RuntimeError as error:
+        raise RankFailure(-1, "the process that hosts the store of this job (rank 0 or the launcher) gives no answer "
+                          "while ranks join") from error
+
+
+def _missing(store: dist.Store, key: str, ranks: Iterable[int]) -> list[int]:
+    return [r for r in ranks if not store.check([f"{key}{r}"])]
+
+
+def _say_good_bye(store: dist.Store, rank: int, present: Sequence[int]) -> None:
+    """Rank 0 may host the store, which ends with it: it goes when the others know."""
+    store.set(f"told{rank}", "")
+    deadline = time.monotonic() + GRACE
+    while rank == 0 and _missing(store, "told", present) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def place_of(world_size: int, device: str | None) -> torch.device:
@@ -152,10 +219,11 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": str(port),
         # torch's own way to say that the launcher, not rank 0, hosts the store.
         "TORCHELASTIC_USE_AGENT_STORE": "True",
+        VARIABLE: os.environ.get(VARIABLE) or _secret,
     }
 
 
@@ -164,6 +232,9 @@ def become_rank(env: Mapping[str, str], device: str, threads: int) -> None:
     os.environ.update(env)
     # Ctrl-C reaches the whole terminal group; the parent alone decides, without a traceback from every rank.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        # By the kernel: a process that is stopped ends too.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if device == "cpu":
         torch.set_num_threads(threads)
@@ -198,15 +269,69 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _rank_main(folder: str, env: Mapping[str, str], device: str, threads: int) -> None:
+class Nameless:
+    """A file without a name, for this process and those that are handed it: whoever is killed leaves nothing behind."""
+
+    def __init__(self, descriptor: int | None = None) -> None:
+        self._file: Any = os.fdopen(_unnamed() if descriptor is None else descriptor, "r+b")
+
+    def __enter__(self) -> Nameless:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __reduce__(self) -> tuple[Callable[[Any], Nameless], tuple[Any]]:
+        return _handed, (reduction.DupFd(self._file.fileno()),)
+
+    def write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._file.flush()
+
+    def opened(self) -> Any:
+        """The file, to be written, or read from its beginning by the only one who does."""
+        self._file.seek(0)
+        return self._file
+
+    def read(self) -> bytes:
+        """All of it, wherever another process that was handed it is in it; empty if nothing was written."""
+        if not self.written:
+            return b""
+        with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            return mapped[:]
+
+    @property
+    def written(self) -> bool:
+        return os.fstat(self._file.fileno()).st_size > 0
+
+
+def _unnamed() -> int:
+    with tempfile.TemporaryFile() as made:
+        return os.dup(made.fileno())
+
+
+def _handed(duplicate: Any) -> Nameless:
+    return Nameless(duplicate.detach())
+
+
+class Said(NamedTuple):
+    """Where a rank leaves what it has to say in the end: one of the two."""
+
+    result: Nameless
+    failure: Nameless
+
+
+def _rank_main(call: Nameless, said: Said, env: Mapping[str, str], device: str, threads: int) -> None:
     try:
         become_rank(env, device, threads)
-        fn, args, kwargs = pickle.loads(Path(folder, "call").read_bytes())
-        torch.save(fn(*args, **kwargs), Path(folder, f"result{env['RANK']}"))
+        fn, args, kwargs = pickle.loads(call.read())
+        result = fn(*args, **kwargs)
+        torch.save(result, said.result.opened())
+        said.result.opened().flush()
     except BaseException as error:
         if isinstance(error, SystemExit) and not error.code:
             raise
-        Path(folder, f"failure{env['RANK']}").write_bytes(pickle.dumps(failure_of(error)))
+        said.failure.write(pickle.dumps(failure_of(error)))
         # The parent shows the traceback; the group is left alone, as destroying it may wait for dead peers.
         sys.exit(1)
     dist.destroy_process_group()
@@ -227,21 +352,20 @@ def _join(ranks: list[BaseProcess], timeout: float | None) -> list[int]:
 
 
 def _culprit(
-    ranks: list[BaseProcess], folder: Path, overdue: list[int], timeout: float | None
+    ranks: list[BaseProcess], said: list[Said], overdue: list[int], timeout: float | None
 ) -> Failure | None:
     """The failure to report: the first that is not the consequence of another one."""
     failures = []
     for rank, process in enumerate(ranks):
-        report = folder / f"failure{rank}"
-        if report.exists():
-            found: Failure = pickle.loads(report.read_bytes())
+        if report := said[rank].failure.read():
+            found: Failure = pickle.loads(report)
             failures.append(found._replace(text=f"rank {rank} failed:\n{found.text}"))
         elif rank in overdue:
             continue
         elif process.exitcode and process.exitcode < 0:
             name = signal.Signals(-process.exitcode).name
             failures.append(Failure(0.0, False, f"rank {rank} was killed by signal {name}"))
-        elif process.exitcode or not (folder / f"result{rank}").exists():
+        elif process.exitcode or not said[rank].result.written:
             text = f"rank {rank} ended with exit code {process.exitcode} and without a result; see its output"
             if process.exitcode == 1:
                 text += ". A script that calls launch() must do so under `if __name__ == '__main__':`"

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils import _pytree as pytree
 
+from xdit_compile.errors import RankFailure, XditError
+from xdit_compile.runtime.control.abort import is_peer_loss
 from xdit_compile.runtime.control.control_plane import ControlPlane
+from xdit_compile.runtime.control.message_codec import decoded, encoded
 from xdit_compile.runtime.control.process_groups import ProcessGroups, forget, make_group
 from xdit_compile.runtime.deferred.guidance_round_robin import GuidanceRoundRobin
 from xdit_compile.runtime.pipefusion.stage_communicator import StageCommunicator
 from xdit_compile.spec import ShardingSpec
+
+log = logging.getLogger(__name__)
 
 
 class ParallelGroup:
@@ -34,11 +40,13 @@ class ParallelGroup:
     """
 
     def __init__(self, spec: ShardingSpec, ranks: Sequence[int], timeout: float,
-                 counts: Counter[str] | None = None) -> None:
+                 within: ParallelGroup | None = None) -> None:
         self.spec, self.ranks, self.timeout = spec, tuple(ranks), timeout
         self.rank = 0 if len(ranks) == 1 else self.ranks.index(dist.get_rank())
-        self.control = ControlPlane(self.ranks, timeout)
-        self.counts: Counter[str] = Counter() if counts is None else counts
+        self.counts: Counter[str] = Counter() if within is None else within.counts
+        counts = self.counts
+        self.control: ControlPlane = ControlPlane(self.ranks, timeout, None if within is None else within.control,
+                                        lambda: counts["calls"])
         self.data_if_possible = self.running = False
         self.epoch = 0
         self.audience: tuple[int, ...] = ()
@@ -46,7 +54,7 @@ class ParallelGroup:
 
     @cached_property
     def process_groups(self) -> ProcessGroups:
-        return ProcessGroups(self.spec, self.ranks, self.timeout)
+        return ProcessGroups(self.spec, self.ranks, self.control)
 
     @property
     def stage(self) -> int:
@@ -58,7 +66,7 @@ class ParallelGroup:
         """What the stages of this rank's pipeline exchange. All its ranks ask for it together the first time."""
         first = self.rank - self.stage * self.spec.sequence_degree
         column = [self.ranks[first + i * self.spec.sequence_degree] for i in range(self.spec.pipefusion_degree)]
-        return StageCommunicator(column, self.stage, self.audience or column, self.control, self.timeout)
+        return StageCommunicator(column, self.stage, self.audience or column, self.control)
 
     @property
     def communicators(self) -> list[StageCommunicator]:
@@ -68,20 +76,21 @@ class ParallelGroup:
 
     def settle(self) -> None:
         """Wait for all that was promised and asked."""
-        if self._asked:
-            self._asked[1].wait()
-            self._asked = None
-        if self.round_robin:
-            self.round_robin.settle()
-        for communicator in self.communicators:
-            communicator.settle()
+        for one in self._pending():
+            one()
+
+    def _pending(self) -> list[Callable[[], object]]:
+        """What waits for it, for each kind of it by itself."""
+        asked, self._asked = self._asked, None
+        return [*([asked[1].wait] if asked else []), *([self.round_robin.settle] if self.round_robin else []),
+                *(communicator.settle for communicator in self.communicators)]
 
     @cached_property
     def round_robin(self) -> GuidanceRoundRobin | None:
         """Where calls can be shared out among groups. All ranks ask for it together the first time."""
         if self.spec.cfg_degree == 1:
             return None
-        return GuidanceRoundRobin(self.spec, self.ranks, self.control, self.timeout)
+        return GuidanceRoundRobin(self.spec, self.ranks, self.control)
 
     @cached_property
     def subgroup(self) -> ParallelGroup | None:
@@ -89,7 +98,7 @@ class ParallelGroup:
         those that share an autoencoder for one sample. All its ranks ask for it together."""
         if self.round_robin is not None:
             spec = replace(self.spec, cfg_degree=1, vae_degree=1, encoders="everywhere")
-            made = ParallelGroup(spec, self.round_robin.members(spec, self.ranks), self.timeout, self.counts)
+            made = ParallelGroup(spec, self.round_robin.members(spec, self.ranks), self.timeout, self)
             shift = self.rank - self.round_robin.mine * spec.model_degree
             made.audience = tuple(
                 self.ranks[shift + i * spec.model_degree + (stage - self.stage) * spec.sequence_degree]
@@ -114,12 +123,12 @@ class ParallelGroup:
     def _block(self, spec: ShardingSpec) -> ParallelGroup:
         """This rank and its neighbours, as many as ``spec`` asks for."""
         first = self.rank - self.rank % spec.world_size
-        return ParallelGroup(spec, self.ranks[first : first + spec.world_size], self.timeout, self.counts)
+        return ParallelGroup(spec, self.ranks[first : first + spec.world_size], self.timeout, self)
 
     @cached_property
     def everyone(self) -> dist.ProcessGroup:
         """All ranks as one group. They ask for it together the first time."""
-        return make_group("xdit_compile.all", self.ranks, self.timeout)
+        return make_group("xdit_compile.all", self.ranks, self.control)
 
     def said_before(self, mine: bool) -> bool:
         """Whether any rank said yes when this was asked the last time; waits for nobody that is a step behind. All
@@ -133,39 +142,83 @@ class ParallelGroup:
         return bool(before[0].item())
 
     def gather(self, mine: Any) -> list[Any]:
-        """What every rank holds, in order: any object that can be pickled."""
-        everyone: list[Any] = [mine]
-        if len(self.ranks) > 1:
-            everyone *= len(self.ranks)
-            dist.all_gather_object(everyone, mine, group=self.everyone)
-        return everyone
+        """What every rank holds, in order: numbers, texts and containers of them, but no tensors."""
+        text, tensors = encoded(mine)
+        if tensors:
+            raise XditError("gather takes values without tensors")
+        if len(self.ranks) == 1:
+            return [mine]
+        group, place = self.everyone, _device_of(self.everyone)
+        sizes = [torch.empty(1, dtype=torch.int64, device=place) for _ in self.ranks]
+        dist.all_gather(sizes, torch.tensor([len(text)], device=place), group=group)
+        longest = max(int(size) for size in sizes)
+        texts = [torch.empty(longest, dtype=torch.uint8, device=place) for _ in self.ranks]
+        dist.all_gather(texts, _bytes(text.ljust(longest), place), group=group)
+        return [decoded(one.cpu().numpy().tobytes(), _none) for one in texts]
 
     def broadcast(self, value: Any, owner: int, device: torch.device) -> Any:
-        """What rank ``owner`` holds, on all; tensors arrive on ``device``."""
-        shape = [pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), value)]
-        dist.broadcast_object_list(shape, group=self.everyone, group_src=owner)
+        """What rank ``owner`` holds, on all; tensors arrive on ``device``. Of any of ``codec``'s types."""
+        group, place = self.everyone, _device_of(self.everyone)
+        text, tensors = encoded(value) if self.rank == owner else (b"", [])
+        size = torch.tensor([len(text)], device=place)
+        dist.broadcast(size, group=group, group_src=owner)
+        sent = _bytes(text, place) if self.rank == owner else torch.empty(int(size), dtype=torch.uint8, device=place)
+        dist.broadcast(sent, group=group, group_src=owner)
         if self.rank != owner:
-            value = pytree.tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device=device), shape[0])
-        for tensor in pytree.tree_leaves(value):
-            if isinstance(tensor, torch.Tensor):
-                dist.broadcast(tensor.contiguous() if self.rank == owner else tensor, group=self.everyone,
-                               group_src=owner)
+            def made(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+                tensors.append(torch.empty(shape, dtype=dtype, device=device))
+                return tensors[-1]
+
+            value = decoded(sent.cpu().numpy().tobytes(), made)
+        for tensor in tensors:
+            dist.broadcast(tensor.contiguous() if self.rank == owner else tensor, group=group, group_src=owner)
         return value
+
+    def abandon_call(self) -> None:
+        """A call ended with an exception. If all ranks raised it alike, what is still on the way is waited for and the
+        groups are fine; else a collective failed."""
+        if self.control.verdict is None:
+            guard = self.control.guard("giving up a call", tuple(self.groups_of_all()))
+            with suppress(RankFailure), guard:  # known from then on, and raised by every later call
+                for one in self._pending():
+                    self._finish_quietly(one)
+        if self.control.verdict is not None:
+            self.forget()
+
+    def _finish_quietly(self, pending: Callable[[], object]) -> None:
+        try:
+            pending()
+        except Exception as error:
+            if isinstance(error, RankFailure) or is_peer_loss(error):
+                raise
+            # Of something recorded that nobody will use; all has arrived before.
+            log.debug("what was recorded cannot be computed", exc_info=True)
 
     def forget(self) -> None:
         """Use no group again: a collective failed."""
+        forget(self.groups_of_all())
+
+    def groups_of_all(self) -> Iterator[dist.ProcessGroup]:
+        """Those that were made, of this group and of the parts of it."""
         known = vars(self)
-        if "process_groups" in known:
-            self.process_groups.forget()
+        for name in ("process_groups", "communicator"):
+            if name in known:
+                yield from known[name].all()
         if "everyone" in known:
-            forget([self.everyone])
-        if "communicator" in known:
-            self.communicator.forget()
+            yield self.everyone
         if "round_robin" in known and self.round_robin is not None:
-            forget([self.round_robin.group])
+            yield self.round_robin.group
         for name in ("subgroup", "vae"):
             if known.get(name) is not None:
-                known[name].forget()
+                yield from known[name].groups_of_all()
+
+
+def _bytes(text: bytes, place: torch.device) -> torch.Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).to(place)
+
+
+def _none(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    raise XditError("a message without tensors holds one")
 
 
 def _device_of(group: dist.ProcessGroup) -> torch.device:

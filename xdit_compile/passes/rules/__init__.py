@@ -29,6 +29,7 @@ class Draw(Protocol):
 
 
 Example = Callable[[Draw], tuple[Any, ...]]
+"""Draws the arguments of a call; a dictionary at the end holds those given by name."""
 
 
 @dataclass(frozen=True)

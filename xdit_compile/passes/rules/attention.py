@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from xdit_compile.ir.layout import BATCH, PATCH, SEQUENCE, Dim, Layout
@@ -24,7 +26,8 @@ def _example(r):
 def attention(s, q, k, v, mask=None, dropout=0.0, is_causal=False, *, scale=None, enable_gqa=False):
     """softmax(q k^T * scale + mask) v over tensors (..., heads, tokens, width)."""
     q, k, v = s.whole(q, -1), s.whole(k, -1), s.whole(v, -1)
-    q, k, v = (s.whole(x, -2) if BATCH in x.dims[-2].axes else x for x in (q, k, v))
+    # Tokens that hold the samples of a batch: each attends for its own, to all.
+    k, v = (s.whole(x, -2) if BATCH in x.dims[-2].axes else x for x in (k, v))
     for i in range(-q.ndim, -2):
         if q.shape[i] == k.shape[i] == v.shape[i]:
             dim = next((x.dims[i] for x in (q, k, v) if x.dims[i].sharded), q.dims[i])
@@ -36,9 +39,10 @@ def attention(s, q, k, v, mask=None, dropout=0.0, is_causal=False, *, scale=None
     if tokens.axes & batch_axes:
         tokens = Dim.replicated(tokens.size)
     k, v = s.lay(k, -2, tokens), s.lay(v, -2, tokens)
-    if q.dims[-2].axes & batch_axes:
+    held = q.dims[-2].axes
+    if held & batch_axes or (BATCH in held and (len(held) > 1 or k.dims[-2].sharded)):
         q = s.whole(q, -2)
-    q, k, v = _within_reach(s, q, k, v)
+    q, k, v = _within_reach(s, q, k, v, mask)
     if is_causal and (q.dims[-2].sharded or k.dims[-2].sharded):
         mask, is_causal = _causal(s, q, k), False
     out = Layout((*q.dims[:-1], v.dims[-1]))
@@ -53,7 +57,7 @@ def attention(s, q, k, v, mask=None, dropout=0.0, is_causal=False, *, scale=None
     return s.emit(out, q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
-def _within_reach(s, q, k, v):
+def _within_reach(s, q, k, v, mask):
     """Keys and values whole where attention over pieces of them cannot be distributed; queries cut if they are."""
     tokens = k.dims[-2]
     if not tokens.sharded:
@@ -62,6 +66,10 @@ def _within_reach(s, q, k, v):
     parts = max(len(seg.offsets) - 1 for seg in tokens.segments if seg.cut)
     if PATCH in tokens.axes and SEQUENCE not in tokens.axes & q.dims[-2].axes:
         # Of this step what has come already, of the step before what has not: all of it is here.
+        s.cost.attentions += 1
+        k, v = s.whole(k, -2), s.whole(v, -2)
+    elif mask is not None and _by_rows(mask, q, k, v):
+        # A bias of each pair of tokens, of which a rank has the rows of its queries, is more than all keys and values.
         s.cost.attentions += 1
         k, v = s.whole(k, -2), s.whole(v, -2)
     elif heads < s.spec.ulysses_degree:
@@ -74,6 +82,11 @@ def _within_reach(s, q, k, v):
         else:
             k, v = s.whole(k, -2), s.whole(v, -2)
     return q, k, v
+
+
+def _by_rows(mask, q, k, v):
+    return mask.ndim > 1 and mask.dims[-2] == q.dims[-2] and mask.dims[-2].axes == {SEQUENCE} and (
+        math.prod(mask.shape) * mask.dtype.itemsize > sum(math.prod(x.shape) * x.dtype.itemsize for x in (k, v)))
 
 
 def _distributed(s, q, k, v, mask, scale, out):

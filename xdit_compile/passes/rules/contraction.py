@@ -57,9 +57,6 @@ def addmm(s, bias, a, b, **kwargs):
        aten.bmm.default: lambda r: (r.tensor(2, 6, 4), r.tensor(2, 4, 3)),
        aten.matmul.default: lambda r: (r.tensor(2, 5, 6, 4), r.pick(r.tensor(4, 3), r.tensor(2, 5, 4, 3)))})
 def matmul(s, a, b):
-    if b.ndim == 1 or a.ndim == 1:
-        a, b = s.whole(a), s.whole(b)
-        return s.emit(Layout.replicated(s.node.meta["val"].shape), a, b)
     a, b, partial = contract(s, a, b, -2)
     batch = max(a.ndim, b.ndim) - 2
     for i in range(-batch - 2, -2):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 
-from xdit_compile.ir.layout import PATCH, Dim, Layout, Segment
+from xdit_compile.ir.layout import PATCH, Dim, Layout, Segment, merge
 from xdit_compile.passes.rules import rule
 from xdit_compile.passes.sharded_value import NoRule, Value
 
@@ -36,16 +38,125 @@ def _pooled(n):
 
 @rule({aten.avg_pool1d.default: _pooled(1), aten.avg_pool2d.default: _pooled(2), aten.avg_pool3d.default: _pooled(3)})
 def average(s, x, kernel, stride=(), padding=(0,), ceil_mode=False, count_padding=True, divisor=None):
-    n = len(kernel)
-    stride, padding = list(stride) or list(kernel), list(padding) * n if len(padding) == 1 else list(padding)
-    if ceil_mode or not count_padding:
-        raise NoRule("a mean over fewer values at the border")
-    x, space, padding, finish = _slid(s, s.whole(x, 1), kernel, stride, padding)
+    kernel, stride, padding = (list(v) * (x.ndim - 2) if len(v) == 1 else list(v)
+                               for v in (kernel, stride or kernel, padding))
     rest = () if divisor is None else (divisor,)
+    if ceil_mode or (not count_padding and any(padding)):
+        # A mean over fewer values at the border.
+        x = s.filled(s.whole(x, *range(2, x.ndim)), (0, 1))
+        space = map(Dim.replicated, s.node.meta["val"].shape[2:])
+        return s.emit(Layout((*x.dims[:2], *space)), x, kernel, stride, padding, ceil_mode, count_padding, *rest)
+    x, space, padding, finish = _slid(s, s.filled(x, (0, 1)), kernel, stride, padding)
     return finish(s.emit(Layout((*x.dims[:2], *space)), x, kernel, stride, padding, ceil_mode, count_padding, *rest))
 
 
-def _slid(s, x, reach, stride, padding):
+def _largest(n):
+    return lambda r: (r.tensor(2, 2, *[9, 6, 5][:n]), [r.pick(2, 3)] * n, [r.pick(1, 2)] * n, [r.pick(0, 1)] * n,
+                      [1] * n, r.pick(False, False, True))
+
+
+@rule({aten.max_pool1d.default: _largest(1), aten.max_pool2d.default: _largest(2),
+       aten.max_pool3d.default: _largest(3)})
+def largest(s, x, kernel, stride=(), padding=(0,), dilation=(1,), ceil_mode=False):
+    kernel, stride, padding, dilation = (list(v) * (x.ndim - 2) if len(v) == 1 else list(v)
+                                         for v in (kernel, stride or kernel, padding, dilation))
+    x = s.filled(x, (0, 1))
+    if ceil_mode:
+        x = s.whole(x, *range(2, x.ndim))
+        space = map(Dim.replicated, s.node.meta["val"].shape[2:])
+        return s.emit(Layout((*x.dims[:2], *space)), x, kernel, stride, padding, dilation, True)
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    x, space, padding, finish = _slid(s, x, reach, stride, padding, -math.inf)
+    return finish(s.emit(Layout((*x.dims[:2], *space)), x, kernel, stride, padding, dilation, False))
+
+
+@rule({op: lambda r: (r.tensor(2, 2, 6, 5), [3, 2]) for op in (
+    aten._adaptive_avg_pool2d.default, aten.adaptive_max_pool2d.default)})
+def adaptive(s, x, size):
+    """Windows that begin anywhere: space is whole, channels and the batch are free."""
+    x, made = s.filled(s.whole(x, -2, -1), range(x.ndim)), s.node.meta["val"]
+    out = Layout((*x.dims[:-2], *map(Dim.replicated, size)))
+    return s.emit(out, x, size) if isinstance(made, torch.Tensor) else s.emit_many([out, out], x, size)
+
+
+@rule({aten.im2col.default: lambda r: (r.tensor(2, 2, 9, 6), [r.pick(2, 3)] * 2, [1, 1], [r.pick(0, 1)] * 2,
+                                       [r.pick(1, 2)] * 2)})
+def columns(s, x, kernel, dilation, padding, stride):
+    """``F.unfold``: a window's values are channels, windows follow each other as one dimension."""
+    if x.ndim != 4:
+        raise NoRule("a picture without a batch dimension")
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    x = s.whole(x, 1, *(i for i in (2, 3) if PATCH in x.dims[i].axes))
+    held, space, left, finish = _slid(s, x, reach, stride, padding)
+    tokens = merge(space)
+    if tokens is None:
+        raise NoRule(f"windows laid out as {' x '.join(map(str, space))}")
+    channels = Dim.replicated(s.node.meta["val"].shape[1])
+    return finish(s.emit(Layout((x.dims[0], channels, tokens)), held, kernel, dilation, left, stride))
+
+
+def _transposed(n):
+    return lambda r: (r.tensor(2, 2, *[9, 6, 5][:n]), r.tensor(2, 4, *[r.pick(1, 2, 3, 4)] * n),
+                      r.pick(None, r.tensor(4)), *r.pick(([1] * n, [0] * n, [0] * n), ([2] * n, [1] * n, [1] * n),
+                                                         ([2] * n, [0] * n, [0] * n), ([3] * n, [0] * n, [1] * n)),
+                      1, [r.pick(1, 2)] * n)
+
+
+@rule({aten.conv_transpose1d.default: _transposed(1), aten.conv_transpose2d.input: _transposed(2),
+       aten.conv_transpose3d.input: _transposed(3)})
+def transposed_convolution(s, x, weight, bias=None, stride=(1,), padding=(0,), extra=(0,), groups=1, dilation=(1,)):
+    """Each rank makes the outputs over its own rows, and fetches the rows of others that reach into them."""
+    n = weight.ndim - 2
+    if x.ndim != n + 2:
+        raise NoRule("a convolution without a batch dimension")
+    stride, padding, extra, dilation = (list(v) * n if len(v) == 1 else list(v)
+                                        for v in (stride, padding, extra, dilation))
+    x, weight, bias = s.whole(x, 1), s.whole(weight), bias and s.whole(bias)
+    sizes, cuts = s.node.meta["val"].shape, dict[int, Any]()
+    spans = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    dims = [x.dims[0], Dim.replicated(weight.shape[1] * groups)]
+    for i, (by, spare, span) in enumerate(zip(stride, padding, spans, strict=True), 2):
+        follows = x.dims[i].sharded and PATCH not in x.dims[i].axes and not any(d.sharded for d in dims[2:])
+        out = _spread(x.dims[i], sizes[i], by, (span + 1 - by) // 2 - spare) if follows else None
+        dims.append(out or Dim.replicated(sizes[i]))
+    for i, d in enumerate(dims[2:], 2):
+        x = x if d.sharded else s.whole(x, i)
+    for i, d in enumerate(dims[2:], 2):
+        if d.sharded:
+            x, cuts[i] = _reached(s, x, i, d, stride[i - 2], padding[i - 2], spans[i - 2])
+            padding[i - 2] = extra[i - 2] = 0
+    out = Layout(tuple(dims))
+    made = s.emit(out, x, weight, bias, stride, padding, extra, groups, dilation) if not cuts else Value(s.local(
+        s.node.target, x, weight, bias, stride, padding, extra, groups, dilation), out, x.dtype)
+    for i, (first, size) in cuts.items():
+        made = s.emit(out, made, i, first, first + size, target=aten.slice.Tensor)
+    return made
+
+
+def _reached(s, x, i, out, by, spare, span):
+    """The rows of dimension ``i`` that reach this rank's outputs, and where these begin in what is made of them, and
+    how many they are."""
+    (axis,) = out.axes
+    spans = [out.spans({**s.position, axis: rank})[0] for rank in range(s.sizes[axis])]
+    # Rows that reach any of the outputs a .. b - 1, and enough that all of these are made.
+    rows = [(min(-((span - spare - a) // by), (a + spare) // by),
+             max((b - 1 + spare) // by, -((span - spare - b + 1) // by)) + 1) for a, b in spans]
+    (a, b), (first, _) = spans[s.position[axis]], rows[s.position[axis]]
+    x = _with_halo(s, x, i, out, [[r] for r in rows], f"border of a transposed convolution reaching {span + 1}")
+    return x, (a - (first * by - spare), b - a)
+
+
+def _spread(dim, size, stride, shift):
+    """Who makes which outputs of a transposed convolution: those nearest to its rows."""
+    if len(dim.segments) != 1:
+        return None
+    (segment,) = dim.segments
+    cuts = [min(max(o * stride + shift, 0), size) for o in segment.offsets]
+    cuts[0], cuts[-1] = 0, size
+    return Dim.of([Segment(tuple(cuts), segment.axis)]) if all(a < b for a, b in pairwise(cuts)) else None
+
+
+def _slid(s, x, reach, stride, padding, filling=0):
     """For an operator whose output ``o`` reads inputs ``o * stride - padding`` and so on, ``reach`` of them: what this
     rank reads, how the outputs are laid out, the padding that is left to the operator, and what is to be done with its
     result. Windows on aligned shares (patch embedding) need nothing from neighbours; else the missing rows are
@@ -67,7 +178,7 @@ def _slid(s, x, reach, stride, padding):
                 continue
             source = s.whole(source, 2 + i)
             if size == dim.size and stride[i] == 1 and filled and len(dim.spans(s.position)) == 1:
-                source = _padded_window(s, source, 2 + i, dim, padding[i], reach[i])
+                source = _padded_window(s, source, 2 + i, dim, padding[i], reach[i], filling)
                 left[i] = 0
                 space.append(dim)
                 continue
@@ -80,7 +191,13 @@ def _slid(s, x, reach, stride, padding):
         if out is None or source is not x:
             raise NoRule(f"space laid out as {x.layout}")
         space.append(out)
-        source = _with_halo(s, x, 2 + i, out, stride[i], padding[i], reach[i])
+        (axis,) = out.axes
+        spans = [out.spans({**s.position, axis: rank}) for rank in range(s.sizes[axis])]
+        rows = [[(a * stride[i] - padding[i], (b - 1) * stride[i] - padding[i] + reach[i]) for a, b in w]
+                for w in spans]
+        source = _with_halo(s, x, 2 + i, out, rows,
+                            f"border of a convolution reading {reach[i]} with stride {stride[i]}",
+                            filling)
         left[i] = 0
 
     def finish(out):
@@ -91,14 +208,15 @@ def _slid(s, x, reach, stride, padding):
     return source, space, left, finish
 
 
-def _padded_window(s, x, i, out, padding, reach):
+def _padded_window(s, x, i, out, padding, reach, filling):
     """The rows of dimension ``i`` of ``x``, all of which are here, that this position's outputs read, padded at the
     ends of the whole."""
     (low, high), = [(a - padding, b - 1 - padding + reach) for a, b in out.spans(s.position)]
     before, after = max(-low, 0), max(high - x.shape[i], 0)
     node = s.local(aten.slice.Tensor, x, i, low + before, high - after)
     if node is not None and (before or after):
-        node = s.local(aten.constant_pad_nd.default, node, [0, 0] * (x.ndim - 1 - i) + [before, after])
+        node = s.local(aten.constant_pad_nd.default, node, [0, 0] * (x.ndim - 1 - i) + [before, after],
+                       *([filling] if filling else []))
     return Value(node, x.layout.replace(i, out), x.dtype)
 
 
@@ -114,13 +232,9 @@ def _shares(dim, size, stride, shift):
     return Dim.of([Segment(tuple(cuts), segment.axis)]) if all(a < b for a, b in pairwise(cuts)) else None
 
 
-def _with_halo(s, x, i, out, stride, padding, reach):
-    """The rows of dimension ``i`` that this rank's outputs read, with the tensor's own zero padding at its ends."""
+def _with_halo(s, x, i, out, windows, why, filling=0):
+    """The rows ``windows[rank]`` of dimension ``i``, which this rank's outputs read; ``filling`` beyond its ends."""
     (axis,) = out.axes
-    windows = []
-    for rank in range(s.sizes[axis]):
-        spans = out.spans({**s.position, axis: rank})
-        windows.append([(a * stride - padding, (b - 1) * stride - padding + reach) for a, b in spans])
     inside = [[(max(a, 0), min(b, x.shape[i])) for a, b in w] for w in windows]
     held = [x.dims[i].spans({**s.position, axis: r}) for r in range(s.sizes[axis])]
     if all(_covers(h, w) for h, w in zip(held, inside, strict=True)):
@@ -129,12 +243,12 @@ def _with_halo(s, x, i, out, stride, padding, reach):
         a, b = mine[0] if mine else (0, 0)
         node = s.local(aten.slice.Tensor, x, i, a - start, b - start)
     else:
-        node = s.windows(x, i, inside, f"border of a convolution reading {reach} with stride {stride}")
+        node = s.windows(x, i, inside, why)
     (low, high), = windows[s.position[axis]] or [(0, 0)]
     before, after = max(-low, 0), max(high - x.shape[i], 0)
     if node is not None and (before or after):
         pads = [0, 0] * (x.ndim - 1 - i) + [before, after]
-        node = s.local(aten.constant_pad_nd.default, node, pads)
+        node = s.local(aten.constant_pad_nd.default, node, pads, *([filling] if filling else []))
     return Value(node, x.layout, x.dtype)
 
 

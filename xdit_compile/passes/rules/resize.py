@@ -39,19 +39,10 @@ def pad_alike(s, x, pads, mode="constant", value=None):
     """Padding with what the tensor holds: rows near the ends, which the ranks at the ends have to hold."""
     for i in range(x.ndim - len(pads) // 2, x.ndim):
         most = max(pads[2 * (x.ndim - 1 - i) :][:2])
-        x = _filled(s, x, [i], max(most, 0) + (mode == "reflect"))
+        x = s.filled(x, [i], max(most, 0) + (mode == "reflect"))
         if most and (len(x.dims[i].segments) > 1 or mode == "circular" or min(pads) < 0):
             x = s.whole(x, i)
-    return _padded(s, _filled(s, x, range(x.ndim)), list(pads), mode, value)
-
-
-def _filled(s, x, dims, least=1):
-    """``x`` with those of ``dims`` whole of which some rank holds less than ``least``."""
-    for i in dims:
-        d = x.dims[i]
-        if PATCH in d.axes or any(d.local_size(p) < least for p in s.positions(d)):
-            x = s.whole(x, i)
-    return x
+    return _padded(s, s.filled(x, range(x.ndim)), list(pads), mode, value)
 
 
 def _padded(s, x, pads, *how):
@@ -84,7 +75,7 @@ def _upsampled(n):
     (aten.upsample_nearest3d, aten._upsample_nearest_exact3d)), 1) for op in ops})
 def upsample(s, x, sizes, factors=None):
     """Rows are repeated where they are: a whole number of times each, but for the last, of which some may be cut."""
-    x, exact = _filled(s, s.whole(x, 1), range(x.ndim)), "exact" in str(s.node.target)
+    x, exact = s.filled(s.whole(x, 1), range(x.ndim)), "exact" in str(s.node.target)
     sizes = s.node.meta["val"].shape[2:]
     for i, size in enumerate(sizes, 2):
         rows = _rows(x.shape[i], size, factors and factors[i - 2], exact)
@@ -115,13 +106,38 @@ def _rows(size, out, factor, exact):
        aten.pixel_unshuffle.default: lambda r: (r.tensor(2, 2, 6, 8), 2)})
 def pixels(s, x, factor):
     """Channels are whole; each row and column of pixels becomes ``factor`` of them, or as many become one."""
-    x, shuffled = _filled(s, s.whole(x, -3), range(x.ndim)), s.node.meta["val"].shape
+    x, shuffled = s.filled(s.whole(x, -3), range(x.ndim)), s.node.meta["val"].shape
     dims = [*x.dims[:-3], Dim.replicated(shuffled[-3]), *(d.scale(factor) for d in x.dims[-2:])]
     if s.node.target is aten.pixel_unshuffle.default:
         for i in (-2, -1):
             dims[i] = Dim.of(seg.map(lambda o: o // factor) for seg in x.dims[i].segments)
             # Shares end between groups of pixels, and none is empty.
             x = s.lay(x, i, dims[i].scale(factor)) if dims[i].size == shuffled[i] else s.whole(x, i)
-            x = _filled(s, x, [i])
+            x = s.filled(x, [i])
             dims[i] = dims[i] if x.dims[i].sharded else Dim.replicated(shuffled[i])
     return s.emit(Layout(tuple(dims)), x, factor)
+
+
+def _resampled(n):
+    return lambda r: (r.tensor(2, 2, *[5, 4, 3][:n]), [7, 8, 4][:n], r.pick(False, True), None)
+
+
+@rule({aten.upsample_linear1d.vec: _resampled(1), aten.upsample_bilinear2d.vec: _resampled(2),
+       aten.upsample_bicubic2d.vec: _resampled(2), aten.upsample_trilinear3d.vec: _resampled(3),
+       aten._upsample_bilinear2d_aa.vec: _resampled(2), aten._upsample_bicubic2d_aa.vec: _resampled(2)})
+def resample(s, x, *how):
+    """Weights over neighbours, which depend on global positions: space is whole, channels and the batch are free."""
+    x = s.filled(s.whole(x, *range(2, x.ndim)), (0, 1))
+    return s.emit(Layout((*x.dims[:2], *map(Dim.replicated, s.node.meta["val"].shape[2:]))), x, *how)
+
+
+@rule({aten.grid_sampler_2d.default: lambda r: (r.tensor(2, 2, 5, 4), r.tensor(2, 6, 3, 2), 0, r.pick(0, 1), False)})
+def grid_sample(s, x, grid, *how):
+    """Pictures are whole; of the grid that says where to look, rows and columns are free."""
+    x, grid = s.filled(s.whole(x, 2, 3), (0, 1)), s.filled(s.whole(grid, 3), (0, 1, 2))
+    batch = x.dims[0] if x.dims[0].sharded else grid.dims[0]
+    grid = s.lay(grid, 0, batch)
+    taken = {a for d in grid.dims for a in d.axes}
+    x = s.whole(x, 1) if x.dims[1].axes & taken else x
+    x = s.lay(x, 0, grid.dims[0])
+    return s.emit(Layout((grid.dims[0], x.dims[1], *grid.dims[1:3])), x, grid, *how)

@@ -111,7 +111,9 @@ def stack(s, tensors, dim=0):
     return s.emit(Layout(tuple(new)), laid, dim)
 
 
-@rule({aten.slice.Tensor: lambda r: (r.tensor(2, 9), 1, r.size(0, 4), r.pick(-1, 7, sys.maxsize), r.pick(1, 1, 2))})
+@rule({aten.slice.Tensor: lambda r: (
+    r.tensor(2, 9), r.pick(1, -1), r.pick(None, 0, 1, 2, 3, 5, -7, -4), r.pick(None, -1, 7, 8, 2, sys.maxsize),
+    r.pick(1, 2, 2, 3, 4))})
 def slice_(s, x, dim=0, start=None, stop=None, step=1):
     old = x.dims[dim]
     start, stop, step = slice(start, stop, step).indices(old.size)
@@ -192,3 +194,54 @@ def view_as_complex(s, x):
 @rule({aten.view_as_real.default: lambda r: (torch.view_as_complex(r.tensor(3, 4, 2)),)})
 def view_as_real(s, x):
     return s.emit(Layout((*x.dims, Dim.replicated(2))), x)
+
+
+@rule({aten.unfold.default: lambda r: (r.tensor(2, 6, 4), r.pick(1, -1), 2, r.pick(1, 2))})
+def unfold(s, x, dim, size, step):
+    """Windows along ``dim``, in a dimension of their own."""
+    dim %= x.ndim
+    x = s.whole(x, dim)
+    dims = [*x.layout.replace(dim, Dim.replicated(s.node.meta["val"].shape[dim])).dims, Dim.replicated(size)]
+    return s.emit(Layout(tuple(dims)), x, dim, size, step)
+
+
+@rule({aten.diagonal.default: lambda r: (r.tensor(3, 4, 4), r.pick(0, 1), r.pick(0, 1), 2)})
+def diagonal(s, x, offset=0, a=0, b=1):
+    x, gone = s.whole(x, a, b), (a % x.ndim, b % x.ndim)
+    kept = [d for i, d in enumerate(x.dims) if i not in gone]
+    return s.emit(Layout((*kept, Dim.replicated(s.node.meta["val"].shape[-1]))), x, offset, a, b)
+
+
+@rule({aten.diag_embed.default: lambda r: (r.tensor(3, 4), r.pick(0, 1), r.pick(0, -2), -1)})
+def diag_embed(s, x, offset=0, a=-2, b=-1):
+    x, shape = s.whole(x, -1), s.node.meta["val"].shape
+    kept, new = iter(x.dims[:-1]), (a % len(shape), b % len(shape))
+    dims = [Dim.replicated(n) if i in new else next(kept) for i, n in enumerate(shape)]
+    return s.emit(Layout(tuple(dims)), x, offset, a, b)
+
+
+@rule({aten.tril.default: lambda r: (r.tensor(2, 6, 4), r.pick(0, 1, -1)),
+       aten.triu.default: lambda r: (r.tensor(2, 6, 4), r.pick(0, 1, -1))})
+def triangle(s, x, diagonal=0):
+    """What is kept is a matter of global positions: a mask says, of which each rank has its part."""
+    if not any(d.sharded for d in x.dims[-2:]):
+        return s.emit(x.layout, x, diagonal)
+    outside = {aten.tril.default: (aten.triu.default, diagonal + 1),
+               aten.triu.default: (aten.tril.default, diagonal - 1)}
+    target, beyond = outside[s.node.target]
+    mask = Layout.replicated(x.shape[-2:])
+    hidden = s.emit(mask, x, list(mask.shape), 1, dtype=torch.bool, target=aten.new_full.default)
+    hidden = s.emit(mask, hidden, beyond, target=target)
+    for i in (-2, -1):
+        hidden = s.lay(hidden, i, x.dims[i])
+    return s.emit(x.layout, x, hidden, 0, target=aten.masked_fill.Scalar)
+
+
+@rule({aten.view.dtype: lambda r: (r.tensor(2, 6, 4), r.pick(torch.int64, torch.int32, torch.complex128))})
+def view_dtype(s, x, dtype):
+    """The same bytes as other numbers, of which there may be more or fewer in the last dimension."""
+    size = s.node.meta["val"].shape[-1]
+    if size == x.shape[-1]:
+        return s.emit(x.layout, x, dtype)
+    x = s.whole(x, -1)
+    return s.emit(x.layout.replace(-1, Dim.replicated(size)), x, dtype)

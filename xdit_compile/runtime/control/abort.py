@@ -30,7 +30,7 @@ def is_peer_loss(error: BaseException) -> bool:
 
     The backends raise plain RuntimeErrors for this, so their text has to tell.
     """
-    return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or (
+    return isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError) or (
         isinstance(error, RuntimeError) and _PEER_LOST.search(str(error)) is not None
     )
 
@@ -61,6 +61,36 @@ class Connections:
         made.nccl, made.gloo = [], _between(_published(store, size))
         return made
 
+    def lost(self) -> bool:
+        """Whether one of gloo's has ended."""
+        return len(self.gloo & _alive()) < len(self.gloo)
+
+
+def missing_connections(group: ProcessGroup) -> int:
+    """How many of a gloo group's connections to its peers have ended: one for each process that is gone. Zero where it
+    has none of its own, or makes them at first use."""
+    backends = {group._get_backend(device) for device in group._device_types}
+    if not all(isinstance(one, dist.ProcessGroupGloo) for one in backends) or os.environ.get("TORCH_GLOO_LAZY_INIT"):
+        return 0
+    return (group.size() - 1) * len(backends) - len(Connections(group).gloo & _alive())
+
+
+def _alive() -> frozenset[Ends]:
+    """The connections that are open at both ends."""
+    found = set()
+    for ends, connection in open_connections():
+        with connection, suppress(OSError):
+            if not _hung_up(connection):
+                found.add(ends)
+    return frozenset(found)
+
+
+def _hung_up(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+
 
 def abort(connections: Sequence[Connections]) -> None:
     """Make every running and later collective of these groups fail, here and on the ranks connected to us.
@@ -78,7 +108,7 @@ def abort(connections: Sequence[Connections]) -> None:
             backend.abort()
         nccl[0]._group_end()
     ours = {ends for one in connections for ends in one.gloo}
-    for ends, connection in _open_connections() if ours else ():
+    for ends, connection in open_connections() if ours else ():
         with connection:
             if ends in ours:
                 with suppress(OSError):  # closed meanwhile
@@ -88,7 +118,7 @@ def abort(connections: Sequence[Connections]) -> None:
 def _between(published: Sequence[bytes]) -> frozenset[Ends]:
     """The connections that are open now, one end of which is among the addresses that were published."""
     found = set()
-    for ends, connection in _open_connections() if published else ():
+    for ends, connection in open_connections() if published else ():
         with connection:
             if any((end := _packed(address)) and end in text for address in ends for text in published):
                 found.add(ends)
@@ -106,7 +136,7 @@ def _published(store: Store, size: int) -> list[bytes]:
     return found
 
 
-def _open_connections() -> Iterator[tuple[Ends, socket.socket]]:
+def open_connections() -> Iterator[tuple[Ends, socket.socket]]:
     """Duplicates of all connected internet sockets this process has open, with both their ends."""
     folder = "/proc/self/fd" if sys.platform == "linux" else "/dev/fd"
     for name in os.listdir(folder) if os.path.isdir(folder) else ():

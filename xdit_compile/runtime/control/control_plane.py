@@ -5,24 +5,31 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, ProcessGroup
 
 from xdit_compile.errors import RankFailure, RankMismatch, XditError
-from xdit_compile.runtime.control.abort import Connections, abort, is_peer_loss
-from xdit_compile.runtime.control.heartbeat import SILENCE, Heartbeat, Verdict, silent
+from xdit_compile.runtime.control.abort import Connections, abort, is_peer_loss, missing_connections
+from xdit_compile.runtime.control.heartbeat import BEAT, SILENCE, Heartbeat, Point, Verdict, silent
+from xdit_compile.runtime.control.secret import VARIABLE, secret
+from xdit_compile.runtime.control.store import attempt, own_connection
 
 _DIGEST = 16
-# Seconds after which a store that does not answer counts as lost.
-_STORE_TIMEOUT = timedelta(seconds=5)
+# The key of what went wrong: what else the ranks hold means nothing then.
+_ERROR = "error"
+# Seconds between two looks at what became of a peer that is waited for.
+_LOOK = 0.02
+
+T = TypeVar("T")
 
 
 class ControlPlane:
@@ -33,35 +40,54 @@ class ControlPlane:
     the data groups are broken with it. `close` ends a Control; so does the end of the process.
     """
 
-    def __init__(self, ranks: Sequence[int], timeout: float = 60.0) -> None:
+    def __init__(self, ranks: Sequence[int], timeout: float = 60.0, within: ControlPlane | None = None,
+                 step: Callable[[], int] = int) -> None:
         """Connect to all `ranks` (global ranks); `timeout` in seconds limits every wait for a peer.
 
-        Raises `RankFailure` naming a rank that does not construct its Control within the timeout. A group of
-        one rank needs no initialised process group.
+        Raises `RankFailure` naming a rank that does not construct its Control within the timeout, or as soon as its
+        process is known to be gone. A group of one rank needs no initialised process group.
+
+        Args:
+            within: the Control of the whole job that these ranks are a part of: what ends that one ends this.
+            step: counts what this rank has begun since; whoever waits for a peer asks how far that is.
         """
         self.ranks = tuple(sorted(ranks))
         self.timeout = timeout
         self._heart: Heartbeat | None = None
+        self._within = within
         self._watched: dict[ProcessGroup, Connections] = {}
+        self._own: list[Connections] = []
         if len(self.ranks) == 1:
             return
         self.rank = dist.get_rank()
         if self.rank not in self.ranks:
             raise XditError(f"rank {self.rank} is not one of the ranks {self.ranks} of this Control")
-        # Its own connection: someone else's long wait on the default store must not hold up the heartbeat.
         default: Any = dist.distributed_c10d._get_default_store()
-        store = default.clone()
+        store = own_connection(default)
         host = None if _launcher_hosts_store() else 0
-        store.set_timeout(_STORE_TIMEOUT)
         name = f"xdit/{'-'.join(map(str, self.ranks))}"
-        # Counted in the store, not in this process, so that the count starts anew with a new default group.
-        store = PrefixStore(f"{name}/{store.add(f'{name}/made{self.rank}', 1)}", store)
         peers = [rank for rank in self.ranks if rank != self.rank]
-        heart = Heartbeat(PrefixStore("heart", store), self.rank, peers, timeout, host)
+        self._key = secret()
+        try:
+            name = f"{name}/{attempt(store, name, self.rank)}"
+        except RuntimeError as error:
+            raise RankFailure(*_unanswered(host)) from error
+        heart = Heartbeat(PrefixStore(name, store), name, self.rank, peers, timeout, host, self._key)
+        heart.step = step
         # Also runs at the end of the process, while torch still works.
         self._close = weakref.finalize(self, _leave, heart, default)
         self._heart = heart
-        self._connect(PrefixStore("gloo", store))
+        try:
+            self._meet(heart)
+            # Again its own: while gloo waits for a key, nobody else is served on a connection.
+            self._connect(PrefixStore(f"{name}/gloo", own_connection(default)))
+        except RankFailure:
+            self._close()
+            raise
+        except BaseException as error:
+            heart.convict(self.rank, f"failed while joining: {_described(error)}")
+            self._close()
+            raise
 
     def agree(self, what: str, mine: Mapping[str, str]) -> None:
         """Make sure that all ranks hold equal texts under equal keys; `what` is the call this is about.
@@ -73,24 +99,35 @@ class ControlPlane:
         text = json.dumps(dict(mine), sort_keys=True).encode()
         self._exchanged(what, text, lambda rows, digest: all(row == digest for row in rows))
 
+    def gather(self, what: str, mine: str) -> list[str]:
+        """The texts of all ranks, in their order, which come here together and raise as in `agree`."""
+        return [one.decode() for one in self._together(what, mine.encode(), self._exchange)]
+
     def anyone(self, what: str, mine: bool) -> bool:
         """Whether `mine` is true on any rank; all ranks come here together, and raise as in `agree`."""
         if self._heart is None:
             return mine
         texts = [json.dumps({what: answer}).encode() for answer in ("no", "yes")]
-        no, yes = map(_digest, texts)
+        no, yes = map(self._digest, texts)
         rows = self._exchanged(what, texts[mine], lambda rows, _: set(rows) <= {no, yes})
         return yes in rows
 
     def _exchanged(self, what: str, text: bytes, fine: Callable[[Sequence[bytes], bytes], bool]) -> Sequence[bytes]:
         """The digests of every rank's text. Raises `RankMismatch` unless they are `fine`, given them and the own."""
         if self._heart is None:
-            return [_digest(text)]
+            return [self._digest(text)]
+        return self._together(what, text, lambda text: self._compare(what, text, fine))
+
+    def _together(self, what: str, text: bytes, do: Callable[[bytes], Sequence[bytes]]) -> Sequence[bytes]:
+        """``do(text)``, which exchanges something with all peers."""
+        heart = self._heart
+        if heart is None:
+            return [text]
         self._check()
-        self._heart.call, self._heart.label = self._heart.call + 1, what
+        heart.call, heart.label = heart.call + 1, what
         start = time.monotonic()
         try:
-            return self._compare(what, text, fine)
+            return do(text)
         except RuntimeError as error:
             if not is_peer_loss(error):
                 raise
@@ -104,6 +141,9 @@ class ControlPlane:
         `groups` are ended, so that they wake at once. An exception that a peer caused becomes `RankFailure`,
         naming that peer. With NCCL the body may end before its kernels do: a failure that strikes later
         raises at the next `agree`, `guard` or `check`.
+
+        Where there are no `groups`, an exception that all ranks raise at the same point is theirs alone and ends
+        nothing; a rank that raises one waits until the others have, or have gone past that point.
         """
         heart = self._heart
         if heart is None:
@@ -119,17 +159,101 @@ class ControlPlane:
                     self._watched[group] = Connections(group)
                     heart.connections.append(self._watched[group])
             yield
-        except (RankFailure, RankMismatch):
-            raise
         except BaseException as error:
-            if is_peer_loss(error):
-                raise RankFailure(*self._find(error, label, start)) from error
-            heart.convict(self.rank, f"failed: {type(error).__name__}: {error}")
-            abort(heart.connections)
+            self._failed(heart, error, label, groups, start)
             raise
         finally:
             heart.waiting = outer
+        if not outer:
+            heart.ended = heart.call
         self._check()
+
+    def fail(self, error: BaseException, label: str) -> None:
+        """Tell the others of an exception outside of any guard, as one without groups would."""
+        if self._heart is not None and self._heart.known is None:
+            self._failed(self._heart, error, label, (), time.monotonic())
+
+    def _failed(self, heart: Heartbeat, error: BaseException, label: str, groups: Sequence[ProcessGroup],
+                start: float) -> None:
+        if isinstance(error, RankMismatch):
+            return
+        if isinstance(error, RankFailure):
+            # Perhaps of a part of these ranks; the others are to learn of it too.
+            if heart.known is None:
+                heart.convict(error.rank, error.reason)
+                abort(heart.connections)
+        elif is_peer_loss(error):
+            raise RankFailure(*self._find(error, label, start)) from error
+        elif groups or not self._all_raised(heart, error):
+            heart.convict(self.rank, f"failed: {_described(error)}")
+            abort(heart.connections)
+
+    def _all_raised(self, heart: Heartbeat, error: BaseException) -> bool:
+        """Whether every peer has come to an exception of the same class at the same point, which is waited for until
+        one is seen to have gone another way."""
+        if heart.known is not None:
+            return False
+        before = heart.ended
+        heart.failed = mine = Point(heart.call, heart.step(), type(error).__qualname__)
+        heart.beat()
+        deadline = time.monotonic() + self.timeout
+        while time.monotonic() < deadline and not heart.verdict() and not heart.store_lost:
+            if self._within is not None and self._within.verdict:
+                return False
+            beats = heart.peers()
+            elsewhere = [b for b in beats.values() if b.failed != mine]
+            if not elsewhere:
+                return True
+            if any(b.left or b.call > mine.call or b.step > mine.step or b.ended >= mine.call > before
+                   or (b.failed is not None and b.failed.call >= mine.call) for b in elsewhere):
+                return False
+            time.sleep(_LOOK)
+        return False
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Why the group failed, as far as this rank has heard."""
+        return self._heart.known if self._heart is not None else None
+
+    def patiently(self, what: str, make: Callable[[], T]) -> T:
+        """``make()``, which waits for peers in native code: in a thread that is given up when one of them is gone.
+
+        Raises `RankFailure` naming that peer.
+        """
+        heart = self._heart
+        if heart is None:
+            return make()
+        self._check()
+        heart.label = what
+        start = time.monotonic()
+        found: list[T] = []
+        raised: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                found.append(make())
+            except BaseException as error:
+                raised.append(error)
+
+        thread = threading.Thread(target=run, name="xdit-waits", daemon=True)
+        thread.start()
+        outer, heart.waiting = heart.waiting, True
+        try:
+            while thread.is_alive():
+                thread.join(BEAT)
+                if thread.is_alive() and (heart.known or self._lost_a_peer()):
+                    raise RankFailure(*self._find(RuntimeError("a peer is gone"), what, start))
+        finally:
+            heart.waiting = outer
+        if raised and isinstance(raised[0], RuntimeError):
+            raise RankFailure(*self._find(raised[0], what, start)) from raised[0]
+        if raised:
+            raise raised[0]
+        return found[0]
+
+    def _lost_a_peer(self) -> bool:
+        """Whether a connection of the control group has ended."""
+        return any(one.lost() for one in self._own)
 
     def check(self) -> None:
         """Raise `RankFailure` if the group is known to have failed; costs nothing."""
@@ -142,22 +266,42 @@ class ControlPlane:
             self._close()
             self._watched.clear()
 
+    def _meet(self, heart: Heartbeat) -> None:
+        """Wait until every peer has said something, but for none whose process is gone.
+
+        Raises `RankFailure` naming the one that does not come, `XditError` where a peer holds another secret.
+        """
+        start = time.monotonic()
+        default = dist.group.WORLD
+        look = _LOOK
+        while absent := heart.absent():
+            if verdict := heart.verdict():
+                raise RankFailure(*verdict)
+            if heart.refused:
+                raise XditError(f"ranks cannot be told from strangers: {heart.foreign(heart.refused[0])}")
+            waited = time.monotonic() - start
+            if heart.store_lost:
+                raise RankFailure(*heart.convict(*_unanswered(heart.host)))
+            if waited >= self.timeout:
+                raise RankFailure(*heart.convict(absent[0], _absent(waited)))
+            outside = 0 if default is None else default.size() - len(self.ranks)
+            if look >= BEAT and default is not None and missing_connections(default) >= len(absent) + outside:
+                reason = f"is gone (its connections have ended); {_absent(waited)}"
+                raise RankFailure(*heart.convict(absent[0], reason))
+            time.sleep(look)
+            look = min(2 * look, BEAT)
+
     def _connect(self, store: PrefixStore) -> None:
         # Not dist.new_group: unless all ranks of the job take part, it derives the group's name from how many
         # groups each process has, and ranks that differ in this wait for each other in vain.
         assert self._heart is not None
-        start = time.monotonic()
         index, limit = self.ranks.index(self.rank), timedelta(seconds=self.timeout)
-        try:
-            self._gloo: Any = dist.ProcessGroupGloo(store, index, len(self.ranks), limit)
-        except RuntimeError as error:
-            waited = time.monotonic() - start
-            absent = self._heart.absent()
-            reason = f"did not construct its Control; no answer for {waited:.1f} s"
-            verdict = self._heart.convict(absent[0] if absent else -1, reason)
-            self._close()
-            raise RankFailure(*verdict) from error
-        self._heart.connections.append(Connections.of_gloo(store, len(self.ranks)))
+        self._gloo: Any = self.patiently(
+            "joining", lambda: dist.ProcessGroupGloo(store, index, len(self.ranks), limit))
+        self._own = [Connections.of_gloo(store, len(self.ranks))]
+        self._heart.connections += self._own
+        if self._within is not None and self._within._heart is not None:
+            self._within._heart.connections += self._own
         self._sent = torch.empty(len(self.ranks), _DIGEST, dtype=torch.uint8)
         self._got = torch.empty_like(self._sent)
 
@@ -169,14 +313,22 @@ class ControlPlane:
             raise RankFailure(*self._heart.known)
 
     def _compare(self, what: str, text: bytes, fine: Callable[[Sequence[bytes], bytes], bool]) -> Sequence[bytes]:
-        digest = _digest(text)
+        digest = self._digest(text)
         self._sent.numpy()[:] = memoryview(digest)
         # An all-to-all of copies, because gloo's all-gather is a ring: as many steps as there are peers.
         self._gloo.alltoall_base(self._got, self._sent, [], []).wait()
         rows = [row.tobytes() for row in self._got.numpy()]
         if not fine(rows, digest):
-            raise RankMismatch(_differences(what, [json.loads(one) for one in self._exchange(text)], self.ranks))
+            texts = self._exchange(text)
+            if len({one.rstrip() for one in texts}) == 1:
+                raise XditError(f"the ranks {self.ranks} sign their messages with different secrets: {VARIABLE} must "
+                                "be the same for all of them")
+            held = [json.loads(one) for one in texts]
+            raise RankMismatch(_differences(what, held, self.ranks), _unequal(held))
         return rows
+
+    def _digest(self, text: bytes) -> bytes:
+        return hashlib.blake2b(text, digest_size=_DIGEST, key=self._key if self._heart is not None else b"").digest()
 
     def _exchange(self, text: bytes) -> list[bytes]:
         """`text` of every rank."""
@@ -198,21 +350,21 @@ class ControlPlane:
         before = heart.peers()
         deadline = time.monotonic() + SILENCE
         while not (verdict := heart.verdict()) and not heart.store_lost:
+            if self._within is not None and self._within._heart and (wider := self._within._heart.verdict()):
+                return heart.convict(*wider)
             now = heart.peers()
             for rank, beat in now.items():
                 if beat.left:
                     return heart.convict(rank, f"left (process ended, or Control closed) before {label}")
-            quiet = [rank for rank, beat in now.items() if beat.number == before[rank].number]
+            quiet = [rank for rank, beat in now.items() if rank in before and beat.number == before[rank].number]
             if not quiet or time.monotonic() > deadline:
                 break
             time.sleep(0.02)
         if verdict:
             return verdict
         if heart.store_lost:
-            if heart.host is None:
-                lost = f"the launcher, which hosts the rendezvous store, is gone during {label}"
-                return heart.convict(-1, lost)
-            return heart.convict(heart.host, f"{silent(label, waited)}; it hosts the store, which is gone")
+            lost = "the launcher, which hosts the rendezvous store, is gone"
+            return heart.convict(*(heart.quiet() or Verdict(-1, f"{lost} during {label}")))
         if quiet:
             return heart.convict(quiet[0], silent(label, waited + SILENCE))
         for rank, beat in now.items():
@@ -222,8 +374,18 @@ class ControlPlane:
         return heart.convict(-1, f"{label} failed although every rank answers: {error}")
 
 
-def _digest(text: bytes) -> bytes:
-    return hashlib.blake2b(text, digest_size=_DIGEST).digest()
+def _unanswered(host: int | None) -> Verdict:
+    if host is None:
+        return Verdict(-1, "the launcher, which hosts the rendezvous store, gives no answer")
+    return Verdict(host, "hosts the store and gives no answer (process stopped or gone?)")
+
+
+def _described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _absent(seconds: float) -> str:
+    return f"did not construct its Control; no answer for {seconds:.1f} s"
 
 
 def _leave(heart: Heartbeat, store: object) -> None:
@@ -241,7 +403,8 @@ def _launcher_hosts_store() -> bool:
 def _differences(what: str, held: Sequence[Mapping[str, str]], ranks: Sequence[int]) -> str:
     """One line per key whose text is not the same on all ranks."""
     lines = [f"ranks do not agree on {what}:"]
-    for key in dict.fromkeys(key for mapping in held for key in mapping):
+    keys = dict.fromkeys(key for mapping in held for key in mapping)
+    for key in [_ERROR] if _ERROR in keys else keys:
         holders: dict[str, list[int]] = {}
         for rank, mapping in zip(ranks, held, strict=True):
             text = f"have {mapping[key]}" if key in mapping else "do not have it"
@@ -250,3 +413,9 @@ def _differences(what: str, held: Sequence[Mapping[str, str]], ranks: Sequence[i
             parts = [f"ranks {','.join(map(str, them))} {text}" for text, them in holders.items()]
             lines.append(f"  {key}: {'; '.join(parts)}")
     return "\n".join(lines)
+
+
+def _unequal(held: Sequence[Mapping[str, str]]) -> frozenset[str]:
+    """The keys whose text is not the same on all ranks."""
+    keys = {key for mapping in held for key in mapping}
+    return frozenset(key for key in keys if len({mapping.get(key) for mapping in held}) > 1)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch.distributed import Store
 
 from xdit_compile.runtime.control.abort import Connections, abort
+from xdit_compile.runtime.control.secret import VARIABLE, signed, verified
 
 # Seconds between two beats; a verdict is noticed within this time even when no connection breaks.
 BEAT = 0.5
 # Seconds without a beat after which, once something has already failed, a rank counts as gone.
 SILENCE = 4 * BEAT
+# Seconds for which the host of the store stays when it leaves a group that has failed, so that all learn why.
+FAREWELL = 20 * BEAT
 
 T = TypeVar("T")
 
@@ -27,40 +31,58 @@ class Verdict(NamedTuple):
     reason: str
 
 
+class Point(NamedTuple):
+    """Where a rank was when an exception of its own ended what it did."""
+
+    call: int
+    step: int
+    kind: str  # the exception's class
+
+
 class Beat(NamedTuple):
     """What a rank last said of itself."""
 
     number: int  # grows with every beat
-    call: int  # how many parallel calls it has begun
+    call: int  # how many agreements it has begun
     label: str  # the last of them
     left: bool  # it said good-bye
+    step: int  # how many calls of models it has begun
+    ended: int  # the last agreement after which a body that fails together came to its end
+    failed: Point | None  # the last exception that it told the others of
+    told: bool  # it knows why the group failed
 
 
 class Heartbeat:
     """A thread that beats for this rank and wakes it when its group has failed.
 
     It touches neither the data groups nor the control group in normal operation, only its own connection to
-    the store. When the store is lost (`store_lost`) it ends quietly: a job may end in any order.
+    the store. When the store is lost (`store_lost`) it goes on only for as long as that means something: a job may
+    end in any order.
     """
 
-    def __init__(
-        self, store: Store, rank: int, peers: Sequence[int], timeout: float, host: int | None
-    ) -> None:
+    def __init__(self, store: Store, name: str, rank: int, peers: Sequence[int], timeout: float, host: int | None,
+                 key: bytes = b"") -> None:
         """Beat on `store`, which no one else uses; a peer silent for `timeout` s in `waiting` is given up.
 
-        `host` is the rank whose process hosts the store, None when no rank does.
+        `host` is the rank whose process hosts the store, None when no rank does. What is written is signed with `key`
+        for the group `name`.
         """
         self.host = host
         self.store_lost = False
-        self.call, self.label = 0, "start"
+        self.call, self.label, self.ended = 0, "start", -1
+        self.step: Callable[[], int] = int
+        self.failed: Point | None = None
         self.waiting = False  # this rank is inside a parallel call
         self.connections: list[Connections] = []  # what a failure has to end
         self.known: Verdict | None = None  # the verdict, once this rank has met it
         self._store, self._rank, self._peers, self._timeout = store, rank, tuple(peers), timeout
+        self._name, self._key = name, key
         self._number = 0
-        self._heard: dict[int, tuple[Beat, float]] = {}
+        self._last: dict[int, Beat] = {}
+        self._heard: dict[int, float] = {}
+        self._refused: set[str] = set()
         self._stop = threading.Event()
-        self._beat()
+        self._try(self._beat)
         self._thread = threading.Thread(target=self._run, name="xdit-heartbeat", daemon=True)
         self._thread.start()
 
@@ -71,11 +93,12 @@ class Heartbeat:
         self._stop.set()
         self._thread.join()
         self._try(self._beat)
-        # The store ends with its host. The peers first get the time to see it leave: torch's store client
+        # The store ends with its host. The peers first get the time to see it leave, and why: torch's store client
         # writes a warning with a stack trace for every request that finds no server.
-        deadline = time.monotonic() + 2 * BEAT
+        deadline = time.monotonic() + (FAREWELL if self.known else 2 * BEAT)
         while self.host == self._rank and time.monotonic() < deadline:
-            if all(beat.left for beat in self.peers().values()):
+            beats = self.peers()
+            if all(b.left or (b.told if self.known else False) or self.silence(r) > SILENCE for r, b in beats.items()):
                 break
             time.sleep(BEAT / 10)
 
@@ -87,52 +110,128 @@ class Heartbeat:
 
     def convict(self, rank: int, reason: str) -> Verdict:
         """Make this the verdict unless there is one; what the group's verdict is now."""
-        mine = json.dumps([rank, reason])
-        told = self._try(lambda: self._store.compare_set("verdict", "", mine))
-        self.known = Verdict(*json.loads(told or mine))
+        mine = signed(self._key, self._in_store("verdict"), json.dumps([rank, reason]))
+
+        def tell() -> Verdict:
+            told = self._store.compare_set("verdict", "", mine)
+            found = self._verdict_in(told)
+            if found is None:  # a stranger's
+                self._store.compare_set("verdict", told.decode(errors="replace"), mine)
+            return found or Verdict(rank, reason)
+
+        self.known = self.known or self._try(tell) or Verdict(rank, reason)
         return self.known
 
     def absent(self) -> list[int]:
         """The peers that never said anything."""
-        return self._try(lambda: [r for r in self._peers if not self._store.check([f"beat{r}"])]) or []
+        self.peers()
+        return [rank for rank in self._peers if rank not in self._last]
 
     def peers(self) -> dict[int, Beat]:
-        """The last beat of every peer; empty when the store is lost."""
+        """The last beat of every peer that was heard; empty when the store is lost."""
         return self._try(self._read_peers) or {}
 
+    def silence(self, rank: int) -> float:
+        """Seconds since a beat of this peer was new."""
+        return time.monotonic() - self._heard.get(rank, time.monotonic())
+
+    def quiet(self) -> Verdict | None:
+        """When the store is lost: who is to blame. Its host, unless another peer had fallen silent before: then the
+        host has left because of that one."""
+        silent_ones = [r for r in self._peers if r != self.host and self._long_silent(r)]
+        if silent_ones:
+            return Verdict(silent_ones[0], silent(self.label, self.silence(silent_ones[0])))
+        if self.host is None:
+            return None
+        seconds = self.silence(self.host)
+        return Verdict(self.host, f"{silent(self.label, seconds)}; it hosts the store, which is gone")
+
+    def beat(self) -> None:
+        """Tell the others at once where this rank is."""
+        self._try(self._beat)
+
     def _run(self) -> None:
-        while not self.store_lost and not self._stop.wait(BEAT):
+        while not self._stop.wait(BEAT):
             self._try(self._beat)
-            if self.host in self._peers and (beats := self.peers()) and beats[self.host].left:
+            beats = self.peers()
+            if self.host in self._peers and self.host in beats and beats[self.host].left:
                 self.store_lost = True
-            if self.verdict() or (self.waiting and self._release()):
+                return
+            if self.store_lost and (self.host not in self._peers or not self.waiting):
+                continue
+            if self.store_lost:
+                self.known = self.known or self.quiet()
+            if self.verdict() or (self.waiting and self._release(beats)):
+                self._try(self._beat)
                 abort(self.connections)
                 return
 
-    def _release(self) -> bool:
+    def _release(self, beats: dict[int, Beat]) -> bool:
         """Whether a peer has been silent for so long that waiting for it has no point."""
-        now = time.monotonic()
-        for rank, beat in self.peers().items():
-            known, since = self._heard.get(rank, (None, now))
-            self._heard[rank] = (beat, since if beat == known else now)
-            if beat == known and now - since >= self._timeout:
-                self.convict(rank, silent(self.label, now - since))
+        for rank in beats:
+            if self.silence(rank) >= self._timeout:
+                self.convict(rank, silent(self.label, self.silence(rank)))
                 return True
         return False
 
+    def _long_silent(self, rank: int) -> bool:
+        """Whether a peer missed beats that others, which were heard later, did not."""
+        latest = max(self._heard.values(), default=0.0)
+        return rank in self._heard and latest - self._heard[rank] > SILENCE
+
+    def _in_store(self, key: str) -> str:
+        return f"{self._name}/{key}"
+
     def _beat(self) -> None:
         self._number += 1
-        beat = Beat(self._number, self.call, self.label, self._stop.is_set())
-        self._store.set(f"beat{self._rank}", json.dumps(beat))
+        beat = Beat(self._number, self.call, self.label, self._stop.is_set(), self.step(), self.ended, self.failed,
+                    self.known is not None)
+        key = f"beat{self._rank}"
+        self._store.set(key, signed(self._key, self._in_store(key), json.dumps(beat)))
 
     def _read_verdict(self) -> Verdict | None:
-        if not self._store.check(["verdict"]):
-            return None
-        return Verdict(*json.loads(self._store.get("verdict")))
+        return self._verdict_in(self._store.get("verdict")) if self._store.check(["verdict"]) else None
+
+    def _verdict_in(self, held: bytes) -> Verdict | None:
+        found = self._read("verdict", held, 2)
+        return Verdict(*found) if found else None
 
     def _read_peers(self) -> dict[int, Beat]:
-        texts = self._store.multi_get([f"beat{rank}" for rank in self._peers])
-        return {rank: Beat(*json.loads(text)) for rank, text in zip(self._peers, texts, strict=True)}
+        keys = {rank: f"beat{rank}" for rank in self._peers}
+        there = list(keys) if len(self._last) == len(keys) else [r for r in keys if self._store.check([keys[r]])]
+        for rank, held in zip(there, self._store.multi_get([keys[r] for r in there]) if there else [], strict=True):
+            found = self._read(keys[rank], held, len(Beat._fields))
+            if found is None:
+                continue
+            beat = Beat(*found)._replace(failed=Point(*found[6]) if found[6] else None)
+            if rank not in self._last or beat.number > self._last[rank].number:  # not an old one, shown again
+                self._last[rank], self._heard[rank] = beat, time.monotonic()
+        return dict(self._last)
+
+    def _read(self, key: str, held: bytes, entries: int) -> list[Any] | None:
+        """What was written under a key of the store by a rank. Anything else is not heeded, and is said once."""
+        text = verified(self._key, self._in_store(key), held)
+        try:
+            found = None if text is None else json.loads(text)
+        except ValueError:
+            found = None
+        if isinstance(found, list) and len(found) == entries:
+            return found
+        if key not in self._refused:
+            self._refused.add(key)
+            warnings.warn(f"{self.foreign(key)}; it is not heeded", RuntimeWarning, stacklevel=2)
+        return None
+
+    @property
+    def refused(self) -> list[str]:
+        """The keys of the store under which something is written that no rank with this secret wrote."""
+        return sorted(self._refused)
+
+    def foreign(self, key: str) -> str:
+        """What is wrong with what is written under ``key``."""
+        how = f"is not signed with this rank's {VARIABLE}: it differs or is missing there, or" if self._key else (
+            "is none of this package's messages: a rank has another version of it, or")
+        return f"what the store holds as {self._in_store(key)} {how} somebody else writes to the store"
 
     def _try(self, action: Callable[[], T]) -> T | None:
         if self.store_lost:

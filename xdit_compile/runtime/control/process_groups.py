@@ -18,6 +18,7 @@ from torch.distributed.distributed_c10d import _get_default_store, _new_process_
 
 from xdit_compile.ir.layout import BATCH, SEQUENCE
 from xdit_compile.ir.mesh import RING, ULYSSES, axis_sizes, group_name, members
+from xdit_compile.runtime.control.control_plane import ControlPlane
 from xdit_compile.spec import ShardingSpec
 
 _made: dict[tuple[ProcessGroup, str, tuple[int, ...], int], ProcessGroup] = {}
@@ -27,14 +28,14 @@ _bound: dict[str, ProcessGroup] = {}
 class ProcessGroups:
     """The groups of one spec on ``ranks`` (global ranks, in the order of the spec's mesh)."""
 
-    def __init__(self, spec: ShardingSpec, ranks: Sequence[int], timeout: float) -> None:
+    def __init__(self, spec: ShardingSpec, ranks: Sequence[int], control: ControlPlane) -> None:
         self.rank = 0 if len(ranks) == 1 else list(ranks).index(dist.get_rank())
         self._groups: dict[str, ProcessGroup] = {}
         sizes = axis_sizes(spec)
         for axis in (BATCH, SEQUENCE, ULYSSES, RING):
             if sizes[axis] > 1:
                 peers = tuple(ranks[i] for i in members(axis, self.rank, spec))
-                self._groups[group_name(axis, sizes)] = make_group(group_name(axis, sizes), peers, timeout)
+                self._groups[group_name(axis, sizes)] = make_group(group_name(axis, sizes), peers, control)
 
     def bind(self) -> tuple[ProcessGroup, ...]:
         """Let the logical names mean these groups, which are returned."""
@@ -46,24 +47,27 @@ class ProcessGroups:
                 _bound[name] = group
         return tuple(self._groups.values())
 
-    def forget(self) -> None:
-        """Use none of these groups again."""
-        forget(self._groups.values())
+    def all(self) -> tuple[ProcessGroup, ...]:
+        return tuple(self._groups.values())
 
 
-def make_group(name: str, ranks: tuple[int, ...], timeout: float) -> ProcessGroup:
+def make_group(name: str, ranks: tuple[int, ...], control: ControlPlane) -> ProcessGroup:
     """One group per name and ranks, until it fails. Not ``dist.new_group``: it names groups by how many a process
-    has made, and ranks that differ in that wait for each other in vain; and it wants every rank of the job."""
+    has made, and ranks that differ in that wait for each other in vain; and it wants every rank of the job.
+
+    Raises:
+        RankFailure: one of the ranks of ``control`` is gone before all have made it.
+    """
     world = dist.group.WORLD
     assert world is not None
     store = _get_default_store()
     generation = store.add(_generation_key(name, ranks), 0)
     key = (world, name, ranks, generation)
     if key not in _made:
-        group, _ = _new_process_group_helper(
+        group, _ = control.patiently(f"making the group {name}", lambda: _new_process_group_helper(
             len(ranks), ranks.index(dist.get_rank()), list(ranks), dist.get_backend(), store,
-            cast(Any, f"{_generation_key(name, ranks)}.{generation}"), timeout=timedelta(seconds=timeout),
-            group_desc=name)
+            cast(Any, f"{_generation_key(name, ranks)}.{generation}"), timeout=timedelta(seconds=control.timeout),
+            group_desc=name))
         _world.pg_group_ranks[group] = {r: i for i, r in enumerate(ranks)}
         _made[key] = group
     return _made[key]
@@ -71,13 +75,13 @@ def make_group(name: str, ranks: tuple[int, ...], timeout: float) -> ProcessGrou
 
 def forget(groups: Iterable[ProcessGroup]) -> None:
     """Never give out these groups again: a collective on them failed, and nobody knows what is still in flight. Told in
-    the store, because some ranks may not have noticed."""
+    the store, because some ranks may not have noticed; whoever tells it later tells nothing new."""
     given_up = set(groups)
     for (world, name, ranks, generation), group in list(_made.items()):
         if group in given_up:
             del _made[world, name, ranks, generation]
             with suppress(dist.DistError):  # a lost store: there is no job left to make groups in
-                _get_default_store().add(_generation_key(name, ranks), 1)
+                _get_default_store().compare_set(_generation_key(name, ranks), str(generation), str(generation + 1))
 
 
 def _generation_key(name: str, ranks: tuple[int, ...]) -> str:

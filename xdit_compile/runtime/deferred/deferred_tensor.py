@@ -77,7 +77,9 @@ class _Recorded(Promise):
 
     def compute(self) -> None:
         args, kwargs = materialize((self.args, self.kwargs))
-        result = self.op(*args, **kwargs)
+        # Autocast's casts are recorded like all else, and it may be on by now where it was off.
+        with torch._C._DisableAutocast():
+            result = self.op(*args, **kwargs)
         self.values = result if isinstance(result, (list, tuple)) else (result,)
         self.args, self.kwargs = (), {}
         self._pieces.clear()
@@ -95,7 +97,8 @@ class _Recorded(Promise):
                 return cut.piece(t, patch) if t.ndim >= -cut.dim and t.shape[cut.dim] == cut.size > 1 else t
 
             args, kwargs = pytree.tree_map_only(torch.Tensor, local, (self.args, self.kwargs))
-            result = self.op(*followed.arguments(args, patch), **kwargs)
+            with torch._C._DisableAutocast():
+                result = self.op(*followed.arguments(args, patch), **kwargs)
             self._pieces[patch] = result if isinstance(result, (list, tuple)) else (result,)
         return self._pieces[patch][place]
 

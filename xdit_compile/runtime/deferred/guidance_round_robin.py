@@ -49,12 +49,12 @@ class GuidanceRoundRobin:
         sent: bytes this rank has sent.
     """
 
-    def __init__(self, spec: ShardingSpec, ranks: Sequence[int], control: ControlPlane, timeout: float) -> None:
+    def __init__(self, spec: ShardingSpec, ranks: Sequence[int], control: ControlPlane) -> None:
         here, size = ranks.index(dist.get_rank()), spec.model_degree
         self.degree, self.mine = spec.cfg_degree, here // size % spec.cfg_degree
         base = here - self.mine * size
         peers = tuple(ranks[base + i * size] for i in range(self.degree))
-        self._control, self.group = control, make_group("xdit_compile.cfg", peers, timeout)
+        self._control, self.group = control, make_group("xdit_compile.cfg", peers, control)
         self._tape = Tape(self._fetch)
         self._calls: list[_Call] = []
         self._leaving: list[_Call] = []

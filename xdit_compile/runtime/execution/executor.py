@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import MappingProxyType
 from typing import Any
 
@@ -15,6 +16,7 @@ from xdit_compile.runtime.compilation.regional import compiled
 from xdit_compile.runtime.execution.loop_invariant_cache import CachedValues, LoopInvariantCache
 
 NONE: Mapping[str, torch.Tensor] = MappingProxyType({})
+_NOTHING = nullcontext()
 
 
 class Executor:
@@ -43,6 +45,11 @@ class Executor:
         """All that a call may run."""
         return (self.program, *(self._invariant.programs if self._invariant else ()))
 
+    def forget(self) -> None:
+        """Keep nothing of the steps so far."""
+        if self._cache is not None:
+            self._cache.forget()
+
     def __call__(self, tensors: Sequence[torch.Tensor], values: Mapping[str, torch.Tensor] = NONE,
                  caches: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
         given = {f"arg_{i}": t for i, t in enumerate(tensors)}
@@ -52,7 +59,7 @@ class Executor:
             "argument": given.__getitem__, "parameter": lambda _: next(held), "cache": lambda _: next(memory),
             "constant": self.program.constants.__getitem__, "once": values.__getitem__,
             "received": values.__getitem__, "invariant": lambda _: next(kept)}
-        with torch.no_grad():
+        with torch.no_grad(), _as_captured():
             results = self._module(*(find[i.kind](i.name) for i in self.program.inputs))
         # The caller may write into what the model returns.
         return results if invariant is None or self.program.part else tuple(map(invariant.apart, results))
@@ -61,6 +68,17 @@ class Executor:
         if (invariant := self._invariant) is None or self._cache is None:
             return None
         return self._cache(tensors, invariant._state.read(), lambda: invariant(tensors))
+
+
+def _as_captured() -> AbstractContextManager[Any]:
+    """The caller's autocast is off: its casts are in the graph, and none where the model had switched it off."""
+    if not torch._C._is_any_autocast_enabled():  # type: ignore[attr-defined]
+        return _NOTHING
+    stack = ExitStack()
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
 
 
 class ParameterReader:

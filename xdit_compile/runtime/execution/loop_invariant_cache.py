@@ -1,8 +1,9 @@
 """What is kept from step to step: values that depend only on arguments which are still the same tensors.
 
 A tensor is the same if it is the same object, in the same memory, and was not written into: PyTorch counts writes (but
-those through ``.data``, and of tensors made in inference mode). Nothing is held on to: with a tensor goes what was
-computed from it.
+those through ``.data``, and of tensors made in inference mode). Of what lies on the CPU some of the numbers are
+compared as well; and nothing outlives a denoising loop. Nothing is held on to: with a tensor goes what was computed
+from it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ import torch
 ENTRIES = 4
 """So many prompts, at most, that one model is called with by turns."""
 
+PROBE = 64
+"""So many numbers of a tensor are compared, spread over all of it; of one that is not larger than that times itself,
+all."""
+
 Values = tuple[torch.Tensor, ...]
 Key = tuple[tuple[int, int, int], ...]
 Seen = tuple[tuple[weakref.ref[torch.Tensor], int | None], ...]
@@ -25,12 +30,13 @@ Seen = tuple[tuple[weakref.ref[torch.Tensor], int | None], ...]
 @dataclass
 class CachedValues:
     """The values for one set of arguments, which are ``watched``; ``storages``: where the values lie; ``seen``: all
-    arguments of the last call that used it."""
+    arguments of the last call that used it; ``probes``: some numbers of what was used."""
 
     values: Values
     storages: frozenset[int]
     watched: list[weakref.ref[torch.Tensor]]
     seen: Seen
+    probes: list[bytes | None]
 
     def apart(self, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor``, or a copy if it is one of the values."""
@@ -52,6 +58,10 @@ class LoopInvariantCache:
     def __len__(self) -> int:
         return len(self._sets)
 
+    def forget(self) -> None:
+        """A new loop begins, or something else than the arguments has changed."""
+        self._sets.clear()
+
     def __call__(self, arguments: Sequence[torch.Tensor], state: Sequence[torch.Tensor],
                  compute: Callable[[], Values]) -> CachedValues:
         """The values for a call with these arguments and parameters."""
@@ -59,10 +69,11 @@ class LoopInvariantCache:
         seen = tuple((weakref.ref(t), _version(t)) for t in arguments)
         key = _key(used)
         found = None if key is None else self._sets.pop(key, None)
+        probes = [] if key is None else [*map(_probe, used)]
         # Whoever repeats a call exactly has probably changed what nobody counts: weights through ``.data``.
-        if found is None or _same(found.seen, seen):
+        if found is None or _same(found.seen, seen) or found.probes != probes:
             values = compute()
-            found = CachedValues(values, frozenset(v.untyped_storage().data_ptr() for v in values), [], seen)
+            found = CachedValues(values, frozenset(v.untyped_storage().data_ptr() for v in values), [], seen, probes)
             if key is not None:
                 found.watched = [weakref.ref(t, _forget(weakref.ref(self), key)) for t in used]
         else:
@@ -97,6 +108,15 @@ def _key(tensors: Sequence[torch.Tensor]) -> Key | None:
 def _version(tensor: torch.Tensor) -> int | None:
     """How often a tensor was written into, if that is counted."""
     return None if tensor.is_inference() else tensor._version
+
+
+def _probe(tensor: torch.Tensor) -> bytes | None:
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return None
+    flat = tensor.detach().view(-1)
+    if len(flat) > PROBE * PROBE:
+        flat = flat[:: len(flat) // PROBE].contiguous()
+    return flat.view(torch.uint8).numpy().tobytes()
 
 
 def _same(before: Seen, now: Seen) -> bool:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from xdit_compile.errors import XditError
 from xdit_compile.runtime.control.control_plane import ControlPlane
-from xdit_compile.runtime.control.process_groups import forget, make_group
+from xdit_compile.runtime.control.process_groups import make_group
 from xdit_compile.runtime.deferred.deferred_tensor import DeferredTensor, Promise, Tape
 from xdit_compile.runtime.deferred.patch_propagation import Cut
 from xdit_compile.runtime.pipefusion.schedule import WHOLE
@@ -82,11 +82,10 @@ class StageCommunicator:
         sent: bytes this rank has sent to later stages; ``results_sent``: and of results, to all others.
     """
 
-    def __init__(self, column: Sequence[int], stage: int, audience: Sequence[int], control: ControlPlane,
-                 timeout: float) -> None:
+    def __init__(self, column: Sequence[int], stage: int, audience: Sequence[int], control: ControlPlane) -> None:
         self.column, self.stage, self.audience = tuple(column), stage, tuple(audience)
-        self._control, self._timeout = control, timeout
-        self._results = make_group("xdit_compile.results", self.audience, timeout)
+        self._control = control
+        self._results = make_group("xdit_compile.results", self.audience, control)
         self._edges: dict[tuple[int, int], dist.ProcessGroup] = {}
         self.tape = Tape(self._fetch)
         self._calls: list[PatchedResults] = []
@@ -97,7 +96,7 @@ class StageCommunicator:
     def last(self) -> bool:
         return self.stage == len(self.column) - 1
 
-    def groups(self) -> tuple[dist.ProcessGroup, ...]:
+    def all(self) -> tuple[dist.ProcessGroup, ...]:
         return (self._results, *self._edges.values())
 
     def connect(self, edges: Sequence[tuple[int, int]]) -> None:
@@ -106,7 +105,7 @@ class StageCommunicator:
             # One for each direction of each pair: messages of two directions on one would wait for each other.
             if self.stage in pair and pair not in self._edges:
                 peers = (self.column[pair[0]], self.column[pair[1]])
-                self._edges[pair] = make_group(f"xdit_compile.edge.{pair[0]}.{pair[1]}", peers, self._timeout)
+                self._edges[pair] = make_group(f"xdit_compile.edge.{pair[0]}.{pair[1]}", peers, self._control)
 
     # Values
 
@@ -179,7 +178,7 @@ class StageCommunicator:
             self.tape.play()
 
     def _fetch(self) -> None:
-        with self._control.guard("waiting for the last stage", self.groups()):
+        with self._control.guard("waiting for the last stage", self.all()):
             self.collect(self._calls)
         self._calls = []
 
@@ -189,10 +188,6 @@ class StageCommunicator:
 
     def _leave(self, sent: Sent) -> None:
         self._leaving = [s for s in self._leaving if not s.done] + [sent]
-
-    def forget(self) -> None:
-        """Use none of these groups again."""
-        forget(self.groups())
 
 
 def _work(work: dist.Work | None) -> dist.Work:

@@ -111,6 +111,10 @@ class StageExecutor:
         """A new denoising loop."""
         self.bars, self.history, self._plays = [], [], None
 
+    def forget(self) -> None:
+        """Keep nothing of what was computed of arguments that do not change."""
+        self._once.forget()
+
     def caches(self) -> list[torch.Tensor]:
         """Memory for what is kept from step to step."""
         program = self.stage.units[WHOLE]

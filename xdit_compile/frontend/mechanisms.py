@@ -1,0 +1,140 @@
+"""Mechanisms of others that change what a call of a model does, and that no captured program can take over.
+
+What can be taken over needs no mention: a forward on the object, parametrizations, hooks that change values are run
+when the model is captured, and are part of the graph. Here is the rest, told from what a module or a tensor is and
+does, not from which library put it there.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from xdit_compile.errors import CaptureError
+
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, FullyShardedDataParallel)
+"""Modules of PyTorch around a model, which share its calls out themselves."""
+
+PLAIN = (torch.Tensor, nn.Parameter, FakeTensor)
+"""Types of tensors that hold what operators compute with, and do nothing of their own."""
+
+CALLS = ("__call__", "_call_impl", "_wrapped_call_impl", "_slow_forward")
+"""How PyTorch comes from a call of a module to its forward."""
+
+COMPILED = "has no effect in a parallel model, which compiles its own programs: give backend=inductor in the spec"
+"""What is said of torch.compile."""
+
+
+def check(model: nn.Module) -> None:
+    """Refuse what a program of ``model`` would pass over in silence.
+
+    Raises:
+        CaptureError: naming the mechanism, the module it is on, and what to do.
+    """
+    if found := obstacle(model):
+        raise CaptureError(f"{type(model).__name__} cannot run in parallel as it is: {found}")
+
+
+def obstacle(model: nn.Module) -> str | None:
+    """What is in the way, if anything."""
+    # Of a method other than forward, the model's own forward is no part.
+    uncalled = getattr(model, "uncalled", ())
+    looks = ((look, path, module) for path, module in model.named_modules()
+             for look in (_LOOKS if path in uncalled else (*_LOOKS, *_HOOKS)))
+    return next((found for look, path, module in looks if (found := look(module, path))), None)
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside of a wrapper of ``torch.compile``, which is said to have no effect; anything else as it is."""
+    while isinstance(model, OptimizedModule):
+        model = model._orig_mod
+        warnings.warn(f"torch.compile around {type(model).__name__} {COMPILED}", stacklevel=3)
+    return model
+
+
+def compiled_inside(model: nn.Module) -> list[str]:
+    """The paths of modules that ``torch.compile`` or ``Module.compile`` was put around."""
+    return [path for path, module in model.named_modules()
+            if isinstance(module, OptimizedModule) or vars(module).get("_compiled_call_impl") is not None]
+
+
+def _wrapper(module: nn.Module, path: str) -> str | None:
+    if isinstance(module, WRAPPERS):
+        return (f"{_at(path)} is wrapped in {_name(type(module))}, which shares calls out by itself; give parallelize "
+                "the model inside (its .module). pipefusion in the spec spreads weights over devices")
+    if isinstance(module, torch.jit.ScriptModule):
+        return f"{_at(path)} is a module of torch.jit, which cannot be captured; use the model that it was made from"
+    return None
+
+
+def _call(module: nn.Module, path: str) -> str | None:
+    if hidden := sorted(set(CALLS) & vars(module).keys()):
+        return (f"{hidden[0]} of {_at(path)} was replaced on the object, and would not be part of the program; replace "
+                "its forward, which is")
+    return None
+
+
+def _tensors(module: nn.Module, path: str) -> str | None:
+    state = vars(module)
+    held = [*state["_parameters"].items(), *state["_buffers"].items(), *state.items()]
+    for name, tensor in held:
+        if isinstance(tensor, torch.Tensor) and type(tensor) not in PLAIN:
+            where = f"{path}.{name}".lstrip(".")
+            return (f"{where} is a {_name(type(tensor))}, a kind of tensor with operators of its own (weights that are "
+                    "quantized, sharded or not made yet, say), which programs would pass over. Use plain weights; to "
+                    "spread them over devices give pipefusion in the spec, not fully_shard")
+    return None
+
+
+def _device_hooks(module: nn.Module, path: str) -> str | None:
+    """Accelerate's, around a forward on the object: they move weights when the module is called. Those put around the
+    parallel forward itself run at each call."""
+    hook = vars(module).get("_hf_hook")
+    if hook is None or "forward" not in vars(module):
+        return None
+    return (f"the hook {_name(type(hook))} around the forward of {_at(path)} moves or casts weights when the module is "
+            "called, as offloading does; inside of a program no module is. Remove the hook first "
+            "(accelerate.hooks.remove_hook_from_module(model, recurse=True)), and put offloading on the parallel model "
+            "or pipeline, as a whole")
+
+
+def _registered_hooks(module: nn.Module, path: str) -> str | None:
+    """Diffusers' registry. A hook that replaces what forward computes, and keeps nothing, is captured with it."""
+    registry = vars(module).get("_diffusers_hook")
+    if registry is None or (not path and "forward" not in vars(module)):
+        return None
+    for name, hook in getattr(registry, "hooks", {}).items():
+        if getattr(hook, "_is_stateful", False):
+            return (f"the hook {name!r} ({_name(type(hook))}) on {_at(path)} keeps values from step to step, as caches "
+                    "of steps do; a program would repeat its first step. Take it off (model.disable_cache())")
+        if _overrides(hook, "pre_forward"):
+            return (f"the hook {name!r} ({_name(type(hook))}) on {_at(path)} acts before the module is called, as "
+                    "group offloading, layerwise casting and diffusers' own context parallelism do; inside of a "
+                    "program no module is called. Leave it out; offload or cast the model as a whole, or give "
+                    "pipefusion in the spec")
+    return None
+
+
+def _overrides(hook: Any, name: str) -> bool:
+    """Whether its class has another ``name`` than the root of its classes that has one."""
+    defined = [vars(c)[name] for c in type(hook).__mro__ if name in vars(c)]
+    return len(defined) > 0 and defined[0] is not defined[-1]
+
+
+_LOOKS = (_wrapper, _call, _tensors)
+_HOOKS = (_device_hooks, _registered_hooks)
+
+
+def _at(path: str) -> str:
+    return path or "the model"
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+

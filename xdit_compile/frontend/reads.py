@@ -1,0 +1,223 @@
+"""What code a forward ran, and which globals that code names: recorded while a model is traced.
+
+Python's trace function is told of each call of a function. It is switched off inside of PyTorch's operators, so that
+only the model's own functions are seen, not the machinery that traces them. What a function can read beside its
+arguments is written in its code: names of globals, and names of attributes of these.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from types import CodeType, FrameType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from xdit_compile.frontend.concrete_values import READS, writes
+from xdit_compile.frontend.objects import MISSING, package
+
+Chain = tuple[str, ...]
+"""A global's name, and names of attributes that are read of it: ``("F", "silu")``."""
+
+_OPS = dis.opmap
+_ATTRIBUTES = {_OPS[n] for n in ("LOAD_ATTR", "LOAD_METHOD") if n in _OPS}
+_SHIFT = {_OPS["LOAD_GLOBAL"]: sys.version_info >= (3, 11), _OPS["LOAD_ATTR"]: sys.version_info >= (3, 12)}
+_NAMING = _ATTRIBUTES | {_OPS[n] for n in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL", "IMPORT_NAME",
+                                          "IMPORT_FROM")}
+_BETWEEN = {_OPS[n] for n in ("CACHE", "PUSH_NULL") if n in _OPS}
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a function's code names: ``chains`` of globals, globals it writes (``stored``), modules it imports and what
+    it takes from them (``imported``), all names of attributes (``attributes``)."""
+
+    chains: frozenset[Chain]
+    stored: frozenset[str]
+    imported: frozenset[Chain]
+    attributes: frozenset[str]
+
+
+def names_of(code: CodeType) -> Names:
+    """What ``code`` and the functions that are written inside it name."""
+    return _names(id(code), code)
+
+
+@lru_cache(maxsize=1 << 14)
+def _names(_: int, code: CodeType) -> Names:
+    chains, stored, imported, names = set[Chain](), set[str](), set[Chain](), set[str]()
+    chain: list[str] = []
+    into = chains
+    extended = 0
+    for op, low in zip(code.co_code[::2], code.co_code[1::2], strict=True):
+        arg = extended | low
+        extended = arg << 8 if op == dis.EXTENDED_ARG else 0
+        if op == dis.EXTENDED_ARG or op in _BETWEEN:
+            continue
+        name = code.co_names[arg >> _SHIFT.get(op, 0)] if op in _NAMING else ""
+        if op in _ATTRIBUTES and chain:
+            chain.append(name)
+            continue
+        if op == _OPS["IMPORT_FROM"] and into is imported and chain:
+            imported.add((chain[0], name))
+            continue
+        if chain and not (into is imported and op in (_OPS["STORE_FAST"], _OPS["STORE_NAME"])):
+            into.add(tuple(chain))
+            chain = []
+        if op in (_OPS["LOAD_GLOBAL"], _OPS["LOAD_NAME"]):
+            chain, into = [name], chains
+        elif op == _OPS["IMPORT_NAME"]:
+            chain, into = [name], imported
+        elif op in (_OPS["STORE_GLOBAL"], _OPS["DELETE_GLOBAL"]):
+            stored.add(name)
+    if chain:
+        into.add(tuple(chain))
+    names.update(code.co_names, (c for c in code.co_consts if isinstance(c, str) and c.isidentifier()))
+    inner = [names_of(c) for c in code.co_consts if isinstance(c, CodeType)]
+    return Names(frozenset(chains.union(*(n.chains for n in inner))),
+                 frozenset(stored.union(*(n.stored for n in inner))),
+                 frozenset(imported.union(*(n.imported for n in inner))),
+                 frozenset(names.union(*(n.attributes for n in inner))))
+
+
+def is_followed(module: str | None) -> bool:
+    """Whether globals that code of this module names are part of what a forward read: those of Python, of PyTorch's
+    machinery and of this package are not; those of PyTorch's layers and functions are, as any may be replaced."""
+    if package(module) == "torch":
+        return ((module or "").startswith("torch.nn.") and module != "torch.nn.modules.module") or module == (
+            "torch.functional")
+    return module in ("os", "__main__") or package(module) not in _NOT
+
+
+_NOT = (frozenset(sys.stdlib_module_names) | {"xdit_compile", "numpy", "sympy", "mpmath", "networkx"}) - {"__main__"}
+
+
+@dataclass
+class Ran:
+    """A function that ran: its code and its globals."""
+
+    code: CodeType
+    globals: dict[str, Any]
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is PyTorch's own, of which only functions that were put in the place of others are of interest."""
+        return package(self.globals.get("__name__")) == "torch"
+
+
+@dataclass
+class Reads:
+    """All code that ran. ``first`` is called with each frame of new code before it runs."""
+
+    codes: dict[int, Ran] = field(default_factory=dict)
+    _seen: dict[int, CodeType] = field(default_factory=dict, repr=False)
+    first: Callable[[FrameType], None] | None = None
+    valued: list[weakref.ref[Tensor]] = field(default_factory=list, repr=False)
+    """Such tensors of which values were read into Python."""
+    written: list[tuple[Tensor, str]] = field(default_factory=list, repr=False)
+    """Tensors that are neither the model's nor made by forward and that it writes into, and where."""
+
+    def include(self, function: FunctionType) -> None:
+        """As if ``function`` had run: what it made may have been remembered."""
+        if is_followed(function.__globals__.get("__name__")):
+            self._seen[id(function.__code__)] = function.__code__
+            self.codes.setdefault(id(function.__code__), Ran(function.__code__, function.__globals__))
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Within: calls are recorded, of this thread. A debugger that is at work is told of them too."""
+        before = sys.gettrace()
+
+        def tell(frame: FrameType, event: Any, arg: Any) -> Any:
+            code = frame.f_code
+            if id(code) not in self._seen:
+                self._seen[id(code)] = code
+                if is_followed(frame.f_globals.get("__name__")):
+                    self.codes[id(code)] = Ran(code, frame.f_globals)
+                    if self.first is not None:
+                        self.first(frame)
+            return before(frame, event, arg) if before else None
+
+        sys.settrace(tell)
+        try:
+            with _Outside(self.written, self.valued):
+                yield
+        finally:
+            sys.settrace(before)
+
+    def names(self) -> set[str]:
+        """Of attributes, in the code of models."""
+        return set().union(*(names_of(r.code).attributes for r in self.codes.values() if not r.is_layer))
+
+    def chains(self) -> Iterator[tuple[Ran, Chain]]:
+        """Globals that were named, each once."""
+        found: dict[tuple[int, Chain], Ran] = {}
+        for ran in list(self.codes.values()):
+            for chain in names_of(ran.code).chains:
+                found.setdefault((id(ran.globals), chain), ran)
+        yield from ((ran, chain) for (_, chain), ran in found.items())
+
+    def imports(self) -> Iterator[Chain]:
+        """What was imported inside of functions."""
+        yield from sorted({c for r in list(self.codes.values()) if not r.is_layer for c in names_of(r.code).imported})
+
+
+_REAL = (Tensor, nn.Parameter, nn.Buffer)
+"""Types of tensors that have values."""
+
+
+@dataclass
+class _Outside(TorchFunctionMode):
+    """Switches recording off inside of operators, and notes which of them write into a tensor that has values: what
+    tracing makes has none."""
+
+    written: list[tuple[Tensor, str]]
+    valued: list[weakref.ref[Tensor]]
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # which traces modes as well
+            return func(*args, **(kwargs or {}))
+        tell = sys.gettrace()
+        sys.settrace(None)
+        try:
+            if args and writes(func, kwargs) and type(args[0]) in _REAL:
+                self.written.append((args[0], line_of(sys._getframe(1))))
+            if func in READS:
+                self.valued.extend(weakref.ref(t) for t in args if type(t) in _REAL)
+            return func(*args, **(kwargs or {}))
+        finally:
+            sys.settrace(tell)
+
+
+def line_of(frame: FrameType | None) -> str:
+    """``file.py:123`` of the innermost frame that is not PyTorch's own."""
+    while frame is not None and package(frame.f_globals.get("__name__")) in ("torch", "xdit_compile"):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}" if frame else ""
+
+
+def resolve(ran: Ran, chain: Chain) -> tuple[Any, str, Any]:
+    """Where a chain of names leads: the last module's namespace and name on the way, and the value there."""
+    space: Any = ran.globals
+    name = chain[0]
+    value = space.get(name, MISSING)
+    if value is MISSING:
+        value = getattr(builtins, name, MISSING)
+    for name_ in chain[1:]:
+        if not isinstance(value, ModuleType):
+            break
+        space, name = value, name_
+        value = getattr(value, name_, MISSING)
+    return space, name, value

@@ -1,0 +1,145 @@
+"""Whether all ranks hold the same weights: a digest of every parameter and buffer, once and after counted writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import nn
+
+from xdit_compile.errors import RankMismatch
+from xdit_compile.runtime.control.control_plane import ControlPlane
+from xdit_compile.runtime.control.tensor_digest import bulk_digest
+
+FACT = "weights"
+"""The key under which ranks compare them before a call."""
+
+_ELSEWHERE = "elsewhere"
+"""Said of what is on the meta device: other ranks hold it."""
+
+Mark = tuple[int, int, int]
+
+
+class Replicas:
+    """What this rank holds of some modules, as digests by name.
+
+    A digest is made anew when a tensor was written into, as far as PyTorch counts that, or replaced. What ranks have
+    compared once each of them knows of all, also of what it has given up itself: while nothing changes, one short
+    text stands for everything.
+
+    Args:
+        parts: whether each rank has but the tensors that it uses, as of an artifact; else one that is not there is a
+            difference.
+    """
+
+    def __init__(self, parts: bool = False) -> None:
+        self._absent = _ELSEWHERE if parts else "nothing of this name"
+        self._marks: list[Mark] = []
+        self._digests: dict[Mark, tuple[weakref.ref[torch.Tensor], str]] = {}
+        self._held: dict[str, str] = {}
+        self._agreed: dict[str, str] = {}
+        self._summary = ""
+
+    def agree(self, control: ControlPlane, what: str, facts: Mapping[str, str],
+              modules: Mapping[str, nn.Module]) -> None:
+        """`control.agree`, and that all ranks hold the same of these modules.
+
+        Raises:
+            RankMismatch: they do not, or differ in ``facts``.
+        """
+        try:
+            control.agree(what, {**facts, FACT: self.summary(modules)})
+        except RankMismatch as error:
+            if error.keys != {FACT}:
+                raise
+        else:
+            return
+        self.compare(control)
+
+    def summary(self, modules: Mapping[str, nn.Module]) -> str:
+        """A text that is equal on ranks which hold the same."""
+        marks = _marks(modules)
+        if marks != self._marks or any(ref() is None for ref, _ in self._digests.values()):
+            self._look(modules)
+            self._marks = marks
+        return self._summary
+
+    def compare(self, control: ControlPlane) -> None:
+        """Compare every tensor with all ranks that hold it; they come here together.
+
+        Raises:
+            RankMismatch: naming the first that differs, on every rank.
+        """
+        ranks, texts = control.ranks, control.gather("the weights", json.dumps(self._held))
+        held = [json.loads(text) for text in texts]
+        found = [line for name in dict.fromkeys(n for one in held for n in one)
+                 if (line := _difference(name, ranks, [one.get(name, self._absent) for one in held]))]
+        if found:
+            more = f" (and {len(found) - 1} more tensors differ)" if len(found) > 1 else ""
+            raise RankMismatch(f"ranks do not hold the same weights: {found[0]}{more}; load the same checkpoint and "
+                               "the same adapters on every rank", frozenset({FACT}))
+        self._agreed = {name: text for one in held for name, text in one.items() if text != _ELSEWHERE}
+        self._summarize()
+
+    def _look(self, modules: Mapping[str, nn.Module]) -> None:
+        tensors = dict(_tensors(modules))
+        new = {m: t for t in tensors.values() if not t.is_meta and ((m := _mark(t)) not in self._digests
+                                                                   or self._digests[m][0]() is not t)}
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            made = dict(zip(new, pool.map(bulk_digest, new.values()), strict=True))
+        kept = {m: self._digests[m] for t in tensors.values() if (m := _mark(t)) in self._digests and m not in new}
+        self._digests = kept | {m: (weakref.ref(t), made[m]) for m, t in new.items()}
+        self._held = {n: _ELSEWHERE if t.is_meta else self._digests[_mark(t)][1] for n, t in tensors.items()}
+        self._summarize()
+
+    def _summarize(self) -> None:
+        known = {n: self._agreed.get(n, text) if text == _ELSEWHERE else text for n, text in self._held.items()}
+        if self._absent == _ELSEWHERE:
+            known = self._agreed | known
+        content = json.dumps(known, sort_keys=True).encode()
+        self._summary = hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def _difference(name: str, ranks: Sequence[int], texts: Sequence[str]) -> str:
+    """What differs of one tensor, or nothing."""
+    holders: dict[str, list[int]] = {}
+    for rank, text in zip(ranks, texts, strict=True):
+        if text != _ELSEWHERE:
+            holders.setdefault(text, []).append(rank)
+    if len(holders) < 2:
+        return ""
+    return f"{name}: " + "; ".join(f"ranks {','.join(map(str, who))} have {text}" for text, who in holders.items())
+
+
+def _marks(modules: Mapping[str, nn.Module]) -> list[Mark]:
+    """Of all parameters and buffers. Walked by hand, without names: done before calls, where it would be felt."""
+    stack, found = list(modules.values()), []
+    while stack:
+        state = stack.pop().__dict__
+        for store in (state["_parameters"], state["_buffers"]):
+            if store:
+                found += [_mark(t) for t in store.values() if t is not None]
+        if state["_modules"]:
+            stack += [m for m in state["_modules"].values() if m is not None]
+    return found
+
+
+def _tensors(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers by name."""
+    stack = [(f"{name}." if name else "", module) for name, module in reversed(list(modules.items()))]
+    while stack:
+        path, module = stack.pop()
+        for store in (module._parameters, module._buffers):
+            for leaf, tensor in store.items():
+                if tensor is not None:
+                    yield path + leaf, tensor
+        stack += [(f"{path}{n}.", m) for n, m in reversed(list(module._modules.items())) if m is not None]
+
+
+def _mark(tensor: torch.Tensor) -> Mark:
+    """What tells a tensor, as it is now, from others that live. In inference mode, writes are not counted."""
+    return id(tensor), tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
