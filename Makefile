@@ -5,7 +5,7 @@ RUN := OMP_NUM_THREADS=1 $(BIN)/python
 # Half of the tests run in one process, the others in up to four of one thread that often wait: two cores are enough.
 BY_TWO := -n 2 --dist loadfile
 
-.PHONY: demo test test-whole campaign lint published coverage coverage-sample quality benchmark clean
+.PHONY: demo test test-whole campaign lint published coverage coverage-sample operators mutants quality benchmark clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
@@ -36,6 +36,14 @@ coverage: .venv/ready
 # A plain case, a mode with a cache, research style, attention over time alone, nothing to gain; and one full size.
 coverage-sample: .venv/ready
 	$(RUN) benchmarks/coverage.py --cases dit flux2_cached fused temporal minimax_depth --published dit_xl_512
+
+operators: .venv/ready
+	$(RUN) benchmarks/operators.py --output docs/operators.md
+
+# Changes single lines of the core and says which of these changes no test sees. Half a minute for each.
+mutants: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mutants]'
+	$(RUN) tests/campaigns/mutants.py --count 40 --seed 0
 
 quality: .venv/ready
 	$(RUN) benchmarks/pipefusion_quality.py --output docs/pipefusion.md

@@ -65,7 +65,7 @@ FAMILIES: dict[str, str] = {
         (x > 0).sum(1)
         torch.count_nonzero(x, 1)
         torch.count_nonzero(x)
-        x.trapezoid(dim=1) if hasattr(x, 'trapezoid') else torch.trapezoid(x, dim=1)
+        torch.trapezoid(x, dim=1)
         torch.cov(x[0])
         torch.corrcoef(x[0])
     """,
@@ -74,7 +74,7 @@ FAMILIES: dict[str, str] = {
         x.softmax(1)
         F.softmin(x, -1)
         x.log_softmax(-1)
-        F.gumbel_softmax(x, -1) if False else x.softmax(0)
+        x.softmax(0)
         x.cumsum(1)
         x.cumsum(-1)
         x.cumprod(1)
@@ -215,7 +215,7 @@ FAMILIES: dict[str, str] = {
         x.contiguous()
         x.clone()
         x.detach()
-        x.alias() if hasattr(x, "alias") else x.view_as(x)
+        torch.ops.aten.alias(x)
         x.index_select(1, picked)
         x.bfloat16().float().view(torch.int32)
     """,
@@ -319,7 +319,7 @@ FAMILIES: dict[str, str] = {
         x[:, picked]
         x[..., picked]
         x[rows, picked]
-        x[x > 0].sum() if False else x * (x > 0)
+        x * (x > 0)
         torch.take(x, picked)
         torch.take_along_dim(x, picked[None, :, None], 1)
         x.gather(1, picked[None, :, None].expand(2, -1, 16))
@@ -331,7 +331,7 @@ FAMILIES: dict[str, str] = {
         x.index_add(1, picked, y[:, :3])
         x.index_copy(1, picked, y[:, :3])
         x.index_fill(1, picked, 0.5)
-        x.index_put((rows, picked), y[:, 0])
+        x.index_put((rows, picked), y[rows, picked])
         x.slice_scatter(y[:, :4], 1, 2, 6)
         x.slice_scatter(y[:, :4], 1, 0, 12, 3)
         x.select_scatter(y[:, 0], 1, 3)
@@ -355,7 +355,7 @@ FAMILIES: dict[str, str] = {
         set_(x, (..., 0), bias[0])
     """,
     "constants": """
-        x.fill(0.5) if hasattr(x, "fill") else torch.full_like(x, 0.5)
+        torch.ops.aten.fill(x, 0.5)
         torch.fill(x, 0.5)
         torch.fill(x, bias[0])
         x.clone().fill_(bias[0])
@@ -510,7 +510,6 @@ FAMILIES: dict[str, str] = {
         F.leaky_relu(x)
         F.prelu(x, bias[:1])
         F.prelu(x.mT, bias).mT
-        F.rrelu(x)
         F.hardtanh(x)
         F.hardswish(x)
         F.hardsigmoid(x)
@@ -573,7 +572,48 @@ FAMILIES: dict[str, str] = {
         torch.linalg.eigvalsh(square)
         torch.linalg.matrix_exp(x[:, :, :12] / 8)
         torch.linalg.pinv(x)
-        torch.linalg.lstsq(x, y[:, :, :2]).solution if False else torch.linalg.matrix_rank(square)
+        torch.linalg.matrix_rank(square)
         torch.linalg.slogdet(square)[1]
     """,
 }
+
+COMPUTED_WHOLE = frozenset(line.strip() for line in """
+    x.prod()
+    x.median()
+    torch.dist(x, y)
+    torch.cov(x[0])
+    torch.corrcoef(x[0])
+    torch.rot90(x, 1, (1, 2))
+    x.renorm(2, 1, 1.0)
+    x.repeat_interleave(2)
+    torch.block_diag(x[0, :2], y[0, :2])
+    x[0].trace()
+    torch.combinations(x[0, :, 0])
+    F.pad(x, (0, 0, -1, 2))
+    torch.addbmm(weight, x.mT, y)
+    torch.addmv(x[0, :, 0], x[0], weight[0])
+    F.bilinear(x, y, cube)
+    torch.cdist(x, y)
+    torch.cdist(x, y, p=1)
+    F.embedding_bag(numbers[0][None], weight)
+    torch.take(x, picked)
+    x.diagonal_scatter(y[..., 0], 0, 1, 2)
+    x.masked_scatter(x > 0, y)
+    torch.put(x, picked, bias[:3])
+    F.mse_loss(x, y)
+    F.smooth_l1_loss(x, y)
+    F.huber_loss(x, y, reduction="none")
+    F.binary_cross_entropy_with_logits(x, y.sigmoid())
+    F.cross_entropy(x.flatten(0, 1), numbers.flatten())
+    torch.linalg.det(square)
+    torch.linalg.cholesky(square)
+    torch.linalg.solve(square, x[:, :, :2])
+    torch.linalg.qr(x)[1].abs()
+    torch.linalg.svdvals(x)
+    torch.linalg.eigvalsh(square)
+    torch.linalg.pinv(x)
+    torch.linalg.matrix_rank(square)
+    torch.linalg.slogdet(square)[1]
+""".strip().splitlines())
+"""Calls that have all tokens gathered for want of a rule: losses, statistics and decompositions of matrices, which no
+diffusion transformer is known to make within its blocks."""

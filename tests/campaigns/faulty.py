@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from xdit_compile.runtime.execution.executor import Executor
 
 import xdit_compile
 from xdit_compile.errors import RankFailure, RankMismatch
 from xdit_compile.runtime.control.control_plane import ControlPlane
+from xdit_compile.runtime.execution.executor import Executor
 from xdit_compile.spec import ShardingSpec
 
 TIMEOUT = 8.0

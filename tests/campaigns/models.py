@@ -71,9 +71,9 @@ def attempt(seed: int) -> Outcome:
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).name}:{last.lineno}"
         return Outcome(seed, spec, "failed", f"{type(error).__name__} at {where}: {error}", str(plan))
-    good = found.error <= EXACT
-    return Outcome(seed, spec, "exact" if good else "failed", "" if good else f"differs by {found.error:.2g}",
-                   str(plan))
+    if found.error <= EXACT:
+        return Outcome(seed, spec, "exact", "", str(plan))
+    return Outcome(seed, spec, "failed", f"differs by {found.error:.2g}", str(plan))
 
 
 def main() -> int:

@@ -53,9 +53,9 @@ def _needed(estimate: CostEstimator, seeds: Seeds) -> Seeds:
 
 def lost_factor(program: Program, sizes: Mapping[str, int], batch: Seeds, seeds: Seeds) -> str:
     """In words, what the spec shares out to no avail: the batch beside the tokens, or the tokens beside the batch;
-    empty
-    where both lower a rank's work, or only one is asked for."""
-    tokens = {name: layout for name, layout in seeds.items() if layout != batch.get(name)}
+    empty where both lower a rank's work, or only one is asked for."""
+    tokens = {name: Layout(tuple(d.gathered(BATCH) for d in layout.dims)) for name, layout in seeds.items()
+              if layout != batch.get(name)}
     if not batch or not tokens:
         return ""
     estimate = CostEstimator(program, sizes)

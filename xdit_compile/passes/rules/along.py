@@ -84,8 +84,8 @@ def fourier(s, x, dims, *args):
     return s.emit(Layout(tuple(out)), x, dims, *args)
 
 
-@rule({op: lambda r: (r.tensor(2, 4, 4) + 4 * torch.eye(4),) for op in (
-    aten.linalg_inv_ex.default, aten.linalg_matrix_exp.default)})
+@rule({op: lambda r: (r.tensor(2, 4, 4) + 8 * torch.eye(4),) for op in (
+    aten.linalg_inv.default, aten.inverse.default, aten.linalg_inv_ex.default, aten.linalg_matrix_exp.default)})
 def matrices(s, x, *args, **kwargs):
     """Of matrices in the last two dimensions, whole each; the others are a batch."""
     x, made = s.whole(x, -2, -1), s.node.meta["val"]

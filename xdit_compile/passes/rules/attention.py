@@ -15,11 +15,13 @@ aten = torch.ops.aten
 
 
 def _example(r):
-    q = r.tensor(2, 4, 6, 8)
+    tokens = r.pick(6, 6, 3, 2)
+    q = r.tensor(2, 4, tokens, 8)
     k, v = r.pick((r.tensor(2, 4, 6, 8), r.tensor(2, 4, 6, 8)), (r.tensor(2, 4, 5, 8), r.tensor(2, 4, 5, 8)))
     n = k.shape[2]
-    mask = r.pick(None, r.tensor(6, n), r.tensor(2, 1, 1, n), r.tensor(2, 4, 6, n), r.tensor(2, 1, 6, n) > -1)
-    return q, k, v, mask, 0.0, mask is None and n == 6 and r.pick(False, True)
+    mask = r.pick(None, r.tensor(tokens, n), r.tensor(2, 1, 1, n), r.tensor(2, 4, tokens, n),
+                  r.tensor(2, 1, tokens, n) > -1)
+    return q, k, v, mask, 0.0, mask is None and n == tokens and r.pick(False, True)
 
 
 @rule({aten.scaled_dot_product_attention.default: _example})

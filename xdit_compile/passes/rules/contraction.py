@@ -37,8 +37,10 @@ def linear(s, x, weight, bias=None):
     return s.emit(Layout((*x.dims[:-1], weight.dims[0])), x, weight, bias)
 
 
-@rule({aten.addmm.default: lambda r: (r.tensor(3), r.tensor(6, 4), r.tensor(4, 3)),
-       aten.baddbmm.default: lambda r: (r.tensor(2, 6, 3), r.tensor(2, 6, 4), r.tensor(2, 4, 3))})
+@rule({aten.addmm.default: lambda r: (
+           r.pick(r.tensor(3), r.tensor(6, 1), r.tensor(1, 3)), r.tensor(6, 4), r.tensor(4, 3)),
+       aten.baddbmm.default: lambda r: (
+           r.pick(r.tensor(2, 6, 3), r.tensor(1, 6, 1)), r.tensor(2, 6, 4), r.tensor(2, 4, 3))})
 def addmm(s, bias, a, b, **kwargs):
     a, b = s.whole(a, -1), s.whole(b, -2)
     if a.dims[-2].axes & b.dims[-1].axes:

@@ -138,7 +138,7 @@ def slice_(s, x, dim=0, start=None, stop=None, step=1):
 
 
 @rule({aten.slice_scatter.default: lambda r: (r.tensor(2, 5, 8), r.tensor(2, 5, 4), -1, r.pick(0, 1), 8, 2)})
-def slice_scatter(s, x, part, dim, *where):
+def slice_scatter(s, x, part, dim=0, *where):
     """A strided write (others are concatenations by now): whole along the written dimension, alike elsewhere."""
     x, part = s.whole(x, dim), s.whole(part, dim)
     for i in range(x.ndim):

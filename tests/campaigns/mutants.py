@@ -1,0 +1,200 @@
+"""Which lines of the core does no test hold? One line is changed at a time, and its tests are run.
+
+    python tests/campaigns/mutants.py --count 40 --seed 0
+    python tests/campaigns/mutants.py --count 400 --seed 0 --only passes/rules
+
+Changes are cosmic-ray's, and one more: an assigned value becomes 0. Each is made in a copy of the package; a test
+that fails, or takes ten minutes, has caught it. Survivors are listed as diffs. Exit code 1 if there are any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import importlib
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import parso
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.operators.operator import Example, Operator
+from cosmic_ray.plugins import get_operator, operator_names
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT = 600
+
+TARGETS = {
+    "xdit_compile/ir/layout.py": ["tests/test_layout.py", "tests/test_rules.py"],
+    "xdit_compile/passes/rules/*.py": ["tests/test_rules.py"],
+    "xdit_compile/passes/shard.py": ["tests/test_rules.py", "tests/test_seeds.py", "tests/test_batch.py"],
+    "xdit_compile/passes/emitter.py": ["tests/test_rules.py"],
+    "xdit_compile/passes/token_axis.py": ["tests/test_seeds.py", "tests/test_exactness.py", "tests/test_explain.py"],
+    "xdit_compile/passes/batch_axis.py": ["tests/test_seeds.py", "tests/test_batch.py"],
+    "xdit_compile/passes/attention_plan.py": ["tests/test_rules.py", "tests/test_kernels.py"],
+    "xdit_compile/passes/lower_attention.py": ["tests/test_rules.py", "tests/test_batch.py"],
+    "xdit_compile/passes/fuse_attention.py": ["tests/test_exactness.py", "tests/test_seeds.py"],
+    "xdit_compile/passes/expand_einsum.py": ["tests/test_canonical.py"],
+    "xdit_compile/passes/composite.py": ["tests/test_canonical.py"],
+    "xdit_compile/passes/spelling.py": ["tests/test_canonical.py"],
+    "xdit_compile/passes/functionalize_writes.py": ["tests/test_operators.py", "tests/test_exactness.py"],
+    "xdit_compile/passes/overlap_communication.py": ["tests/test_overlap.py"],
+    "xdit_compile/passes/hoist.py": ["tests/test_kept.py", "tests/test_displaced.py"],
+    "xdit_compile/passes/patch_axis.py": ["tests/test_displaced.py"],
+    "xdit_compile/passes/stage_partition.py": ["tests/test_stages.py", "tests/test_displaced.py"],
+    "xdit_compile/kernels/merging.py": ["tests/test_kernels.py"],
+    "xdit_compile/runtime/execution/loop_invariant_cache.py": ["tests/test_kept.py"],
+    "xdit_compile/runtime/pipefusion/schedule.py": ["tests/test_schedule.py"],
+    "xdit_compile/ir/guards.py": ["tests/test_state_read.py", "tests/test_capture.py"],
+    "xdit_compile/frontend/model_state.py": ["tests/test_state.py"],
+    "xdit_compile/frontend/watched.py": ["tests/test_state_read.py"],
+    "xdit_compile/frontend/block_fingerprint.py": ["tests/test_state_read.py", "tests/test_capture.py"],
+    "xdit_compile/artifact/*_reader.py": ["tests/test_artifact.py"],
+    "xdit_compile/artifact/files.py": ["tests/test_artifact.py"],
+}
+"""Files, and the tests that should catch a change in them."""
+
+EVERYWHERE = [name for name in operator_names() if not name.endswith(("RemoveDecorator", "VariableReplacer",
+                                                                       "VariableInserter", "ExceptionReplacer"))]
+
+
+class AssignZero(Operator):
+    """``x = anything`` becomes ``x = 0``."""
+
+    def mutation_positions(self, node: Any) -> Iterator[Any]:
+        if node.type == "expr_stmt" and len(node.children) == 3 and node.children[1].get_code().strip() == "=":
+            yield node.children[2].start_pos, node.children[2].end_pos
+
+    def mutate(self, node: Any, index: int) -> Any:
+        node.children[2] = parso.python.tree.Number(" 0", node.children[2].start_pos)
+        return node
+
+    @classmethod
+    def examples(cls) -> tuple[Example, ...]:
+        return (Example("x = a + b", "x = 0"),)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one file."""
+
+    file: Path
+    operator: str
+    changed: str
+
+    def diff(self) -> str:
+        lines = difflib.unified_diff(self.file.read_text().splitlines(), self.changed.splitlines(), lineterm="", n=0)
+        return "\n".join(line for line in lines if not line.startswith(("---", "+++")))
+
+
+@cache
+def operators() -> dict[str, Operator]:
+    return {name: get_operator(name)() for name in EVERYWHERE} | {"AssignZero": AssignZero()}
+
+
+@cache
+def places(file: Path) -> dict[Any, list[tuple[str, int]]]:
+    """For each part of the source that may be changed, by which operators, and as the how manieth of theirs."""
+    found: dict[Any, list[tuple[str, int]]] = defaultdict(list)
+    nodes = [*ast_nodes(get_ast(file.read_text()))]
+    for name, operator in operators().items():
+        positions = [position for node in nodes for position in operator.mutation_positions(node)]
+        for number, position in enumerate(positions):
+            found[position].append((name, number))
+    return dict(found)
+
+
+def meaning(source: str) -> str:
+    """What runs outside of tests: without annotations, and without decorators, which hold the examples of rules."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            node.decorator_list = [d for d in node.decorator_list if not ast.unparse(d).startswith("rule(")]
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        if isinstance(node, ast.AnnAssign):
+            node.annotation = ast.Constant(None)
+    examples = ("r.tensor(", "lambda r:")
+    tree.body = [n for n in tree.body if not (isinstance(n, ast.FunctionDef) and any(
+        e in ast.unparse(n) for e in examples))]
+    return ast.dump(tree)
+
+
+def drawn(files: list[Path], rng: random.Random) -> Mutant:
+    """A change that means something."""
+    weights = [len(places(f)) for f in files]
+    while True:
+        (file,) = rng.choices(files, weights)
+        operator, number = rng.choice(places(file)[rng.choice(sorted(places(file)))])
+        changed = mutate_code(file.read_text(), operators()[operator], number)
+        try:
+            if changed is not None and meaning(changed) != meaning(file.read_text()):
+                return Mutant(file, operator.removeprefix("core/"), changed)
+        except SyntaxError:
+            continue
+
+
+def tests_of(file: Path) -> list[str]:
+    """What to run for a file; of the test of rules, those that the file holds first."""
+    tests = next(t for pattern, t in TARGETS.items() if file.match(pattern))
+    if "rules" in file.parts:
+        rules = importlib.import_module("xdit_compile.passes.rules").RULES
+        mine = [str(op) for op, rule in rules.items() if rule.apply.__module__.rpartition(".")[2] == file.stem]
+        return [*tests, "-k", " or ".join(mine or ["pieces"])]
+    return tests
+
+
+def survives(mutant: Mutant) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder) / "xdit_compile"
+        shutil.copytree(ROOT / "xdit_compile", package, ignore=shutil.ignore_patterns("__pycache__"))
+        (Path(folder) / mutant.file.relative_to(ROOT)).write_text(mutant.changed)
+        tests = [str(ROOT / t) if t.startswith("tests/") else t for t in tests_of(mutant.file)]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT),
+                   "-c", str(ROOT / "pyproject.toml"), *tests]
+        environment = os.environ | {"PYTHONPATH": f"{folder}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+        try:
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            return False
+        if done.returncode not in (0, 1, 2):  # passed, failed, or not even collected
+            raise RuntimeError(done.stdout.decode()[-2000:])
+        return done.returncode == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="files whose path holds this")
+    given = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    files = sorted({f for pattern in TARGETS for f in ROOT.glob(pattern) if given.only in str(f)})
+    rng, outcomes = random.Random(given.seed), Counter[str]()
+    for i in range(given.count):
+        mutant = drawn(files, rng)
+        left = survives(mutant)
+        outcomes["survived" if left else "caught"] += 1
+        name = mutant.file.relative_to(ROOT)
+        print(f"{i}: {name} {mutant.operator} {'SURVIVED' if left else 'caught'}", flush=True)
+        if left:
+            print("    " + mutant.diff().replace("\n", "\n    "), flush=True)
+    print(f"{given.count} mutants of {len(files)} files, seed {given.seed}: {dict(outcomes)}")
+    return int(outcomes["survived"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""Which axes are cut: tokens that enter blocks as they are, batches in lists or packed into tokens, biases of pairs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from emulation import together
+from torch import Tensor, nn
+
+from xdit_compile import explain
+from xdit_compile.frontend.capture import capture
+from xdit_compile.ir.pytree import flatten
+
+D = 64
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.feed = nn.Linear(D, 3 * D), nn.Linear(D, D), nn.Linear(D, D)
+        self.pair = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        scores = q @ k.mT / math.sqrt(q.shape[-1])
+        if z is not None:
+            scores = scores + self.pair(z).permute(0, 3, 1, 2)
+        return x + self.feed(self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)))
+
+
+class Given(nn.Module):
+    """Blocks that get tokens as they are given, or nearly."""
+
+    def __init__(self, change: str, pairs: bool = False) -> None:
+        super().__init__()
+        self.blocks, self.change, self.pairs = nn.ModuleList(Block() for _ in range(3)), change, pairs
+
+    def forward(self, x: Tensor, t: Tensor, z: Tensor | None = None) -> Tensor:
+        changes = {"none": lambda: x, "scaled": lambda: x * t[:, None, None], "normed": lambda: F.layer_norm(x, (D,)),
+                   "turned": lambda: x.transpose(0, 1).contiguous().transpose(0, 1),
+                   "halved": lambda: x.chunk(2, -1)[0].repeat(1, 1, 2)}
+        x = changes[self.change]()
+        if z is None and self.pairs:
+            z = (x[:, :, None] * x[:, None]).unflatten(-1, (8, -1)).mean(-1)  # of tokens, not given
+        for block in self.blocks:
+            x = block(x, z)
+        return x
+
+
+def exact(model: nn.Module, spec: str, *args: Any) -> bool:
+    arguments: tuple[Any, Any] = (args, {})
+    with torch.no_grad():
+        result = model(*args)
+    return together(model, arguments, flatten((result, arguments))[0], capture(model, *arguments), spec).error <= 1e-5
+
+
+@pytest.mark.parametrize("spec", ["ulysses=2", "ring=2"])
+@pytest.mark.parametrize("change", ["none", "scaled", "normed", "turned", "halved"])
+def test_tokens_that_enter_blocks_as_they_are(change: str, spec: str) -> None:
+    torch.manual_seed(0)
+    model, args = Given(change).eval().requires_grad_(False), (torch.randn(1, 256, D), torch.rand(1))
+    assert explain(model, spec, args).work_ratio < 1.05
+    assert exact(model, spec, *args)
+
+
+@pytest.mark.parametrize("spec", ["ulysses=2", "ring=2", "ulysses=2,ring=2"])
+@pytest.mark.parametrize("given", [True, False])
+def test_a_bias_of_pairs_is_cut_by_rows(spec: str, given: bool) -> None:
+    torch.manual_seed(0)
+    model = Given("scaled", True).eval().requires_grad_(False)
+    args = (torch.randn(1, 64, D), torch.rand(1), *([torch.randn(1, 64, 64, 8)] if given else []))
+    explained = explain(model, spec, args)
+    assert explained.work_ratio < 1.25
+    assert not any("64, 64" in r.text and "needed whole" in r.text for r in explained.replicated)
+    assert exact(model, spec, *args)
+
+
+class Listed(nn.Module):
+    """Samples in a list, of as many channels as there are samples, or twice as many."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.embed, self.time, self.blocks = nn.Conv2d(channels, D, 2, 2), nn.Linear(8, D), nn.ModuleList(
+            Block() for _ in range(2))
+
+    def forward(self, xs: list[Tensor], t: Tensor) -> list[Tensor]:
+        x = torch.cat([self.embed(x[None]).flatten(2).transpose(1, 2) for x in xs])
+        x = x * self.time(t)[:, None]
+        for block in self.blocks:
+            x = block(x)
+        return list(x)
+
+
+@pytest.mark.parametrize(("spec", "samples", "channels"), [("data=2", 2, 4), ("cfg=2", 2, 2), ("data=3", 3, 6)])
+def test_channels_of_listed_samples_are_no_batch(spec: str, samples: int, channels: int) -> None:
+    torch.manual_seed(0)
+    model = Listed(channels).eval().requires_grad_(False)
+    args = [torch.randn(channels, 8, 12) for _ in range(samples)], torch.randn(samples, 8)
+    assert [r.text.partition(" is laid")[0] for r in explain(model, spec, args).seeds] == [f"[{samples}, 8]"]
+    assert exact(model, spec, *args)
+
+
+class Packed(nn.Module):
+    """All samples are one sequence, with a mask that keeps them apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv, self.out = nn.Linear(16, D), nn.Linear(D, 3 * D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        sample = torch.arange(b).repeat_interleave(n)
+        x = self.embed(x)
+        q, k, v = self.qkv(x).flatten(0, 1).unflatten(-1, (3, 4, -1)).permute(1, 2, 0, 3)[:, None]
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=sample[:, None] == sample[None])
+        return x + self.out(mixed[0].transpose(0, 1).reshape(x.shape))
+
+
+@pytest.mark.parametrize("spec", ["ulysses=2", "data=2", "cfg=2", "ring=2"])
+def test_a_batch_packed_into_tokens_is_shared_out(spec: str) -> None:
+    torch.manual_seed(0)
+    model, x = Packed().eval().requires_grad_(False), torch.randn(2, 48, 16)
+    assert explain(model, spec, (x,)).work_ratio < 1.05
+    assert exact(model, spec, x)
+
+
+@pytest.mark.parametrize("spec", ["cfg=2,ulysses=2", "data=2,ring=2"])
+def test_a_factor_of_a_spec_that_gains_nothing_is_said(spec: str) -> None:
+    torch.manual_seed(0)
+    model, x = Packed().eval().requires_grad_(False), torch.randn(2, 48, 16)
+    assert any("to no avail" in r.text for r in explain(model, spec, (x,)).seeds)
+    assert exact(model, spec, x)
+    plain = Given("none").eval().requires_grad_(False)
+    args = torch.randn(2, 256, D), torch.rand(2)
+    assert not any("to no avail" in r.text for r in explain(plain, spec, args).seeds)
+
+
+class Joint(nn.Module):
+    """Text and image in one attention, and the image in a second one alone."""
+
+    def __init__(self, second: bool) -> None:
+        super().__init__()
+        self.text, self.image, self.alone = nn.Linear(D, 3 * D), nn.Linear(D, 3 * D), nn.Linear(D, 3 * D)
+        self.second, self.feeds = second, nn.ModuleList(nn.Linear(D, D) for _ in range(2))
+
+    @staticmethod
+    def attend(joined: Tensor) -> Tensor:
+        q, k, v = joined.unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def forward(self, text: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        n = text.shape[1]
+        both = self.attend(torch.cat([self.text(text), self.image(x)], 1))
+        extra = self.attend(self.alone(x)) if self.second else 0
+        return text + self.feeds[0](both[:, :n]), x + self.feeds[1](both[:, n:] + extra)
+
+
+class Joined(nn.Module):
+    def __init__(self, second: bool) -> None:
+        super().__init__()
+        self.embed, self.words = nn.Conv2d(4, D, 2, 2), nn.Linear(40, D)
+        self.blocks = nn.ModuleList(Joint(second) for _ in range(3))
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        x, text = self.embed(x).flatten(2).transpose(1, 2), self.words(text)
+        for block in self.blocks:
+            text, x = block(text, x)
+        return x
+
+
+@pytest.mark.parametrize("spec", ["ulysses=2", "ring=2"])
+@pytest.mark.parametrize("second", [True, False])
+@pytest.mark.parametrize(("batch", "words"), [(2, 13), (4, 40)])
+def test_of_joint_blocks_attention_is_distributed_whatever_the_batch(
+        batch: int, words: int, second: bool, spec: str) -> None:
+    torch.manual_seed(0)
+    model = Joined(second).eval().requires_grad_(False)
+    args = torch.randn(batch, 4, 16, 24), torch.randn(batch, words, 40)
+    assert any(spec.partition("=")[0] in r.text for r in explain(model, spec, args).attentions)
+    assert exact(model, spec, *args)
