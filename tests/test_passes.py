@@ -52,7 +52,7 @@ def test_stages_leave_records_too() -> None:
 
 
 @pytest.mark.parametrize(("edited", "changed"), [
-    ("xdit_compile.passes.rules.shape", {"shard", "batch_axis", "token_axis"}),
+    ("xdit_compile.passes.rules.shape", {"canonicalize", "shard", "batch_axis", "token_axis"}),
     ("xdit_compile.passes.overlap_communication", {"overlap_communication"}),
     ("xdit_compile.ir.program", set(pass_digests())),
 ])

@@ -12,6 +12,7 @@ from emulation import together
 from torch import Tensor, nn
 
 from xdit_compile import explain
+from xdit_compile.errors import SpecError
 from xdit_compile.frontend.capture import capture
 from xdit_compile.ir.pytree import flatten
 
@@ -183,4 +184,33 @@ def test_of_joint_blocks_attention_is_distributed_whatever_the_batch(
     model = Joined(second).eval().requires_grad_(False)
     args = torch.randn(batch, 4, 16, 24), torch.randn(batch, words, 40)
     assert any(spec.partition("=")[0] in r.text for r in explain(model, spec, args).attentions)
+    assert exact(model, spec, *args)
+
+
+class Placed(nn.Module):
+    """Rotary positions given for each token, without the batch; on queries alone, on keys, or on values too."""
+
+    def __init__(self, turned: str) -> None:
+        super().__init__()
+        self.embed, self.turned = nn.Linear(16, D), turned
+        self.blocks = nn.ModuleList(nn.ModuleList([nn.Linear(D, 3 * D), nn.Linear(D, D)]) for _ in range(2))
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        x = self.embed(x)
+        angles = (places[..., None] * torch.tensor([1.0, 0.1])).flatten(1).repeat(1, 4)[:, :16]
+        for into, out in self.blocks:
+            parts = into(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+            q, k, v = (p * angles.cos() if name in self.turned else p for name, p in zip("qkv", parts, strict=True))
+            x = x + out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x
+
+
+@pytest.mark.parametrize("turned", ["q", "qk"])
+@pytest.mark.parametrize("spec", ["cfg=2", "data=2"])
+def test_positions_are_no_batch(turned: str, spec: str) -> None:
+    model = Placed(turned).eval().requires_grad_(False)
+    with pytest.raises(SpecError, match="larger batch"):
+        explain(model, spec, (torch.randn(1, 48, 16), torch.rand(48, 3)))
+    args = torch.randn(2, 48, 16), torch.rand(48, 3)
+    assert explain(model, spec, args).work_ratio < 1.05
     assert exact(model, spec, *args)
