@@ -82,7 +82,7 @@ def test_artifacts_run_without_the_model_s_code(tmp_path: Path) -> None:
 
 
 def test_functions_compiled_ahead(tmp_path: Path) -> None:
-    written(tmp_path / "dit", "dit", "ulysses=2", native=True)
+    written(tmp_path / "dit", "dit", "ulysses=2,keep=off", native=True)
     found = alone(tmp_path, 2)
     assert found["dit"]["error"] <= EXACT
 

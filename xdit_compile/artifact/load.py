@@ -88,7 +88,7 @@ class ArtifactLoader:
     def __init__(self, folder: ArtifactFolder, running: Running, device: str | torch.device | None,
                  native: bool = False, *, declared: Memory | None = None, max_memory: int | None = None) -> None:
         self.folder, manifest = folder, folder.manifest
-        self.running = running
+        self.running, self.native = running, native
         self.spec = running.on(needed(manifest["spec"]))
         if self.spec.backend != "eager":
             compiler_for(self.spec)
@@ -134,6 +134,9 @@ class ArtifactLoader:
 
     def memory(self, rank: int) -> Memory:
         """What a rank takes at most, whichever call comes."""
+        if self.native:
+            # Machine code does not say; the graphs that it was made of do.
+            return ArtifactLoader(self.folder, self.running, self.device, declared=self.declared).memory(rank)
         made = Memory()
         for call in self.calls:
             program = call.of(rank % call.spec.world_size)
