@@ -186,7 +186,7 @@ class Timed(nn.Module):
         self.linear = nn.Linear(4, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x) * time.perf_counter()
+        return self.linear(x) * (time.perf_counter_ns() % 2**30)
 
 
 def test_a_program_that_is_not_the_model_is_told_from_a_wrong_rewrite():

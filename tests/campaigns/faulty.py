@@ -200,7 +200,7 @@ def _calls(case: Case, parallel: Any, pipe: Any, sample: Tensor, mine: bool, do:
     do("between", lambda: happen("between"))
     do("second call", lambda: parallel(sample, callback=_called_back))
     do("third call", lambda: parallel(sample))
-    do("closing", lambda: (happen("closing"), parallel.group.control.close()))
+    do("closing", lambda: (happen("closing"), parallel.parallel_group.control.close()))
 
 
 def _called_back(*_: Any) -> None:
