@@ -445,6 +445,5 @@ def used_in_cache_contexts() -> int:
     return sum(model() is not None for model in models)
 
 
-@pytest.mark.xfail(strict=False, reason="the state of a model that was captured holds its stand-in")
 def test_models_that_were_called_in_a_cache_context_are_freed(pool: Pool) -> None:
     assert pool.run(used_in_cache_contexts, ranks=(0, 1)) == [0, 0]

@@ -24,6 +24,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from xdit_compile.errors import CaptureError
 from xdit_compile.frontend.block_fingerprint import Attribute
@@ -32,6 +33,7 @@ from xdit_compile.frontend.concrete_values import ConcreteValueMode, Value, of_i
 from xdit_compile.frontend.flex_attention import FLEX, dense_mask, is_open, is_plain, modified_attention
 from xdit_compile.frontend.gc_pause import gc_paused
 from xdit_compile.frontend.mechanisms import COMPILED, check, compiled_inside
+from xdit_compile.frontend.objects import MISSING, constants
 from xdit_compile.frontend.opaque_modules import culprit, leaving_in_python
 from xdit_compile.frontend.own_errors import not_of_capture
 from xdit_compile.frontend.reads import Reads
@@ -140,6 +142,8 @@ class _Capture:
         self.before = Before()
         self.reads = Reads(first=self.before.note_frame)
         self.changed: dict[Key, Change] = {}
+        self.tables: dict[Key, Any] = {}
+        """What forward puts into empty places, where its values are known."""
 
     def program(self) -> tuple[Program, Reads]:
         with torch.no_grad(), _off_meta(self.model), _forgetting(self.mode):
@@ -155,6 +159,7 @@ class _Capture:
                     raise
                 raise _Fills(filled) from error
             self._check(program)
+            self.before.put(self.tables)
         # What was noted down is not kept.
         return program, Reads(self.reads.codes, valued=self.reads.valued)
 
@@ -199,13 +204,26 @@ class _Capture:
         try:
             yield
         finally:
-            self.changed |= self.before.restore()
+            found = self.before.restore()
+            self.changed |= found
+            self.tables |= {k: made for k, c in found.items() if c.before is MISSING
+                            and (made := self._real(c.after)) is not MISSING}
 
     def _settled(self) -> tuple[str, ...]:
         """Names of buffers that the first call fills. Raises CaptureError if state goes from call to call."""
         call = self._call(ConcreteValueMode(self.tensors, self.model))
         with self._unchanged(), fake_state(self.model, self.mode), self.mode:
             return settle(self.model, lambda shown: call(*shown), self._fresh, self.before, self.reads)
+
+    def _real(self, made: Any) -> Any:
+        """The values of a table that forward made, if all are known and were computed as the model would; else MISSING.
+        Mirrors are on the CPU, whose last bits differ from those of other devices."""
+        parts = [t for t in tree_leaves(made) if not constants(t)]
+        values = {id(t): v.tensor.clone() for t in parts if isinstance(t, torch.Tensor) and t.device.type == "cpu"
+                  and (v := self.known.value(t)) is not None}
+        if not parts or any(id(t) not in values for t in parts):
+            return MISSING
+        return tree_map_only(torch.Tensor, lambda t: values[id(t)], made)
 
     def _fresh(self) -> list[torch.Tensor]:
         """Examples that are no earlier ones."""

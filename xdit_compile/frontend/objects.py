@@ -7,9 +7,9 @@ import ctypes
 import logging
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
-from functools import cache, partial
+from functools import partial, wraps
 from pathlib import PurePath
 from types import (
     BuiltinFunctionType,
@@ -22,12 +22,15 @@ from types import (
     ModuleType,
     WrapperDescriptorType,
 )
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from xdit_compile.ir.pytree import CONSTANTS
+
+T = TypeVar("T")
 
 CAPTURES = "_xdit_compile_captures"
 """The attribute of a model that keeps its programs. It is no state of the model."""
@@ -76,15 +79,29 @@ def attributes(value: Any) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def slots(cls: Any) -> tuple[tuple[str, MemberDescriptorType], ...]:
+def _of_class(ask: Callable[[Any], T]) -> Callable[[Any], T]:
+    """``ask`` once for each class, of which nothing is kept alive: the class of a parallel model leads to the model."""
+    known: WeakKeyDictionary[Any, T] = WeakKeyDictionary()
+
+    @wraps(ask)
+    def answer(cls: Any) -> T:
+        if cls not in known:
+            known[cls] = ask(cls)
+        return known[cls]
+
+    return answer
+
+
+def slots(cls: Any) -> list[tuple[str, MemberDescriptorType]]:
     """The slots of a class that is written in Python."""
-    return _slots(cls)
+    return [(name, vars(cls.__mro__[i])[name]) for i, name in _slots(cls)]
 
 
-@cache
-def _slots(cls: Any) -> tuple[tuple[str, MemberDescriptorType], ...]:
-    return tuple((name, member) for c in cls.__mro__ if is_python(c) for name, member in vars(c).items()
-                 if isinstance(member, MemberDescriptorType))
+@_of_class
+def _slots(cls: Any) -> list[tuple[int, str]]:
+    """Which of its classes has which; a slot itself leads to its class."""
+    return [(i, name) for i, c in enumerate(cls.__mro__) if is_python(c) for name, member in vars(c).items()
+            if isinstance(member, MemberDescriptorType)]
 
 
 def slot(member: MemberDescriptorType, value: Any) -> Any:
@@ -95,7 +112,7 @@ def slot(member: MemberDescriptorType, value: Any) -> Any:
         return MISSING
 
 
-@cache
+@_of_class
 def is_python(cls: Any) -> bool:
     """Whether a class was made by a ``class`` statement."""
     return any(isinstance(vars(cls).get(n), (GetSetDescriptorType, tuple, list, str))
@@ -103,13 +120,9 @@ def is_python(cls: Any) -> bool:
         cls is not object and bool(cls.__flags__ & 1 << 9) and cls.__base__ is not None and is_python(cls.__base__))
 
 
+@_of_class
 def is_plain(cls: Any) -> bool:
     """Whether its instances are their attributes and slots, and no more."""
-    return _is_plain(cls)
-
-
-@cache
-def _is_plain(cls: Any) -> bool:
     return all(c is object or is_python(c) for c in cls.__mro__) and not issubclass(cls, (type, BaseException))
 
 
@@ -131,7 +144,7 @@ def elements(value: Any) -> list[Any] | None:
     return list(value.flat) if isinstance(value, np.ndarray) and value.dtype.hasobject else None
 
 
-@cache
+@_of_class
 def _base(cls: Any) -> Any:
     """Which of its classes is the container itself: iteration may have been overridden."""
     return next(c for c in cls.__mro__ if c in (list, tuple, set, frozenset, deque))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import _lru_cache_wrapper, partial
 from types import CellType, CodeType, FrameType, FunctionType, MethodType, ModuleType
@@ -243,6 +243,16 @@ class Before:
                 cached.cache_clear()
                 self._caches[id(cached)] = cached, 0
         return found
+
+
+    def put(self, values: Mapping[Key, Any]) -> None:
+        """Fill places that were empty: tables that forward makes once. MISSING leaves one empty."""
+        for note in self._notes.values():
+            now = note.read()
+            made = {name: value for (owner, name), value in values.items()
+                    if owner == id(note.owner) and name not in now and value is not MISSING}
+            if made:
+                note.write(now | made)
 
 
 def _random_state() -> tuple[Any, Any]:

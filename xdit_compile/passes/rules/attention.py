@@ -28,8 +28,8 @@ def _example(r):
 def attention(s, q, k, v, mask=None, dropout=0.0, is_causal=False, *, scale=None, enable_gqa=False):
     """softmax(q k^T * scale + mask) v over tensors (..., heads, tokens, width)."""
     q, k, v = s.whole(q, -1), s.whole(k, -1), s.whole(v, -1)
-    # Tokens that hold the samples of a batch: each attends for its own, to all. Where they do not, as if positions alone
-    # were cut by the batch, it is no batch.
+    # Tokens that hold the samples of a batch: each attends for its own, to all. Where positions alone are cut by it, it
+    # is no batch.
     packed = all(BATCH in x.dims[-2].axes for x in (q, k, v))
     q, k, v = (s.whole(x, -2) if BATCH in x.dims[-2].axes and not (packed and x is q) else x for x in (q, k, v))
     for i in range(-q.ndim, -2):
