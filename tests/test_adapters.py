@@ -10,6 +10,7 @@ from typing import Any
 import pipelines
 import pytest
 from adapter_runs import Seen, Step, drive, drive_model
+from marks import whole
 from pool import Pool
 
 EXACT = 1e-5  # of the output's scale, in float32
@@ -138,7 +139,8 @@ def steps_of(seed: int, count: int = 7) -> list[Step]:
     return steps
 
 
-@pytest.mark.parametrize("seed", [2, pytest.param(1, marks=pytest.mark.whole)])
+@pytest.mark.whole
+@pytest.mark.parametrize("seed", [1, 2])
 def test_random_sequence(pool: Pool, root: str, seed: int) -> None:
     assert_exact(driven(pool, drive_model, "sd3", root, "ulysses=2", steps_of(seed)))
 
@@ -163,7 +165,8 @@ def test_picture_as_a_prompt(pool: Pool, root: str) -> None:
     ])  # fmt: skip
 
 
-@pytest.mark.parametrize(("encoders", "before"), [("everywhere", 0), ("spread", 0), ("spread", 1)])
+@pytest.mark.parametrize(("encoders", "before"), [
+    whole("everywhere", 0), whole("spread", 0), ("spread", 1)])
 def test_word_by_textual_inversion(pool: Pool, root: str, encoders: str, before: int) -> None:
     """Encoders are not captured, and what they return keeps its shape. A rank that has given up an encoder's weights
     cannot take words off again."""

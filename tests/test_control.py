@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
+from marks import whole
 from pool import Pool, RemoteError
 from torch.distributed import PrefixStore
 
@@ -417,7 +418,7 @@ def resources(cycles: int) -> list[tuple[int, int, int]]:
     return found
 
 
-@pytest.mark.parametrize("cycles", [8, pytest.param(50, marks=pytest.mark.whole)])
+@pytest.mark.parametrize("cycles", [8, whole(50)])
 def test_nothing_is_left_of_models_that_are_let_go(pool: Pool, cycles: int) -> None:
     for found in pool.run(resources, cycles, ranks=(0, 1), timeout=600):
         early, late = found[cycles // 2], found[-1]

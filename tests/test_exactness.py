@@ -9,6 +9,7 @@ import cases
 import exactness
 import models
 import pytest
+from marks import whole
 from pool import Pool
 
 EXACT = 1e-5  # of the output's scale, in float32
@@ -27,12 +28,12 @@ QUICK = cases.basic(models.CASES)
 
 PLAN = [
     pytest.param(name, batch, odd, specs_of(case, i + j), id=f"{name}-{batch}-{'odd' if odd else 'even'}",
-                 marks=[] if i % 3 == j and name in QUICK else pytest.mark.whole)
+                 marks=[] if i % 6 == j and name in QUICK else pytest.mark.whole)
     for i, (name, case) in enumerate(models.CASES.items())
     for j, (batch, odd) in enumerate(CALLS)
 ]
 """Each case meets all specs, and each spec all calls: which meets which goes around from case to case. A quick run
-takes one of the three, for one case of each model."""
+takes one of the three, for one case of every other model."""
 
 
 def processes(spec: str) -> int:
@@ -80,7 +81,7 @@ def test_every_case_meets_every_spec_and_every_call() -> None:
         assert wanted <= met and ("ulysses=4" in met) == (case.heads >= 4)
 
 
-@pytest.mark.parametrize("name", ["dit", *(pytest.param(n, marks=pytest.mark.whole) for n in ("flux", "wan"))])
+@pytest.mark.parametrize("name", ["dit", *(whole(n) for n in ("flux", "wan"))])
 def test_compiled_by_inductor(pool: Pool, name: str) -> None:
     assert_exact(run(pool, name, 1, True, ["ulysses=2", "ring=2"], backend="inductor"))
 

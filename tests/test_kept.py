@@ -13,6 +13,7 @@ from cases import made
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kept_runs import again, error, executor_of, flops, results, stepped, steps_on_ranks
+from marks import whole
 from pool import Pool
 from torch import Tensor, nn
 
@@ -352,7 +353,7 @@ def test_both_parts_are_the_whole(plan: list[tuple[int, int, int]]) -> None:
 
 @pytest.mark.parametrize(("name", "spec"), [
     ("wan", "ulysses=2"), ("pixart_alpha", "pipefusion=2,patches=2"),
-    *(pytest.param(n, s, marks=pytest.mark.whole) for n, s in [
+    *(whole(n, s) for n, s in [
         ("flux", "pipefusion=2,warmup=all"),
         ("sd3", "ring=2"), ("sd3", "cfg=2"), ("wan", "pipefusion=2,patches=2"), ("lumina2", "ulysses=2"),
         ("pixart_sigma", "ulysses=2,pipefusion=2,patches=2")])])  # fmt: skip

@@ -26,7 +26,7 @@ CONTROLS = [
 ]
 """Batch, whether sizes are odd, blocks if not the model's own number, specs with a place for the number of patches."""
 
-QUICK = {("dit", 1), ("pixart_sigma", 2), ("sd3", 3), ("hunyuan_dit", 0)}
+QUICK = {("dit", 1), ("sd3", 3)}
 
 
 def planned() -> list[Any]:

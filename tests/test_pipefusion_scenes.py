@@ -10,6 +10,7 @@ from typing import Any
 import pipefusion_scenes as scenes
 import pipelines
 import pytest
+from marks import whole
 from pool import Pool, RemoteError
 from test_pipelines import folders  # noqa: F401  a fixture
 
@@ -23,7 +24,6 @@ def troubled() -> Iterator[Pool]:
     yield workers
     workers.close()
 
-WHOLE = pytest.mark.whole
 
 
 def act(pool: Pool, world: int, scene: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
@@ -36,10 +36,10 @@ def act(pool: Pool, world: int, scene: Callable[..., Any], *args: Any, **kwargs:
 
 @pytest.mark.parametrize(
     ("name", "chosen", "options"),
-    [("sd3", "FlowMatchEulerDiscreteScheduler", {}), ("dit", "DDIMScheduler", {"eta": 1.0}),
-     pytest.param("pixart_sigma_nomask", "DPMSolverMultistepScheduler", {}, marks=WHOLE),
-     pytest.param("wan", "UniPCMultistepScheduler", {}, marks=WHOLE),
-     pytest.param("pixart_sigma_nomask", "EulerAncestralDiscreteScheduler", {}, marks=WHOLE)],
+    [whole("sd3", "FlowMatchEulerDiscreteScheduler", {}), ("dit", "DDIMScheduler", {"eta": 1.0}),
+     whole("pixart_sigma_nomask", "DPMSolverMultistepScheduler", {}),
+     whole("wan", "UniPCMultistepScheduler", {}),
+     whole("pixart_sigma_nomask", "EulerAncestralDiscreteScheduler", {})],
 )  # fmt: skip
 def test_schedulers_follow_in_patches(pool: Pool, name: str, chosen: str, options: dict[str, Any]) -> None:
     """No step waits for all of the one before."""
@@ -64,7 +64,7 @@ def test_steps_that_waited_are_counted(pool: Pool) -> None:
 # Loops that follow each other
 
 
-@pytest.mark.parametrize("name", [pytest.param("sd3", marks=WHOLE), "wan", "dit"])
+@pytest.mark.parametrize("name", [whole("sd3"), "wan", "dit"])
 def test_interrupted_loops_leave_nothing(pool: Pool, name: str) -> None:
     for errors in act(pool, 2, scenes.interrupted, name):
         assert max(errors) <= EXACT, errors
@@ -75,24 +75,25 @@ def test_loops_whose_result_nobody_uses(pool: Pool) -> None:
         assert max(errors) <= EXACT, errors
 
 
-@pytest.mark.parametrize("name", ["sd3", "dit"])
+@pytest.mark.parametrize("name", [whole("sd3"), "dit"])
 def test_one_step_and_then_another_prompt(pool: Pool, name: str) -> None:
     assert max(act(pool, 2, scenes.one_step_then_another, name)) <= EXACT
 
 
-@pytest.mark.parametrize(("name", "what"), [("dit", "size"), ("sd3", "size"), ("flux", "batch"), ("sana", "batch")])
+@pytest.mark.parametrize(("name", "what"), [
+    ("dit", "size"), ("sana", "batch"), whole("sd3", "size"), whole("flux", "batch")])
 def test_another_size_in_between(pool: Pool, name: str, what: str) -> None:
     for errors in act(pool, 2, scenes.another_size, name, what):
         assert max(errors) <= EXACT, errors
 
 
-@pytest.mark.parametrize("name", ["sd3", pytest.param("wan", marks=WHOLE), "dit"])
+@pytest.mark.parametrize("name", ["sd3", whole("wan"), "dit"])
 def test_both_conditions_in_turn(pool: Pool, name: str) -> None:
     for seen in act(pool, 2, scenes.guided, name, scenes.TWO):
         assert seen["error"] <= EXACT < seen["exact"] and seen["drained"] == 0, seen
 
 
-@pytest.mark.parametrize("name", [pytest.param("sd3", marks=WHOLE), "wan"])
+@pytest.mark.parametrize("name", [whole("sd3"), "wan"])
 def test_groups_of_stages_take_turns(pool: Pool, name: str) -> None:
     for seen in act(pool, 4, scenes.guided, name, f"cfg=2,{scenes.TWO}"):
         assert seen["error"] <= EXACT < seen["exact"] and seen["drained"] == 0, seen
@@ -104,9 +105,9 @@ def test_one_condition_where_groups_take_turns(pool: Pool) -> None:
 
 @pytest.mark.parametrize(
     ("name", "layers", "second"),
-    [("dit", 4, None), ("sd3", 5, None),
+    [("dit", 4, None), whole("sd3", 5, None),
      ("sd3", 4, {"skip_layers": [1]}),
-     ("sd3", 4, {"skip_layers": [2]})],
+     whole("sd3", 4, {"skip_layers": [2]})],
 )  # fmt: skip
 def test_two_kinds_of_calls(pool: Pool, name: str, layers: int, second: dict[str, Any] | None) -> None:
     """Another size, or without a block, as skip-layer guidance has it."""
@@ -130,7 +131,7 @@ def test_two_denoisers(pool: Pool) -> None:
 # Pipelines
 
 
-PIPELINES = ["dit", *(pytest.param(name, marks=WHOLE) for name in (
+PIPELINES = ["dit", *(whole(name) for name in (
     "sd3", "wan", "sd3_skip", "qwen_image", "flux", "flux_true", "pixart_sigma", "ltx", "wan_two"))]
 
 
@@ -186,7 +187,7 @@ def test_a_call_with_too_few_tokens_and_one_with_enough(troubled: Pool) -> None:
 # Mishaps
 
 
-EACH = [pytest.param(0, marks=WHOLE), 1, pytest.param(2, marks=WHOLE)]
+EACH = [whole(0), 1, whole(2)]
 
 
 @pytest.mark.parametrize("rank", EACH)
@@ -202,7 +203,7 @@ def test_a_stage_that_raises(troubled: Pool, rank: int) -> None:
 
 
 @pytest.mark.parametrize("rank", EACH)
-@pytest.mark.parametrize("how", ["dies", pytest.param("leaves", marks=WHOLE)])
+@pytest.mark.parametrize("how", ["dies", whole("leaves")])
 def test_a_stage_that_dies(troubled: Pool, how: str, rank: int, tmp_path: Path) -> None:
     """In the middle of its step, or between two."""
     with pytest.raises(RemoteError, match=r"the worker died \(exit code 7\)"):
@@ -213,7 +214,7 @@ def test_a_stage_that_dies(troubled: Pool, how: str, rank: int, tmp_path: Path) 
         assert float(seconds) < 14
 
 
-@pytest.mark.parametrize("rank", range(2))
+@pytest.mark.parametrize("rank", [whole(0), 1])
 def test_ranks_that_call_with_different_inputs_in_a_patched_step(troubled: Pool, rank: int) -> None:
     seen = act(troubled, 2, scenes.mishap, "differs", rank, "pipefusion=2")
     assert {s["raised"] for s in seen} <= {"XditError", "RankFailure", "RankMismatch"}, seen

@@ -13,9 +13,9 @@ from pool import Pool
 
 EXACT = 1e-4  # of the largest value, after six steps in float32
 
-QUICK = ["dit", "sd3", "flux_true", "qwen_image", "ltx", "sd3_control"]
+QUICK = ["dit", "flux_true", "sd3_control"]
 """Both kinds of guidance, a video, a ControlNet; the others run in the whole tests."""
-SHARED = ["dit", "flux_true", "ltx"]
+SHARED = ["dit", "ltx"]
 
 ALONE = ["hunyuan_video15"]
 """Diffusers itself does not make two videos of one prompt."""

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -25,6 +26,7 @@ def test_an_image_is_most_like_itself() -> None:
     assert 0.9 < darker.ssim < 1
 
 
+@pytest.mark.whole
 def test_the_page_is_written_whole(tmp_path: Path) -> None:
     path = tmp_path / "page.md"
     assert quality.main(["--quick", "--output", str(path)]) == 0
