@@ -11,26 +11,35 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import difflib
 import importlib
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import parso
+import pytest
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.operators.operator import Example, Operator
 from cosmic_ray.plugins import get_operator, operator_names
+from tqdm import tqdm
+
+# Slow to import, and the same for all mutants; the package itself is each mutant's own.
+for slow in ("torch._dynamo", "torch.export", "torch.distributed.fsdp", "diffusers", "hypothesis", "safetensors.torch"):
+    importlib.import_module(slow)
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 600
@@ -151,49 +160,101 @@ def tests_of(file: Path) -> list[str]:
     """What to run for a file; of the test of rules, those that the file holds first."""
     tests = next(t for pattern, t in TARGETS.items() if file.match(pattern))
     if "rules" in file.parts:
-        rules = importlib.import_module("xdit_compile.passes.rules").RULES
-        mine = [str(op) for op, rule in rules.items() if rule.apply.__module__.rpartition(".")[2] == file.stem]
-        return [*tests, "-k", " or ".join(mine or ["pieces"])]
-    return tests
+        return [*tests, "-k", " or ".join(operators_of(file) or ["pieces"])]
+    return list(tests)
 
 
-def survives(mutant: Mutant) -> bool:
-    with tempfile.TemporaryDirectory() as folder:
-        package = Path(folder) / "xdit_compile"
-        shutil.copytree(ROOT / "xdit_compile", package, ignore=shutil.ignore_patterns("__pycache__"))
-        (Path(folder) / mutant.file.relative_to(ROOT)).write_text(mutant.changed)
+@cache
+def operators_of(file: Path) -> list[str]:
+    """The operators whose rules are in a file; asked of another process, as here no package may be loaded yet."""
+    ask = ("import sys; from xdit_compile.passes.rules import RULES; print(*("
+           "op for op, rule in RULES.items() if rule.apply.__module__.rpartition('.')[2] == sys.argv[1]), sep='\\n')")
+    done = subprocess.run([sys.executable, "-c", ask, file.stem], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+class Trial:
+    """The tests of one mutant, in a process that is forked from this one: what is slow to import is here already."""
+
+    def __init__(self, number: int, mutant: Mutant) -> None:
+        self.number, self.mutant = number, mutant
+        self.folder = tempfile.mkdtemp()
+        self.deadline = time.monotonic() + TIMEOUT
         tests = [str(ROOT / t) if t.startswith("tests/") else t for t in tests_of(mutant.file)]
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT),
-                   "-c", str(ROOT / "pyproject.toml"), *tests]
-        environment = os.environ | {"PYTHONPATH": f"{folder}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+        self.pid = os.fork()
+        if self.pid == 0:
+            os._exit(self._run(tests))
+
+    def _run(self, tests: list[str]) -> int:
+        code = 3
         try:
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=TIMEOUT)
-        except subprocess.TimeoutExpired:
-            return False
-        if done.returncode not in (0, 1, 2):  # passed, failed, or not even collected
-            raise RuntimeError(done.stdout.decode()[-2000:])
-        return done.returncode == 0
+            os.setsid()
+            package = Path(self.folder) / "xdit_compile"
+            shutil.copytree(ROOT / "xdit_compile", package, ignore=shutil.ignore_patterns("__pycache__"))
+            (Path(self.folder) / self.mutant.file.relative_to(ROOT)).write_text(self.mutant.changed)
+            log = os.open(Path(self.folder) / "log", os.O_WRONLY | os.O_CREAT)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            os.chdir(self.folder)
+            sys.path[:] = [self.folder, str(ROOT / "tests"), *sys.path[1:]]
+            os.environ["PYTHONPATH"] = f"{self.folder}:{ROOT / 'tests'}"
+            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(ROOT),
+                                    "-c", str(ROOT / "pyproject.toml"), *tests]))
+        finally:
+            sys.stdout.flush()
+        return code
+
+    def caught(self) -> bool | None:
+        """Whether a test failed; None while they run."""
+        ended, status = os.waitpid(self.pid, os.WNOHANG)
+        if not ended and time.monotonic() < self.deadline:
+            return None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)  # and what it has started
+        if not ended:
+            os.waitpid(self.pid, 0)
+        code = os.waitstatus_to_exitcode(status) if ended else 1
+        said = (Path(self.folder) / "log").read_text(errors="replace")[-2000:]
+        shutil.rmtree(self.folder)
+        if code in (3, 4, 5):  # pytest itself failed, or found no test
+            raise RuntimeError(f"{self.mutant.file}: {said}")
+        return code != 0
+
+
+def outcomes(mutants: Iterable[Mutant], jobs: int) -> Iterator[tuple[int, Mutant, bool]]:
+    """Each mutant, and whether it was caught."""
+    running: list[Trial] = []
+    waiting = enumerate(mutants)
+    while True:
+        while len(running) < jobs and (following := next(waiting, None)):
+            running.append(Trial(*following))
+        if not running:
+            return
+        time.sleep(0.1)
+        for trial in running[:]:
+            if (caught := trial.caught()) is not None:
+                running.remove(trial)
+                yield trial.number, trial.mutant, caught
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="files whose path holds this")
+    parser.add_argument("--jobs", type=int, default=2, help="how many are tried at once")
     given = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
     files = sorted({f for pattern in TARGETS for f in ROOT.glob(pattern) if given.only in str(f)})
-    rng, outcomes = random.Random(given.seed), Counter[str]()
-    for i in range(given.count):
-        mutant = drawn(files, rng)
-        left = survives(mutant)
-        outcomes["survived" if left else "caught"] += 1
-        name = mutant.file.relative_to(ROOT)
-        print(f"{i}: {name} {mutant.operator} {'SURVIVED' if left else 'caught'}", flush=True)
-        if left:
+    rng, counts = random.Random(given.seed), Counter[str]()
+    mutants = (drawn(files, rng) for _ in range(given.count))
+    for number, mutant, caught in tqdm(outcomes(mutants, given.jobs), total=given.count, unit="mutant"):
+        counts["caught" if caught else "survived"] += 1
+        verdict = "caught" if caught else "SURVIVED"
+        print(f"{number}: {mutant.file.relative_to(ROOT)} {mutant.operator} {verdict}", flush=True)
+        if not caught:
             print("    " + mutant.diff().replace("\n", "\n    "), flush=True)
-    print(f"{given.count} mutants of {len(files)} files, seed {given.seed}: {dict(outcomes)}")
-    return int(outcomes["survived"] > 0)
+    print(f"{given.count} mutants of {len(files)} files, seed {given.seed}: {dict(counts)}")
+    return int(counts["survived"] > 0)
 
 
 if __name__ == "__main__":
