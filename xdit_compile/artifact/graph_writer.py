@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from torch import fx
-from torch._export.serde.serialize import serialize
 from torch._export.verifier import load_verifier
 from torch.export.exported_program import (
     ExportedProgram,
@@ -84,6 +83,8 @@ def _serialized(graph: fx.Graph) -> bytes:
     program = ExportedProgram(
         root=fx.GraphModule({}, graph), graph=graph, graph_signature=signature, state_dict={}, range_constraints={},
         module_call_graph=calls, example_inputs=None, constants={}, verifiers=[load_verifier(_DIALECT)])
+    from torch._export.serde.serialize import serialize  # as slow to import as PyTorch itself
+
     return serialize(program).exported_program
 
 

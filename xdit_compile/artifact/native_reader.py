@@ -38,7 +38,9 @@ class CompiledFunction(nn.Module):
 
     def __init__(self, package: Path, graph: fx.Graph) -> None:
         super().__init__()
-        self._run = torch._inductor.aoti_load_package(str(package))
+        from torch._inductor import aoti_load_package  # as slow to import as PyTorch itself
+
+        self._run = aoti_load_package(str(package))
         self._strides = [n.meta["val"].stride() for n in graph.find_nodes(op="placeholder")]
 
     def forward(self, *tensors: torch.Tensor) -> Any:

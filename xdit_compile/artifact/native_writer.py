@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import fx
 from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
-from torch._inductor import list_mode_options
 
 from xdit_compile.artifact.graph_writer import encode
 from xdit_compile.ir.layout import BATCH, SEQUENCE
@@ -58,6 +57,8 @@ class AheadOfTimePackages:
 
     def of(self, module: fx.GraphModule, spec: ShardingSpec, rank: int) -> str:
         """The file with the package of ``module`` for this rank."""
+        from torch._inductor import aoti_compile_and_package, list_mode_options  # as slow to import as PyTorch itself
+
         content = encode(module)
         if content not in self._made:
             with tempfile.TemporaryDirectory() as folder, _groups(spec, rank), warnings.catch_warnings():
@@ -66,7 +67,7 @@ class AheadOfTimePackages:
                 inputs = tuple(_example(n.meta["val"]) for n in module.graph.find_nodes(op="placeholder"))
                 exported = torch.export.export(fx.GraphModule({}, _unseen(module.graph)), inputs, strict=False)
                 asked = {**list_mode_options(spec.compile_mode), **spec.options} if spec.backend == "inductor" else {}
-                torch._inductor.aoti_compile_and_package(
+                aoti_compile_and_package(
                     exported, package_path=path, inductor_configs={**INDUCTOR_OPTIONS, **asked})
                 self._made[content] = self._add(Path(path).read_bytes(), "pt2")
         return self._made[content]

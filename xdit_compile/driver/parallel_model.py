@@ -159,7 +159,10 @@ class Method:
         if model is None:
             return getattr(_stand_in(cls)._stands_for, self.name)
         if torch.compiler.is_dynamo_compiling():
-            return functools.partial(_uncompiled, self, model)
+            # Not before: what it needs is as slow to import as PyTorch itself.
+            from xdit_compile.driver.uncompiled import uncompiled
+
+            return functools.partial(uncompiled, self, model)
         return MethodType(self._call, model) if self._put is None else self._put
 
     def __set__(self, model: Any, value: Any) -> None:
@@ -187,15 +190,6 @@ class Method:
             return result
 
         return call
-
-
-@torch.compiler.disable(reason="a parallel model runs its own programs; give backend=inductor in the spec")
-def _uncompiled(method: Method, model: Any, *args: Any, **kwargs: Any) -> Any:
-    """A call out of a function that ``torch.compile`` was put around."""
-    if not method.said:
-        method.said = True
-        warnings.warn(f"torch.compile around a parallel {type(model).__name__} {COMPILED}", stacklevel=2)
-    return getattr(model, method.name)(*args, **kwargs)
 
 
 def _method(model: nn.Module, name: str, runner: ModelRunner) -> Method:

@@ -7,19 +7,15 @@ does, not from which library put it there.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from xdit_compile.errors import CaptureError
-
-WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, FullyShardedDataParallel)
-"""Modules of PyTorch around a model, which share its calls out themselves."""
 
 PLAIN = (torch.Tensor, nn.Parameter, FakeTensor)
 """Types of tensors that hold what operators compute with, and do nothing of their own."""
@@ -52,7 +48,7 @@ def obstacle(model: nn.Module) -> str | None:
 
 def unwrapped(model: Any) -> Any:
     """The model inside of a wrapper of ``torch.compile``, which is said to have no effect; anything else as it is."""
-    while isinstance(model, OptimizedModule):
+    while _compiled(model):
         model = model._orig_mod
         warnings.warn(f"torch.compile around {type(model).__name__} {COMPILED}", stacklevel=3)
     return model
@@ -61,11 +57,12 @@ def unwrapped(model: Any) -> Any:
 def compiled_inside(model: nn.Module) -> list[str]:
     """The paths of modules that ``torch.compile`` or ``Module.compile`` was put around."""
     return [path for path, module in model.named_modules()
-            if isinstance(module, OptimizedModule) or vars(module).get("_compiled_call_impl") is not None]
+            if _compiled(module) or vars(module).get("_compiled_call_impl") is not None]
 
 
 def _wrapper(module: nn.Module, path: str) -> str | None:
-    if isinstance(module, WRAPPERS):
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or _instance(
+            module, "torch.distributed.fsdp", "FullyShardedDataParallel"):
         return (f"{_at(path)} is wrapped in {_name(type(module))}, which shares calls out by itself; give parallelize "
                 "the model inside (its .module). pipefusion in the spec spreads weights over devices")
     if isinstance(module, torch.jit.ScriptModule):
@@ -129,6 +126,15 @@ def _overrides(hook: Any, name: str) -> bool:
 
 _LOOKS = (_wrapper, _call, _tensors)
 _HOOKS = (_device_hooks, _registered_hooks)
+
+
+def _instance(value: Any, module: str, name: str) -> bool:
+    """Whether a value is of a class of a part of PyTorch that is slow to import: without it, there are none."""
+    return module in sys.modules and isinstance(value, getattr(sys.modules[module], name))
+
+
+def _compiled(module: Any) -> bool:
+    return _instance(module, "torch._dynamo.eval_frame", "OptimizedModule")
 
 
 def _at(path: str) -> str:

@@ -20,7 +20,6 @@ from torch._export.utils import _compiling_state_context
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
-from torch.export._trace import _ignore_backend_decomps
 from torch.export.exported_program import (
     _override_composite_implicit_decomp,
     _split_decomp_table_to_cia_and_python_decomp,
@@ -184,10 +183,23 @@ def export_conventions() -> Iterator[None]:
     # Its own asks the tensor inside, where nobody who knows the values is asked.
     FunctionalTensor.tolist = Tensor.tolist  # type: ignore[method-assign]
     try:
-        with _override_composite_implicit_decomp(_composite()), _compiling_state_context(), _ignore_backend_decomps():
+        with _override_composite_implicit_decomp(_composite()), _compiling_state_context(), _no_backend():
             yield
     finally:
         FunctionalTensor.tolist = own  # type: ignore[method-assign]
+
+
+@contextmanager
+def _no_backend() -> Iterator[None]:
+    """Operators as they are everywhere, not in the forms of one library. ``torch.export`` has the same, which takes as
+    long to import as PyTorch itself."""
+    backends = torch.backends.mkldnn, torch.backends.nnpack, torch.backends.cudnn
+    flags = [backend.set_flags(False) for backend in backends]
+    try:
+        yield
+    finally:
+        for backend, before in zip(backends, flags, strict=True):
+            backend.set_flags(*before)
 
 
 @cache
