@@ -154,6 +154,7 @@ def test_strength_of_a_controlnet(pool: Pool, root: str) -> None:
     ])  # fmt: skip
 
 
+@pytest.mark.whole
 def test_picture_as_a_prompt(pool: Pool, root: str) -> None:
     follow(pool, drive, "sdxl", root, "cfg=2", [
         (("start",), 1),

@@ -13,7 +13,7 @@ from pool import Pool
 
 EXACT = 1e-4  # of the largest value, after six steps in float32
 
-QUICK = ["dit", "flux_true", "sd3_control"]
+QUICK = ["dit", "flux_true"]
 """Both kinds of guidance, a video, a ControlNet; the others run in the whole tests."""
 SHARED = ["dit", "ltx"]
 
