@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 import xdit_compile
 from xdit_compile.errors import XditError
@@ -247,7 +248,7 @@ def main() -> None:
     failures: list[Any] = []
     slowest, begun = 0.0, time.monotonic()
     with campaign(options.seed, options.keep) as run:
-        for number in numbers:
+        for number in tqdm(numbers, unit="artifact", mininterval=5):
             start = time.monotonic()
             verdict, said = run(number)
             slowest = max(slowest, time.monotonic() - start)
@@ -255,8 +256,6 @@ def main() -> None:
             if verdict.startswith("FAILED") or options.only is not None:
                 failures.append([number, verdict, said])
                 print(f"{number}: {verdict} [{said[:300]}]", flush=True)
-            if (number + 1) % 1000 == 0:
-                print(f"{number + 1}: {dict(counts)}, {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
     figures = {**counts, "seconds": round(time.monotonic() - begun, 1), "slowest": round(slowest, 2)}
     print(json.dumps(figures) if options.json else ", ".join(f"{n} {k}" for k, n in figures.items()))
     sys.exit(counts["FAILED"] > 0)

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import xdit_compile
 
@@ -338,7 +339,7 @@ def main() -> int:
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     failed = list[str]()
-    for seed in range(given.seed, given.seed + given.count):
+    for seed in tqdm(range(given.seed, given.seed + given.count), unit="case", mininterval=5):
         try:
             found = run_case(seed)
         except Exception:

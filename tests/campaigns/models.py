@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -84,7 +85,7 @@ def main() -> int:
     torch.set_num_threads(1)
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    for seed in range(given.seed, given.seed + given.count):
+    for seed in tqdm(range(given.seed, given.seed + given.count), unit="case", mininterval=5):
         outcome = attempt(seed)
         counts[outcome.what] += 1
         if outcome.what == "refused":
