@@ -117,3 +117,24 @@ def test_memory_with_gaps_is_refused() -> None:
     with pytest.raises(PlanError, match="a view of a larger one"):
         canonicalize(captured)
     assert val(next(iter(captured.main.graph.nodes))).shape == (4, 3)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_writes_become_concatenations(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(12):
+        shape = [rng.randint(1, 5) for _ in range(rng.randint(1, 3))]
+        dim = rng.randrange(-len(shape), len(shape))
+        x, size = torch.randn(shape), shape[dim]
+        start, stop = (rng.choice([None, *range(-size - 1, size + 2)]) for _ in range(2))
+        step = rng.choice([1, 1, 2])
+        place = [slice(None)] * len(shape)
+        place[dim] = slice(start, stop) if step == 1 else slice(start, stop, step)
+        part = torch.randn(x[tuple(place)].shape)
+        test_spelled_otherwise_it_is_the_same(aten.slice_scatter.default, (x, part, dim, start, stop, step))
+        index = rng.randrange(-size, size)
+        test_spelled_otherwise_it_is_the_same(aten.select_scatter.default,
+                                              (x, torch.randn(x.select(dim, 0).shape), dim, index))
+        source = torch.randn([n if rng.random() < 0.7 else 1 for n in shape[rng.randint(0, len(shape)):]]).to(
+            rng.choice([torch.float32, torch.float64]))
+        test_spelled_otherwise_it_is_the_same(aten.copy.default, (x, source))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import random
 from collections import Counter
@@ -136,7 +137,7 @@ def program_of(op: Any, args: tuple[Any, ...]) -> tuple[Program, list[torch.Tens
         return [place(v) for v in value] if isinstance(value, list) else value
 
     placed = tuple(place(a) for a in args)
-    call = graph.call_function(op, placed, kwargs)
+    call = graph.call_function(op, placed, {name: place(value) for name, value in kwargs.items()})
     call.meta["val"] = op(*args, **kwargs)
     outs = [call]
     if not isinstance(call.meta["val"], torch.Tensor):
@@ -442,3 +443,22 @@ def test_a_batch_and_columns_cut_alike_make_no_product_that_is_cut_twice() -> No
         for second in (whole.replace(i, Dim.even(b.shape[i], 2)) for i in range(4)):
             assert_exact(aten.matmul.default, (a, b), [first, second], spec)
         assert_exact(aten.matmul.default, (a, b[0, 0]), [first, Layout((Dim.replicated(4), Dim.even(4, 2)))], spec)
+
+
+def test_rules_have_the_defaults_of_their_operators() -> None:
+    """Captured programs leave away what is as it is by default. None is what a rule finds out itself."""
+    compared = 0
+    for op, known in RULES.items():
+        given = [*inspect.signature(known.apply).parameters.values()][1:]
+        placed = [p for p in given if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        named = {a.name: a for a in op._schema.arguments}
+        pairs = [*zip(placed, (a for a in named.values() if not a.kwarg_only), strict=False),
+                 *((p, named[p.name]) for p in given if p.kind == p.KEYWORD_ONLY and p.name in named)]
+        for parameter, argument in pairs:
+            if argument.has_default_value() and parameter.default is not None:
+                wanted = argument.default_value
+                # One number stands for one of each dimension.
+                wanted = tuple(wanted[:1]) if isinstance(wanted, list) else wanted
+                assert parameter.default == wanted, f"{op}: {parameter.name} of {known.apply.__name__}"
+                compared += 1
+    assert compared >= 100

@@ -200,3 +200,39 @@ def test_numbers_part_blocks_that_read_them_only(use: Callable[[Any, Tensor], Te
     assert (names == ["main", "blocks"]) is (use is unused)
     assert exact(model, x)
     assert [dict(vars(b)) for b in model.blocks] == before and "i" not in vars(Numbered) and Numbered.default == 3
+
+
+SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], None], Any]] = {
+    "get_float32_matmul_precision": (lambda: torch.get_float32_matmul_precision() == "high",
+                                     torch.set_float32_matmul_precision, "high"),
+    "are_deterministic_algorithms_enabled": (lambda: torch.are_deterministic_algorithms_enabled(),
+                                             torch.use_deterministic_algorithms, True),
+    "is_deterministic_algorithms_warn_only_enabled": (
+        lambda: torch.is_deterministic_algorithms_warn_only_enabled(),
+        lambda on: torch.use_deterministic_algorithms(on, warn_only=bool(on)), True),
+    "flash_sdp_enabled": (lambda: not torch.backends.cuda.flash_sdp_enabled(),
+                          lambda off: torch.backends.cuda.enable_flash_sdp(off != True), True),  # noqa: E712
+    "get_deterministic_debug_mode": (lambda: torch.get_deterministic_debug_mode() > 0,
+                                     torch.set_deterministic_debug_mode, 1),
+}
+BEFORE: dict[str, Any] = {"get_float32_matmul_precision": "highest", "get_deterministic_debug_mode": 0}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_of_pytorch_that_forward_asks_for(name: str) -> None:
+    asked, put, value = SETTINGS[name]
+
+    class Asks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if asked() else x
+
+    model, x = Asks(), torch.ones(2)
+    program = captured(model, (x,), {})
+    assert find(model, (x,), {}) is program
+    put(value)
+    try:
+        assert find(model, (x,), {}) is None
+        assert captured(model, (x,), {}) is not program
+    finally:
+        put(BEFORE.get(name, False))
+    assert find(model, (x,), {}) is program

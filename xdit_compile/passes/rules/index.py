@@ -126,7 +126,9 @@ def looked_up(s, x, table, **kwargs):
     return s.emit(x.layout, x, s.whole(table), **kwargs)
 
 
-@rule({aten.searchsorted.Tensor: lambda r: (r.tensor(4).sort().values, r.tensor(2, 6))})
+@rule({aten.searchsorted.Tensor: lambda r: r.pick(
+    (r.tensor(4).sort().values, r.tensor(2, 6)), (r.tensor(2, 4).sort().values, r.tensor(2, 6)),
+    (table := r.tensor(4), r.tensor(2, 6), {"sorter": table.argsort()}))})
 def searched(s, table, x, **kwargs):
     if table.ndim > 1 or kwargs.get("sorter") is not None:
         raise NoRule("several tables, or one that is not sorted")

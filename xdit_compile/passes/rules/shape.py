@@ -149,7 +149,7 @@ def slice_scatter(s, x, part, dim=0, *where):
 
 
 @rule({aten.split_with_sizes.default: lambda r: (r.tensor(2, 9), [2, 4, 3], r.pick(1, -1)),
-       aten.split.Tensor: lambda r: (r.tensor(2, 9), 4, 1)})
+       aten.split.Tensor: lambda r: r.pick((r.tensor(2, 9), 4, 1), (r.tensor(9, 2), 2))})
 def split(s, x, sizes, dim=0):
     old = x.dims[dim]
     if isinstance(sizes, int):
