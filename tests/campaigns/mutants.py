@@ -16,6 +16,7 @@ import difflib
 import importlib
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -76,7 +77,7 @@ TARGETS = {
 """Files, and the tests that should catch a change in them."""
 
 LEFT_OUT = ("RemoveDecorator", "VariableReplacer", "VariableInserter", "ExceptionReplacer", "Eq_Is", "NotEq_IsNot")
-"""Operators of cosmic-ray that are not drawn: some need options; of small numbers and names, ``is`` says what ``==`` does."""
+"""Operators of cosmic-ray that are not drawn: some need options; and of small numbers, ``is`` says what ``==`` does."""
 
 EVERYWHERE = [name for name in operator_names() if not name.endswith(LEFT_OUT)]
 
@@ -128,8 +129,8 @@ def places(file: Path) -> dict[Any, list[tuple[str, int]]]:
 
 
 def meaning(source: str) -> str:
-    """What runs outside of tests: without annotations and names of types, without decorators, which hold the examples of
-    rules, and without ``strict`` of zip, which only doubts that sizes are equal."""
+    """What runs outside of tests: without annotations and names of types, without decorators, which hold the examples
+    of rules, and without ``strict`` of zip, which only doubts that sizes are equal."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -146,7 +147,7 @@ def meaning(source: str) -> str:
     used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     tree.body = [n for n in tree.body if not (isinstance(n, ast.FunctionDef) and any(
         e in ast.unparse(n) for e in examples)) and not (isinstance(n, ast.Assign) and not (
-            {ast.unparse(t) for t in n.targets} & used) and ast.unparse(n.targets[0]).istitle())]
+            {ast.unparse(t) for t in n.targets} & used) and re.fullmatch(r"_?[A-Z]\w*[a-z]\w*", ast.unparse(n.targets[0])))]
     return ast.dump(tree)
 
 
