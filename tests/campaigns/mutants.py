@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -146,9 +146,14 @@ def meaning(source: str) -> str:
     examples = ("r.tensor(", "lambda r:")
     used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     tree.body = [n for n in tree.body if not (isinstance(n, ast.FunctionDef) and any(
-        e in ast.unparse(n) for e in examples)) and not (isinstance(n, ast.Assign) and not (
-            {ast.unparse(t) for t in n.targets} & used) and re.fullmatch(r"_?[A-Z]\w*[a-z]\w*", ast.unparse(n.targets[0])))]
+        e in ast.unparse(n) for e in examples)) and not _names_a_type(n, used)]
     return ast.dump(tree)
+
+
+def _names_a_type(node: ast.stmt, used: Collection[str]) -> bool:
+    """Whether this gives a name in capitals and small letters, which annotations alone mention."""
+    return isinstance(node, ast.Assign) and not {ast.unparse(t) for t in node.targets} & {*used} and (
+        re.fullmatch(r"_?[A-Z]\w*[a-z]\w*", ast.unparse(node.targets[0])) is not None)
 
 
 def drawn(files: list[Path], rng: random.Random) -> Mutant:
