@@ -62,7 +62,8 @@ class ModelRunner:
 
     def __init__(self, model: nn.Module, group: ParallelGroup, check_inputs: bool, source: ProgramSource,
                  weights: Checkpoint | None = None) -> None:
-        self.model, self.group, self.check_inputs, self.source = model, group, check_inputs, source
+        self.model, self.group, self.source = model, group, source
+        self.check_inputs = check_inputs and group.spec.world_size > 1  # one rank agrees with itself
         self.weights = weights
         self.programs: dict[int, ReadyProgram] = {}
         """By the identity of the kind of call, which ``ReadyProgram`` keeps alive."""

@@ -1,0 +1,112 @@
+"""What does a call cost that computes next to nothing? All of its time is host time, which a GPU would wait for.
+
+The graph of FLUX.1-dev (19 double-stream and 38 single-stream blocks) at a tiny width, on one process of one thread:
+
+* plain: the model as it is;
+* whole: ``torch.compile(model, fullgraph=True)`` (``--compile``);
+* ours: ``parallelize(model, "ulysses=1")``, eager, or with ``--compile`` ``backend=inductor``;
+* runner: of ours, what is not the program itself: which program the call is for, whether ranks agree, its results.
+
+    python benchmarks/host.py
+    python benchmarks/host.py --compile --double 2 --single 4
+    python benchmarks/host.py --profile 25          # where ours spends its time
+
+Timed in turns; the least of each and the median of the ratios within a round are shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import json
+import pstats
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flux
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import trange
+
+from xdit_compile import parallelize
+from xdit_compile.runtime.execution.executor import Executor
+
+
+class Clock:
+    """Adds up the seconds that programs themselves take."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        run = Executor.__call__
+
+        def timed(executor: Executor, *args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return run(executor, *args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - start
+
+        Executor.__call__ = timed  # type: ignore[method-assign]
+
+
+def step(call: Callable[..., Any], inputs: dict[str, Any], calls: int) -> float:
+    """Seconds for each of some calls that follow each other as in a denoising loop."""
+    start = time.perf_counter()
+    for i in range(calls):
+        call(**{**inputs, "timestep": torch.full_like(inputs["timestep"], 1 - (i + 1) / (calls + 1))})
+    return (time.perf_counter() - start) / calls
+
+
+@torch.no_grad()
+def measure(options: argparse.Namespace) -> dict[str, list[float]]:
+    size = flux.Size(options.tokens, options.text, options.hidden, options.double, options.single)
+    model, inputs = flux.model(size), flux.inputs(size)
+    spec = "ulysses=1,backend=inductor" if options.compile else "ulysses=1"
+    ways: dict[str, Callable[..., Any]] = {"plain": flux.model(size), "ours": parallelize(model, spec)}
+    if options.compile:
+        ways["whole"] = torch.compile(flux.model(size), fullgraph=True)
+    for call in ways.values():
+        step(call, inputs, 2)
+    if options.profile:
+        with cProfile.Profile() as profile:
+            step(ways["ours"], inputs, options.calls * 5)
+        pstats.Stats(profile).sort_stats("tottime").print_stats(options.profile)
+    clock, found = Clock(), {name: list[float]() for name in (*ways, "runner")}
+    for _ in trange(options.rounds, desc="rounds"):
+        for name, call in ways.items():
+            clock.seconds = 0.0
+            found[name].append(step(call, inputs, options.calls))
+            if name == "ours":
+                found["runner"].append(found[name][-1] - clock.seconds / options.calls)
+    return found
+
+
+def show(found: dict[str, list[float]], base: str) -> None:
+    table = Table("", "ms a call", f"of {base}")
+    for name, seconds in found.items():
+        ratio = statistics.median(a / b for a, b in zip(seconds, found[base], strict=True))
+        table.add_row(name, f"{min(seconds) * 1e3:.2f}", f"{ratio:.3f}")
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in {"double": 19, "single": 38, "hidden": 64, "tokens": 16, "text": 8, "rounds": 11, "calls": 5,
+                          "profile": 0}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--compile", action="store_true", help="compiled by inductor, both")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found = measure(options)
+    show(found, "whole" if options.compile else "plain")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()
