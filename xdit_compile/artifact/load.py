@@ -309,11 +309,11 @@ class _Call:
     def _parted(self, entry: Entry, reader: Reader, position: Mapping[str, int],
                 state: Values) -> tuple[Program, Program | None]:
         """A program, and what of it is kept from step to step."""
-        def program(written: Entry, values: Values) -> Program:
-            return reader.program(written, self.spec, position, lambda *what: values.get(what))
+        def program(written: Entry, values: Values, part: bool) -> Program:
+            return reader.program(written, self.spec, position, lambda *what: values.get(what), part=part)
 
-        invariant = program(entry["invariant"], state) if entry["invariant"] else None
-        body = program(entry["body"], {**state, **kept_values(entry["body"], invariant)})
+        invariant = program(entry["invariant"], state, True) if entry["invariant"] else None
+        body = program(entry["body"], {**state, **kept_values(entry["body"], invariant)}, False)
         if (found := results_of(body)) != self.results:
             ours, theirs = (", ".join(map(look_text, looks))[:200] for looks in (found, self.results))
             raise ArtifactError(f"{entry.where}: its program returns {ours}, but the model {theirs}")
@@ -345,7 +345,7 @@ def _check_columns(ranks: Entry, spec: ShardingSpec) -> None:
     entries = ranks.parts()
     for rank, entry in enumerate(entries):
         first = entries[members(STAGE, rank, spec)[0]]
-        for key in ("edges", "cuts"):
+        for key in ("edges", "cuts", "samples"):
             if entry["stage"][key].value != first["stage"][key].value:
                 raise ArtifactError(f"{entry['stage'][key].where} is not that of the other stages")
 

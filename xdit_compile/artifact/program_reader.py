@@ -41,9 +41,9 @@ class Reader:
         self._functions: dict[str, Function] = {}
 
     def program(self, entry: Entry, spec: ShardingSpec, position: Mapping[str, int], given: Given,
-                caches: bool = False) -> Program:
+                part: bool, caches: bool = False) -> Program:
         """Raises ArtifactError or GraphError where it does not fit together, or to what it is ``given``; caches are as
-        it wants them, if it may have any."""
+        it wants them, if it may have any. ``part``: whether it gives other programs values, and not the caller."""
         files = dict(entry["functions"].items())
         functions = {function_name(name): self._function(file) for name, file in sorted(files.items())
                      if name != "main"}
@@ -55,7 +55,7 @@ class Reader:
         constants = {name: self._constant(key) for name, key in entry["constants"].items()}
         inputs = self._inputs(entry["inputs"], main, constants, given, caches)
         return Program(graph_module("main", main.graph, children), inputs, constants, flatten(())[1], spec=spec,
-                       position=position, facts=frozenset({"lowered"}), part=entry["part"].flag())
+                       position=position, facts=frozenset({"lowered"}), part=part)
 
     def _inputs(self, entry: Entry, main: Function, constants: Mapping[str, torch.Tensor],
                 given: Given, caches: bool) -> tuple[Input, ...]:

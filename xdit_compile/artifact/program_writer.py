@@ -32,7 +32,6 @@ def program_json(program: Program, add: Callable[[bytes, str], str],
         "functions": {name: add(encode(module), "json") for name, module in program.functions()},
         "inputs": [[i.kind, i.name] for i in program.inputs],
         "constants": {i.name: constant(program.constants[i.name]) for i in program.inputs if i.kind == "constant"},
-        "part": program.part,
     }
 
 

@@ -63,7 +63,7 @@ class _Stage:
         self._check_results(found[len(self.held):])
 
     def _program(self, entry: Entry, values: Values) -> Program:
-        return self.reader.program(entry, self.spec, self.position, lambda *what: values.get(what))
+        return self.reader.program(entry, self.spec, self.position, lambda *what: values.get(what), part=True)
 
     def _cut(self, entry: Entry, look: Look | None) -> Cut:
         """How a tensor comes in patches."""
@@ -77,11 +77,14 @@ class _Stage:
         return Cut(dim, borders)
 
     def _shapes(self) -> dict[tuple[str, int], Look]:
-        made = {}
+        made: dict[tuple[str, int], Look] = {}
         for part in self.entry["shapes"].parts():
             name, unit, shape, dtype = part.parts(4)
             look = look_of(Entry({"shape": shape.value, "dtype": dtype.value}, part.where))
-            made[name.text(), unit.whole(WHOLE)] = (look[0], dtype_of(dtype))
+            key = name.text(), unit.whole(WHOLE)
+            if key in made:
+                raise ArtifactError(f"{part.where} is there twice")
+            made[key] = (look[0], dtype_of(dtype))
         return made
 
     def _units(self) -> dict[int, Program]:
@@ -110,7 +113,8 @@ class _Stage:
         values: dict[tuple[str, str], Look] = {**self.state, **self.once, **received}
         for i, cut in self.samples.items() if unit != WHOLE else ():
             values["argument", f"arg_{i}"] = _piece(values["argument", f"arg_{i}"], cut, unit)
-        return self.reader.program(entry, self.spec, self.position, lambda *what: values.get(what), caches=True)
+        return self.reader.program(entry, self.spec, self.position, lambda *what: values.get(what), part=True,
+                                   caches=True)
 
     def _check_results(self, fixed: Sequence[Look]) -> None:
         """What units return is what is sent, and then the model's results."""
