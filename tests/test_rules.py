@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from xdit_compile.ir.layout import BATCH, EVERY, PATCH, SEQUENCE, Dim, Layout, Segment, even_offsets
 from xdit_compile.ir.mesh import STAGE, axis_sizes, position_of
-from xdit_compile.ir.program import Program
+from xdit_compile.ir.program import Program, is_collective
 from xdit_compile.ir.pytree import flatten
 from xdit_compile.passes.emitter import Emitter
 from xdit_compile.passes.interpreter import FunctionInterpreter, ProgramInterpreter
@@ -384,6 +384,7 @@ def assert_timely(op: Any, args: tuple[Any, ...], layouts: list[Layout], spec: S
         made.assert_run(time, now, [mixed(a, b, lay, time) for a, b, lay in zip(now, before, layouts, strict=True)])
 
 
+WAIT = torch.ops._c10d_functional.wait_tensor.default
 TIMES = [ShardingSpec(pipefusion_degree=2, num_patches=m, ulysses_degree=u)
          for m, u in ((2, 1), (3, 1), (3, 1), (2, 2), (2, 2), (3, 2))]
 TIMES += [replace(spec, cfg_degree=2) for spec in (TIMES[0], TIMES[3])]
@@ -462,3 +463,24 @@ def test_rules_have_the_defaults_of_their_operators() -> None:
                 assert parameter.default == wanted, f"{op}: {parameter.name} of {known.apply.__name__}"
                 compared += 1
     assert compared >= 100
+
+
+@pytest.mark.parametrize(("op", "args", "pieces", "exchanges"), [
+    (torch.ops.aten.conv2d.default, ((1, 4, 8, 6), (8, 4, 2, 2), None, [2, 2]), (4, 4), 0),
+    (torch.ops.aten.conv2d.default, ((1, 4, 8, 6), (8, 4, 2, 2), None, [2, 2]), (5, 3), 1),
+    (torch.ops.aten.conv2d.default, ((1, 4, 8, 6), (8, 4, 3, 3), None, [1, 1], [1, 1]), (4, 4), 1),
+    (torch.ops.aten.conv2d.default, ((1, 4, 8, 6), (8, 4, 1, 1)), (5, 3), 0),
+    (torch.ops.aten.avg_pool2d.default, ((1, 4, 8, 6), [4, 2]), (4, 4), 0),
+    (torch.ops.aten.max_pool2d.default, ((1, 4, 8, 6), [2, 2], [2, 2]), (6, 2), 0)], ids=str)
+def test_windows_send_only_what_others_need(op: Any, args: Any, pieces: tuple[int, int], exchanges: int) -> None:
+    """Patch embedding, and all that looks at no border of a piece, sends nothing."""
+    args = tuple(torch.randn(a) if isinstance(a, tuple) else a for a in args)
+    program, tensors = program_of(op, args)
+    program = replace(program, spec=ShardingSpec(ulysses_degree=2))
+    layouts = [Layout.replicated(tuple(t.shape)) for t in tensors]
+    cut = Dim.of([Segment((0, pieces[0], sum(pieces)), SEQUENCE)])
+    layouts[0] = layouts[0].replace(2, cut)
+    for rank in range(2):
+        local, _ = local_program(program, layouts, rank)
+        sent = [n for n in local.main.graph.nodes if is_collective(n) and n.target is not WAIT]
+        assert len(sent) == exchanges, (rank, local.main.code)

@@ -61,7 +61,7 @@ TARGETS = {
     "xdit_compile/passes/functionalize_writes.py": ["tests/test_canonical.py", "tests/test_operators.py"],
     "xdit_compile/passes/overlap_communication.py": ["tests/test_overlap.py"],
     "xdit_compile/passes/hoist.py": ["tests/test_kept.py", "tests/test_displaced.py"],
-    "xdit_compile/passes/patch_axis.py": ["tests/test_displaced.py"],
+    "xdit_compile/passes/patch_axis.py": ["tests/test_stages.py", "tests/test_displaced.py"],
     "xdit_compile/passes/stage_partition.py": ["tests/test_stages.py", "tests/test_displaced.py"],
     "xdit_compile/kernels/merging.py": ["tests/test_kernels.py"],
     "xdit_compile/runtime/execution/loop_invariant_cache.py": ["tests/test_kept.py"],
@@ -71,7 +71,8 @@ TARGETS = {
                                              "tests/test_kept.py"],
     "xdit_compile/frontend/watched.py": ["tests/test_state_read.py"],
     "xdit_compile/frontend/block_fingerprint.py": ["tests/test_state_read.py", "tests/test_capture.py"],
-    "xdit_compile/artifact/*_reader.py": ["tests/test_artifact.py", "-k", "not compiled_ahead"],
+    "xdit_compile/artifact/*_reader.py": ["tests/test_stage_artifacts.py", "tests/test_artifact.py", "-k",
+                                        "not compiled_ahead"],
     "xdit_compile/artifact/files.py": ["tests/test_artifact.py", "-k", "not compiled_ahead"],
 }
 """Files, and the tests that should catch a change in them."""
