@@ -54,7 +54,7 @@ TARGETS = {
     "xdit_compile/passes/batch_axis.py": ["tests/test_seeds.py", "tests/test_batch.py"],
     "xdit_compile/passes/attention_plan.py": ["tests/test_rules.py", "tests/test_kernels.py"],
     "xdit_compile/passes/lower_attention.py": ["tests/test_rules.py", "tests/test_batch.py"],
-    "xdit_compile/passes/fuse_attention.py": ["tests/test_exactness.py", "tests/test_seeds.py"],
+    "xdit_compile/passes/fuse_attention.py": ["tests/test_fuse_attention.py", "tests/test_seeds.py"],
     "xdit_compile/passes/expand_einsum.py": ["tests/test_canonical.py"],
     "xdit_compile/passes/composite.py": ["tests/test_canonical.py"],
     "xdit_compile/passes/spelling.py": ["tests/test_canonical.py"],
