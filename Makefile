@@ -1,7 +1,8 @@
 # Each target sets up what it needs: a virtual environment in .venv with the pinned versions.
 PYTHON ?= python3
 BIN := .venv/bin
-RUN := OMP_NUM_THREADS=1 $(BIN)/python
+# With bytecode kept, because tests start many processes.
+RUN := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python
 # Half of the tests run in one process, the others in up to four of one thread that often wait: two cores are enough.
 BY_TWO := -n 2 --dist loadfile
 

@@ -6,6 +6,7 @@ operator has no rule, so its inputs are gathered and every rank computes it whol
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from xdit_compile.errors import XditError
 from xdit_compile.frontend.caller import Autocast, autocast_as, autocast_now
@@ -27,8 +27,8 @@ _library = torch.library.Library("xdit_compile", "FRAGMENT")
 _library.define("python(str name, Tensor[] inputs) -> Tensor[]")
 OPAQUE = torch.ops.xdit_compile.python.default
 
-VALUES = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
-"""What PyTorch raises when tracing would need a value."""
+VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+"""What PyTorch raises when tracing would need a value; and see ``_needs_a_value``."""
 
 Shape = tuple[torch.Size, torch.dtype]
 
@@ -81,11 +81,18 @@ def modules_in(program: Program) -> dict[str, nn.Module]:
 def culprit(error: BaseException, model: nn.Module) -> type[nn.Module] | None:
     """The class of the innermost module of ``model`` in whose forward values decided what to do next, which is how
     ``error`` arose; not the model's own. None for any other error."""
-    if not isinstance(error, VALUES) and "numpy" not in str(error):
+    if not _needs_a_value(error) and "numpy" not in str(error):
         return None
     classes = {type(m) for m in model.modules() if not type(m).__module__.startswith("torch.nn.")} - {type(model)}
     owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
     return next((type(o) for o in reversed(owners) if isinstance(o, nn.Module) and type(o) in classes), None)
+
+
+def _needs_a_value(error: BaseException) -> bool:
+    # A part of PyTorch that is slow to import, and has raised nothing before it was.
+    shapes = sys.modules.get("torch.fx.experimental.symbolic_shapes")
+    return isinstance(error, VALUES) or (
+        shapes is not None and isinstance(error, shapes.GuardOnDataDependentSymNode))
 
 
 @contextmanager
