@@ -32,6 +32,7 @@ from xdit_compile.frontend.caller import autocast_as, undisturbed
 from xdit_compile.frontend.concrete_values import ConcreteValueMode, Value, of_inputs
 from xdit_compile.frontend.flex_attention import FLEX, dense_mask, is_open, is_plain, modified_attention
 from xdit_compile.frontend.gc_pause import gc_paused
+from xdit_compile.frontend.looks import Looks, dress
 from xdit_compile.frontend.mechanisms import COMPILED, check, compiled_inside
 from xdit_compile.frontend.objects import MISSING, constants
 from xdit_compile.frontend.opaque_modules import culprit, leaving_in_python
@@ -140,7 +141,7 @@ class _Capture:
         self.mode = detect_fake_mode([*self.tensors, *model.parameters()]) or FakeTensorMode(allow_non_fake_inputs=True)
         self.known = ConcreteValueMode(self.tensors, model)
         self.before = Before()
-        self.reads = Reads(first=self.before.note_frame)
+        self.reads = Reads(first=self.before.note_frame, looks=Looks.at(model, self.tensors))
         self.changed: dict[Key, Change] = {}
         self.tables: dict[Key, Any] = {}
         """What forward puts into empty places, where its values are known."""
@@ -161,7 +162,8 @@ class _Capture:
             self._check(program)
             self.before.put(self.tables)
         # What was noted down is not kept.
-        return program, Reads(self.reads.codes, valued=self.reads.valued)
+        looks = self.reads.looks.settled(self.tensors, self.reads.names())
+        return program, Reads(self.reads.codes, valued=self.reads.valued, looks=looks)
 
     def _traced(self) -> Program:
         call = self._call(self.known)
@@ -196,6 +198,8 @@ class _Capture:
 
     def _examples(self) -> list[torch.Tensor]:
         shown = [as_fake(t, self.mode) for t in self.tensors]
+        for fake, tensor in zip(shown, self.tensors, strict=True):
+            dress(fake, tensor)
         return [shown[i] for i in sharing(self.tensors)]
 
     @contextmanager

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
@@ -28,9 +29,12 @@ from xdit_compile.ir.guards import Guards, Slot, Step
 LARGEST = 1 << 20
 """Elements up to which a derived value is followed."""
 
+TEXT = {Tensor.__repr__, Tensor.__format__}
+"""Functions that write values down. Tracing's own tensors would answer with something else."""
+
 READS = {Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.numpy,
          Tensor.__array__, torch.equal, Tensor.equal, torch.allclose, Tensor.allclose, torch.is_nonzero,
-         Tensor.is_nonzero}
+         Tensor.is_nonzero, Tensor.__contains__, *TEXT}
 """Functions that turn values into Python objects."""
 
 SIZED = {torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere, torch.unique, Tensor.unique,
@@ -177,6 +181,8 @@ class ConcreteValueMode(TorchFunctionMode):
             return self._repeat(*args, **kwargs)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if not self._known(tensors):
+            if func in TEXT and any(isinstance(t, (FakeTensor, FunctionalTensor)) for t in tensors):
+                raise DataDependentOutputException(torch.ops.aten._local_scalar_dense.default)
             result = func(*args, **kwargs)
             if writes(func, kwargs):
                 self._forget(tensors)

@@ -27,6 +27,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from xdit_compile.frontend.concrete_values import plain
+from xdit_compile.frontend.looks import attributes_of
 from xdit_compile.frontend.objects import (
     CAPTURES,
     MISSING,
@@ -80,6 +81,8 @@ class Description:
     watch: Watch
     held: Mapping[int, Any]
     streams: Sequence[str]
+    own: Mapping[int, int]
+    """The model's tensors, by identity."""
 
 
 def ambient() -> Hashable:
@@ -155,7 +158,8 @@ class Watch:
         """Of what is too large, or too far away, to be compared at each call."""
         with plain():
             tensors = [None if (t := ref()) is None else values(t) for ref in self._large]
-            return tensors, [hashlib.sha1(content(a) or b"").digest() for a in self._memory if _nbytes(a) > SMALL]
+            own = [None if (t := ref()) is None else (_layout(t), len(vars(t))) for ref in self._own]
+            return tensors, own, [hashlib.sha1(content(a) or b"").digest() for a in self._memory if _nbytes(a) > SMALL]
 
     def holds(self, fresh: bool = False) -> bool:
         """Whether nothing has changed that can be told cheaply; with ``fresh``, nor anything else: PyTorch does not
@@ -204,6 +208,15 @@ def values(tensor: torch.Tensor) -> Hashable:
     return looks, bytes(raw) if flat.nbytes <= 64 else hashlib.sha1(raw, usedforsecurity=False).digest()
 
 
+def _look(tensor: torch.Tensor) -> tuple[Hashable, ...]:
+    return type(tensor), tensor.shape, tensor.dtype, device_of(tensor), _layout(tensor)
+
+
+def _layout(tensor: torch.Tensor) -> Hashable:
+    """How it lies in memory, if not in the ordinary way."""
+    return None if tensor.layout is not torch.strided or tensor.is_contiguous() else tensor.stride()
+
+
 class _Walk:
     """One look at everything."""
 
@@ -222,6 +235,8 @@ class _Walk:
         self.memory: list[Any] = []
         self.tensors: list[torch.Tensor] = []
         self.foreign: dict[int, torch.Tensor] = {}
+        self.foreign_numbers: dict[int, int] = {}
+        self.named = reads.names()
         self.classes: dict[type, None] = {}
         self.own: dict[int, int] = {}
         self.live: set[int] = set()
@@ -239,7 +254,7 @@ class _Walk:
             _paths(self.modules), self.modules, strict=True)]
         found += [self._globals(), self._imports(), self._classes()]
         found += [(name, self.of(t, name)) for name, t in extra.items()]
-        return Description(tuple(found), Watch(self), self.held, self.streams)
+        return Description(tuple(found), Watch(self), self.held, self.streams, self.own)
 
     def _module(self, module: nn.Module, path: str) -> Hashable:
         state, groups = vars(module), (module._parameters, module._buffers, module._modules)
@@ -248,7 +263,8 @@ class _Walk:
         self.states.append((operator.itemgetter(*(k for k in state if k not in _UNREAD)), state))
         for mapping in (*groups, *(state[h] for h in _HOOKS)):
             self.mappings[id(mapping)] = mapping
-        tensors = [(name, type(t), t.shape, t.dtype, device_of(t)) for group in groups[:2]
+        # Two that are one tensor have one number.
+        tensors = [(name, self.own[id(t)], *_look(t), self._named(t, f"{path}{name}")) for group in groups[:2]
                    for name, t in group.items() if t is not None]
         children = [(name, self.seen[id(m)]) for name, m in module._modules.items() if m is not None]
         # None reads the same wherever it is kept, and what is set anew comes last: order means nothing.
@@ -258,6 +274,13 @@ class _Walk:
         inside = [(n, self.of(slot(m, module), f"{path}{n}")) for n, m in self._slots(module)]
         hooks = [self.of(h, f"a hook of {path}") for g in _HOOKS if state[g] for h in state[g].values()]
         return type(module), tuple(tensors), tuple(children), tuple(described), tuple(inside), tuple(hooks)
+
+    def _named(self, tensor: torch.Tensor, path: str) -> Hashable:
+        """Attributes of a tensor that code names."""
+        if not (state := vars(tensor)):
+            return ()
+        self.mappings[id(state)] = state
+        return tuple((k, self.of(v, f"{path}.{k}")) for k, v in sorted(attributes_of(tensor, self.named).items()))
 
     def identity(self, value: Any) -> int:
         self.held[id(value)] = value
@@ -290,8 +313,9 @@ class _Walk:
             return "parameter", self.own[id(value)]
         self.foreign[id(value)] = value
         if id(value) in self.live:
-            return "constant", self.identity(value), value.dtype, value.shape, device_of(value)
-        return "tensor", values(value)
+            return "constant", self.identity(value), value.dtype, value.shape, device_of(value), self._named(value, "")
+        return "tensor", self.foreign_numbers.setdefault(id(value), len(self.foreign_numbers)), values(
+            value), self._named(value, "")
 
     def _parts(self, value: Any, path: str, depth: int) -> Hashable:
         cls = type(value)
@@ -441,7 +465,6 @@ class _Walk:
         """Classes are described last, when all that is looked into is known; they may lead to others."""
         found: list[Hashable] = []
         done: set[type] = set()
-        named = self.reads.names()
         while fresh := [c for cls in self.classes for c in cls.__mro__ if c not in done]:
             for cls in dict.fromkeys(fresh):
                 done.add(cls)
@@ -450,7 +473,7 @@ class _Walk:
                 elif is_library(cls.__module__):
                     continue
                 else:
-                    chosen = {n: v for n, v in vars(cls).items() if self._is_read(n, v, named)}
+                    chosen = {n: v for n, v in vars(cls).items() if self._is_read(n, v, self.named)}
                 self.getters.extend(partial(vars(cls).get, n) for n in chosen)
                 where = f"{cls.__module__}.{cls.__qualname__}"
                 found.append((self.identity(cls), *((n, self.of(v, f"{where}.{n}")) for n, v in chosen.items())))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,9 +32,14 @@ class _Captured:
     modules: Mapping[str, nn.Module]
     """By path, those that the program calls themselves; all others it knows by what they hold."""
 
+    own: Sequence[int | None]
+    """Which arguments are tensors of the model's."""
+
     def reads_alike(self, model: nn.Module, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether what the model reads of arguments is the same, and modules that are called as they are."""
-        return self.program.guards.hold(tensors, model) and all(
+        own = self.description.own
+        return [own.get(id(t)) for t in tensors] == self.own and self.reads.looks.hold(
+            tensors, model) and self.program.guards.hold(tensors, model) and all(
             model.get_submodule(path) is module for path, module in self.modules.items())
 
     def same_state(self, model: nn.Module, fresh: bool) -> bool:
@@ -52,6 +58,8 @@ class _Captures:
     """What was captured of a model, by kind of call; several where state, or values that the model reads, make a
     difference. The one used last comes first."""
 
+    owner: Callable[[], nn.Module | None] = lambda: None
+    """The model. A shallow copy of it brings this object along, which is not its own."""
     programs: dict[Hashable, list[_Captured]] = field(default_factory=dict)
     changes: int = 0
     """How often something was found to have changed."""
@@ -97,7 +105,10 @@ def changes_of(model: nn.Module) -> int:
 
 def _captures_of(model: nn.Module) -> _Captures:
     # On the model, not beside it: what is kept may lead to the model, and is freed with it all the same.
-    return vars(model).setdefault(CAPTURES, _Captures())
+    found = vars(model).get(CAPTURES)
+    if found is None or found.owner() is not model:
+        found = vars(model)[CAPTURES] = _Captures(weakref.ref(model))
+    return found
 
 
 def _capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
@@ -107,13 +118,14 @@ def _capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     if unseen := [path for path in description.streams if path.rpartition(".")[2].partition("[")[0] in named]:
         raise CaptureError(f"the forward of {type(model).__name__} can read {unseen[0]}, which cannot be watched for "
                            "changes; keep it outside of the model, or hold a list or a number instead")
-    kind, _ = _kind(args, kwargs)
-    made = _Captured(program, reads, description, modules_in(program))
+    kind, tensors = _kind(args, kwargs)
+    own = [description.own.get(id(t)) for t in tensors]
+    made = _Captured(program, reads, description, modules_in(program), own)
     _captures_of(model).programs.setdefault(kind, []).insert(0, made)
     return program
 
 
 def _kind(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Hashable, list[torch.Tensor]]:
     tensors, structure = flatten((tuple(args), dict(kwargs)))
-    looks = tuple((t.shape, t.dtype, device_of(t)) for t in tensors)
+    looks = tuple((t.shape, t.dtype, device_of(t), type(t) is nn.Parameter) for t in tensors)
     return (structure.key(), looks, sharing(tensors), ambient(), surroundings()), tensors

@@ -20,9 +20,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
 from torch.overrides import TorchFunctionMode
 
 from xdit_compile.frontend.concrete_values import READS, writes
+from xdit_compile.frontend.looks import STANDING_IN, Looks
 from xdit_compile.frontend.objects import MISSING, package
 
 Chain = tuple[str, ...]
@@ -125,6 +132,7 @@ class Reads:
     """Such tensors of which values were read into Python."""
     written: list[tuple[Tensor, str]] = field(default_factory=list, repr=False)
     """Tensors that are neither the model's nor made by forward and that it writes into, and where."""
+    looks: Looks = field(default_factory=Looks, repr=False)
 
     def include(self, function: FunctionType) -> None:
         """As if ``function`` had run: what it made may have been remembered."""
@@ -147,12 +155,15 @@ class Reads:
                         self.first(frame)
             return before(frame, event, arg) if before else None
 
+        outside = _Outside(self.written, self.valued, self.looks)
         sys.settrace(tell)
         try:
-            with _Outside(self.written, self.valued):
+            with outside:
                 yield
         finally:
             sys.settrace(before)
+        if outside.refused:
+            raise outside.refused[0]
 
     def names(self) -> set[str]:
         """Of attributes, in the code of models."""
@@ -171,6 +182,11 @@ class Reads:
         yield from sorted({c for r in list(self.codes.values()) if not r.is_layer for c in names_of(r.code).imported})
 
 
+_REFUSALS = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException,
+             UnsupportedOperatorException)
+_UNKNOWN = {*READS, Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.__cuda_array_interface__.__get__}
+"""Functions that a stand-in may refuse, and the tensor that it stands for would not."""
+
 _REAL = (Tensor, nn.Parameter, nn.Buffer)
 """Types of tensors that have values."""
 
@@ -182,6 +198,9 @@ class _Outside(TorchFunctionMode):
 
     written: list[tuple[Tensor, str]]
     valued: list[weakref.ref[Tensor]]
+    looks: Looks
+    refused: list[Exception] = field(default_factory=list)
+    """What only tracing raises. The model may catch it, and go on as it would not on one device."""
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -196,7 +215,12 @@ class _Outside(TorchFunctionMode):
                 self.written.append((args[0], line_of(sys._getframe(1))))
             if func in READS:
                 self.valued.extend(weakref.ref(t) for t in args if type(t) in _REAL)
-            return func(*args, **(kwargs or {}))
+            said = self.looks.answer(func, args, kwargs or {})
+            return func(*args, **(kwargs or {})) if said is MISSING else said
+        except Exception as error:
+            if isinstance(error, _REFUSALS) or (func in _UNKNOWN and any(isinstance(t, STANDING_IN) for t in args)):
+                self.refused.append(error)
+            raise
         finally:
             sys.settrace(tell)
 

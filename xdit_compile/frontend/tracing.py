@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
-from torch._export.utils import _compiling_state_context
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
@@ -30,6 +29,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode
 
 from xdit_compile.errors import CaptureError
+from xdit_compile.frontend.looks import check_dress, dress
 from xdit_compile.ir.program import Input, drop_unused
 from xdit_compile.ir.pytree import sharing
 from xdit_compile.ir.released_parameters import device_of
@@ -74,8 +74,10 @@ def as_fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
 def fake_state(module: nn.Module, mode: FakeTensorMode, without: Collection[str] = ()) -> Iterator[None]:
     """Within, parameters and buffers are fake, except those of the submodules at the paths ``without``."""
     inside = tuple(f"{path}." for path in without)
-    state = {n: as_fake(t, mode) for n, t in [*module.named_parameters(), *module.named_buffers()]
-             if not n.startswith(inside)}
+    held = {n: t for n, t in [*module.named_parameters(), *module.named_buffers()] if not n.startswith(inside)}
+    state = {n: as_fake(t, mode) for n, t in held.items()}
+    for name, fake in state.items():
+        dress(fake, held[name])
     with _reparametrize_module(module, state, tie_weights=True):
         yield
 
@@ -99,11 +101,18 @@ def traced(function: Callable[..., tuple[Tensor, ...]], model: nn.Module, tensor
     exchanged: list[str] = []
 
     def run(*flat: Tensor) -> tuple[Tensor, ...]:
-        held = [FunctionalTensor.to_functional(t) for t in flat]
+        apart = [FunctionalTensor.to_functional(t) for t in flat]
+        # Two that are one tensor stay one: code may ask whether they are.
+        held = [apart[i] for i in sharing(values)]
+        for original, stand_in in zip(values, held, strict=True):
+            dress(stand_in, original)
+        dressed = [dict(vars(t)) for t in held]
         named: dict[Input, Any] = {i: t for i, t in zip(inputs, held, strict=True) if i.kind != "argument"}
-        given = [held[len(named) + i] for i in sharing(tensors)]
+        given = held[len(named):]
         with _holding(model, named), _stamped(model):
             results = function(*given)
+            for what, stand_in, before in zip(inputs, held, dressed, strict=True):
+                check_dress(stand_in, what.name, before)
             changed.extend(i.name for i, t in named.items() if _written(t))
             exchanged.extend(_exchanged(model, named))
         written.extend(i for i, t in enumerate(given) if _written(t))
@@ -152,7 +161,9 @@ class _Respelled(TorchFunctionMode):
                     low = torch.get_autocast_dtype(device)
                     parts = [p.to(low) if p.is_floating_point() and p.dtype is not torch.float64 else p for p in parts]
                 return torch.einsum(equation, *parts)
-        return func(*args, **(kwargs or {}))
+        # Around operators alone: what the model is told of libraries is what they are set to.
+        with _no_backend():
+            return func(*args, **(kwargs or {}))
 
 
 def _contracts(equation: str, operands: Sequence[Tensor]) -> bool:
@@ -177,16 +188,16 @@ def _fakes(values: Sequence[Tensor], mode: FakeTensorMode) -> Iterator[Tensor]:
 
 @contextmanager
 def export_conventions() -> Iterator[None]:
-    """Within, ``traced`` may be called: models are told that they are exported, and composite operators that neither
-    write nor return views of their inputs are recorded as they are."""
-    own = FunctionalTensor.tolist
-    # Its own asks the tensor inside, where nobody who knows the values is asked.
-    FunctionalTensor.tolist = Tensor.tolist  # type: ignore[method-assign]
+    """Within, ``traced`` may be called: composite operators that neither write nor return views of their inputs are
+    recorded as they are."""
+    own = FunctionalTensor.tolist, FunctionalTensor.__repr__
+    # Its own ask the tensor inside, where nobody who knows the values is asked.
+    FunctionalTensor.tolist, FunctionalTensor.__repr__ = Tensor.tolist, Tensor.__repr__  # type: ignore[method-assign]
     try:
-        with _override_composite_implicit_decomp(_composite()), _compiling_state_context(), _no_backend():
+        with _override_composite_implicit_decomp(_composite()):
             yield
     finally:
-        FunctionalTensor.tolist = own  # type: ignore[method-assign]
+        FunctionalTensor.tolist, FunctionalTensor.__repr__ = own  # type: ignore[method-assign]
 
 
 @contextmanager

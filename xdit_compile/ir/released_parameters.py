@@ -25,14 +25,18 @@ def release_parameters(model: nn.Module, within: Collection[str], names: Collect
     held = [(store, leaf, f"{path}.{leaf}") for path, module in model.named_modules()
             for store in (module._parameters, module._buffers) for leaf, t in store.items() if t is not None]
     kept = {id(store[leaf]) for store, leaf, name in held if name in names or not name.startswith(inside)}
+    one: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for store, leaf, _ in held:
         tensor = store[leaf]
-        if id(tensor) not in kept and not tensor.is_meta:
+        if id(tensor) in one:  # what is one tensor stays one
+            store[leaf] = one[id(tensor)][1]
+        elif id(tensor) not in kept and not tensor.is_meta:
             gone = tensor.detach().to("meta")
             made = nn.Parameter(gone, requires_grad=tensor.requires_grad) if isinstance(
                 tensor, nn.Parameter) else gone
             setattr(made, _HOME, tensor.device)
             store[leaf] = made
+            one[id(tensor)] = tensor, made
     if _refused_state not in model._state_dict_pre_hooks.values():
         model.register_state_dict_pre_hook(_refused_state)
 

@@ -111,11 +111,15 @@ def _version(tensor: torch.Tensor) -> int | None:
 
 
 def _probe(tensor: torch.Tensor) -> bytes | None:
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
         return None
-    flat = tensor.detach().view(-1)
-    if len(flat) > PROBE * PROBE:
-        flat = flat[:: len(flat) // PROBE].contiguous()
+    tensor, count = tensor.detach(), tensor.numel()
+    if count <= PROBE * PROBE:
+        flat = tensor.contiguous().view(-1)
+    elif tensor.is_contiguous():
+        flat = tensor.view(-1)[:: count // PROBE].contiguous()
+    else:
+        flat = tensor[torch.unravel_index(torch.arange(0, count, count // PROBE), tensor.shape)]
     return flat.view(torch.uint8).numpy().tobytes()
 
 
