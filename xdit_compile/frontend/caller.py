@@ -56,7 +56,8 @@ def unwatched() -> AbstractContextManager[Any]:
 def undisturbed() -> Iterator[None]:
     """Within, a model may be captured: modes that watch operators see none of it, functions that ``torch.compile`` was
     put around are run as they were written, and nothing fake is kept for a later call."""
-    with unwatched(), torch.compiler.set_stance("force_eager"):
+    with unwatched(), torch.compiler.set_stance("force_eager"), torch._dynamo.config.patch(
+            error_on_nested_fx_trace=False):
         caching, parametrize._cache_enabled = parametrize._cache_enabled, 0
         try:
             yield

@@ -242,6 +242,10 @@ class _Capture:
             raise refuse(written, self.model)
         if self.changed and (filled := self._settled()):
             raise _Fills(filled)
+        for code, cls in self.reads.types_compared():
+            raise CaptureError(f"{code.co_qualname} ({code.co_filename}:{code.co_firstlineno}) compares the type of "
+                               f"something with {cls.__qualname__}; while the model is captured its tensors are of "
+                               "other types. Ask isinstance instead")
         for name, value in program.constants.items():
             if isinstance(value, (FakeTensor, FunctionalTensor)):
                 raise CaptureError(f"{name} of {type(self.model).__name__} is a tensor that an earlier trace left "

@@ -1,9 +1,9 @@
 """What code asks of what a tensor is, and not what it holds: whether it is a parameter, or contiguous, or needs
 gradients, what attributes it has.
 
-While a model is traced, others stand in for its tensors, and for those it is called with. They are *dressed* as what they
-stand for; what differs all the same is answered by the tensor itself. Each answer about an argument or about state is
-noted: a program serves only calls with the same answers. What nobody asks for makes no difference.
+While a model is traced, others stand in for its tensors, and for those it is called with. They are *dressed* as what
+they stand for; what differs all the same is answered by the tensor itself. Each answer about an argument or about state
+is noted: a program serves only calls with the same answers. What nobody asks for makes no difference.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ _ORIGIN = "_xdit_compile_origin"
 _OURS = "_xdit_compile_"
 """How attributes begin that this package puts on tensors."""
 
+_OF_FAKES = {"_fake_device", "fake_mode", "constant", "pytype", "dispatch_keys", "real_tensor", "_debug_trace"}
 STANDING_IN = (FakeTensor, FunctionalTensor)
 
-_LAID_OUT = {Tensor.is_contiguous, Tensor.stride, Tensor.storage_offset}
+_LAID_OUT: set[Any] = {Tensor.is_contiguous, Tensor.stride, Tensor.storage_offset}
 """What views and results inherit from what they are made of."""
+_METHODS: tuple[Callable[..., Any], ...] = (*_LAID_OUT, Tensor._is_view, Tensor.is_inference)
 _ASKED: dict[Any, Callable[..., Any]] = {
     **{getattr(Tensor, n).__get__: attrgetter(n) for n in ("requires_grad", "is_leaf", "grad", "_version", "_base")},
-    **{f: f for f in (*_LAID_OUT, Tensor._is_view, Tensor.is_inference)}}
+    **dict(zip(_METHODS, _METHODS, strict=True))}
 """Functions that tell what a tensor is, and how to call them."""
 
 
@@ -42,10 +44,17 @@ def dress(stand_in: Tensor, original: Tensor) -> None:
         return
     state = vars(stand_in)
     for name, value in vars(original).items():
-        state.setdefault(name, value)
+        if not (isinstance(original, FakeTensor) and _is_of_fakes(name)):
+            state.setdefault(name, value)
     if isinstance(original, nn.Parameter):
         state["_is_param"] = True
-    state[_ORIGIN] = original
+    if not isinstance(original, FakeTensor):  # else that of the fake tensor, if it has one
+        state[_ORIGIN] = original
+
+
+def _is_of_fakes(name: str) -> bool:
+    """Whether it is an attribute that fake tensors have for themselves."""
+    return name in _OF_FAKES or "_memo" in name
 
 
 def check_dress(stand_in: Tensor, name: str, before: Mapping[str, Any]) -> None:
@@ -62,7 +71,9 @@ def check_dress(stand_in: Tensor, name: str, before: Mapping[str, Any]) -> None:
 
 
 def attributes_of(tensor: Tensor, named: Collection[str]) -> dict[str, Any]:
-    """Python attributes of a tensor with these names."""
+    """Python attributes of a tensor with these names. What is promised, or fake, has attributes of its own."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return {}
     return {k: v for k, v in vars(tensor).items() if k in named and not k.startswith(_OURS)}
 
 

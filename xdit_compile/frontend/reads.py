@@ -40,6 +40,8 @@ _ATTRIBUTES = {_OPS[n] for n in ("LOAD_ATTR", "LOAD_METHOD") if n in _OPS}
 _SHIFT = {_OPS["LOAD_GLOBAL"]: sys.version_info >= (3, 11), _OPS["LOAD_ATTR"]: sys.version_info >= (3, 12)}
 _NAMING = _ATTRIBUTES | {_OPS[n] for n in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL", "IMPORT_NAME",
                                           "IMPORT_FROM")}
+_COMPARES = {_OPS[n] for n in ("IS_OP", "COMPARE_OP", "CONTAINS_OP")}
+_BUILDS = {_OPS[n] for n in ("BUILD_TUPLE", "BUILD_LIST", "BUILD_SET")}
 _BETWEEN = {_OPS[n] for n in ("CACHE", "PUSH_NULL") if n in _OPS}
 
 
@@ -52,6 +54,8 @@ class Names:
     stored: frozenset[str]
     imported: frozenset[Chain]
     attributes: frozenset[str]
+    compared: frozenset[Chain]
+    """Those of ``chains`` with which something is compared: ``type(x) is torch.Tensor``."""
 
 
 def names_of(code: CodeType) -> Names:
@@ -63,6 +67,7 @@ def names_of(code: CodeType) -> Names:
 def _names(_: int, code: CodeType) -> Names:
     chains, stored, imported, names = set[Chain](), set[str](), set[Chain](), set[str]()
     chain: list[str] = []
+    row, compared = list[Chain](), set[Chain]()
     into = chains
     extended = 0
     for op, low in zip(code.co_code[::2], code.co_code[1::2], strict=True):
@@ -79,7 +84,12 @@ def _names(_: int, code: CodeType) -> Names:
             continue
         if chain and not (into is imported and op in (_OPS["STORE_FAST"], _OPS["STORE_NAME"])):
             into.add(tuple(chain))
+            row.append(tuple(chain))
             chain = []
+        if op in _COMPARES:
+            compared.update(row)
+        if op not in _BUILDS:  # several in a row become a tuple
+            row = row if op in (_OPS["LOAD_GLOBAL"], _OPS["LOAD_NAME"]) else []
         if op in (_OPS["LOAD_GLOBAL"], _OPS["LOAD_NAME"]):
             chain, into = [name], chains
         elif op == _OPS["IMPORT_NAME"]:
@@ -93,7 +103,8 @@ def _names(_: int, code: CodeType) -> Names:
     return Names(frozenset(chains.union(*(n.chains for n in inner))),
                  frozenset(stored.union(*(n.stored for n in inner))),
                  frozenset(imported.union(*(n.imported for n in inner))),
-                 frozenset(names.union(*(n.attributes for n in inner))))
+                 frozenset(names.union(*(n.attributes for n in inner))),
+                 frozenset(compared.union(*(n.compared for n in inner))))
 
 
 def is_followed(module: str | None) -> bool:
@@ -176,6 +187,14 @@ class Reads:
             for chain in names_of(ran.code).chains:
                 found.setdefault((id(ran.globals), chain), ran)
         yield from ((ran, chain) for (_, chain), ran in found.items())
+
+    def types_compared(self) -> Iterator[tuple[CodeType, type]]:
+        """Classes of tensors with which the type of something is compared, in the code of models."""
+        for ran in list(self.codes.values()):
+            names = names_of(ran.code)
+            if not ran.is_layer and (("type",) in names.chains or "__class__" in names.attributes):
+                values = (resolve(ran, chain)[2] for chain in names.compared)
+                yield from ((ran.code, v) for v in values if isinstance(v, type) and issubclass(v, Tensor))
 
     def imports(self) -> Iterator[Chain]:
         """What was imported inside of functions."""

@@ -7,7 +7,7 @@ would take apart but that have one meaning (attention, linear, norms) stay whole
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -78,8 +78,26 @@ def fake_state(module: nn.Module, mode: FakeTensorMode, without: Collection[str]
     state = {n: as_fake(t, mode) for n, t in held.items()}
     for name, fake in state.items():
         dress(fake, held[name])
-    with _reparametrize_module(module, state, tie_weights=True):
+    with _reparametrize_module(module, state, tie_weights=True), _in_containers(
+            module, {id(held[n]): fake for n, fake in state.items()}):
         yield
+
+
+@contextmanager
+def _in_containers(module: nn.Module, stand_ins: Mapping[int, Tensor]) -> Iterator[None]:
+    """Within, lists and dictionaries that a module has for attributes hold what stands in for tensors, by identity."""
+    held = [(c, k, v) for m in module.modules() for name, c in vars(m).items()
+            if type(c) in (list, dict) and name not in ("_parameters", "_buffers")
+            for k, v in (enumerate(c) if isinstance(c, list) else [*c.items()]) if id(v) in stand_ins]
+    for container, key, tensor in held:
+        container[key] = stand_ins[id(tensor)]
+    try:
+        yield
+    finally:
+        for container, key, tensor in held:
+            if (key < len(container) if isinstance(container, list) else key in container) and (
+                    container[key] is stand_ins[id(tensor)]):
+                container[key] = tensor
 
 
 def traced(function: Callable[..., tuple[Tensor, ...]], model: nn.Module, tensors: Sequence[Tensor],
@@ -109,7 +127,8 @@ def traced(function: Callable[..., tuple[Tensor, ...]], model: nn.Module, tensor
         dressed = [dict(vars(t)) for t in held]
         named: dict[Input, Any] = {i: t for i, t in zip(inputs, held, strict=True) if i.kind != "argument"}
         given = held[len(named):]
-        with _holding(model, named), _stamped(model):
+        by_id = {id(t): s for t, s in zip(values, held, strict=True)}
+        with _in_containers(model, by_id), _holding(model, named), _stamped(model):
             results = function(*given)
             for what, stand_in, before in zip(inputs, held, dressed, strict=True):
                 check_dress(stand_in, what.name, before)
@@ -192,7 +211,8 @@ def export_conventions() -> Iterator[None]:
     recorded as they are."""
     own = FunctionalTensor.tolist, FunctionalTensor.__repr__
     # Its own ask the tensor inside, where nobody who knows the values is asked.
-    FunctionalTensor.tolist, FunctionalTensor.__repr__ = Tensor.tolist, Tensor.__repr__  # type: ignore[method-assign]
+    FunctionalTensor.tolist = Tensor.tolist  # type: ignore[method-assign]
+    FunctionalTensor.__repr__ = Tensor.__repr__  # type: ignore[method-assign, assignment]
     try:
         with _override_composite_implicit_decomp(_composite()):
             yield
