@@ -26,6 +26,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from xdit_compile.errors import CaptureError
 from xdit_compile.frontend.concrete_values import plain
 from xdit_compile.frontend.looks import attributes_of
 from xdit_compile.frontend.objects import (
@@ -151,14 +152,14 @@ class Watch:
                                (get() for get in self._getters), (MISSING,))
 
     def _now(self) -> tuple[list[Any], list[bytes | None]]:
-        looks = [None if (t := ref()) is None else (t.dtype, t.device, t.shape) for ref in self._own]
+        looks = [None if (t := ref()) is None else (t.dtype, t.device, t.shape, len(vars(t))) for ref in self._own]
         return looks, [content(a) for a in self._memory if _nbytes(a) <= SMALL]
 
     def _values(self) -> Hashable:
         """Of what is too large, or too far away, to be compared at each call."""
         with plain():
             tensors = [None if (t := ref()) is None else values(t) for ref in self._large]
-            own = [None if (t := ref()) is None else (_layout(t), len(vars(t))) for ref in self._own]
+            own = [None if (t := ref()) is None else _layout(t) for ref in self._own]
             return tensors, own, [hashlib.sha1(content(a) or b"").digest() for a in self._memory if _nbytes(a) > SMALL]
 
     def holds(self, fresh: bool = False) -> bool:
@@ -289,6 +290,9 @@ class _Walk:
     def of(self, value: Any, path: str, depth: int = 0) -> Hashable:
         """``path`` names the place of the value for people."""
         if constants(value):
+            if type(value) is int and value in self.own and self.reads.asks_id():
+                raise CaptureError(f"{path} holds the id() of a tensor of the model's, and the forward may ask for it; "
+                                   "while the model is captured others stand in for its tensors. Use names instead")
             # 1, 1.0 and True are equal, but do not compute alike; nor do 0.0 and -0.0.
             return type(value), repr(value) if isinstance(value, (float, complex)) else value
         if is_leaf(value):

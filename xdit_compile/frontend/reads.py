@@ -188,6 +188,10 @@ class Reads:
                 found.setdefault((id(ran.globals), chain), ran)
         yield from ((ran, chain) for (_, chain), ran in found.items())
 
+    def asks_id(self) -> bool:
+        """Whether code of models names ``id``."""
+        return any(("id",) in names_of(r.code).chains for r in list(self.codes.values()) if not r.is_layer)
+
     def types_compared(self) -> Iterator[tuple[CodeType, type]]:
         """Classes of tensors with which the type of something is compared, in the code of models."""
         for ran in list(self.codes.values()):
