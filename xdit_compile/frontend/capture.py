@@ -150,7 +150,7 @@ class _Capture:
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kept: bool) -> None:
         """``kept``: whether containers without tensors are given as the objects they are."""
         self.model, self.arguments = model, (args, kwargs)
-        self.tensors, self.inputs = flatten((args, kwargs), lambda _: kept)
+        self.tensors, self.inputs = flatten((args, kwargs), _any if kept else None)
         self.mode = detect_fake_mode([*self.tensors, *model.parameters()]) or FakeTensorMode(allow_non_fake_inputs=True)
         self.known = ConcreteValueMode(self.tensors, model)
         self.before = Before()
@@ -279,6 +279,10 @@ class _Capture:
         with self._unchanged(), autocast_as(kind.autocast):
             found = _trace(call, kind.examples, self.mode)
         return _function_of(kind, found, constants)
+
+
+def _any(_: object) -> bool:
+    return True
 
 
 @contextmanager

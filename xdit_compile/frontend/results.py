@@ -45,16 +45,19 @@ def check_results(model: nn.Module, arguments: Sequence[torch.Tensor], tensors: 
         if _holds_tensor(leaf, older, set()):
             raise CaptureError(f"{name} returns a {cls} with tensors inside, which cannot be taken apart and made again "
                                f"at each call. {_ADVICE}")
-    given = set(map(id, arguments))
+    given = {id(t) for t in (*arguments, *model.parameters(), *model.buffers())}
     for tensor in tensors:
-        if id(tensor) in given:
+        if id(tensor) in given or older(tensor):
             continue
-        if named := [n for n in vars(tensor) if n not in _OWN]:
+        if named := [n for n in vars(tensor) if n not in _OWN and not n.startswith("_")]:
             raise CaptureError(f"{name} returns a tensor with the attribute {named[0]}, which no program sets; return "
                                "that value beside the tensor")
+        if tensor.requires_grad:
+            raise CaptureError(f"{name} returns a tensor that requires gradients, which a program computes none of; "
+                               "leave requires_grad_() to the caller")
 
 
-_OWN = frozenset({"elem", "fake_mode", "fake_device", "constant", "proxy", "item_memo", "nonzero_memo", "_mode_key"})
+_OWN = frozenset({"elem", *FakeTensor.__annotations__})
 """Attributes of tensors while they are traced."""
 
 

@@ -102,10 +102,14 @@ def traced(function: Callable[..., tuple[Tensor, ...]], model: nn.Module, tensor
         held = [FunctionalTensor.to_functional(t) for t in flat]
         named: dict[Input, Any] = {i: t for i, t in zip(inputs, held, strict=True) if i.kind != "argument"}
         given = [held[len(named) + i] for i in sharing(tensors)]
+        inner = [t.elem for t in given]
         with _holding(model, named), _stamped(model):
             results = function(*given)
             changed.extend(i.name for i, t in named.items() if _written(t))
             exchanged.extend(_exchanged(model, named))
+        if put := [i for i, (t, before) in enumerate(zip(given, inner, strict=True)) if t.elem is not before]:
+            raise CaptureError(f"the forward puts other memory into tensor {put[0]} of its arguments (x.data = ...); "
+                               "write into it in place, x.copy_(...), or return the new value")
         written.extend(i for i, t in enumerate(given) if _written(t))
         return tuple(map(_plain, [*(given[i] for i in written), *results]))
 

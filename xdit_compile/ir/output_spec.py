@@ -44,7 +44,8 @@ class OutputSpec:
         held = [*state] if self.written else []
         for index in self.written:
             own = tensors[index]
-            if any(_overlap(own, t) for t in (*tensors, *held) if t is not own):
+            # Of arguments that are one object, the program knows.
+            if any(_overlap(own, t) for t in (*(t for t in tensors if t is not own), *held)):
                 raise XditError(f"the model writes into tensor {index} of its arguments, {list(own.shape)}, whose memory "
                                 "another argument, a parameter, a buffer or a tensor of the model shares; a program "
                                 "would not see the change there. Pass a copy (.clone()) of one of them")

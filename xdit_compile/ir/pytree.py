@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from xdit_compile.errors import XditError
+from xdit_compile.errors import CaptureError
 from xdit_compile.ir.containers import CONSTANTS, REGISTERED, fill, is_container, register
 
 DEEPEST = 100
@@ -160,7 +160,7 @@ class _Flattening:
             self._count += is_tensor
             return _LEAF
         if depth > DEEPEST:
-            raise XditError(f"a {cls.__module__}.{cls.__qualname__} among the arguments or results holds itself, or lies "
+            raise CaptureError(f"a {cls.__module__}.{cls.__qualname__} among the arguments or results holds itself, or lies "
                             f"more than {DEEPEST} objects deep; pass what the model needs of it by itself")
         place, before = len(self.containers), self._count
         self.containers.append(value)
