@@ -102,14 +102,13 @@ def traced(function: Callable[..., tuple[Tensor, ...]], model: nn.Module, tensor
         held = [FunctionalTensor.to_functional(t) for t in flat]
         named: dict[Input, Any] = {i: t for i, t in zip(inputs, held, strict=True) if i.kind != "argument"}
         given = [held[len(named) + i] for i in sharing(tensors)]
-        inner = [t.elem for t in given]
         with _holding(model, named), _stamped(model):
             results = function(*given)
             changed.extend(i.name for i, t in named.items() if _written(t))
             exchanged.extend(_exchanged(model, named))
-        if put := [i for i, (t, before) in enumerate(zip(given, inner, strict=True)) if t.elem is not before]:
-            raise CaptureError(f"the forward puts other memory into tensor {put[0]} of its arguments (x.data = ...); "
-                               "write into it in place, x.copy_(...), or return the new value")
+        if resized := [i for i, t in enumerate(given) if t.shape != tensors[i].shape]:
+            raise CaptureError(f"the forward resizes tensor {resized[0]} of its arguments; give it one of the size that "
+                               "it ends up with, or return the result")
         written.extend(i for i, t in enumerate(given) if _written(t))
         return tuple(map(_plain, [*(given[i] for i in written), *results]))
 
@@ -142,6 +141,9 @@ class _Respelled(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == _SET_DATA:
+            raise CaptureError("the forward gives a tensor other memory (x.data = ...), which no graph can hold; write "
+                               "into it in place, x.copy_(...), or use the new value itself")
         if func is Tensor.fill_diagonal_ and len(args) == 2 and args[0].ndim == 2 and not kwargs:
             return args[0].masked_fill_(torch.eye(*args[0].shape, dtype=torch.bool, device=args[0].device), args[1])
         if func is torch.einsum and isinstance(args[0], str):
@@ -157,6 +159,9 @@ class _Respelled(TorchFunctionMode):
                     parts = [p.to(low) if p.is_floating_point() and p.dtype is not torch.float64 else p for p in parts]
                 return torch.einsum(equation, *parts)
         return func(*args, **(kwargs or {}))
+
+
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 def _contracts(equation: str, operands: Sequence[Tensor]) -> bool:
