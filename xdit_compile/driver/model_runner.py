@@ -80,7 +80,11 @@ class ModelRunner:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.group.spec.pipefusion_degree == 1:
-            args, kwargs = tuple(map(materialize, args)), {n: materialize(a) for n, a in kwargs.items()}
+            try:
+                args, kwargs = tuple(map(materialize, args)), {n: materialize(a) for n, a in kwargs.items()}
+            except RecursionError:
+                flatten((args, kwargs))  # says which object it is
+                raise
         bound = bind_call(self.model, args, kwargs)
         tensors, _ = flatten((bound.args, bound.kwargs))
         check_call(tensors, PLAIN)

@@ -43,8 +43,8 @@ def check_results(model: nn.Module, arguments: Sequence[torch.Tensor], tensors: 
             raise CaptureError(f"{name} returns a {cls}, which runs when somebody asks it: a program has no such "
                                f"results. {_ADVICE}; list(...) makes one of an iterator")
         if _holds_tensor(leaf, older, set()):
-            raise CaptureError(f"{name} returns a {cls} with tensors inside, which cannot be taken apart and made again "
-                               f"at each call. {_ADVICE}")
+            raise CaptureError(f"{name} returns a {cls} with tensors inside, which cannot be taken apart and made "
+                               f"again at each call. {_ADVICE}")
     given = {id(t) for t in (*arguments, *model.parameters(), *model.buffers())}
     for tensor in tensors:
         if id(tensor) in given or older(tensor):
@@ -92,14 +92,15 @@ def _parts(value: Any) -> Iterator[Any]:
 # Results that share memory
 
 
-_COPIES = frozenset({"clone", "lift_fresh_copy", "lift_fresh", "_to_copy", "to", "type_as", "contiguous", "reshape",
+_COPIES = frozenset({"clone", "copy", "lift_fresh_copy", "lift_fresh", "_to_copy", "to", "type_as", "contiguous", "reshape",
                      "dropout", "pad", "expand_as", "alias", "detach", "cat", "_unsafe_view"})
 """Operators that passes may leave out, or that may return what they are given."""
-_SAME = _COPIES - {"clone", "lift_fresh_copy", "_to_copy", "dropout", "pad", "cat"}
+_SAME = _COPIES - {"clone", "copy", "lift_fresh_copy", "_to_copy", "dropout", "pad", "cat"}
 """Those of which the plain model returns what they are given."""
 
 
-def copied_results(main: fx.GraphModule, inputs: Sequence[Input], own: Collection[str], written: int) -> tuple[int, ...]:
+def copied_results(main: fx.GraphModule, inputs: Sequence[Input], own: Collection[str],
+                   written: int) -> tuple[int, ...]:
     """Which results, by their place, are a copy in the plain model and may be the same memory as an input or as another
     result here. The first ``written`` ones are new values of arguments.
 
@@ -113,7 +114,11 @@ def copied_results(main: fx.GraphModule, inputs: Sequence[Input], own: Collectio
         root, plain = _root(main, node, _COPIES), _root(main, node, _SAME)
         kept = what.get(root)
         made = kept is not None and kept.kind == "constant" and kept.name not in own
-        if place >= written and (made or (kept is not None and root is not plain) or taken.get(root, plain) is not plain):
+        if place < written:
+            fresh = kept is not None  # another argument, which may be written into first
+        else:
+            fresh = made or (kept is not None and root is not plain) or taken.get(root, plain) is not plain
+        if fresh:
             found.append(place)
         taken.setdefault(root, plain)
     return tuple(found)
@@ -131,16 +136,20 @@ def _root(module: fx.GraphModule, node: fx.Node, through: Collection[str]) -> fx
 def _before(module: fx.GraphModule, node: fx.Node, through: Collection[str]) -> fx.Node | None:
     if node.op != "call_function" or not node.args:
         return None
-    first = node.args[0]
+    first: Any = node.args[0]
     if node.target is operator.getitem and isinstance(first, fx.Node):
         if first.op != "call_module":
             return first if _is_view(first) else None
         inner = getattr(module, str(first.target))
-        root = _root(inner, output_args(inner.graph)[node.args[1]], through)
+        place: Any = node.args[1]
+        root = _root(inner, output_args(inner.graph)[place], through)
         held = list(inner.graph.find_nodes(op="placeholder"))
-        return first.args[held.index(root)] if root in held else None
+        outer: Any = first.args[held.index(root)] if root in held else None
+        return outer
     if not _is_view(node) and _name(node) not in through:
         return None
+    if _name(node) == "copy":  # what is written over is not read
+        return node.args[1] if isinstance(node.args[1], fx.Node) else None
     first = first[0] if isinstance(first, (list, tuple)) and len(first) == 1 else first
     return first if isinstance(first, fx.Node) else None
 
@@ -151,4 +160,5 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _name(node: fx.Node) -> str:
-    return str(getattr(node.target, "_schema", None) and node.target._schema.name).rpartition("::")[2]
+    schema = getattr(node.target, "_schema", None)
+    return "" if schema is None else str(schema.name).rpartition("::")[2]

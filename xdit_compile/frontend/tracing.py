@@ -107,8 +107,8 @@ def traced(function: Callable[..., tuple[Tensor, ...]], model: nn.Module, tensor
             changed.extend(i.name for i, t in named.items() if _written(t))
             exchanged.extend(_exchanged(model, named))
         if resized := [i for i, t in enumerate(given) if t.shape != tensors[i].shape]:
-            raise CaptureError(f"the forward resizes tensor {resized[0]} of its arguments; give it one of the size that "
-                               "it ends up with, or return the result")
+            raise CaptureError(f"the forward resizes tensor {resized[0]} of its arguments; give it one of the size "
+                               "that it ends up with, or return the result")
         written.extend(i for i, t in enumerate(given) if _written(t))
         return tuple(map(_plain, [*(given[i] for i in written), *results]))
 

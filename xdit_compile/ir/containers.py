@@ -28,7 +28,7 @@ _DICTS, _LISTS = (OrderedDict, defaultdict, dict), (deque, list, tuple)
 
 
 def is_container(x: Any) -> bool:
-    """A dataclass, or an object that is its attributes, slots and items and no more: a cache of keys and values, say."""
+    """A dataclass, or an object that is its attributes, slots and items, and no more: a cache of keys and values."""
     if isinstance(x, _WHOLE) or callable(x):
         return False
     base = _base(type(x))
@@ -137,8 +137,8 @@ def fill(old: Any, new: Any, kept: Callable[[Any, Any], Any]) -> None:
         base.extend(old, made)
     if type(old) in REGISTERED:
         slots = _slots(type(old))
-        before, after = _state(old, slots), _state(new, slots)
-        for name in before.keys() - after.keys():
+        state, then = _state(old, slots), _state(new, slots)
+        for name in state.keys() - then.keys():
             slots[name].__delete__(old) if name in slots else _attributes(old).pop(name)
-        for name, value in after.items():
-            _put(old, name, kept(before[name], value) if name in before else value, slots)
+        for name, value in then.items():
+            _put(old, name, kept(state[name], value) if name in state else value, slots)

@@ -46,16 +46,16 @@ class OutputSpec:
             own = tensors[index]
             # Of arguments that are one object, the program knows.
             if any(_overlap(own, t) for t in (*(t for t in tensors if t is not own), *held)):
-                raise XditError(f"the model writes into tensor {index} of its arguments, {list(own.shape)}, whose memory "
-                                "another argument, a parameter, a buffer or a tensor of the model shares; a program "
-                                "would not see the change there. Pass a copy (.clone()) of one of them")
+                raise XditError(f"the model writes into tensor {index} of its arguments, {list(own.shape)}, whose "
+                                "memory another argument, a parameter, a buffer or a tensor of the model shares; a "
+                                "program would not see the change there. Pass a copy (.clone()) of one of them")
 
     def finish(self, arguments: Any, tensors: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> Any:
         """What the model returns; what it does to its ``arguments`` (``tensors`` when flat) is done to them."""
-        for index, value in zip(self.written, results, strict=False):
-            tensors[index].copy_(value)
         if self.apart:
             results = [r.clone() if i in self.apart and type(r) is torch.Tensor else r for i, r in enumerate(results)]
+        for index, value in zip(self.written, results, strict=False):
+            tensors[index].copy_(value)
         result, left = self.outputs.build(results[len(self.written):])
         if left is not None:
             write_back(arguments, left)
@@ -71,6 +71,6 @@ def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _bytes(tensor: torch.Tensor) -> tuple[int, int]:
     """From where to where in its storage a tensor lies."""
-    start = tensor.storage_offset()
+    start = int(tensor.storage_offset())
     span = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1 if tensor.numel() else 0
-    return start * tensor.itemsize, (start + span) * tensor.itemsize
+    return start * tensor.itemsize, int(start + span) * tensor.itemsize

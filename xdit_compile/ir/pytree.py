@@ -160,8 +160,8 @@ class _Flattening:
             self._count += is_tensor
             return _LEAF
         if depth > DEEPEST:
-            raise CaptureError(f"a {cls.__module__}.{cls.__qualname__} among the arguments or results holds itself, or lies "
-                            f"more than {DEEPEST} objects deep; pass what the model needs of it by itself")
+            raise CaptureError(f"a {cls.__module__}.{cls.__qualname__} among the arguments or results holds itself, or "
+                               f"lies more than {DEEPEST} objects deep; pass what the model needs of it by itself")
         place, before = len(self.containers), self._count
         self.containers.append(value)
         self.tensors.append(0)
