@@ -80,7 +80,11 @@ class ModelRunner:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.group.spec.pipefusion_degree == 1:
-            args, kwargs = tuple(map(materialize, args)), {n: materialize(a) for n, a in kwargs.items()}
+            try:
+                args, kwargs = tuple(map(materialize, args)), {n: materialize(a) for n, a in kwargs.items()}
+            except RecursionError:
+                flatten((args, kwargs))  # says which object it is
+                raise
         bound = bind_call(self.model, args, kwargs)
         tensors, _ = flatten((bound.args, bound.kwargs))
         check_call(tensors, PLAIN)
@@ -109,6 +113,10 @@ class ModelRunner:
             elif id(kind) not in self._told:
                 self._told.add(id(kind))
                 log.info("program %s of %s used again", ready.compiled.name, type(self.model).__name__)
+            output_spec = ready.compiled.output_spec
+            if output_spec.written:
+                output_spec.check(tensors, (*self.model.parameters(), *self.model.buffers(),
+                                            *ready.compiled.body.constants.values()))
             results: Sequence[torch.Tensor]
             if isinstance(ready.executor, StageExecutor):
                 later = _samples(ready, tensors, named)
@@ -125,7 +133,7 @@ class ModelRunner:
                 if self.group.control.verdict is not None:
                     self.group.forget()
             raise
-        return ready.compiled.output_spec.finish((bound.args, bound.kwargs), tensors, results)
+        return output_spec.finish((bound.args, bound.kwargs), tensors, results)
 
     def _agree(self, fingerprint: Mapping[str, str]) -> None:
         """Compare what ranks call the model with, and outside of a pipeline, which does so itself, its weights."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from xdit_compile.frontend.objects import CAPTURES, content, slot, slots
-from xdit_compile.ir.pytree import CONSTANTS
+from xdit_compile.ir.containers import CONSTANTS
 from xdit_compile.ir.released_parameters import device_of
 
 Attribute = tuple[type, str]

@@ -39,6 +39,7 @@ from xdit_compile.frontend.opaque_modules import culprit, leaving_in_python
 from xdit_compile.frontend.own_errors import not_of_capture
 from xdit_compile.frontend.reads import Reads
 from xdit_compile.frontend.repeated_blocks import BLOCK, BlockKind, Outliner
+from xdit_compile.frontend.results import check_results, copied_results
 from xdit_compile.frontend.side_effects import Before, Change, Key, readable
 from xdit_compile.frontend.tracing import StateWritten, Traced, as_fake, export_conventions, fake_state, traced
 from xdit_compile.frontend.watchers import observed_hooks
@@ -57,10 +58,12 @@ class _Call:
     arguments as it left them; known once it has run."""
 
     def __init__(self, module: nn.Module, inputs: Structure, known: ConcreteValueMode,
-                 values: Sequence[Value | int | None], reads: Reads, path: str = "") -> None:
-        """``path``: where in the model ``module`` is, with a dot behind it."""
+                 values: Sequence[Value | int | None], reads: Reads, path: str = "",
+                 older: Callable[[Any], bool] | None = None) -> None:
+        """``path``: where in the model ``module`` is, with a dot behind it; ``older``: what was there before the call,
+        if its results are the model's."""
         self.module, self.inputs, self._known, self._values = module, inputs, known, values
-        self._reads, self._path = reads, path
+        self._reads, self._path, self._older = reads, path, older
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with self._known:
@@ -72,7 +75,11 @@ class _Call:
             with self._reads.recording():
                 result = self.module.forward(*args, **kwargs)
         left = (args, kwargs) if differ((args, kwargs), tensors, self.inputs) else None
-        made, self.outputs = flatten((result, left))
+        if left and self.inputs.kept:
+            raise _Refills
+        made, self.outputs = flatten((result, left), self._older)
+        if self._older:
+            check_results(self.module, tensors, made, self.outputs.constants, self._older)
         return tuple(made)
 
 
@@ -96,15 +103,17 @@ def recorded(model: nn.Module, args: Sequence[Any] = (),
                       f"({len(compiled)} modules) {COMPILED}", stacklevel=2)
     args, kwargs = tuple(args), dict(kwargs or {})
     left: list[type[nn.Module]] = []
-    filled, start = False, time.perf_counter()
+    filled, kept, start = False, True, time.perf_counter()
     while True:
         try:
             with gc_paused(), undisturbed(), observed_hooks(model), leaving_in_python(model, left):
-                program, reads = _Capture(model, args, kwargs).program()
+                program, reads = _Capture(model, args, kwargs, kept).program()
             log.info("captured %s in %.2f s: %d nodes in %d functions", type(model).__name__,
                      time.perf_counter() - start, sum(len(m.graph.nodes) for _, m in program.functions()),
                      len(program.calls()))
             return program, reads
+        except _Refills:
+            kept = False
         except _Fills as found:
             if filled:
                 raise CaptureError(str(StateWritten(found.names))) from None
@@ -132,12 +141,17 @@ class _Fills(CaptureError):
         self.names = tuple(names)
 
 
+class _Refills(CaptureError):
+    """Raised when forward changes what is in a container that it was given as it is."""
+
+
 class _Capture:
     """One capture: the model, its call, and what becomes known of both."""
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kept: bool) -> None:
+        """``kept``: whether containers without tensors are given as the objects they are."""
         self.model, self.arguments = model, (args, kwargs)
-        self.tensors, self.inputs = flatten((args, kwargs))
+        self.tensors, self.inputs = flatten((args, kwargs), _any if kept else None)
         self.mode = detect_fake_mode([*self.tensors, *model.parameters()]) or FakeTensorMode(allow_non_fake_inputs=True)
         self.known = ConcreteValueMode(self.tensors, model)
         self.before = Before()
@@ -194,7 +208,7 @@ class _Capture:
         return self._assemble(call, None)
 
     def _call(self, known: ConcreteValueMode) -> _Call:
-        return _Call(self.model, self.inputs, known, of_inputs(self.tensors), self.reads)
+        return _Call(self.model, self.inputs, known, of_inputs(self.tensors), self.reads, older=self.before.knows)
 
     def _examples(self) -> list[torch.Tensor]:
         shown = [as_fake(t, self.mode) for t in self.tensors]
@@ -263,7 +277,9 @@ class _Capture:
                 kinds = {kind.name: kind for kind in outliner.kinds.values() if kind}
             blocks = {name: self._block(kind, constants) for name, kind in kinds.items()}
         main, inputs = _main(found, blocks, constants)
-        return Program(main, tuple(inputs), constants, call.outputs, written=found.written, guards=self.known.guards())
+        own = {name for name, t in constants.items() if id(t) in self.before.tensors}
+        return Program(main, tuple(inputs), constants, call.outputs, written=found.written, guards=self.known.guards(),
+                       apart=copied_results(main, tuple(inputs), own, len(found.written)))
 
     def _block(self, kind: BlockKind, constants: dict[str, torch.Tensor]) -> tuple[fx.GraphModule, list[Input]]:
         """A block kind as a function of its parameters, then its inputs; it returns what its inputs are not."""
@@ -271,6 +287,10 @@ class _Capture:
         with self._unchanged(), autocast_as(kind.autocast):
             found = _trace(call, kind.examples, self.mode)
         return _function_of(kind, found, constants)
+
+
+def _any(_: object) -> bool:
+    return True
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import _lru_cache_wrapper, cached_property, partial
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -47,7 +48,7 @@ from xdit_compile.frontend.objects import (
     spoken,
 )
 from xdit_compile.frontend.reads import Ran, Reads, resolve
-from xdit_compile.ir.pytree import CONSTANTS
+from xdit_compile.ir.containers import CONSTANTS
 from xdit_compile.ir.released_parameters import device_of
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {CAPTURES}
@@ -65,6 +66,7 @@ _WRAPPERS: dict[type, tuple[str, ...]] = {
     partial: ("func", "args", "keywords"), MethodType: ("__func__", "__self__"), property: ("fget",),
     staticmethod: ("__func__",), classmethod: ("__func__",), cached_property: ("func",)}
 DEPTH = 100
+ARGUMENT = "an argument of the call"
 SMALL = 1 << 14
 """Bytes of an array, or of a tensor on the CPU, that are compared at each call; larger ones at a loop's first step."""
 
@@ -92,8 +94,8 @@ def ambient() -> Hashable:
     return autocast
 
 
-def describe(model: nn.Module, reads: Reads | None = None, extra: Mapping[str, torch.Tensor] | None = None
-             ) -> Description:
+def describe(model: nn.Module, reads: Reads | None = None, extra: Mapping[str, torch.Tensor] | None = None,
+             others: Sequence[Any] = ()) -> Description:
     """The state of ``model``: changes when modules are added, removed or exchanged for others, when a parameter
     changes shape, dtype or device, and when a hook, a Python attribute or anything else changes that the code which
     ``reads`` recorded may read. Values of parameters and buffers of the model do not count: programs read them at each
@@ -104,9 +106,10 @@ def describe(model: nn.Module, reads: Reads | None = None, extra: Mapping[str, t
 
     Args:
         extra: other tensors that a program reads at each call, by name.
+        others: objects among the arguments of the call, which count as if they were attributes.
     """
     with plain():
-        return _Walk(model, reads or Reads()).description(extra or {})
+        return _Walk(model, reads or Reads()).description(extra or {}, others)
 
 
 class Watch:
@@ -242,7 +245,7 @@ class _Walk:
         self.own: dict[int, int] = {}
         self.live: set[int] = set()
 
-    def description(self, extra: Mapping[str, torch.Tensor]) -> Description:
+    def description(self, extra: Mapping[str, torch.Tensor], others: Sequence[Any]) -> Description:
         # What a program reads at each call may have any values, unless forward read them into Python.
         self.live = {id(t) for t in extra.values()} - {id(ref()) for ref in self.reads.valued}
         for m in self.modules:
@@ -253,9 +256,13 @@ class _Walk:
                         self.tensors.append(t)
         found: list[Hashable] = [self._module(m, f"attribute {p}.") for p, m in zip(
             _paths(self.modules), self.modules, strict=True)]
-        found += [self._globals(), self._imports(), self._classes()]
+        found += [self._globals(), self._imports(), tuple(map(self._other, others)), self._classes()]
         found += [(name, self.of(t, name)) for name, t in extra.items()]
         return Description(tuple(found), Watch(self), self.held, self.streams, self.own)
+
+    def _other(self, value: Any) -> Hashable:
+        held = self.of(value._value_, ARGUMENT) if isinstance(value, Enum) else None
+        return self.of(value, ARGUMENT), held
 
     def _module(self, module: nn.Module, path: str) -> Hashable:
         state, groups = vars(module), (module._parameters, module._buffers, module._modules)

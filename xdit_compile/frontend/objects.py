@@ -28,7 +28,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from xdit_compile.ir.pytree import CONSTANTS
+from xdit_compile.ir.containers import CONSTANTS
 
 T = TypeVar("T")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,12 +14,12 @@ from torch import nn
 from xdit_compile.errors import CaptureError
 from xdit_compile.frontend.caller import surroundings
 from xdit_compile.frontend.capture import recorded
-from xdit_compile.frontend.model_state import Description, ambient, describe
+from xdit_compile.frontend.model_state import ARGUMENT, Description, ambient, describe
 from xdit_compile.frontend.objects import CAPTURES
 from xdit_compile.frontend.opaque_modules import modules_in
 from xdit_compile.frontend.reads import Reads
 from xdit_compile.ir.program import Program
-from xdit_compile.ir.pytree import flatten, sharing
+from xdit_compile.ir.pytree import sharing, taken_apart
 from xdit_compile.ir.released_parameters import device_of
 
 
@@ -31,7 +32,10 @@ class _Captured:
     description: Description
     modules: Mapping[str, nn.Module]
     """By path, those that the program calls themselves; all others it knows by what they hold."""
-
+    others: Sequence[Any]
+    """Arguments that their kind says nothing of: they are compared by what they hold, as if they were the model's."""
+    places: Sequence[int | None]
+    """Of containers among the arguments, which the model knows by another way too: it may ask whether they are one."""
     own: Sequence[int | None]
     """Which arguments are tensors of the model's."""
 
@@ -42,15 +46,29 @@ class _Captured:
             tensors, model) and self.program.guards.hold(tensors, model) and all(
             model.get_submodule(path) is module for path, module in self.modules.items())
 
-    def same_state(self, model: nn.Module, fresh: bool) -> bool:
-        """Whether the model and all else are as they were."""
-        if self.description.watch.holds(fresh):
-            return True
-        now = describe(model, self.reads, self.program.constants)
-        if now.value != self.description.value:
-            return False
-        self.description = now
-        return True
+    def same_state(self, model: nn.Module, call: _Call, fresh: bool) -> bool:
+        """Whether the model, objects among the arguments and all else are as they were."""
+        same = len(call.others) == len(self.others) and all(map(operator.is_, call.others, self.others))
+        if not same or not self.description.watch.holds(fresh):
+            now = describe(model, self.reads, self.program.constants, call.others)
+            if now.value != self.description.value:
+                return False
+            self.description, self.others = now, call.others
+        return call.places(self.description) == self.places
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a call is made with."""
+
+    kind: Hashable
+    tensors: list[torch.Tensor]
+    others: Sequence[Any]
+    containers: Sequence[Any]
+
+    def places(self, description: Description) -> list[int | None]:
+        """Of each container, its identity if the model knows it by another way too."""
+        return [id(c) if id(c) in description.held else None for c in self.containers]
 
 
 @dataclass
@@ -85,14 +103,14 @@ def find(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], fresh
     Args:
         fresh: whether this is the first step of a loop, or no step of any: what is costly to compare is compared too.
     """
-    kind, tensors = _kind(args, kwargs)
+    call = _call(args, kwargs)
     captures = _captures_of(model)
-    known = captures.programs.get(kind, [])
+    known = captures.programs.get(call.kind, [])
     for i, candidate in enumerate(known):
         before = candidate.description
-        same = candidate.same_state(model, fresh)
+        same = candidate.same_state(model, call, fresh)
         captures.changes += not same or candidate.description is not before
-        if same and candidate.reads_alike(model, tensors):
+        if same and candidate.reads_alike(model, call.tensors):
             known.insert(0, known.pop(i))
             return candidate.program
     return None
@@ -113,19 +131,21 @@ def _captures_of(model: nn.Module) -> _Captures:
 
 def _capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
     program, reads = recorded(model, args, kwargs)
-    description = describe(model, reads, program.constants)
+    call = _call(args, kwargs)
+    description = describe(model, reads, program.constants, call.others)
     named = reads.names()
-    if unseen := [path for path in description.streams if path.rpartition(".")[2].partition("[")[0] in named]:
+    if unseen := [path for path in description.streams if path.startswith(ARGUMENT) or (
+            path.rpartition(".")[2].partition("[")[0] in named)]:
         raise CaptureError(f"the forward of {type(model).__name__} can read {unseen[0]}, which cannot be watched for "
                            "changes; keep it outside of the model, or hold a list or a number instead")
-    kind, tensors = _kind(args, kwargs)
-    own = [description.own.get(id(t)) for t in tensors]
-    made = _Captured(program, reads, description, modules_in(program), own)
-    _captures_of(model).programs.setdefault(kind, []).insert(0, made)
+    own = [description.own.get(id(t)) for t in call.tensors]
+    made = _Captured(program, reads, description, modules_in(program), call.others, call.places(description), own)
+    _captures_of(model).programs.setdefault(call.kind, []).insert(0, made)
     return program
 
 
-def _kind(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Hashable, list[torch.Tensor]]:
-    tensors, structure = flatten((tuple(args), dict(kwargs)))
+def _call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Call:
+    tensors, structure, containers = taken_apart((tuple(args), dict(kwargs)))
     looks = tuple((t.shape, t.dtype, device_of(t), type(t) is nn.Parameter) for t in tensors)
-    return (structure.key(), looks, sharing(tensors), ambient(), surroundings()), tensors
+    kind = structure.kind(), looks, sharing(tensors), ambient(), surroundings()
+    return _Call(kind, tensors, structure.others(), containers)

@@ -23,7 +23,8 @@ from xdit_compile.frontend.caller import Autocast, autocast_now
 from xdit_compile.frontend.concrete_values import ConcreteValueMode, Value
 from xdit_compile.frontend.tracing import fake_state
 from xdit_compile.frontend.watched import telling_apart, watching
-from xdit_compile.ir.pytree import CONSTANTS, TENSOR, Structure, differ, flatten, sharing
+from xdit_compile.ir.containers import CONSTANTS
+from xdit_compile.ir.pytree import TENSOR, Structure, differ, flatten, sharing
 
 _library = torch.library.Library("xdit_compile", "FRAGMENT")
 _library.define("block(str kind, str path, Tensor[] inputs) -> Tensor[]")

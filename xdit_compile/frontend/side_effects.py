@@ -102,6 +102,10 @@ class Before:
         """Code of functions that are made while others run."""
         self._random = _random_state()
 
+    def knows(self, value: Any) -> bool:
+        """Whether this object was noted down: no forward made it."""
+        return id(value) in self._seen
+
     def note_model(self, model: nn.Module, *others: Any) -> None:
         """All that the model's modules, their classes and the ``others``, arguments of its call, lead to."""
         modules = [(m, path) for path, m in model.named_modules()]

@@ -134,6 +134,9 @@ def traced(function: Callable[..., tuple[Tensor, ...]], model: nn.Module, tensor
                 check_dress(stand_in, what.name, before)
             changed.extend(i.name for i, t in named.items() if _written(t))
             exchanged.extend(_exchanged(model, named))
+        if resized := [i for i, t in enumerate(given) if t.shape != tensors[i].shape]:
+            raise CaptureError(f"the forward resizes tensor {resized[0]} of its arguments; give it one of the size "
+                               "that it ends up with, or return the result")
         written.extend(i for i, t in enumerate(given) if _written(t))
         return tuple(map(_plain, [*(given[i] for i in written), *results]))
 
@@ -166,6 +169,9 @@ class _Respelled(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == _SET_DATA:
+            raise CaptureError("the forward gives a tensor other memory (x.data = ...), which no graph can hold; write "
+                               "into it in place, x.copy_(...), or use the new value itself")
         if func is Tensor.fill_diagonal_ and len(args) == 2 and args[0].ndim == 2 and not kwargs:
             return args[0].masked_fill_(torch.eye(*args[0].shape, dtype=torch.bool, device=args[0].device), args[1])
         if func is torch.einsum and isinstance(args[0], str):
@@ -183,6 +189,9 @@ class _Respelled(TorchFunctionMode):
         # Around operators alone: what the model is told of libraries is what they are set to.
         with _no_backend():
             return func(*args, **(kwargs or {}))
+
+
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 def _contracts(equation: str, operands: Sequence[Tensor]) -> bool:

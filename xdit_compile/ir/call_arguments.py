@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from xdit_compile.errors import XditError
-from xdit_compile.ir.pytree import CONSTANTS
+from xdit_compile.ir.containers import CONSTANTS
 
 Inputs = Mapping[str, Any] | Sequence[Any]
 """Keyword arguments by name, or positional arguments in order."""

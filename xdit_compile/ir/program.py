@@ -64,6 +64,7 @@ class Program:
             if it changed what is in them, else None.
         written: which arguments the model writes into; the first results are their new values.
         part: whether this is a part of a forward, a stage of a pipeline: its results are not the model's.
+        apart: which results are copied for the caller, who may write into them: passes leave copies out.
         guards: what was read of the arguments' values while tracing; other answers need another program.
         facts: what holds of the graphs (``captured``, ``canonical``, ``sharded``, ``lowered``).
         spec, position: for which sharding spec and rank this is the local program; None for the global one.
@@ -82,6 +83,7 @@ class Program:
     written: tuple[int, ...] = ()
     guards: Guards = field(default_factory=Guards)
     part: bool = False
+    apart: tuple[int, ...] = ()
     history: tuple[PassRecord, ...] = field(default=(), repr=False, compare=False)
 
     def functions(self) -> Iterator[tuple[str, fx.GraphModule]]:
@@ -111,7 +113,8 @@ class Program:
     @property
     def output_spec(self) -> OutputSpec:
         """How the results become what the model returns."""
-        return OutputSpec(self.outputs, self.written, tuple(n.meta["val"] for n in output_args(self.main.graph)))
+        likes = tuple(n.meta["val"] for n in output_args(self.main.graph))
+        return OutputSpec(self.outputs, self.written, likes, self.apart)
 
     def print_readable(self, print_output: bool = True) -> str:
         """The program as Python source: shapes in the annotations, one comment per module. Also returned."""

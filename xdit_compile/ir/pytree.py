@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
 from torch.utils import _pytree as pytree
 
-CONSTANTS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.layout,
-             torch.memory_format)
-"""Leaves that are baked into a program: two calls share one only where these are equal."""
+from xdit_compile.errors import CaptureError
+from xdit_compile.ir.containers import CONSTANTS, REGISTERED, fill, is_container, register
+
+DEEPEST = 100
+"""Containers inside of containers; beyond, one holds itself."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,12 @@ class Structure:
     spec: pytree.TreeSpec
     constants: tuple[Any, ...]
     """One entry per leaf: the leaf itself, or TENSOR where a tensor goes."""
+    shared: tuple[int, ...] = ()
+    """For each container, the first that is the same object; nothing where all differ."""
+    kept: Mapping[int, Any] = field(default_factory=dict)
+    """Containers without tensors that are given as the objects they are, by their place among all containers."""
+    copied: frozenset[int] = frozenset()
+    """Constants that are copied each time, by their place: the caller may write into them."""
 
     @property
     def tensor_count(self) -> int:
@@ -32,18 +40,64 @@ class Structure:
     def build(self, tensors: Any) -> Any:
         """The containers again, with ``tensors`` in the places of the tensor leaves."""
         queue = iter(tensors)
-        return _rebuilt(self.spec, iter([next(queue) if c is TENSOR else c for c in self.constants]))
+        leaves = [next(queue) if c is TENSOR else copy.copy(c) if i in self.copied else c
+                  for i, c in enumerate(self.constants)]
+        return _Building(self, iter(leaves)).build(self.spec)
 
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[Hashable, ...]:
         """Equal for two structures exactly when they are the same containers around the same constants. Generators
         count by their device: a program draws no random numbers, so that which one it was given makes no difference."""
-        return str(self.spec), tuple((type(c), _mark(c)) for c in self.constants)
+        return self._key(id)
+
+    def kind(self) -> tuple[Hashable, ...]:
+        """As ``key``, without ``others``, which are compared in another way."""
+        return self._key(lambda _: None)
+
+    def others(self) -> tuple[Any, ...]:
+        """Leaves that no key can describe, and classes of containers that may compute: objects that are compared by
+        what they hold."""
+        leaves = [c for c in self.constants if _mark(c) is None]
+        return (*leaves, *dict.fromkeys(_classes(self.spec)))
+
+    def _key(self, other: Callable[[Any], Hashable]) -> tuple[Hashable, ...]:
+        marks = [(type(c), other(c) if (mark := _mark(c)) is None else mark) for c in self.constants]
+        return _spec_key(self.spec), tuple(marks), self.shared
 
 
-def _mark(leaf: Any) -> Any:
+def _mark(leaf: Any) -> Hashable:
+    """Equal for leaves, of one type, that compute alike; None if only the object itself can tell."""
+    cls = type(leaf)
+    if cls in (float, complex):  # 0.0 and -0.0 are equal and compute otherwise
+        return repr(leaf)
+    if leaf is TENSOR or cls in CONSTANTS:
+        return (leaf,)
     if isinstance(leaf, torch.Generator):
         return leaf.device
-    return leaf if isinstance(leaf, CONSTANTS) else id(leaf)
+    if cls is torch.Size:
+        return tuple(leaf)
+    if (isinstance(leaf, np.generic) or cls is np.ndarray) and not leaf.dtype.hasobject:
+        return leaf.dtype.str, leaf.shape, leaf.tobytes()
+    return None
+
+
+def _spec_key(spec: pytree.TreeSpec) -> Hashable:
+    """Names of classes are not enough: two may have the same."""
+    if spec.is_leaf():
+        return None
+    return spec.type, _frozen(spec.context), *map(_spec_key, spec.children())
+
+
+def _frozen(context: Any) -> Hashable:
+    if isinstance(context, (list, tuple)):
+        return tuple(map(_frozen, context))
+    return type(context), repr(context) if isinstance(context, float) or type(context).__hash__ is None else context
+
+
+def _classes(spec: pytree.TreeSpec) -> Iterator[type]:
+    if spec.type in REGISTERED:
+        yield spec.type
+    for child in spec.children():
+        yield from _classes(child)
 
 
 class _Tensor:
@@ -56,32 +110,98 @@ class _Tensor:
 TENSOR = _Tensor()
 
 
-def _rebuilt(spec: pytree.TreeSpec, leaves: Iterator[Any]) -> Any:
-    """As ``tree_unflatten``, which cannot make a dataclass again that is a dictionary of those fields that are not
-    None, as diffusers' outputs are."""
-    if spec.is_leaf():
-        return next(leaves)
-    parts = [_rebuilt(child, leaves) for child in spec.children()]
-    if issubclass(cls := spec.type, dict) and dataclasses.is_dataclass(cls):
-        given = dict(zip(spec.context, parts, strict=True))
-        fields = {f.name: None for f in dataclasses.fields(cls)}
-        if given.keys() <= fields.keys():
-            return cls(**(fields | given))  # type: ignore[operator]
-    return pytree.SUPPORTED_NODES[cls].unflatten_fn(parts, spec.context)
+class _Building:
+    """One making of containers."""
+
+    def __init__(self, structure: Structure, leaves: Iterator[Any]) -> None:
+        self._structure, self._leaves = structure, leaves
+        self._made: list[Any] = []
+
+    def build(self, spec: pytree.TreeSpec) -> Any:
+        if spec.is_leaf():
+            return next(self._leaves)
+        place = len(self._made)
+        self._made.append(None)
+        made = self._container(spec, [self.build(child) for child in spec.children()])
+        first = self._structure.shared[place] if self._structure.shared else place
+        self._made[place] = self._structure.kept.get(place, made) if first == place else self._made[first]
+        return self._made[place]
+
+    def _container(self, spec: pytree.TreeSpec, parts: list[Any]) -> Any:
+        """As ``tree_unflatten``, which cannot make a dataclass again that is a dictionary of those fields that are not
+        None, as diffusers' outputs are."""
+        cls = spec.type
+        if cls not in REGISTERED and isinstance(cls, type) and issubclass(cls, dict) and dataclasses.is_dataclass(cls):
+            given = dict(zip(spec.context, parts, strict=True))
+            fields = {f.name: None for f in dataclasses.fields(cls)}
+            if given.keys() <= fields.keys():
+                return cls(**(fields | given))  # type: ignore[operator]
+        return pytree.SUPPORTED_NODES[cls].unflatten_fn(parts, spec.context)
 
 
-def flatten(value: Any) -> tuple[list[torch.Tensor], Structure]:
-    """The tensors in ``value``, in order, and the structure that puts them back."""
-    leaves, spec = pytree.tree_flatten(value)
-    while unknown := {type(x) for x in leaves if _is_container(x)}:
-        for cls in unknown:
-            _register(cls)
-        leaves, spec = pytree.tree_flatten(value)
-    tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
-    return tensors, Structure(spec, tuple(TENSOR if isinstance(x, torch.Tensor) else x for x in leaves))
+class _Flattening:
+    """One taking apart of containers."""
+
+    def __init__(self) -> None:
+        self.leaves: list[Any] = []
+        self.containers: list[Any] = []
+        self.tensors: list[int] = []
+        """How many tensors each container has inside."""
+        self._count = 0
+
+    def spec(self, value: Any, depth: int = 0) -> pytree.TreeSpec:
+        cls = type(value)
+        is_tensor = isinstance(value, torch.Tensor)
+        node = None if is_tensor or cls in CONSTANTS else pytree._get_node_type(value)
+        if node is not None and node not in pytree.SUPPORTED_NODES and is_container(value):
+            register(cls)
+        if node is None or node not in pytree.SUPPORTED_NODES:
+            self.leaves.append(value)
+            self._count += is_tensor
+            return _LEAF
+        if depth > DEEPEST:
+            raise CaptureError(f"a {cls.__module__}.{cls.__qualname__} among the arguments or results holds itself, or "
+                               f"lies more than {DEEPEST} objects deep; pass what the model needs of it by itself")
+        place, before = len(self.containers), self._count
+        self.containers.append(value)
+        self.tensors.append(0)
+        parts, context = pytree.SUPPORTED_NODES[node].flatten_fn(value)
+        children = [self.spec(part, depth + 1) for part in parts]
+        self.tensors[place] = self._count - before
+        return pytree.TreeSpec(node, context, children)
 
 
-def sharing(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+_LEAF = pytree.tree_flatten(None)[1]
+
+
+def flatten(value: Any, kept: Callable[[Any], bool] | None = None) -> tuple[list[torch.Tensor], Structure]:
+    """The tensors in ``value``, in order, and the structure that puts them back.
+
+    Args:
+        kept: which containers, if there is no tensor inside, the structure gives as the objects they are; other
+            constants that can be written into are then copied. Without it, it makes all containers anew.
+    """
+    tensors, structure, _ = taken_apart(value, kept)
+    return tensors, structure
+
+
+def taken_apart(value: Any, kept: Callable[[Any], bool] | None = None
+                ) -> tuple[list[torch.Tensor], Structure, list[Any]]:
+    """As ``flatten``, with the containers."""
+    found = _Flattening()
+    spec = found.spec(value)
+    leaves = found.leaves
+    shared = sharing([c if type(c) is not tuple else object() for c in found.containers])
+    same = {} if kept is None else {i: c for i, (c, n) in enumerate(zip(found.containers, found.tensors, strict=True))
+                                    if not n and type(c) is not tuple and kept(c)}
+    copied = frozenset[int]() if kept is None else frozenset(
+        i for i, c in enumerate(leaves) if isinstance(c, (np.ndarray, set, bytearray)) and not kept(c))
+    structure = Structure(spec, tuple(TENSOR if isinstance(x, torch.Tensor) else x for x in leaves),
+                          () if shared == tuple(range(len(shared))) else shared, same, copied)
+    return [x for x in leaves if isinstance(x, torch.Tensor)], structure, found.containers
+
+
+def sharing(tensors: Sequence[Any]) -> tuple[int, ...]:
     """For each tensor, the index of the first that is the same object: code may ask whether two are."""
     first: dict[int, int] = {}
     return tuple(first.setdefault(id(t), i) for i, t in enumerate(tensors))
@@ -96,56 +216,16 @@ def differ(value: Any, tensors: Sequence[torch.Tensor], structure: Structure) ->
 def write_back(old: Any, new: Any) -> None:
     """Make the containers in ``old`` hold what those in ``new`` do: lists, dictionaries and objects in their places
     stay the objects they are."""
-    if isinstance(old, tuple) and isinstance(new, tuple):
+    if type(old) is tuple and type(new) is tuple:
         for a, b in zip(old, new, strict=False):
             write_back(a, b)
-    elif type(old) is not type(new):
-        return
-    elif isinstance(old, list):
-        old[:] = [_kept(a, b) for a, b in zip(old, new, strict=False)] + new[len(old):]
-    elif isinstance(old, dict):
-        merged = {k: _kept(old[k], v) if k in old else v for k, v in new.items()}
-        old.clear()
-        old.update(merged)
-    elif type(old) in _registered:
-        write_back(vars(old), vars(new))
+    elif type(old) is type(new) and old is not new:
+        fill(old, new, _kept)
 
 
 def _kept(old: Any, new: Any) -> Any:
     """``old`` with the contents of ``new`` if it is a container that can have them, else ``new``."""
-    if type(old) is type(new) and (isinstance(old, (list, dict)) or type(old) in _registered):
+    if type(old) is type(new) and (isinstance(old, (list, dict)) or type(old) in REGISTERED):
         write_back(old, new)
         return old
     return new
-
-
-_registered: set[type] = set()
-
-
-def _is_container(x: Any) -> bool:
-    """A dataclass, or an object that is its attributes and no more: a cache of keys and values, say."""
-    if isinstance(x, (*CONSTANTS, torch.Tensor, nn.Module, type, Enum, dict, list, tuple, set)) or callable(x):
-        return False
-    return dataclasses.is_dataclass(x) or (hasattr(x, "__dict__") and not hasattr(type(x), "__slots__"))
-
-
-def _register(cls: type) -> None:
-    """Tell pytree about a class. Rebuilt without ``__init__``: it may compute or refuse, and ran once already."""
-    _registered.add(cls)
-
-    def unflatten(values: Any, names: Any) -> Any:
-        made: Any = object.__new__(cls)
-        for name, value in zip(names, values, strict=True):
-            object.__setattr__(made, name, value)
-        return made
-
-    def parts(x: Any) -> tuple[list[Any], tuple[str, ...]]:
-        names = tuple(f.name for f in dataclasses.fields(cls)) if dataclasses.is_dataclass(cls) else tuple(vars(x))
-        return [getattr(x, n) for n in names], names
-
-    def named(x: Any) -> tuple[list[tuple[pytree.KeyEntry, Any]], tuple[str, ...]]:
-        values, names = parts(x)
-        return [(pytree.GetAttrKey(n), v) for n, v in zip(names, values, strict=True)], names
-
-    pytree.register_pytree_node(cls, parts, unflatten, flatten_with_keys_fn=named,
-                                serialized_type_name=f"{cls.__module__}.{cls.__qualname__}")

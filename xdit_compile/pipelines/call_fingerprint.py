@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from xdit_compile.ir.pytree import CONSTANTS
+from xdit_compile.ir.containers import CONSTANTS
 from xdit_compile.runtime.control.tensor_digest import digest
 
 
