@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+# The package of this checkout, which need not be installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch

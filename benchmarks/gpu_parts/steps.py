@@ -17,11 +17,11 @@ Step = Callable[[int], Any]
 
 def steps_of(call: Callable[..., Any], inputs: dict[str, Any], count: int = 64) -> Step:
     """Calls that differ in their times, as those of a loop do. The times are there before."""
-    times = [torch.full_like(inputs["timestep"], 1.0) * inputs["timestep"] * (1 - i / count) for i in range(count)]
+    times = [inputs["timestep"] * (1 - i / count) for i in range(count)]
     return lambda i: call(**{**inputs, "timestep": times[i % count]})
 
 
-def timed(run: Run, step: Step, first_call: bool = True) -> Figures:
+def timed(run: Run, step: Step) -> Figures:
     """The first call, then steps in a loop, then steps one at a time.
 
     ``step_ms`` is of the loop, at whose end alone the device is waited for; ``alone_ms`` of a step after which it is,
@@ -30,7 +30,7 @@ def timed(run: Run, step: Step, first_call: bool = True) -> Figures:
     before = time.perf_counter()
     step(0)
     run.synchronize()
-    found: Figures = {"first_call_s": time.perf_counter() - before} if first_call else {}
+    found: Figures = {"first_call_s": time.perf_counter() - before}
     loop, single = (2, 2) if run.tiny else (10, 5)
     for i in range(1, 3):
         step(i)
