@@ -41,11 +41,9 @@ def through_host_memory() -> Iterator[None]:
     send, receive = dist.isend, dist.irecv
 
     def isend(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return send(tensor.cpu(), *args, **kwargs)
+        return send(tensor.to("cpu", copy=True), *args, **kwargs)
 
     def irecv(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if tensor.device.type == "cpu":
-            return receive(tensor, *args, **kwargs)
         host = torch.empty_like(tensor, device="cpu")
         return _Arriving(receive(host, *args, **kwargs), host, tensor)
 
