@@ -6,13 +6,13 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+import xdit_compile  # whose version it is when it is asked for
 from xdit_compile.artifact.files import ArtifactDraft, ArtifactFolder, drafted
 from xdit_compile.artifact.json_values import (
     Json,
@@ -80,7 +80,7 @@ def export(model: nn.Module, spec: str | dict | ShardingSpec, example_inputs: In
         written = [writer.call(*call_arguments(model, inputs), number) for number, inputs in enumerate(calls)]
         tensors, files = writer.tensors(weights == "included")
         manifest = {
-            "made_with": {"xdit_compile": version("xdit-compile"), "torch": torch.__version__},
+            "made_with": {"xdit_compile": xdit_compile.__version__, "torch": torch.__version__},
             "passes": pass_digests(),
             "model": {"class": type(model).__name__, "config": _config(model)},
             "spec": str(Running().on(spec)), "world_size": spec.world_size, "device": device_of_model(model).type,
