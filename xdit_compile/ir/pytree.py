@@ -56,11 +56,12 @@ class Structure:
     def others(self) -> tuple[Any, ...]:
         """Leaves that no key can describe, and classes of containers that may compute: objects that are compared by
         what they hold."""
-        leaves = [c for c in self.constants if _mark(c) is None]
+        leaves = [c for c in self.constants if type(c) not in _PLAIN and _mark(c) is None]
         return (*leaves, *dict.fromkeys(_classes(self.spec)))
 
     def _key(self, other: Callable[[Any], Hashable]) -> tuple[Hashable, ...]:
-        marks = [(type(c), other(c) if (mark := _mark(c)) is None else mark) for c in self.constants]
+        marks = [(type(c), c if type(c) in _SIMPLE else other(c) if (mark := _mark(c)) is None else mark)
+                 for c in self.constants]
         return _spec_key(self.spec), tuple(marks), self.shared
 
 
@@ -69,7 +70,7 @@ def _mark(leaf: Any) -> Hashable:
     cls = type(leaf)
     if cls in (float, complex):  # 0.0 and -0.0 are equal and compute otherwise
         return repr(leaf)
-    if leaf is TENSOR or cls in CONSTANTS:
+    if cls in _PLAIN:
         return (leaf,)
     if isinstance(leaf, torch.Generator):
         return leaf.device
@@ -82,22 +83,22 @@ def _mark(leaf: Any) -> Hashable:
 
 def _spec_key(spec: pytree.TreeSpec) -> Hashable:
     """Names of classes are not enough: two may have the same."""
-    if spec.is_leaf():
+    if spec.type is None:
         return None
-    return spec.type, _frozen(spec.context), *map(_spec_key, spec.children())
+    return spec.type, _frozen(spec._context), *map(_spec_key, spec._children)
 
 
 def _frozen(context: Any) -> Hashable:
+    if context is None or type(context) is str:
+        return context
     if isinstance(context, (list, tuple)):
         return tuple(map(_frozen, context))
     return type(context), repr(context) if isinstance(context, float) or type(context).__hash__ is None else context
 
 
-def _classes(spec: pytree.TreeSpec) -> Iterator[type]:
-    if spec.type in REGISTERED:
-        yield spec.type
-    for child in spec.children():
-        yield from _classes(child)
+def _classes(spec: pytree.TreeSpec) -> list[type]:
+    inner = [cls for child in spec._children if child.type is not None for cls in _classes(child)]
+    return [spec.type, *inner] if spec.type in REGISTERED else inner
 
 
 class _Tensor:
@@ -108,6 +109,9 @@ class _Tensor:
 
 
 TENSOR = _Tensor()
+_PLAIN = frozenset({*CONSTANTS, _Tensor})
+_SIMPLE = _PLAIN - {float, complex}
+"""Types of leaves that compute alike if they are equal."""
 
 
 class _Building:
@@ -150,15 +154,17 @@ class _Flattening:
         self._count = 0
 
     def spec(self, value: Any, depth: int = 0) -> pytree.TreeSpec:
-        cls = type(value)
-        is_tensor = isinstance(value, torch.Tensor)
-        node = None if is_tensor or cls in CONSTANTS else pytree._get_node_type(value)
-        if node is not None and node not in pytree.SUPPORTED_NODES and is_container(value):
-            register(cls)
-        if node is None or node not in pytree.SUPPORTED_NODES:
-            self.leaves.append(value)
-            self._count += is_tensor
-            return _LEAF
+        cls = node = type(value)
+        if node not in (nodes := pytree.SUPPORTED_NODES):
+            is_tensor = isinstance(value, torch.Tensor)
+            if not is_tensor and cls not in _PLAIN:
+                node = pytree._get_node_type(value)
+                if node not in nodes and is_container(value):
+                    register(cls)
+            if node not in nodes:
+                self.leaves.append(value)
+                self._count += is_tensor
+                return _LEAF
         if depth > DEEPEST:
             raise CaptureError(f"a {cls.__module__}.{cls.__qualname__} among the arguments or results holds itself, or "
                                f"lies more than {DEEPEST} objects deep; pass what the model needs of it by itself")
@@ -191,13 +197,16 @@ def taken_apart(value: Any, kept: Callable[[Any], bool] | None = None
     found = _Flattening()
     spec = found.spec(value)
     leaves = found.leaves
-    shared = sharing([c if type(c) is not tuple else object() for c in found.containers])
+    ids = [id(c) for c in found.containers if type(c) is not tuple]
+    # Equal tuples may be one object or two.
+    shared = () if len(set(ids)) == len(ids) else sharing(
+        [object() if type(c) is tuple else c for c in found.containers])
     same = {} if kept is None else {i: c for i, (c, n) in enumerate(zip(found.containers, found.tensors, strict=True))
                                     if not n and type(c) is not tuple and kept(c)}
     copied = frozenset[int]() if kept is None else frozenset(
         i for i, c in enumerate(leaves) if isinstance(c, (np.ndarray, set, bytearray)) and not kept(c))
     structure = Structure(spec, tuple(TENSOR if isinstance(x, torch.Tensor) else x for x in leaves),
-                          () if shared == tuple(range(len(shared))) else shared, same, copied)
+                          shared, same, copied)
     return [x for x in leaves if isinstance(x, torch.Tensor)], structure, found.containers
 
 
