@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from functools import partial
 from typing import Any
 
@@ -41,7 +42,7 @@ from xdit_compile.frontend.repeated_blocks import BLOCK, BlockKind, Outliner
 from xdit_compile.frontend.side_effects import Before, Change, Key, readable
 from xdit_compile.frontend.tracing import StateWritten, Traced, as_fake, export_conventions, fake_state, traced
 from xdit_compile.frontend.watchers import observed_hooks
-from xdit_compile.frontend.writes import fill, refuse, settle
+from xdit_compile.frontend.writes import fill, has_values, refuse, settle
 from xdit_compile.ir.program import Input, Program, drop_unused, graph_module, output_args, source_of
 from xdit_compile.ir.pytree import Structure, differ, flatten, sharing
 
@@ -83,12 +84,16 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
             about it. What the model itself raises, as it would on one device, goes on as it is; so does the lack of
             memory.
     """
-    return recorded(model, args, kwargs)[0]
+    program, _, effects = recorded(model, args, kwargs)
+    for effect in effects:
+        effect()
+    return program
 
 
 def recorded(model: nn.Module, args: Sequence[Any] = (),
-             kwargs: Mapping[str, Any] | None = None) -> tuple[Program, Reads]:
-    """As ``capture``, with the code that ran."""
+             kwargs: Mapping[str, Any] | None = None) -> tuple[Program, Reads, list[Callable[[], None]]]:
+    """As ``capture``, with the code that ran, and what is still to be done: put into their places what the forward
+    leaves behind for later calls, such as tables."""
     check(model)
     if compiled := compiled_inside(model):
         warnings.warn(f"torch.compile around {', '.join(path or type(model).__name__ for path in compiled[:5])} "
@@ -99,11 +104,12 @@ def recorded(model: nn.Module, args: Sequence[Any] = (),
     while True:
         try:
             with gc_paused(), undisturbed(), observed_hooks(model), leaving_in_python(model, left):
-                program, reads = _Capture(model, args, kwargs).program()
+                # What a forward sets in the context of its thread is gone with the copy.
+                program, reads, effects = copy_context().run(_Capture(model, args, kwargs).program)
             log.info("captured %s in %.2f s: %d nodes in %d functions", type(model).__name__,
                      time.perf_counter() - start, sum(len(m.graph.nodes) for _, m in program.functions()),
                      len(program.calls()))
-            return program, reads
+            return program, reads, effects
         except _Fills as found:
             if filled:
                 raise CaptureError(str(StateWritten(found.names))) from None
@@ -143,9 +149,9 @@ class _Capture:
         self.reads = Reads(first=self.before.note_frame)
         self.changed: dict[Key, Change] = {}
         self.tables: dict[Key, Any] = {}
-        """What forward puts into empty places, where its values are known."""
+        """What forward leaves for later calls."""
 
-    def program(self) -> tuple[Program, Reads]:
+    def program(self) -> tuple[Program, Reads, list[Callable[[], None]]]:
         with torch.no_grad(), _off_meta(self.model), _forgetting(self.mode):
             self.before.note_model(self.model, *self.arguments)
             try:
@@ -159,9 +165,8 @@ class _Capture:
                     raise
                 raise _Fills(filled) from error
             self._check(program)
-            self.before.put(self.tables)
         # What was noted down is not kept.
-        return program, Reads(self.reads.codes, valued=self.reads.valued)
+        return program, Reads(self.reads.codes, valued=self.reads.valued), self.before.effects(self.tables)
 
     def _traced(self) -> Program:
         call = self._call(self.known)
@@ -204,27 +209,18 @@ class _Capture:
         try:
             yield
         finally:
-            found = self.before.restore()
-            self.changed |= found
-            self.tables |= {k: made for k, c in found.items() if c.before is MISSING
-                            and (made := self._real(c.after)) is not MISSING}
+            self.changed |= self.before.restore()
 
     def _settled(self) -> tuple[str, ...]:
-        """Names of buffers that the first call fills. Raises CaptureError if state goes from call to call."""
-        call = self._call(ConcreteValueMode(self.tensors, self.model))
+        """Names of what one plain call has to fill. Raises CaptureError if state goes from call to call."""
+        known = ConcreteValueMode(self.tensors, self.model)
+        call = self._call(known)
         with self._unchanged(), fake_state(self.model, self.mode), self.mode:
-            return settle(self.model, lambda shown: call(*shown), self._fresh, self.before, self.reads)
-
-    def _real(self, made: Any) -> Any:
-        """The values of a table that forward made, if all are known and were computed as the model would; else MISSING.
-        Mirrors are on the CPU, whose last bits differ from those of other devices."""
-        parts = [t for t in tree_leaves(made) if not constants(t)]
-        values = {id(t): v.tensor.clone() for t in parts if isinstance(t, torch.Tensor) and t.device.type == "cpu"
-                  and (v := self.known.value(t)) is not None}
-        if not parts or any(id(t) not in values for t in parts):
-            return MISSING
-        return tree_map_only(torch.Tensor, lambda t: values[id(t)], made)
-
+            filled, kept = settle(self.model, lambda shown: call(*shown), self._fresh, self.before, self.reads)
+        tables = {k: _real(c.after, known) for k, c in kept.items()}
+        self.tables = {k: made for k, made in tables.items() if made is not MISSING}
+        unknown = [str(c) for k, c in kept.items() if k not in self.tables and c.after is not MISSING]
+        return filled + (tuple(unknown) if has_values(self.model, *self.arguments) else ())
     def _fresh(self) -> list[torch.Tensor]:
         """Examples that are no earlier ones."""
         made = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in self._examples()]
@@ -263,6 +259,16 @@ class _Capture:
         with self._unchanged(), autocast_as(kind.autocast):
             found = _trace(call, kind.examples, self.mode)
         return _function_of(kind, found, constants)
+
+
+def _real(made: Any, known: ConcreteValueMode) -> Any:
+    """What forward made, if all values in it are known and were computed where the model would; else MISSING."""
+    parts = [t for t in tree_leaves(made) if not constants(t)]
+    values = {id(t): v.tensor.clone() for t in parts if isinstance(t, torch.Tensor)
+              and (v := known.value(t)) is not None and v.tensor.device == t.device}
+    if any(id(t) not in values for t in parts):
+        return MISSING
+    return tree_map_only(torch.Tensor, lambda t: values[id(t)], made)
 
 
 @contextmanager

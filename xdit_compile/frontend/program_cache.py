@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,24 +27,25 @@ class _Captured:
 
     program: Program
     reads: Reads
-    description: Description
+    states: list[Description]
+    """Of the model and all else: as they were, and as a call leaves them."""
     modules: Mapping[str, nn.Module]
     """By path, those that the program calls themselves; all others it knows by what they hold."""
+    effects: Sequence[Callable[[], None]]
+    """What each call does beside its results: it puts tables, or what it saw of its arguments, into their places."""
 
     def reads_alike(self, model: nn.Module, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether what the model reads of arguments is the same, and modules that are called as they are."""
         return self.program.guards.hold(tensors, model) and all(
             model.get_submodule(path) is module for path, module in self.modules.items())
 
-    def same_state(self, model: nn.Module, fresh: bool) -> bool:
-        """Whether the model and all else are as they were."""
-        if self.description.watch.holds(fresh):
-            return True
+    def same_state(self, model: nn.Module, fresh: bool) -> tuple[bool, bool]:
+        """Whether the model and all else are as they were, and whether all had to be looked at to know."""
+        if any(state.watch.holds(fresh) for state in self.states):
+            return True, False
         now = describe(model, self.reads, self.program.constants)
-        if now.value != self.description.value:
-            return False
-        self.description = now
-        return True
+        self.states = [now if now.value == state.value else state for state in self.states]
+        return any(state is now for state in self.states), True
 
 
 @dataclass
@@ -81,11 +82,12 @@ def find(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], fresh
     captures = _captures_of(model)
     known = captures.programs.get(kind, [])
     for i, candidate in enumerate(known):
-        before = candidate.description
-        same = candidate.same_state(model, fresh)
-        captures.changes += not same or candidate.description is not before
+        same, looked = candidate.same_state(model, fresh)
+        captures.changes += looked
         if same and candidate.reads_alike(model, tensors):
             known.insert(0, known.pop(i))
+            for effect in candidate.effects:
+                effect()
             return candidate.program
     return None
 
@@ -101,14 +103,17 @@ def _captures_of(model: nn.Module) -> _Captures:
 
 
 def _capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
-    program, reads = recorded(model, args, kwargs)
-    description = describe(model, reads, program.constants)
+    program, reads, effects = recorded(model, args, kwargs)
+    states = [describe(model, reads, program.constants)]
+    for effect in effects:
+        effect()
+    states += [describe(model, reads, program.constants)] if effects else []
     named = reads.names()
-    if unseen := [path for path in description.streams if path.rpartition(".")[2].partition("[")[0] in named]:
+    if unseen := [path for path in states[0].streams if path.rpartition(".")[2].partition("[")[0] in named]:
         raise CaptureError(f"the forward of {type(model).__name__} can read {unseen[0]}, which cannot be watched for "
                            "changes; keep it outside of the model, or hold a list or a number instead")
     kind, _ = _kind(args, kwargs)
-    made = _Captured(program, reads, description, modules_in(program))
+    made = _Captured(program, reads, states[::-1], modules_in(program), effects)
     _captures_of(model).programs.setdefault(kind, []).insert(0, made)
     return program
 

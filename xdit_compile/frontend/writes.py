@@ -80,7 +80,7 @@ def refuse(found: Mapping[str, str], model: nn.Module) -> CaptureError:
 
 
 def settle(model: nn.Module, call: Callable[[Sequence[Tensor]], Iterable[Tensor]], examples: Callable[[], list[Tensor]],
-           before: Before, reads: Reads) -> tuple[str, ...]:
+           before: Before, reads: Reads) -> tuple[tuple[str, ...], dict[Key, Change]]:
     """Whether what ``call`` leaves behind may be left out of a program.
 
     Args:
@@ -88,7 +88,8 @@ def settle(model: nn.Module, call: Callable[[Sequence[Tensor]], Iterable[Tensor]
         before: how things were, and still are.
 
     Returns:
-        Names of buffers that are filled by the first call, and only by that.
+        Names of buffers that are filled by the first call, and only by that; and what else it leaves that a later call
+        finds there and keeps. A call of another kind would not have left the same.
 
     Raises:
         CaptureError: naming what is carried from call to call, with the line that writes it.
@@ -114,7 +115,14 @@ def settle(model: nn.Module, call: Callable[[Sequence[Tensor]], Iterable[Tensor]
         found = {str(c): f"(the first call computes otherwise than the next{_where(c, reads)})" for c in left.values()}
     if found:
         raise refuse(found, model)
-    return tuple(filled)
+    kept = {k: c for k, c in left.items() if k in then and _is_kept(c, then[k].after, reads)}
+    return tuple(filled), kept
+
+
+def _is_kept(change: Change, then: Any, reads: Reads) -> bool:
+    """Whether what the first call left is there after the second, and some code may read it."""
+    is_attribute = f".{change.path}".endswith(f".{change.name}")
+    return (change.after is then or constants(then)) and (not is_attribute or reads.loads(change.name))
 
 
 def _versions(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
@@ -138,14 +146,19 @@ def fill(model: nn.Module, names: Sequence[str], args: Sequence[Any], kwargs: Ma
     Raises:
         CaptureError: the model, or what it is called with, has no values.
     """
-    given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    if any(t.is_meta or isinstance(t, FakeTensor) for t in (*given, *model.parameters(), *model.buffers())):
+    if not has_values(model, args, kwargs):
         raise CaptureError(f"the forward writes into {', '.join(names)} at the first call; a program has no state. "
                            "Call the model once as it is before it is captured, with its weights: that fills them")
     warnings.warn(f"{type(model).__name__} fills {', '.join(names)} at its first call: it was called once as it is, on "
                   "this device alone", stacklevel=2)
     with torch.no_grad():
         type(model).forward(model, *args, **kwargs)
+
+
+def has_values(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the model can be called as it is."""
+    given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    return not any(t.is_meta or isinstance(t, FakeTensor) for t in (*given, *model.parameters(), *model.buffers()))
 
 
 def _carried(left: Mapping[Key, Change], then: Mapping[Key, Change], first: Follow,
