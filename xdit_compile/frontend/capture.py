@@ -148,6 +148,7 @@ class _Capture:
         self.before = Before()
         self.reads = Reads(first=self.before.note_frame)
         self.changed: dict[Key, Change] = {}
+        self.exchanged: set[str] = set()
         self.tables: dict[Key, Any] = {}
         """What forward leaves for later calls."""
 
@@ -232,7 +233,7 @@ class _Capture:
         if written := {readable(held[id(t)]): f"(a tensor that is written into at {line})"
                        for t, line in self.reads.written if id(t) in held}:
             raise refuse(written, self.model)
-        if self.changed and (filled := self._settled()):
+        if (self.changed or self.exchanged) and (filled := self._settled()):
             raise _Fills(filled)
         for name, value in program.constants.items():
             if isinstance(value, (FakeTensor, FunctionalTensor)):
@@ -250,6 +251,7 @@ class _Capture:
                     found = _trace(call, self.tensors, self.mode)
                 kinds = {kind.name: kind for kind in outliner.kinds.values() if kind}
             blocks = {name: self._block(kind, constants) for name, kind in kinds.items()}
+        self.exchanged |= {*found.exchanged}
         main, inputs = _main(found, blocks, constants)
         return Program(main, tuple(inputs), constants, call.outputs, written=found.written, guards=self.known.guards())
 
@@ -258,6 +260,7 @@ class _Capture:
         call = _Call(kind.module, kind.inputs, self.known, kind.values, self.reads, f"{kind.path}.")
         with self._unchanged(), autocast_as(kind.autocast):
             found = _trace(call, kind.examples, self.mode)
+        self.exchanged |= {*found.exchanged}
         return _function_of(kind, found, constants)
 
 

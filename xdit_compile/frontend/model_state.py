@@ -475,7 +475,8 @@ class _Walk:
         return tuple(found)
 
     def _all_classes(self) -> list[Any]:
-        return [*itertools.chain.from_iterable((*cls.__mro__, *type(cls).__mro__) for cls in self.classes)]
+        kinds = [kind for cls in self.classes for kind in (cls, type(cls))]
+        return [c for kind in kinds for c in type.mro(kind)]
 
     def _is_read(self, name: str, value: Any, named: set[str]) -> bool:
         if name in ("__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "_abc_impl", "__slots__",

@@ -100,16 +100,19 @@ def settle(model: nn.Module, call: Callable[[Sequence[Tensor]], Iterable[Tensor]
     with first:
         call(shown)
     left, between = _since(start, before.changes()), _versions(model)
-    kept = [t for change in left.values() for t in _tensors(change.after)]
+    held = [*(t for change in left.values() for t in _tensors(change.after)), *(t for t, _ in between.values())]
     shown = examples()
-    second = Follow(shown, kept)
+    second = Follow(shown, held)
     with second:
         results = call(shown)
-    second.used |= {id(t) for t in results} & {id(t) for t in kept}
+    second.used |= {id(t) for t in results} & {id(t) for t in held}
     then, after = _since(start, before.changes()), _versions(model)
     found = {str(c): f"({why}{_where(c, reads)})" for c, why in _carried(left, then, first, second)}
-    found |= {n: "(a tensor that each call writes into)" for n in after if _moved(after[n], between.get(n))}
-    filled = {n: t for n, (t, _) in between.items() if _moved(between[n], buffers.get(n))}
+    # What each call replaces before it reads that is no state.
+    fresh = {n for n, (t, _) in between.items() if n in after and after[n][0] is not t and id(t) not in second.used}
+    found |= {n: "(a tensor that each call writes into)" for n in after.keys() - fresh
+              if _moved(after[n], between.get(n))}
+    filled = {n: t for n, (t, _) in between.items() if n not in fresh and _moved(between[n], buffers.get(n))}
     found |= {n: "(filled from the arguments of the first call)" for n, t in filled.items() if first.reads(t)}
     if not found and left and first.log != second.log:
         found = {str(c): f"(the first call computes otherwise than the next{_where(c, reads)})" for c in left.values()}
