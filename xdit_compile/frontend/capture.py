@@ -33,6 +33,7 @@ from xdit_compile.frontend.caller import autocast_as, undisturbed
 from xdit_compile.frontend.concrete_values import ConcreteValueMode, Value, of_inputs
 from xdit_compile.frontend.flex_attention import FLEX, dense_mask, is_open, is_plain, modified_attention
 from xdit_compile.frontend.gc_pause import gc_paused
+from xdit_compile.frontend.left_behind import check_left
 from xdit_compile.frontend.mechanisms import COMPILED, check, compiled_inside
 from xdit_compile.frontend.objects import MISSING, constants
 from xdit_compile.frontend.opaque_modules import culprit, leaving_in_python
@@ -41,6 +42,7 @@ from xdit_compile.frontend.reads import Reads
 from xdit_compile.frontend.repeated_blocks import BLOCK, BlockKind, Outliner
 from xdit_compile.frontend.side_effects import Before, Change, Key, readable
 from xdit_compile.frontend.tracing import StateWritten, Traced, as_fake, export_conventions, fake_state, traced
+from xdit_compile.frontend.unguarded import check_reads
 from xdit_compile.frontend.watchers import observed_hooks
 from xdit_compile.frontend.writes import fill, has_values, refuse, settle
 from xdit_compile.ir.program import Input, Program, drop_unused, graph_module, output_args, source_of
@@ -106,6 +108,8 @@ def recorded(model: nn.Module, args: Sequence[Any] = (),
             with gc_paused(), undisturbed(), observed_hooks(model), leaving_in_python(model, left):
                 # What a forward sets in the context of its thread is gone with the copy.
                 program, reads, effects = copy_context().run(_Capture(model, args, kwargs).program)
+            check_left(model, reads.made, program)
+            reads.made.clear()
             log.info("captured %s in %.2f s: %d nodes in %d functions", type(model).__name__,
                      time.perf_counter() - start, sum(len(m.graph.nodes) for _, m in program.functions()),
                      len(program.calls()))
@@ -166,8 +170,10 @@ class _Capture:
                     raise
                 raise _Fills(filled) from error
             self._check(program)
+            check_reads(self.model, self.reads)
         # What was noted down is not kept.
-        return program, Reads(self.reads.codes, valued=self.reads.valued), self.before.effects(self.tables)
+        return program, Reads(self.reads.codes, valued=self.reads.valued,
+                              made=self.reads.made), self.before.effects(self.tables)
 
     def _traced(self) -> Program:
         call = self._call(self.known)

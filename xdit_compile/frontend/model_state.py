@@ -58,7 +58,7 @@ _SWITCHES = frozenset({"_hf_peft_config_loaded"})
 _LAYER = frozenset({"forward", "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__"})
 """Functions of PyTorch's own classes that decide what a call computes."""
 _FLAG = re.compile(r"(is|get|are)_\w+|\w+_enabled|initial_seed")
-_NO_FLAG = re.compile(r"\w*(rng|grad|inference|compiling|exporting|available)\w*")
+_NO_FLAG = re.compile(r"\w*(rng|grad|compiling|exporting|available)\w*")
 """Functions of PyTorch that tell how it is set, and those of this name that do not, or that captures decide."""
 _LEVEL = frozenset({"isEnabledFor", "getEffectiveLevel", "level"})
 """Names by which code reads how much a logger tells."""

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.overrides import TorchFunctionMode
 
 from xdit_compile.frontend.concrete_values import READS, writes
@@ -128,6 +130,8 @@ class Reads:
     """Such tensors of which values were read into Python."""
     written: list[tuple[Tensor, str]] = field(default_factory=list, repr=False)
     """Tensors that are neither the model's nor made by forward and that it writes into, and where."""
+    made: list[weakref.ref[Tensor]] = field(default_factory=list, repr=False)
+    """Tensors of traces that code was given."""
 
     def include(self, function: FunctionType) -> None:
         """As if ``function`` had run: what it made may have been remembered."""
@@ -152,7 +156,7 @@ class Reads:
 
         sys.settrace(tell)
         try:
-            with _Outside(self.written, self.valued):
+            with _Outside(self.written, self.valued, self.made):
                 yield
         finally:
             sys.settrace(before)
@@ -209,6 +213,7 @@ class _Outside(TorchFunctionMode):
 
     written: list[tuple[Tensor, str]]
     valued: list[weakref.ref[Tensor]]
+    made: list[weakref.ref[Tensor]]
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -223,7 +228,10 @@ class _Outside(TorchFunctionMode):
                 self.written.append((args[0], line_of(sys._getframe(1))))
             if func in READS:
                 self.valued.extend(weakref.ref(t) for t in args if type(t) in _REAL)
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+            results = result if isinstance(result, (tuple, list)) else (result,)
+            self.made.extend(weakref.ref(t) for t in results if isinstance(t, (FakeTensor, FunctionalTensor)))
+            return result
         finally:
             sys.settrace(tell)
 

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from xdit_compile.errors import CaptureError
-from xdit_compile.frontend.concrete_values import writes
+from xdit_compile.frontend.concrete_values import READS, writes
 from xdit_compile.frontend.objects import MISSING, constants, content, elements, entries, inside
 from xdit_compile.frontend.reads import Reads
 from xdit_compile.frontend.side_effects import Before, Change, Key
@@ -56,10 +56,11 @@ class Follow(TorchFunctionMode):
         given = tree_leaves((args, kwargs))
         tensors = [x for x in given if isinstance(x, Tensor)]
         result = func(*args, **kwargs)
-        self.used |= {id(t) for t in tensors} & self._kept
         sources = tensors[:1] if name in _LIKE else [] if name in _OF_LOOKS else tensors
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         written = tensors[:1] if writes(func, kwargs) else []
+        if made or written or func in READS:  # else only looks were asked for
+            self.used |= {id(t) for t in tensors} & self._kept
         if (made or written) and any(id(t) in self.tainted for t in sources):
             # What is written into a view is in its base.
             bases = [t._base for t in written if t._base is not None]
