@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from functools import partial
 from typing import Any
 
@@ -32,6 +33,7 @@ from xdit_compile.frontend.caller import autocast_as, undisturbed
 from xdit_compile.frontend.concrete_values import ConcreteValueMode, Value, of_inputs
 from xdit_compile.frontend.flex_attention import FLEX, dense_mask, is_open, is_plain, modified_attention
 from xdit_compile.frontend.gc_pause import gc_paused
+from xdit_compile.frontend.left_behind import check_left
 from xdit_compile.frontend.looks import Looks, dress
 from xdit_compile.frontend.mechanisms import COMPILED, check, compiled_inside
 from xdit_compile.frontend.objects import MISSING, constants
@@ -42,8 +44,9 @@ from xdit_compile.frontend.repeated_blocks import BLOCK, BlockKind, Outliner
 from xdit_compile.frontend.results import check_results, copied_results
 from xdit_compile.frontend.side_effects import Before, Change, Key, readable
 from xdit_compile.frontend.tracing import StateWritten, Traced, as_fake, export_conventions, fake_state, traced
+from xdit_compile.frontend.unguarded import check_reads
 from xdit_compile.frontend.watchers import observed_hooks
-from xdit_compile.frontend.writes import fill, refuse, settle
+from xdit_compile.frontend.writes import fill, has_values, refuse, settle
 from xdit_compile.ir.program import Input, Program, drop_unused, graph_module, output_args, source_of
 from xdit_compile.ir.pytree import Structure, differ, flatten, sharing
 
@@ -91,12 +94,16 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
             about it. What the model itself raises, as it would on one device, goes on as it is; so does the lack of
             memory.
     """
-    return recorded(model, args, kwargs)[0]
+    program, _, effects = recorded(model, args, kwargs)
+    for effect in effects:
+        effect()
+    return program
 
 
 def recorded(model: nn.Module, args: Sequence[Any] = (),
-             kwargs: Mapping[str, Any] | None = None) -> tuple[Program, Reads]:
-    """As ``capture``, with the code that ran."""
+             kwargs: Mapping[str, Any] | None = None) -> tuple[Program, Reads, list[Callable[[], None]]]:
+    """As ``capture``, with the code that ran, and what is still to be done: put into their places what the forward
+    leaves behind for later calls, such as tables."""
     check(model)
     if compiled := compiled_inside(model):
         warnings.warn(f"torch.compile around {', '.join(path or type(model).__name__ for path in compiled[:5])} "
@@ -107,11 +114,14 @@ def recorded(model: nn.Module, args: Sequence[Any] = (),
     while True:
         try:
             with gc_paused(), undisturbed(), observed_hooks(model), leaving_in_python(model, left):
-                program, reads = _Capture(model, args, kwargs, kept).program()
+                # What a forward sets in the context of its thread is gone with the copy.
+                program, reads, effects = copy_context().run(_Capture(model, args, kwargs, kept).program)
+            check_left(model, reads.made, program)
+            reads.made.clear()
             log.info("captured %s in %.2f s: %d nodes in %d functions", type(model).__name__,
                      time.perf_counter() - start, sum(len(m.graph.nodes) for _, m in program.functions()),
                      len(program.calls()))
-            return program, reads
+            return program, reads, effects
         except _Refills:
             kept = False
         except _Fills as found:
@@ -157,10 +167,11 @@ class _Capture:
         self.before = Before()
         self.reads = Reads(first=self.before.note_frame, looks=Looks.at(model, self.tensors))
         self.changed: dict[Key, Change] = {}
+        self.exchanged: set[str] = set()
         self.tables: dict[Key, Any] = {}
-        """What forward puts into empty places, where its values are known."""
+        """What forward leaves for later calls."""
 
-    def program(self) -> tuple[Program, Reads]:
+    def program(self) -> tuple[Program, Reads, list[Callable[[], None]]]:
         with torch.no_grad(), _off_meta(self.model), _forgetting(self.mode):
             self.before.note_model(self.model, *self.arguments)
             try:
@@ -174,10 +185,11 @@ class _Capture:
                     raise
                 raise _Fills(filled) from error
             self._check(program)
-            self.before.put(self.tables)
+            check_reads(self.model, self.reads)
         # What was noted down is not kept.
         looks = self.reads.looks.settled(self.tensors, self.reads.names())
-        return program, Reads(self.reads.codes, valued=self.reads.valued, looks=looks)
+        return program, Reads(self.reads.codes, valued=self.reads.valued, looks=looks,
+                              made=self.reads.made), self.before.effects(self.tables)
 
     def _traced(self) -> Program:
         call = self._call(self.known)
@@ -222,27 +234,18 @@ class _Capture:
         try:
             yield
         finally:
-            found = self.before.restore()
-            self.changed |= found
-            self.tables |= {k: made for k, c in found.items() if c.before is MISSING
-                            and (made := self._real(c.after)) is not MISSING}
+            self.changed |= self.before.restore()
 
     def _settled(self) -> tuple[str, ...]:
-        """Names of buffers that the first call fills. Raises CaptureError if state goes from call to call."""
-        call = self._call(ConcreteValueMode(self.tensors, self.model))
+        """Names of what one plain call has to fill. Raises CaptureError if state goes from call to call."""
+        known = ConcreteValueMode(self.tensors, self.model)
+        call = self._call(known)
         with self._unchanged(), fake_state(self.model, self.mode), self.mode:
-            return settle(self.model, lambda shown: call(*shown), self._fresh, self.before, self.reads)
-
-    def _real(self, made: Any) -> Any:
-        """The values of a table that forward made, if all are known and were computed as the model would; else MISSING.
-        Mirrors are on the CPU, whose last bits differ from those of other devices."""
-        parts = [t for t in tree_leaves(made) if not constants(t)]
-        values = {id(t): v.tensor.clone() for t in parts if isinstance(t, torch.Tensor) and t.device.type == "cpu"
-                  and (v := self.known.value(t)) is not None}
-        if not parts or any(id(t) not in values for t in parts):
-            return MISSING
-        return tree_map_only(torch.Tensor, lambda t: values[id(t)], made)
-
+            filled, kept = settle(self.model, lambda shown: call(*shown), self._fresh, self.before, self.reads)
+        tables = {k: _real(c.after, known) for k, c in kept.items()}
+        self.tables = {k: made for k, made in tables.items() if made is not MISSING}
+        unknown = [str(c) for k, c in kept.items() if k not in self.tables and c.after is not MISSING]
+        return filled + (tuple(unknown) if has_values(self.model, *self.arguments) else ())
     def _fresh(self) -> list[torch.Tensor]:
         """Examples that are no earlier ones."""
         made = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in self._examples()]
@@ -254,7 +257,7 @@ class _Capture:
         if written := {readable(held[id(t)]): f"(a tensor that is written into at {line})"
                        for t, line in self.reads.written if id(t) in held}:
             raise refuse(written, self.model)
-        if self.changed and (filled := self._settled()):
+        if (self.changed or self.exchanged) and (filled := self._settled()):
             raise _Fills(filled)
         for code, cls in self.reads.types_compared():
             raise CaptureError(f"{code.co_qualname} ({code.co_filename}:{code.co_firstlineno}) compares the type of "
@@ -276,6 +279,7 @@ class _Capture:
                     found = _trace(call, self.tensors, self.mode)
                 kinds = {kind.name: kind for kind in outliner.kinds.values() if kind}
             blocks = {name: self._block(kind, constants) for name, kind in kinds.items()}
+        self.exchanged |= {*found.exchanged}
         main, inputs = _main(found, blocks, constants)
         own = {name for name, t in constants.items() if id(t) in self.before.tensors}
         return Program(main, tuple(inputs), constants, call.outputs, written=found.written, guards=self.known.guards(),
@@ -286,11 +290,22 @@ class _Capture:
         call = _Call(kind.module, kind.inputs, self.known, kind.values, self.reads, f"{kind.path}.")
         with self._unchanged(), autocast_as(kind.autocast):
             found = _trace(call, kind.examples, self.mode)
+        self.exchanged |= {*found.exchanged}
         return _function_of(kind, found, constants)
 
 
 def _any(_: object) -> bool:
     return True
+
+
+def _real(made: Any, known: ConcreteValueMode) -> Any:
+    """What forward made, if all values in it are known and were computed where the model would; else MISSING."""
+    parts = [t for t in tree_leaves(made) if not constants(t)]
+    values = {id(t): v.tensor.clone() for t in parts if isinstance(t, torch.Tensor)
+              and (v := known.value(t)) is not None and v.tensor.device == t.device}
+    if any(id(t) not in values for t in parts):
+        return MISSING
+    return tree_map_only(torch.Tensor, lambda t: values[id(t)], made)
 
 
 @contextmanager

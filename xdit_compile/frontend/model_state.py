@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import operator
 import re
-import sys
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import _lru_cache_wrapper, cached_property, partial
-from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
+from functools import _lru_cache_wrapper, partial
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -42,6 +41,8 @@ from xdit_compile.frontend.objects import (
     is_library,
     is_plain,
     is_stream,
+    links,
+    namespace,
     package,
     slot,
     slots,
@@ -59,12 +60,11 @@ _SWITCHES = frozenset({"_hf_peft_config_loaded"})
 """Attributes that are only asked whether they are true: unloading adapters leaves None where there was nothing."""
 _LAYER = frozenset({"forward", "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__"})
 """Functions of PyTorch's own classes that decide what a call computes."""
-_FLAG = re.compile(r"(is|get|are)_\w+|\w+_enabled")
-_NO_FLAG = re.compile(r"\w*(rng|seed|grad|inference|compiling|exporting|available)\w*")
+_FLAG = re.compile(r"(is|get|are)_\w+|\w+_enabled|initial_seed")
+_NO_FLAG = re.compile(r"\w*(rng|grad|compiling|exporting|available)\w*")
 """Functions of PyTorch that tell how it is set, and those of this name that do not, or that captures decide."""
-_WRAPPERS: dict[type, tuple[str, ...]] = {
-    partial: ("func", "args", "keywords"), MethodType: ("__func__", "__self__"), property: ("fget",),
-    staticmethod: ("__func__",), classmethod: ("__func__",), cached_property: ("func",)}
+_LEVEL = frozenset({"isEnabledFor", "getEffectiveLevel", "level"})
+"""Names by which code reads how much a logger tells."""
 DEPTH = 100
 ARGUMENT = "an argument of the call"
 SMALL = 1 << 14
@@ -240,8 +240,10 @@ class _Walk:
         self.tensors: list[torch.Tensor] = []
         self.foreign: dict[int, torch.Tensor] = {}
         self.foreign_numbers: dict[int, int] = {}
-        self.named = reads.names()
         self.classes: dict[type, None] = {}
+        self.spaces: dict[int, dict[str, Any]] = {}
+        """Modules of Python that are reached as values, by their names."""
+        self.named = reads.names()
         self.own: dict[int, int] = {}
         self.live: set[int] = set()
 
@@ -256,8 +258,8 @@ class _Walk:
                         self.tensors.append(t)
         found: list[Hashable] = [self._module(m, f"attribute {p}.") for p, m in zip(
             _paths(self.modules), self.modules, strict=True)]
-        found += [self._globals(), self._imports(), tuple(map(self._other, others)), self._classes()]
         found += [(name, self.of(t, name)) for name, t in extra.items()]
+        found += [self._globals(), tuple(map(self._other, others)), self._classes()]
         return Description(tuple(found), Watch(self), self.held, self.streams, self.own)
 
     def _other(self, value: Any) -> Hashable:
@@ -303,6 +305,10 @@ class _Walk:
             # 1, 1.0 and True are equal, but do not compute alike; nor do 0.0 and -0.0.
             return type(value), repr(value) if isinstance(value, (float, complex)) else value
         if is_leaf(value):
+            return self.identity(value), self._told(value)
+        if (space := namespace(value)) is not None:
+            if not is_library(space.get("__name__")):
+                self.spaces[id(space)] = space
             return self.identity(value)
         if isinstance(value, type):
             self.classes[value] = None
@@ -328,6 +334,17 @@ class _Walk:
         return "tensor", self.foreign_numbers.setdefault(id(value), len(self.foreign_numbers)), values(
             value), self._named(value, "")
 
+    def _told(self, value: Any) -> Hashable:
+        """What of a leaf can be read."""
+        if isinstance(value, torch.Generator):
+            ask: Callable[[], Any] = value.initial_seed
+        elif isinstance(value, logging.Logger) and _LEVEL & self.named:
+            ask = value.getEffectiveLevel
+        else:
+            return None
+        self.getters.append(_Answer(ask))
+        return ask()
+
     def _parts(self, value: Any, path: str, depth: int) -> Hashable:
         cls = type(value)
         self.classes[cls] = None
@@ -339,23 +356,15 @@ class _Walk:
             return self._function(value, path, depth)
         if isinstance(value, _lru_cache_wrapper):
             self._include(value)
-            return "cache", of(value.__wrapped__)
-        if isinstance(value, CellType):
-            self.getters.append(partial(_content, value))
-            return of(_content(value))
-        for kind, names in _WRAPPERS.items():
-            if isinstance(value, kind):
-                return (kind.__name__, *(of(getattr(value, n)) for n in names), self._attributes(value, of))
-        if isinstance(value, weakref.ReferenceType):
-            self.getters.append(value)
-            return "reference", of(value())
-        if isinstance(value, ContextVar):
-            self.getters.append(partial(value.get, MISSING))
-            return "context", of(value.get(MISSING))
+        linked = links(value)
+        self.getters.extend(get for _, get in linked)
+        held = tuple(of(get()) for _, get in linked)
+        if linked and not isinstance(value, dict):
+            return cls, held, self._attributes(value, of)
         if is_stream(value):
             self.streams.append(path)
             return self.identity(value)
-        return cls, self._inside(value, of), self._attributes(value, of)
+        return cls, held, self._inside(value, of), self._attributes(value, of)
 
     def _inside(self, value: Any, of: Callable[..., Hashable]) -> Hashable:
         if isinstance(value, CONSTANTS):  # of a class of its own
@@ -409,9 +418,8 @@ class _Walk:
         # A hook that is taken off and put on again is another function of the same code around the same things.
         self.getters.append(partial(getattr, value, "__code__"))
         ran = id(value.__code__) in self.reads.codes
-        parts = [self.of(value.__defaults__, f"{path}'s defaults", depth),
-                 self.of(value.__kwdefaults__, f"{path}'s defaults", depth)]
-        self.getters.append(partial(getattr, value, "__defaults__"))
+        parts = [self.of(get(), f"{path}'s defaults", depth) for _, get in links(value)]
+        self.getters.extend(get for _, get in links(value))
         if ran or not is_library(value.__module__):
             parts += [self.of(cell, f"{path}'s {name}", depth) for cell, name in zip(
                 value.__closure__ or (), value.__code__.co_freevars, strict=True)]
@@ -428,6 +436,8 @@ class _Walk:
     def _globals(self) -> Hashable:
         found: list[Hashable] = []
         done: set[tuple[int, tuple[str, ...]]] = set()
+        for space in self.reads.namespaces():
+            found.append(self.of(space, str(space["__name__"])))
         while True:  # functions that are remembered add to what there is to read
             fresh = [(ran, c) for ran, c in self.reads.chains() if (id(ran.globals), c) not in done]
             if not fresh:
@@ -443,7 +453,7 @@ class _Walk:
         self.getters.append(_Global(ran, chain))
         where = f"{'.'.join(chain)} in {ran.globals.get('__name__')}"
         functions = (FunctionType, BuiltinFunctionType)
-        if isinstance(value, ModuleType) or ran.is_layer or (
+        if ran.is_layer or (
                 isinstance(value, functions) and is_library(getattr(value, "__module__", None))):
             return chain, self.identity(value), self._flag(name, value)
         return chain, self.of(value, where)
@@ -462,21 +472,25 @@ class _Walk:
         self.getters.append(_Answer(value))
         return type(answer), answer
 
-    def _imports(self) -> Hashable:
+    def _modules(self, done: set[Any]) -> Hashable:
+        """Of each module that was reached as a value, what has a name that code has."""
+        fresh = [space for key, space in self.spaces.items() if key not in done]
+        done |= {id(space) for space in fresh}
         found: list[Hashable] = []
-        for module, *names in self.reads.imports():
-            for name in names:
-                if not is_library(module) and module in sys.modules:
-                    get = partial(getattr, sys.modules[module], name, MISSING)
-                    self.getters.append(get)
-                    found.append((module, name, self.of(get(), f"{module}.{name}")))
+        for space in fresh:
+            chosen = sorted(space.keys() & self.named)
+            self.getters.extend(partial(space.get, n, MISSING) for n in chosen)
+            found.append((id(space), *((n, self.of(space[n], f"{space.get('__name__')}.{n}")) for n in chosen)))
         return tuple(found)
 
     def _classes(self) -> Hashable:
-        """Classes are described last, when all that is looked into is known; they may lead to others."""
+        """Classes, and modules, are described last, when all that is looked into is known; they may lead to others."""
         found: list[Hashable] = []
-        done: set[type] = set()
-        while fresh := [c for cls in self.classes for c in cls.__mro__ if c not in done]:
+        done: set[Any] = set()
+        self.named = self.reads.names()
+        while [s for s in self.spaces if s not in done] or [c for c in self._all_classes() if c not in done]:
+            found.append(self._modules(done))
+            fresh = [c for c in self._all_classes() if c not in done]
             for cls in dict.fromkeys(fresh):
                 done.add(cls)
                 if cls.__module__.startswith("torch.nn."):
@@ -489,6 +503,10 @@ class _Walk:
                 where = f"{cls.__module__}.{cls.__qualname__}"
                 found.append((self.identity(cls), *((n, self.of(v, f"{where}.{n}")) for n, v in chosen.items())))
         return tuple(found)
+
+    def _all_classes(self) -> list[Any]:
+        kinds = [kind for cls in self.classes for kind in (cls, type(cls))]
+        return [c for kind in kinds for c in type.mro(kind)]
 
     def _is_read(self, name: str, value: Any, named: set[str]) -> bool:
         if name in ("__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "_abc_impl", "__slots__",
@@ -525,13 +543,6 @@ class _Global:
 
 def _said(value: Any) -> str:
     return repr(spoken(value))
-
-
-def _content(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # nothing was assigned yet
-        return MISSING
 
 
 def _class_of(module: weakref.ref[nn.Module]) -> type:

@@ -5,29 +5,35 @@ from __future__ import annotations
 import array
 import ctypes
 import logging
+import random
 import sys
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
-from enum import Enum
-from functools import partial, wraps
+from contextvars import ContextVar
+from functools import _lru_cache_wrapper, cached_property, partial, wraps
 from pathlib import PurePath
+from queue import SimpleQueue
 from types import (
     BuiltinFunctionType,
+    CellType,
     CodeType,
+    FunctionType,
     GeneratorType,
     GetSetDescriptorType,
     MappingProxyType,
     MemberDescriptorType,
     MethodDescriptorType,
+    MethodType,
     ModuleType,
     WrapperDescriptorType,
 )
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary
 
 import numpy as np
 import torch
 
+from xdit_compile.frontend.concrete_values import plain
 from xdit_compile.ir.containers import CONSTANTS
 
 T = TypeVar("T")
@@ -38,12 +44,18 @@ CAPTURES = "_xdit_compile_captures"
 MISSING = type("Missing", (), {"__repr__": lambda self: "nothing"})()
 """Where there is no value."""
 
-LEAVES = (ModuleType, BuiltinFunctionType, GetSetDescriptorType, MemberDescriptorType, MethodDescriptorType,
-          WrapperDescriptorType, CodeType, Enum, logging.Logger, logging.Handler, torch.Generator, PurePath,
+LEAVES = (BuiltinFunctionType, GetSetDescriptorType, MemberDescriptorType, MethodDescriptorType,
+          WrapperDescriptorType, CodeType, logging.Logger, logging.Handler, torch.Generator, PurePath,
           torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 """What counts as itself: it holds nothing that a forward computes with, or cannot be changed."""
 
-_Buffer = (bytearray, array.array, ctypes.Array, ctypes.Structure, ctypes.Union, ctypes._SimpleCData)
+LINKS: dict[type, tuple[str, ...]] = {
+    FunctionType: ("__defaults__", "__kwdefaults__"), partial: ("func", "args", "keywords"),
+    MethodType: ("__func__", "__self__"), property: ("fget",), staticmethod: ("__func__",), classmethod: ("__func__",),
+    cached_property: ("func",), _lru_cache_wrapper: ("__wrapped__",), defaultdict: ("default_factory",)}
+"""What objects written in C lead to, beside attributes and what they contain."""
+
+_Buffer = (memoryview, bytearray, array.array, ctypes.Array, ctypes.Structure, ctypes.Union, ctypes._SimpleCData)
 _SPEAKING = frozenset({"builtins", "itertools", "random", "_random", "numpy", "datetime", "decimal", "fractions",
                        "collections", "uuid", "re", "operator", "statistics"})
 """Modules whose objects written in C say what they hold when they are asked for a copy of themselves."""
@@ -56,12 +68,59 @@ def content(value: Any) -> bytes | None:
     return bytes(value) if isinstance(value, _Buffer) else None  # type: ignore[arg-type]
 
 
+def links(value: Any) -> list[tuple[str, Callable[[], Any]]]:
+    """What a value leads to beside its attributes and contents: names, and what gets it now."""
+    if isinstance(value, ReferenceType):
+        return [("()", value)]
+    if isinstance(value, ContextVar):
+        return [(".get()", partial(value.get, MISSING))]
+    if isinstance(value, CellType):
+        return [("", partial(cell_content, value))]
+    names = next((names for kind, names in LINKS.items() if isinstance(value, kind)), ())
+    return [(f".{n}", partial(getattr, value, n)) for n in names]
+
+
+def cell_content(cell: CellType) -> Any:
+    """What a variable that functions share holds."""
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing was assigned yet
+        return MISSING
+
+
+def random_state(value: Any) -> tuple[Callable[[], Any], Callable[[Any], None]] | None:
+    """What gets, and what sets, the state of a generator of random numbers; None for all else."""
+    if isinstance(value, torch.Generator):
+        return partial(_seeded, value), partial(_seed, value)
+    if isinstance(value, np.random.Generator):
+        value = value.bit_generator
+    if isinstance(value, np.random.BitGenerator):
+        return lambda: value.state, partial(setattr, value, "state")
+    if isinstance(value, np.random.RandomState):
+        return value.get_state, value.set_state
+    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
+        return value.getstate, value.setstate
+    return None
+
+
+def _seeded(generator: torch.Generator) -> bytes:
+    with plain():
+        return generator.get_state().numpy().tobytes()
+
+
+def _seed(generator: torch.Generator, state: bytes) -> None:
+    with plain():
+        generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+
+
 def put_content(value: Any, before: bytes) -> None:
     """Give such memory the bytes that it had."""
     if isinstance(value, np.ndarray):
         np.copyto(value, np.frombuffer(before, value.dtype).reshape(value.shape))
     elif isinstance(value, bytearray):
         value[:] = before
+    elif isinstance(value, memoryview):
+        value.cast("B")[:] = before
     elif isinstance(value, array.array):
         value[:] = array.array(value.typecode, before)
     elif not isinstance(value, np.generic):
@@ -128,8 +187,14 @@ def is_plain(cls: Any) -> bool:
 
 def is_leaf(value: Any) -> bool:
     """Whether nothing is looked for inside of a value: see ``LEAVES``; and what this package made."""
-    return value is MISSING or isinstance(value, LEAVES) or is_namespace(value) or (
-        package(type(value).__module__) == "xdit_compile")
+    return value is MISSING or isinstance(value, LEAVES) or package(type(value).__module__) == "xdit_compile"
+
+
+def namespace(value: Any) -> dict[str, Any] | None:
+    """The names of a module of Python, given that or its dictionary; None for all else."""
+    if isinstance(value, ModuleType):
+        return vars(value)
+    return value if is_namespace(value) else None
 
 
 def is_namespace(value: Any) -> bool:
@@ -158,6 +223,8 @@ def entries(value: Any) -> Mapping[Any, Any] | None:
 def spoken(value: Any) -> Any:
     """What an object written in C says it holds, MISSING if it does not."""
     cls = type(value)
+    if (state := random_state(value)) is not None:
+        return state[0]()
     if cls.__module__.partition(".")[0] not in _SPEAKING and not any(
             c.__module__.partition(".")[0] in _SPEAKING - {"builtins"} for c in cls.__mro__):
         return MISSING
@@ -171,7 +238,7 @@ def spoken(value: Any) -> Any:
 
 def is_stream(value: Any) -> bool:
     """Whether reading it changes it, and it does not say where it is: a generator that is under way."""
-    return isinstance(value, GeneratorType) or (
+    return isinstance(value, (GeneratorType, SimpleQueue, random.SystemRandom)) or (
         hasattr(type(value), "__next__") and not is_plain(type(value)) and spoken(value) is MISSING)
 
 

@@ -29,7 +29,8 @@ class _Captured:
 
     program: Program
     reads: Reads
-    description: Description
+    states: list[Description]
+    """Of the model and all else: as they were, and as a call leaves them."""
     modules: Mapping[str, nn.Module]
     """By path, those that the program calls themselves; all others it knows by what they hold."""
     others: Sequence[Any]
@@ -38,23 +39,29 @@ class _Captured:
     """Of containers among the arguments, which the model knows by another way too: it may ask whether they are one."""
     own: Sequence[int | None]
     """Which arguments are tensors of the model's."""
+    effects: Sequence[Callable[[], None]]
+    """What each call does beside its results: it puts tables, or what it saw of its arguments, into their places."""
 
     def reads_alike(self, model: nn.Module, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether what the model reads of arguments is the same, and modules that are called as they are."""
-        own = self.description.own
-        return [own.get(id(t)) for t in tensors] == self.own and self.reads.looks.hold(
-            tensors, model) and self.program.guards.hold(tensors, model) and all(
+        return self.reads.looks.hold(tensors, model) and self.program.guards.hold(tensors, model) and all(
             model.get_submodule(path) is module for path, module in self.modules.items())
 
-    def same_state(self, model: nn.Module, call: _Call, fresh: bool) -> bool:
-        """Whether the model, objects among the arguments and all else are as they were."""
-        same = len(call.others) == len(self.others) and all(map(operator.is_, call.others, self.others))
-        if not same or not self.description.watch.holds(fresh):
-            now = describe(model, self.reads, self.program.constants, call.others)
-            if now.value != self.description.value:
-                return False
-            self.description, self.others = now, call.others
-        return call.places(self.description) == self.places
+    def same_state(self, model: nn.Module, call: _Call, fresh: bool) -> tuple[bool, bool]:
+        """Whether the model, objects among the arguments and all else are as they were, and whether all had to be
+        looked at to know."""
+        alike = len(call.others) == len(self.others) and all(map(operator.is_, call.others, self.others))
+        state = next((s for s in self.states if s.watch.holds(fresh)), None) if alike else None
+        looked = state is None
+        if state is None:
+            state = describe(model, self.reads, self.program.constants, call.others)
+            if all(state.value != s.value for s in self.states):
+                return False, True
+            # What was watched of other objects says nothing of these.
+            self.states = [state if s.value == state.value else s for s in self.states] if alike else [state]
+            self.others = call.others
+        own = [state.own.get(id(t)) for t in call.tensors]
+        return call.places(state) == self.places and own == self.own, looked
 
 
 @dataclass(frozen=True)
@@ -107,11 +114,12 @@ def find(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], fresh
     captures = _captures_of(model)
     known = captures.programs.get(call.kind, [])
     for i, candidate in enumerate(known):
-        before = candidate.description
-        same = candidate.same_state(model, call, fresh)
-        captures.changes += not same or candidate.description is not before
+        same, looked = candidate.same_state(model, call, fresh)
+        captures.changes += looked
         if same and candidate.reads_alike(model, call.tensors):
             known.insert(0, known.pop(i))
+            for effect in candidate.effects:
+                effect()
             return candidate.program
     return None
 
@@ -130,16 +138,20 @@ def _captures_of(model: nn.Module) -> _Captures:
 
 
 def _capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
-    program, reads = recorded(model, args, kwargs)
+    program, reads, effects = recorded(model, args, kwargs)
     call = _call(args, kwargs)
-    description = describe(model, reads, program.constants, call.others)
+    states = [describe(model, reads, program.constants, call.others)]
+    for effect in effects:
+        effect()
+    states += [describe(model, reads, program.constants, call.others)] if effects else []
     named = reads.names()
-    if unseen := [path for path in description.streams if path.startswith(ARGUMENT) or (
+    if unseen := [path for path in states[0].streams if path.startswith(ARGUMENT) or (
             path.rpartition(".")[2].partition("[")[0] in named)]:
         raise CaptureError(f"the forward of {type(model).__name__} can read {unseen[0]}, which cannot be watched for "
                            "changes; keep it outside of the model, or hold a list or a number instead")
-    own = [description.own.get(id(t)) for t in call.tensors]
-    made = _Captured(program, reads, description, modules_in(program), call.others, call.places(description), own)
+    own = [states[-1].own.get(id(t)) for t in call.tensors]
+    made = _Captured(program, reads, states[::-1], modules_in(program), call.others, call.places(states[-1]), own,
+                     effects)
     _captures_of(model).programs.setdefault(call.kind, []).insert(0, made)
     return program
 

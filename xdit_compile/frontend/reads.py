@@ -23,14 +23,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.overrides import TorchFunctionMode
 
 from xdit_compile.frontend.concrete_values import READS, writes
 from xdit_compile.frontend.looks import STANDING_IN, Looks
-from xdit_compile.frontend.objects import MISSING, package
+from xdit_compile.frontend.objects import MISSING, is_library, package
 
 Chain = tuple[str, ...]
 """A global's name, and names of attributes that are read of it: ``("F", "silu")``."""
@@ -38,8 +40,7 @@ Chain = tuple[str, ...]
 _OPS = dis.opmap
 _ATTRIBUTES = {_OPS[n] for n in ("LOAD_ATTR", "LOAD_METHOD") if n in _OPS}
 _SHIFT = {_OPS["LOAD_GLOBAL"]: sys.version_info >= (3, 11), _OPS["LOAD_ATTR"]: sys.version_info >= (3, 12)}
-_NAMING = _ATTRIBUTES | {_OPS[n] for n in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL", "IMPORT_NAME",
-                                          "IMPORT_FROM")}
+_NAMING = _ATTRIBUTES | {_OPS[n] for n in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL", "IMPORT_NAME")}
 _COMPARES = {_OPS[n] for n in ("IS_OP", "COMPARE_OP", "CONTAINS_OP")}
 _BUILDS = {_OPS[n] for n in ("BUILD_TUPLE", "BUILD_LIST", "BUILD_SET")}
 _BETWEEN = {_OPS[n] for n in ("CACHE", "PUSH_NULL") if n in _OPS}
@@ -47,15 +48,17 @@ _BETWEEN = {_OPS[n] for n in ("CACHE", "PUSH_NULL") if n in _OPS}
 
 @dataclass(frozen=True)
 class Names:
-    """What a function's code names: ``chains`` of globals, globals it writes (``stored``), modules it imports and what
-    it takes from them (``imported``), all names of attributes (``attributes``)."""
+    """What a function's code names: ``chains`` of globals, globals it writes (``stored``), modules that it imports
+    (``imported``), all names of attributes, and texts that may be such (``attributes``), and of these what it does not
+    only write (``loaded``)."""
 
     chains: frozenset[Chain]
     stored: frozenset[str]
-    imported: frozenset[Chain]
+    imported: frozenset[str]
     attributes: frozenset[str]
     compared: frozenset[Chain]
     """Those of ``chains`` with which something is compared: ``type(x) is torch.Tensor``."""
+    loaded: frozenset[str]
 
 
 def names_of(code: CodeType) -> Names:
@@ -65,10 +68,10 @@ def names_of(code: CodeType) -> Names:
 
 @lru_cache(maxsize=1 << 14)
 def _names(_: int, code: CodeType) -> Names:
-    chains, stored, imported, names = set[Chain](), set[str](), set[Chain](), set[str]()
+    chains, stored, imported, names = set[Chain](), set[str](), set[str](), set[str]()
+    loaded = set[str]()
     chain: list[str] = []
     row, compared = list[Chain](), set[Chain]()
-    into = chains
     extended = 0
     for op, low in zip(code.co_code[::2], code.co_code[1::2], strict=True):
         arg = extended | low
@@ -76,14 +79,13 @@ def _names(_: int, code: CodeType) -> Names:
         if op == dis.EXTENDED_ARG or op in _BETWEEN:
             continue
         name = code.co_names[arg >> _SHIFT.get(op, 0)] if op in _NAMING else ""
-        if op in _ATTRIBUTES and chain:
-            chain.append(name)
-            continue
-        if op == _OPS["IMPORT_FROM"] and into is imported and chain:
-            imported.add((chain[0], name))
-            continue
-        if chain and not (into is imported and op in (_OPS["STORE_FAST"], _OPS["STORE_NAME"])):
-            into.add(tuple(chain))
+        if op in _ATTRIBUTES:
+            loaded.add(name)
+            if chain:
+                chain.append(name)
+                continue
+        if chain:
+            chains.add(tuple(chain))
             row.append(tuple(chain))
             chain = []
         if op in _COMPARES:
@@ -91,20 +93,23 @@ def _names(_: int, code: CodeType) -> Names:
         if op not in _BUILDS:  # several in a row become a tuple
             row = row if op in (_OPS["LOAD_GLOBAL"], _OPS["LOAD_NAME"]) else []
         if op in (_OPS["LOAD_GLOBAL"], _OPS["LOAD_NAME"]):
-            chain, into = [name], chains
+            chain = [name]
         elif op == _OPS["IMPORT_NAME"]:
-            chain, into = [name], imported
+            imported.add(name)
         elif op in (_OPS["STORE_GLOBAL"], _OPS["DELETE_GLOBAL"]):
             stored.add(name)
     if chain:
-        into.add(tuple(chain))
-    names.update(code.co_names, (c for c in code.co_consts if isinstance(c, str) and c.isidentifier()))
+        chains.add(tuple(chain))
+    texts = {c for c in code.co_consts if isinstance(c, str) and c.replace(".", "_").isidentifier()}
+    names.update(code.co_names, texts)
+    loaded |= texts
     inner = [names_of(c) for c in code.co_consts if isinstance(c, CodeType)]
     return Names(frozenset(chains.union(*(n.chains for n in inner))),
                  frozenset(stored.union(*(n.stored for n in inner))),
                  frozenset(imported.union(*(n.imported for n in inner))),
                  frozenset(names.union(*(n.attributes for n in inner))),
-                 frozenset(compared.union(*(n.compared for n in inner))))
+                 frozenset(compared.union(*(n.compared for n in inner))),
+                 frozenset(loaded.union(*(n.loaded for n in inner))))
 
 
 def is_followed(module: str | None) -> bool:
@@ -144,6 +149,8 @@ class Reads:
     written: list[tuple[Tensor, str]] = field(default_factory=list, repr=False)
     """Tensors that are neither the model's nor made by forward and that it writes into, and where."""
     looks: Looks = field(default_factory=Looks, repr=False)
+    made: list[weakref.ref[Tensor]] = field(default_factory=list, repr=False)
+    """Tensors of traces that code was given."""
 
     def include(self, function: FunctionType) -> None:
         """As if ``function`` had run: what it made may have been remembered."""
@@ -166,7 +173,7 @@ class Reads:
                         self.first(frame)
             return before(frame, event, arg) if before else None
 
-        outside = _Outside(self.written, self.valued, self.looks)
+        outside = _Outside(self.written, self.valued, self.looks, self.made)
         sys.settrace(tell)
         try:
             with outside:
@@ -179,6 +186,10 @@ class Reads:
     def names(self) -> set[str]:
         """Of attributes, in the code of models."""
         return set().union(*(names_of(r.code).attributes for r in self.codes.values() if not r.is_layer))
+
+    def loads(self, name: str) -> bool:
+        """Whether code of models reads an attribute of this name."""
+        return any(name in names_of(r.code).loaded for r in self.codes.values() if not r.is_layer)
 
     def chains(self) -> Iterator[tuple[Ran, Chain]]:
         """Globals that were named, each once."""
@@ -200,10 +211,30 @@ class Reads:
                 values = (resolve(ran, chain)[2] for chain in names.compared)
                 yield from ((ran.code, v) for v in values if isinstance(v, type) and issubclass(v, Tensor))
 
-    def imports(self) -> Iterator[Chain]:
-        """What was imported inside of functions."""
-        yield from sorted({c for r in list(self.codes.values()) if not r.is_layer for c in names_of(r.code).imported})
+    def namespaces(self) -> Iterator[dict[str, Any]]:
+        """Of modules that code reaches otherwise than by its globals, each once."""
+        found = {id(s): s for r in list(self.codes.values()) if not r.is_layer for s in namespaces_of(r)}
+        yield from sorted(found.values(), key=lambda space: str(space["__name__"]))
 
+
+def namespaces_of(ran: Ran) -> Iterator[dict[str, Any]]:
+    """Of modules that a function imports, or asks for by their names; and its own if it calls ``globals``."""
+    names = names_of(ran.code)
+    asked = names.imported | (names.attributes if names.attributes & _ASKING else frozenset())
+    around = str(ran.globals.get("__package__") or "").split(".")
+    for name in asked:
+        parts = name.split(".")
+        within = [around[:i] for i in range(len(around) + 1)]
+        for start in within:  # imports may be relative
+            for i in range(len(parts)):
+                module = sys.modules.get(".".join([*start, *parts[: i + 1]]))
+                if module is not None and not is_library(module.__name__):
+                    yield vars(module)
+    if ("globals",) in names.chains:
+        yield ran.globals
+
+
+_ASKING = {"modules", "import_module", "__import__"}
 
 _REFUSALS = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException,
              UnsupportedOperatorException)
@@ -222,6 +253,7 @@ class _Outside(TorchFunctionMode):
     written: list[tuple[Tensor, str]]
     valued: list[weakref.ref[Tensor]]
     looks: Looks
+    made: list[weakref.ref[Tensor]]
     refused: list[Exception] = field(default_factory=list)
     """What only tracing raises. The model may catch it, and go on as it would not on one device."""
 
@@ -239,11 +271,15 @@ class _Outside(TorchFunctionMode):
             if func in READS:
                 self.valued.extend(weakref.ref(t) for t in args if type(t) in _REAL)
             said = self.looks.answer(func, args, kwargs or {})
-            return func(*args, **(kwargs or {})) if said is MISSING else said
+            result = func(*args, **(kwargs or {})) if said is MISSING else said
         except Exception as error:
             if isinstance(error, _REFUSALS) or (func in _UNKNOWN and any(isinstance(t, STANDING_IN) for t in args)):
                 self.refused.append(error)
             raise
+        else:
+            results = result if isinstance(result, (tuple, list)) else (result,)
+            self.made.extend(weakref.ref(t) for t in results if isinstance(t, (FakeTensor, FunctionalTensor)))
+            return result
         finally:
             sys.settrace(tell)
 
@@ -263,7 +299,7 @@ def resolve(ran: Ran, chain: Chain) -> tuple[Any, str, Any]:
     if value is MISSING:
         value = getattr(builtins, name, MISSING)
     for name_ in chain[1:]:
-        if not isinstance(value, ModuleType):
+        if not isinstance(value, ModuleType) and not type(value).__module__.startswith("torch.backends."):
             break
         space, name = value, name_
         value = getattr(value, name_, MISSING)

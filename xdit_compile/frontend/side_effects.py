@@ -11,9 +11,10 @@ import random
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import _lru_cache_wrapper, partial
-from types import CellType, CodeType, FrameType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from xdit_compile.frontend.objects import (
     CAPTURES,
     MISSING,
     attributes,
+    cell_content,
     constants,
     content,
     elements,
@@ -31,13 +33,16 @@ from xdit_compile.frontend.objects import (
     is_leaf,
     is_library,
     is_stream,
+    links,
+    namespace,
     package,
     put_content,
+    random_state,
     slot,
     slots,
     spoken,
 )
-from xdit_compile.frontend.reads import Ran, names_of, resolve
+from xdit_compile.frontend.reads import Ran, names_of, namespaces_of, resolve
 
 _STATIC = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"} | {CAPTURES}
 """Attributes that every module has; no forward changes them, and there are many."""
@@ -100,6 +105,10 @@ class Before:
         """Where tensors are, by identity."""
         self._inner: set[int] = set()
         """Code of functions that are made while others run."""
+        self._spaces: dict[int, tuple[dict[str, Any], str]] = {}
+        """Names of modules of Python that code reaches as values."""
+        self._named: set[str] = set()
+        """Names of attributes in code that ran."""
         self._random = _random_state()
 
     def knows(self, value: Any) -> bool:
@@ -122,12 +131,16 @@ class Before:
         names = names_of(frame.f_code)
         for chain in [*names.chains, *((n,) for n in names.stored)]:
             space, name, value = resolve(ran, chain)
-            space = vars(space) if isinstance(space, ModuleType) else space
+            space = namespace(space)
             path = f"the global {'.'.join(chain)} of {module}"
-            if not is_library(space.get("__name__")) and (name in space or name in names.stored):
+            if space is not None and (name in space or name in names.stored or is_library(space.get("__name__"))):
                 self._note((id(space), name), _Note(path, {"": space.get(name, MISSING)}, partial(_get, space, name),
                                                     partial(_set, space, name), (id(space), name), "{path}"))
             self.note_all([(value, path)])
+        fresh, self._named = names.attributes - self._named, self._named | names.attributes
+        self.note_all([(space[n], f"{path}.{n}") for space, path in [*self._spaces.values()]
+                       for n in space.keys() & fresh])
+        self.note_all([(space, str(space["__name__"])) for space in namespaces_of(ran)])
         self._inner |= {id(c) for c in frame.f_code.co_consts if isinstance(c, CodeType)}
         held = [] if id(frame.f_code) in self._inner else [*frame.f_code.co_freevars]
         for name in held:  # what a function made just now closes over is no older
@@ -143,7 +156,11 @@ class Before:
             value, path = queue.popleft()
             if isinstance(value, torch.Tensor):
                 self.tensors.setdefault(id(value), path)
-            if constants(value) or isinstance(value, torch.Tensor) or id(value) in self._seen or is_leaf(value):
+            if constants(value) or id(value) in self._seen:
+                continue
+            if (state := random_state(value)) is not None:
+                self._note(id(value), _random_note(value, path, *state))
+            if is_leaf(value):
                 continue
             self._seen[id(value)] = value
             queue += self._parts(value, path)
@@ -155,23 +172,24 @@ class Before:
         """Notes down a value, and gives what it leads to."""
         if isinstance(value, type):
             return self._class(value)
+        if (space := namespace(value)) is not None:
+            return self._space(space)
+        if isinstance(value, FunctionType) and is_library(value.__module__):
+            return []
+        linked = [(get(), f"{path}{name}") for name, get in links(value)]
         if isinstance(value, _lru_cache_wrapper):
             self._caches[id(value)] = value, value.cache_info().misses
-            return [(value.__wrapped__, path)]
         if isinstance(value, FunctionType):
             cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
-            if is_library(value.__module__):
-                return []
             over = [(cell, f"{name}, closed over by {value.__qualname__}") for name, cell in cells]
-            return [(vars(value), path), *over]
-        if isinstance(value, CellType):
-            self._note(id(value), _Note(path, _cell(value), partial(_cell, value), partial(_fill, value), value,
-                                        "{path}"))
-            return [(v, path) for v in _cell(value).values()]
-        if isinstance(value, (partial, MethodType, property, staticmethod, classmethod)):
-            names = ("func", "args", "keywords", "__func__", "__self__", "fget")
-            return [(getattr(value, n, None), path) for n in names]
-        found = self._contents(value, path)
+            return [*linked, (vars(value), path), *over]
+        if isinstance(value, (CellType, ContextVar)):
+            read, write = (partial(_cell, value), partial(_fill, value)) if isinstance(value, CellType) else (
+                partial(_context, value), partial(_set_context, value))
+            self._note(id(value), _Note(path, read(), read, write, value, "{path}"))
+        if linked and not isinstance(value, dict):
+            return linked
+        found = linked if isinstance(value, torch.Tensor) else [*linked, *self._contents(value, path)]
         attrs = attributes(value)
         if attrs is not None:
             skip = _STATIC if isinstance(value, nn.Module) else frozenset()
@@ -211,6 +229,16 @@ class Before:
             return [(v, f"{path}[{k!r}]"[:120]) for k, v in list(held.items())]
         return [(v, f"{path}[{i}]") for i, v in enumerate(elements(value) or ())]
 
+    def _space(self, space: dict[str, Any]) -> list[tuple[Any, str]]:
+        """A module that code reaches as a value: any of its names may be written, those that code has may be read."""
+        name = str(space.get("__name__"))
+        if is_library(name) or id(space) in self._spaces:
+            return []
+        self._spaces[id(space)] = space, name
+        read = partial(_of_space, space)
+        self._note(id(space), _Note(name, read(), read, partial(_set_space, space), space))
+        return [(space[n], f"{name}.{n}") for n in space.keys() & self._named]
+
     def _class(self, cls: type) -> list[tuple[Any, str]]:
         found: list[tuple[Any, str]] = []
         for c in cls.__mro__:
@@ -221,7 +249,7 @@ class Before:
             read = partial(_of_class, c)
             self._note(id(c), _Note(path, read(), read, partial(_set_class, c), c))
             found += [(v, f"{path}.{k}") for k, v in vars(c).items()]
-        return found
+        return [*found, (type(cls), "")]
 
     def changes(self) -> dict[Key, Change]:
         """Places that hold something else than they did."""
@@ -248,15 +276,19 @@ class Before:
                 self._caches[id(cached)] = cached, 0
         return found
 
+    def effects(self, values: Mapping[Key, Any]) -> list[Callable[[], None]]:
+        """What puts these values into their places, as the forward does that was noted."""
+        by_owner: dict[int, dict[Any, Any]] = {}
+        for (owner, name), value in values.items():
+            by_owner.setdefault(owner, {})[name] = value
+        return [partial(_put_into, note, by_owner[id(note.owner)]) for note in self._notes.values()
+                if id(note.owner) in by_owner]
 
-    def put(self, values: Mapping[Key, Any]) -> None:
-        """Fill places that were empty: tables that forward makes once. MISSING leaves one empty."""
-        for note in self._notes.values():
-            now = note.read()
-            made = {name: value for (owner, name), value in values.items()
-                    if owner == id(note.owner) and name not in now and value is not MISSING}
-            if made:
-                note.write(now | made)
+
+def _put_into(note: _Note, made: dict[Any, Any]) -> None:
+    now = note.read()
+    if not all(_is(now.get(name, MISSING), value) for name, value in made.items()):
+        note.write(now | made)
 
 
 def _random_state() -> tuple[Any, Any]:
@@ -269,7 +301,9 @@ def _is(a: Any, b: Any) -> bool:
 
 
 def _get(space: dict[str, Any], name: str) -> dict[Any, Any]:
-    return {"": space.get(name, MISSING)}
+    value = space.get(name, MISSING)
+    # A module becomes an attribute of another when it is imported.
+    return {"": MISSING if isinstance(value, ModuleType) else value}
 
 
 def _set(space: dict[str, Any], name: str, before: dict[Any, Any]) -> None:
@@ -280,10 +314,8 @@ def _set(space: dict[str, Any], name: str, before: dict[Any, Any]) -> None:
 
 
 def _cell(cell: CellType) -> dict[Any, Any]:
-    try:
-        return {"": cell.cell_contents}
-    except ValueError:  # nothing was assigned yet
-        return {}
+    held = cell_content(cell)
+    return {} if held is MISSING else {"": held}
 
 
 def _fill(cell: CellType, before: dict[Any, Any]) -> None:
@@ -291,6 +323,36 @@ def _fill(cell: CellType, before: dict[Any, Any]) -> None:
         cell.cell_contents = before[""]
     else:
         del cell.cell_contents
+
+
+def _context(variable: ContextVar[Any]) -> dict[Any, Any]:
+    return {"": variable.get(MISSING)}
+
+
+def _set_context(variable: ContextVar[Any], before: dict[Any, Any]) -> None:
+    if before[""] is not MISSING:  # else it is set in this context alone, which captures leave
+        variable.set(before[""])
+
+
+def _of_space(space: dict[str, Any]) -> dict[Any, Any]:
+    return {k: v for k, v in space.items() if not isinstance(v, ModuleType) and not k.startswith("__")}
+
+
+def _set_space(space: dict[str, Any], before: dict[Any, Any]) -> None:
+    for name in _of_space(space).keys() - before.keys():
+        del space[name]
+    space.update(before)
+
+
+def _random_note(value: Any, path: str, get: Callable[[], Any], put: Callable[[Any], None]) -> _Note:
+    states: dict[str, Any] = {}
+
+    def read() -> dict[Any, Any]:
+        said = repr(state := get())
+        states[said] = state
+        return {"": said}
+
+    return _Note(path, read(), read, lambda before: put(states[before[""]]), value, "{path}")
 
 
 def _slot(name: str, member: Any, value: Any) -> dict[Any, Any]:

@@ -37,13 +37,14 @@ from xdit_compile.ir.released_parameters import device_of
 
 @dataclass(frozen=True)
 class Traced:
-    """A graph, what its placeholders stand for, the values of its constants, and which arguments it writes into:
-    its first results are their new values."""
+    """A graph, what its placeholders stand for, the values of its constants, which arguments it writes into (its first
+    results are their new values), and which parameters and buffers the model put other tensors in the place of."""
 
     module: fx.GraphModule
     inputs: tuple[Input, ...]
     constants: dict[str, Tensor]
     written: tuple[int, ...]
+    exchanged: tuple[str, ...]
 
     @property
     def graph(self) -> fx.Graph:
@@ -154,11 +155,11 @@ def traced(function: Callable[..., tuple[Tensor, ...]], model: nn.Module, tensor
         made = make_fx(functionalized, decomposition_table={}, _allow_non_fake_inputs=True,
                        record_stack_traces=True)(*_fakes(values, mode))
     drop_unused(made.graph)
-    # What is put in the place of a buffer before anyone reads that is no state: the next call does it again.
+    # What is put in the place of a buffer before anyone reads that may be no state, if the next call does it again.
     read = {i.name for i, n in zip(inputs, made.graph.find_nodes(op="placeholder"), strict=True) if n.users}
     if lost := sorted({*changed, *(read & set(exchanged))}):
         raise StateWritten(lost)
-    return Traced(made, tuple(inputs), constants, tuple(written))
+    return Traced(made, tuple(inputs), constants, tuple(written), tuple(exchanged))
 
 
 class _Respelled(TorchFunctionMode):
@@ -260,8 +261,9 @@ def _holding(model: nn.Module, named: dict[Input, Any]) -> Iterator[None]:
                 state[name] = tensor
             yield
         finally:
-            for (state, name, _), tensor in zip(attributes, before, strict=True):
-                state[name] = tensor
+            for (state, name, stand_in), tensor in zip(attributes, before, strict=True):
+                if state.get(name) is stand_in:  # else the model's forward has put another there, which is to be seen
+                    state[name] = tensor
 
 
 def _exchanged(model: nn.Module, named: dict[Input, Any]) -> list[str]:

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from xdit_compile.errors import CaptureError
-from xdit_compile.frontend.concrete_values import writes
+from xdit_compile.frontend.concrete_values import READS, writes
 from xdit_compile.frontend.objects import MISSING, constants, content, elements, entries, inside
 from xdit_compile.frontend.reads import Reads
 from xdit_compile.frontend.side_effects import Before, Change, Key
@@ -56,10 +56,11 @@ class Follow(TorchFunctionMode):
         given = tree_leaves((args, kwargs))
         tensors = [x for x in given if isinstance(x, Tensor)]
         result = func(*args, **kwargs)
-        self.used |= {id(t) for t in tensors} & self._kept
         sources = tensors[:1] if name in _LIKE else [] if name in _OF_LOOKS else tensors
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         written = tensors[:1] if writes(func, kwargs) else []
+        if made or written or func in READS:  # else only looks were asked for
+            self.used |= {id(t) for t in tensors} & self._kept
         if (made or written) and any(id(t) in self.tainted for t in sources):
             # What is written into a view is in its base.
             bases = [t._base for t in written if t._base is not None]
@@ -80,7 +81,7 @@ def refuse(found: Mapping[str, str], model: nn.Module) -> CaptureError:
 
 
 def settle(model: nn.Module, call: Callable[[Sequence[Tensor]], Iterable[Tensor]], examples: Callable[[], list[Tensor]],
-           before: Before, reads: Reads) -> tuple[str, ...]:
+           before: Before, reads: Reads) -> tuple[tuple[str, ...], dict[Key, Change]]:
     """Whether what ``call`` leaves behind may be left out of a program.
 
     Args:
@@ -88,7 +89,8 @@ def settle(model: nn.Module, call: Callable[[Sequence[Tensor]], Iterable[Tensor]
         before: how things were, and still are.
 
     Returns:
-        Names of buffers that are filled by the first call, and only by that.
+        Names of buffers that are filled by the first call, and only by that; and what else it leaves that a later call
+        finds there and keeps. A call of another kind would not have left the same.
 
     Raises:
         CaptureError: naming what is carried from call to call, with the line that writes it.
@@ -99,22 +101,32 @@ def settle(model: nn.Module, call: Callable[[Sequence[Tensor]], Iterable[Tensor]
     with first:
         call(shown)
     left, between = _since(start, before.changes()), _versions(model)
-    kept = [t for change in left.values() for t in _tensors(change.after)]
+    held = [*(t for change in left.values() for t in _tensors(change.after)), *(t for t, _ in between.values())]
     shown = examples()
-    second = Follow(shown, kept)
+    second = Follow(shown, held)
     with second:
         results = call(shown)
-    second.used |= {id(t) for t in results} & {id(t) for t in kept}
+    second.used |= {id(t) for t in results} & {id(t) for t in held}
     then, after = _since(start, before.changes()), _versions(model)
     found = {str(c): f"({why}{_where(c, reads)})" for c, why in _carried(left, then, first, second)}
-    found |= {n: "(a tensor that each call writes into)" for n in after if _moved(after[n], between.get(n))}
-    filled = {n: t for n, (t, _) in between.items() if _moved(between[n], buffers.get(n))}
+    # What each call replaces before it reads that is no state.
+    fresh = {n for n, (t, _) in between.items() if n in after and after[n][0] is not t and id(t) not in second.used}
+    found |= {n: "(a tensor that each call writes into)" for n in after.keys() - fresh
+              if _moved(after[n], between.get(n))}
+    filled = {n: t for n, (t, _) in between.items() if n not in fresh and _moved(between[n], buffers.get(n))}
     found |= {n: "(filled from the arguments of the first call)" for n, t in filled.items() if first.reads(t)}
     if not found and left and first.log != second.log:
         found = {str(c): f"(the first call computes otherwise than the next{_where(c, reads)})" for c in left.values()}
     if found:
         raise refuse(found, model)
-    return tuple(filled)
+    kept = {k: c for k, c in left.items() if k in then and _is_kept(c, then[k].after, reads)}
+    return tuple(filled), kept
+
+
+def _is_kept(change: Change, then: Any, reads: Reads) -> bool:
+    """Whether what the first call left is there after the second, and some code may read it."""
+    is_attribute = f".{change.path}".endswith(f".{change.name}")
+    return (change.after is then or constants(then)) and (not is_attribute or reads.loads(change.name))
 
 
 def _versions(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
@@ -138,14 +150,19 @@ def fill(model: nn.Module, names: Sequence[str], args: Sequence[Any], kwargs: Ma
     Raises:
         CaptureError: the model, or what it is called with, has no values.
     """
-    given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    if any(t.is_meta or isinstance(t, FakeTensor) for t in (*given, *model.parameters(), *model.buffers())):
+    if not has_values(model, args, kwargs):
         raise CaptureError(f"the forward writes into {', '.join(names)} at the first call; a program has no state. "
                            "Call the model once as it is before it is captured, with its weights: that fills them")
     warnings.warn(f"{type(model).__name__} fills {', '.join(names)} at its first call: it was called once as it is, on "
                   "this device alone", stacklevel=2)
     with torch.no_grad():
         type(model).forward(model, *args, **kwargs)
+
+
+def has_values(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the model can be called as it is."""
+    given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    return not any(t.is_meta or isinstance(t, FakeTensor) for t in (*given, *model.parameters(), *model.buffers()))
 
 
 def _carried(left: Mapping[Key, Change], then: Mapping[Key, Change], first: Follow,
