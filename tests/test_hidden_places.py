@@ -1,4 +1,4 @@
-"""Places that a forward can reach in a roundabout way: tables there stay real, state there is refused, edits are seen."""
+"""Places that a forward reaches in a roundabout way: tables there stay real, state is refused, edits are seen."""
 
 from __future__ import annotations
 
