@@ -92,8 +92,8 @@ def _parts(value: Any) -> Iterator[Any]:
 # Results that share memory
 
 
-_COPIES = frozenset({"clone", "copy", "lift_fresh_copy", "lift_fresh", "_to_copy", "to", "type_as", "contiguous", "reshape",
-                     "dropout", "pad", "alias", "detach", "cat", "_unsafe_view"})
+_COPIES = frozenset({"clone", "copy", "lift_fresh_copy", "lift_fresh", "_to_copy", "to", "type_as", "contiguous",
+                     "reshape", "dropout", "pad", "alias", "detach", "cat", "_unsafe_view"})
 """Operators that passes may leave out, or that may return what they are given."""
 _SAME = _COPIES - {"clone", "copy", "lift_fresh_copy", "_to_copy", "dropout", "pad", "cat"}
 """Those of which the plain model returns what they are given."""
