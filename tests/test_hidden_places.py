@@ -1,4 +1,4 @@
-"""Places that a forward can reach in a roundabout way: tables there stay real, state there is refused, edits are seen."""
+"""Places that a forward can reach in a roundabout way: tables stay real, state is refused, edits are seen."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def test_state_is_refused(make: Callable[[], Model]) -> None:
     reset()
     HIDDEN[:] = [Plain()]
     model = make().eval()
-    with pytest.raises(CaptureError, match="keeps state|can read|can draw"), torch.no_grad():
+    with pytest.raises(CaptureError, match=r"keeps state|can read|can draw"), torch.no_grad():
         xdit_compile.parallelize(model, "ulysses=1")(*inputs(1))
     with torch.no_grad():
         assert not is_fake(model(*inputs(1)))
