@@ -44,17 +44,17 @@ def _alive(made: Sequence[weakref.ref[Tensor]], own: set[int]) -> list[Tensor]:
 
 def _release(tensor: Tensor, known: list[Tensor]) -> str | None:
     """Takes a tensor out of what holds it, and names that."""
-    named = None
+    named, which = None, id(tensor)  # a name that inner functions share would be one more holder
     for holder in gc.get_referrers(tensor):
         if holder is known or isinstance(holder, FrameType):
             continue
         if isinstance(holder, dict):
-            keys = [k for k, v in holder.items() if v is tensor]
+            keys = [k for k, v in holder.items() if id(v) == which]
             for key in keys:
                 del holder[key]
             named = f"{keys[0]!r} of {_owner(holder)}" if keys else named
         elif isinstance(holder, list):
-            holder[:] = [v for v in holder if v is not tensor]
+            holder[:] = [v for v in holder if id(v) != which]
             named = f"a list of {_owner(holder)}"
         elif isinstance(holder, CellType):
             del holder.cell_contents

@@ -114,11 +114,11 @@ def _stand_in(cls: type[nn.Module], original: Callable[..., Any],
               states: dict[int, tuple[str, dict[str, Tensor]]]) -> Any:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         tensors, inputs = flatten((args, kwargs))
-        names = list(_state(self))
+        names, count = list(_state(self)), len(tensors)
 
         def call(flat: Sequence[Tensor]) -> Any:
-            given, named = inputs.build(flat[: len(tensors)])
-            state = dict(zip(names, flat[len(tensors):], strict=True))
+            given, named = inputs.build(flat[:count])
+            state = dict(zip(names, flat[count:], strict=True))
             with _originally(cls, original):
                 return torch.func.functional_call(self, state, given, named)
 

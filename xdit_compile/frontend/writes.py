@@ -12,6 +12,7 @@ what the first left:
 from __future__ import annotations
 
 import dis
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -226,7 +227,7 @@ def _short(value: Any) -> str:
     # Ranks compare this text: no address may be in it.
     if value is MISSING:
         return "nothing"
-    return repr(value)[:40] if constants(value) else f"a {type(value).__name__}"
+    return re.sub(r" at 0x\w+", "", repr(value))[:40] if constants(value) else f"a {type(value).__name__}"
 
 
 def _where(change: Change, reads: Reads) -> str:
