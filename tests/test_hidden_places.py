@@ -382,3 +382,17 @@ FIRST: dict[str, tuple[Callable[[], Model], Callable[[Any], None]]] = {
 @pytest.mark.parametrize(("make", "edit"), FIRST.values(), ids=FIRST.keys())
 def test_what_the_first_call_decides_stays(make: Callable[[], Model], edit: Callable[[Any], None]) -> None:
     compare(make, edit, SIZES)
+
+
+def unwatched(m: Any, x: Tensor) -> Tensor:
+    held = unwatched.__annotations__
+    if "table" not in held:
+        held["table"] = made()
+    return x * held["table"]
+
+
+def test_tensor_left_in_an_unknown_place_is_refused_and_taken_out() -> None:
+    model = Model(unwatched).eval()
+    with pytest.raises(CaptureError, match="leaves a tensor in 'table'"), torch.no_grad():
+        xdit_compile.parallelize(model, "ulysses=1")(*inputs(1))
+    assert "table" not in unwatched.__annotations__
