@@ -232,6 +232,7 @@ def in_context(m: Any, x: Tensor) -> Tensor:
 
 STATE: dict[str, Callable[[], Model]] = {
     "default argument": lambda: Model(lambda m, x: x * counted()),
+    "default of a hook": lambda: hooked(),
     "context variable": lambda: Model(in_context),
     "weak reference": lambda: Model(lambda m, x: x * counting(m.ref(), "count"), ref=weakref.ref(HIDDEN[0])),
     "module as attribute": lambda: Model(lambda m, x: x * counting(m.config, "SCALE"), config=hidden_config),
@@ -244,6 +245,12 @@ STATE: dict[str, Callable[[], Model]] = {
     "uuid": lambda: Model(lambda m, x: x * (uuid.uuid4().int % 7)),
     "secrets": lambda: Model(lambda m, x: x * secrets.randbelow(7)),
 }
+
+
+def hooked() -> Model:
+    model = Model(lambda m, x: x)
+    model.layer.register_forward_hook(lambda module, args, out: out * counted())
+    return model
 
 
 def a_queue() -> Any:
