@@ -249,7 +249,7 @@ STATE: dict[str, Callable[[], Model]] = {
 
 def hooked() -> Model:
     model = Model(lambda m, x: x)
-    model.layer.register_forward_hook(lambda module, args, out: out * counted())
+    model.layer.register_forward_hook(lambda module, args, out, count=[0]: out * counted(count))
     return model
 
 
