@@ -162,6 +162,13 @@ def traced(function: Callable[..., tuple[Tensor, ...]], model: nn.Module, tensor
     return Traced(made, tuple(inputs), constants, tuple(written), tuple(exchanged))
 
 
+def _moved_to_its_place(tensor: Tensor, other: Tensor) -> bool:
+    """Whether ``other`` is ``tensor`` itself, or what moving it to the device where it is made of it, as hooks of
+    offloading do: there is one of this type, by another spelling (cpu, cpu:0)."""
+    alike = (tensor.shape, tensor.stride(), tensor.dtype) == (other.shape, other.stride(), other.dtype)
+    return tensor is other or (alike and tensor.device != other.device and tensor.device.type == other.device.type)
+
+
 class _Respelled(TorchFunctionMode):
     """What tracing would refuse or get wrong, written in another way.
 
@@ -170,7 +177,7 @@ class _Respelled(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == _SET_DATA:
+        if func == _SET_DATA and not _moved_to_its_place(*args):
             raise CaptureError("the forward gives a tensor other memory (x.data = ...), which no graph can hold; write "
                                "into it in place, x.copy_(...), or use the new value itself")
         if func is Tensor.fill_diagonal_ and len(args) == 2 and args[0].ndim == 2 and not kwargs:
