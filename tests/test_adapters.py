@@ -108,6 +108,7 @@ def test_swapped_in_place_with_room_for_more(pool: Pool, root: str) -> None:
     ], before=2)  # fmt: skip
 
 
+@pytest.mark.whole
 def test_program_of_another_state_would_be_wrong(pool: Pool, root: str) -> None:
     """The same kind of steps with what the model has changed left out of the key: errors are as large as changes."""
     steps: list[Step] = [("load", "a", 1), ("set", "a", [0.5]), ("disable",), ("enable",)]
@@ -145,6 +146,7 @@ def test_random_sequence(pool: Pool, root: str, seed: int) -> None:
     assert_exact(driven(pool, drive_model, "sd3", root, "ulysses=2", steps_of(seed)))
 
 
+@pytest.mark.whole
 def test_strength_of_a_controlnet(pool: Pool, root: str) -> None:
     """Two programs for each strength: the ControlNet's own, and, at the end, with strength zero."""
     follow(pool, drive, "sd3_control", root, "cfg=2", [

@@ -44,7 +44,7 @@ SPECS = ("ulysses=1", "ulysses=2", "ring=2", "cfg=2", "pipefusion=2,patches=2", 
          "cfg=2,ulysses=2", "cfg=2,pipefusion=2,patches=2", "pipefusion=2,patches=2,ulysses=2")
 AHEAD = ("ulysses=1", "ulysses=2", "cfg=2,ring=2", "pipefusion=2,patches=2")
 """With functions compiled ahead, which takes 5 to 10 seconds for each."""
-QUICK = {("flux", "pipefusion=2,patches=2"), ("wan", "ring=2")}
+QUICK = {("wan", "ring=2"), ("dit", "pipefusion=2,patches=2")}
 
 
 def written(folder: Path, name: str, spec: str, batch: int = 2, **options: Any) -> None:

@@ -93,7 +93,7 @@ def test_both_conditions_in_turn(pool: Pool, name: str) -> None:
         assert seen["error"] <= EXACT < seen["exact"] and seen["drained"] == 0, seen
 
 
-@pytest.mark.parametrize("name", [whole("sd3"), "wan"])
+@pytest.mark.parametrize("name", [whole("sd3"), whole("wan")])
 def test_groups_of_stages_take_turns(pool: Pool, name: str) -> None:
     for seen in act(pool, 4, scenes.guided, name, f"cfg=2,{scenes.TWO}"):
         assert seen["error"] <= EXACT < seen["exact"] and seen["drained"] == 0, seen

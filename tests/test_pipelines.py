@@ -61,6 +61,7 @@ def test_prompts_shared_out(pool: Pool, name: str, folders: str) -> None:
     assert all(r["error"] <= EXACT for r in found["data=2"])
 
 
+@pytest.mark.whole
 def test_the_trained_example_draws_the_same_pictures(pool: Pool) -> None:
     specs = ["cfg=2", "cfg=2,ulysses=2", "data=2", "cfg=2,vae=2"]
     for rank in pool.run(pipeline_runs.shapes, specs, 10, timeout=300):

@@ -196,6 +196,7 @@ def test_files_by_what_was_made(tmp_path: Path) -> None:
     assert [f.name for f in save({"images": [[picture], [picture]]}, tmp_path, 4)[0]] == ["image-0.png", "image-1.png"]
 
 
+@pytest.mark.whole
 def test_two_processes_that_the_command_starts(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Latents as one process makes them; the summary as JSON."""
     folder = pipelines.folder("qwen_image", root)
