@@ -232,6 +232,7 @@ def in_context(m: Any, x: Tensor) -> Tensor:
 
 STATE: dict[str, Callable[[], Model]] = {
     "default argument": lambda: Model(lambda m, x: x * counted()),
+    "default of a hook": lambda: hooked(),
     "context variable": lambda: Model(in_context),
     "weak reference": lambda: Model(lambda m, x: x * counting(m.ref(), "count"), ref=weakref.ref(HIDDEN[0])),
     "module as attribute": lambda: Model(lambda m, x: x * counting(m.config, "SCALE"), config=hidden_config),
@@ -244,6 +245,12 @@ STATE: dict[str, Callable[[], Model]] = {
     "uuid": lambda: Model(lambda m, x: x * (uuid.uuid4().int % 7)),
     "secrets": lambda: Model(lambda m, x: x * secrets.randbelow(7)),
 }
+
+
+def hooked() -> Model:
+    model = Model(lambda m, x: x)
+    model.layer.register_forward_hook(lambda module, args, out, count=[0]: out * counted(count))
+    return model
 
 
 def a_queue() -> Any:
@@ -382,3 +389,17 @@ FIRST: dict[str, tuple[Callable[[], Model], Callable[[Any], None]]] = {
 @pytest.mark.parametrize(("make", "edit"), FIRST.values(), ids=FIRST.keys())
 def test_what_the_first_call_decides_stays(make: Callable[[], Model], edit: Callable[[Any], None]) -> None:
     compare(make, edit, SIZES)
+
+
+def unwatched(m: Any, x: Tensor) -> Tensor:
+    held = unwatched.__annotations__
+    if "table" not in held:
+        held["table"] = made()
+    return x * held["table"]
+
+
+def test_tensor_left_in_an_unknown_place_is_refused_and_taken_out() -> None:
+    model = Model(unwatched).eval()
+    with pytest.raises(CaptureError, match="leaves a tensor in 'table'"), torch.no_grad():
+        xdit_compile.parallelize(model, "ulysses=1")(*inputs(1))
+    assert "table" not in unwatched.__annotations__

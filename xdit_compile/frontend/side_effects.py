@@ -193,6 +193,9 @@ class Before:
         attrs = attributes(value)
         if attrs is not None:
             skip = _STATIC if isinstance(value, nn.Module) else frozenset()
+            hooks = ("_forward_hooks", "_forward_pre_hooks") if skip else ()
+            # While a model is captured, hooks are observed: what stands in for one has it.
+            found += [(getattr(hook, "hook", hook), f"a hook of {path}") for h in hooks for hook in attrs[h].values()]
             read = partial(_without, attrs, skip)
             self._note(id(attrs), _Note(path, read(), read, partial(_update, attrs, skip), attrs))
             self._seen[id(attrs)] = attrs
