@@ -39,7 +39,7 @@ from xdit_compile.frontend.own_errors import not_of_capture
 from xdit_compile.frontend.reads import Reads
 from xdit_compile.frontend.repeated_blocks import BLOCK, BlockKind, Outliner
 from xdit_compile.frontend.side_effects import Before, Change, Key, readable
-from xdit_compile.frontend.tracing import StateWritten, Traced, as_fake, export_conventions, fake_state, traced
+from xdit_compile.frontend.tracing import StateWritten, Traced, as_exported, as_fake, export_conventions, fake_state, traced
 from xdit_compile.frontend.watchers import observed_hooks
 from xdit_compile.frontend.writes import fill, refuse, settle
 from xdit_compile.ir.program import Input, Program, drop_unused, graph_module, output_args, source_of
@@ -188,16 +188,19 @@ class _Capture:
 
     def _alike(self, call: _Call, outliner: Outliner) -> bool:
         """Record the blocks; whether each of them does by itself what it does inside the model."""
-        with export_conventions():
+        with as_exported():
             with self._unchanged(), outliner.recording() as call.log, fake_state(
                     self.model, self.mode, outliner.repeats):
                 shown = self._examples()
                 with self.mode:
                     call(*shown)
-            with self._unchanged(), self.mode, self.known:
-                alike = outliner.holds()
+            alike = all(self._alone(outliner, kind) for kind in outliner.kinds.values())
         self.known.forget_reads()
         return alike
+
+    def _alone(self, outliner: Outliner, kind: BlockKind) -> bool:
+        with self._unchanged(), self.mode, self.known:
+            return outliner.holds(kind)
 
     def _call(self, known: ConcreteValueMode) -> _Call:
         return _Call(self.model, self.inputs, known, of_inputs(self.tensors), self.reads)

@@ -150,11 +150,8 @@ class Outliner:
             yield self._log
         self.recorded = True
 
-    def holds(self) -> bool:
-        """Whether each kind of block asks for the same where it is run by itself, as it will be traced."""
-        return all(map(self._holds, self.kinds.values()))
-
-    def _holds(self, kind: BlockKind) -> bool:
+    def holds(self, kind: BlockKind) -> bool:
+        """Whether blocks of this kind ask for the same where one is run by itself, as it will be traced."""
         made = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in kind.examples]
         made = [made[i] for i in sharing(kind.examples)]
         for tensor, value in zip(made, kind.values, strict=True):

@@ -183,10 +183,17 @@ def export_conventions() -> Iterator[None]:
     # Its own asks the tensor inside, where nobody who knows the values is asked.
     FunctionalTensor.tolist = Tensor.tolist  # type: ignore[method-assign]
     try:
-        with _override_composite_implicit_decomp(_composite()), _compiling_state_context(), _no_backend():
+        with _override_composite_implicit_decomp(_composite()), as_exported():
             yield
     finally:
         FunctionalTensor.tolist = own  # type: ignore[method-assign]
+
+
+@contextmanager
+def as_exported() -> Iterator[None]:
+    """Within, models find what they find while they are traced."""
+    with _compiling_state_context(), _no_backend():
+        yield
 
 
 @contextmanager
