@@ -96,7 +96,8 @@ class _Description:
     def _tensor(self, tensor: torch.Tensor) -> Hashable:
         """A parameter or a buffer: all but its values, and which others it is."""
         number = self._seen.setdefault(id(tensor), (len(self._seen), tensor))[0]
-        own = vars(tensor)
+        # Fake tensors hold what their mode needs.
+        own = vars(tensor) if type(tensor) in (torch.Tensor, torch.nn.Parameter) else None
         return meta(tensor), type(tensor), number, tensor.requires_grad, self.of(own) if own else None
 
     def _attributes(self, value: Any, without: tuple[str, ...] = ()) -> Hashable:

@@ -216,16 +216,17 @@ class _Capture:
 
     def _alike(self, call: _Call, outliner: Outliner) -> bool:
         """Record the blocks; whether each of them does by itself what it does inside the model."""
-        with export_conventions():
-            with self._unchanged(), outliner.recording() as call.log, fake_state(
-                    self.model, self.mode, outliner.repeats):
-                shown = self._examples()
-                with self.mode:
-                    call(*shown)
-            with self._unchanged(), self.mode, self.known:
-                alike = outliner.holds()
+        with self._unchanged(), outliner.recording() as call.log, fake_state(self.model, self.mode, outliner.repeats):
+            shown = self._examples()
+            with self.mode:
+                call(*shown)
+        alike = all(self._alone(outliner, kind) for kind in outliner.kinds.values())
         self.known.forget_reads()
         return alike
+
+    def _alone(self, outliner: Outliner, kind: BlockKind) -> bool:
+        with self._unchanged(), self.mode, self.known:
+            return outliner.holds(kind)
 
     def _call(self, known: ConcreteValueMode) -> _Call:
         return _Call(self.model, self.inputs, known, of_inputs(self.tensors), self.reads, older=self.before.knows)

@@ -1,7 +1,7 @@
 """What code asks of PyTorch, call by call, and whether other code asks the same.
 
-A log holds each function with all it was given: constants as they are, tensors by where they come from. Where later code
-must ask the same, nothing is computed again: it is given what the first was given, and is told apart at the first
+A log holds each function with all it was given: constants as they are, tensors by where they come from. Where later
+code must ask the same, nothing is computed again: it is given what the first was given, and is told apart at the first
 call that differs. So whatever makes two blocks unlike (a number of their own, what their parent wrote in between, a
 global, who they are) is found by what it does, wherever it is held.
 """
@@ -99,7 +99,8 @@ class OperatorLog(TorchFunctionMode):
             if parts is not None:
                 return cls, tuple(self._said(p, depth + 1) for p in parts)
         self._kept.append(value)
-        return (cls, id(value)) if self._exact or isinstance(value, (type, BuiltinFunctionType)) else cls
+        said: Hashable = (cls, id(value)) if self._exact or isinstance(value, (type, BuiltinFunctionType)) else cls
+        return said
 
 
 class Replay(OperatorLog):

@@ -2,8 +2,8 @@
 
 First the model runs on fake tensors, and each distinct (module fingerprint, inputs) pair is recorded with the
 shapes it returns. Every later block that looks like it runs too, but computes nothing: it has to ask PyTorch for the
-same (``operator_log.py``), or is of another kind. Then, while the model is traced, every call of a recorded kind becomes
-one ``xdit_compile::block`` node; each kind is traced once, on its own, and put in its place afterwards. A block
+same (``operator_log.py``), or is of another kind. Then, while the model is traced, every call of a recorded kind
+becomes one ``xdit_compile::block`` node; each kind is traced once, on its own, and put in its place afterwards. A block
 that changes its inputs or itself, or takes what is no tensor, constant or container, is left inside the model.
 
 Where a block by itself asks for something else than it did inside the model (its parent, or another block, had set
@@ -151,11 +151,8 @@ class Outliner:
             yield self._log
         self.recorded = True
 
-    def holds(self) -> bool:
-        """Whether each kind of block asks for the same where it is run by itself, as it will be traced."""
-        return all(map(self._holds, self.kinds.values()))
-
-    def _holds(self, kind: BlockKind) -> bool:
+    def holds(self, kind: BlockKind) -> bool:
+        """Whether blocks of this kind ask for the same where one is run by itself, as it will be traced."""
         made = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in kind.examples]
         made = [made[i] for i in sharing(kind.examples)]
         for tensor, value in zip(made, kind.values, strict=True):
