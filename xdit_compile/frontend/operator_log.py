@@ -99,7 +99,7 @@ class OperatorLog(TorchFunctionMode):
             if parts is not None:
                 return cls, tuple(self._said(p, depth + 1) for p in parts)
         self._kept.append(value)
-        said: Hashable = (cls, id(value)) if self._exact or isinstance(value, (type, BuiltinFunctionType)) else cls
+        said: Any = (cls, id(value)) if self._exact or isinstance(value, (type, BuiltinFunctionType)) else cls
         return said
 
 
