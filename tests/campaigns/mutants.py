@@ -69,7 +69,7 @@ TARGETS = {
     "xdit_compile/ir/guards.py": ["tests/test_state_read.py", "tests/test_capture.py"],
     "xdit_compile/frontend/model_state.py": ["tests/test_state.py", "tests/test_state_read.py", "tests/test_edits.py",
                                              "tests/test_kept.py"],
-    "xdit_compile/frontend/watched.py": ["tests/test_state_read.py"],
+    "xdit_compile/frontend/operator_log.py": ["tests/test_alike_blocks.py", "tests/test_state_read.py"],
     "xdit_compile/frontend/block_fingerprint.py": ["tests/test_state_read.py", "tests/test_capture.py"],
     "xdit_compile/artifact/*_reader.py": ["tests/test_stage_artifacts.py", "tests/test_artifact.py", "-k",
                                         "not compiled_ahead"],

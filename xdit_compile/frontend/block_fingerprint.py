@@ -3,7 +3,7 @@
 A fingerprint holds everything a module's forward can read: types, Python attributes, shapes and dtypes of
 parameters and buffers, hooks, children; only the *values* of parameters and buffers are left out. What cannot
 be compared by value counts by identity, so that doubt makes modules different, never equal. Numbers and names that
-tell blocks apart, such as a block's own place, may be left out too, where ``watched.py`` finds that nobody reads them.
+tell blocks apart, such as a block's own place, may be left out too: what a block then does tells whether they matter.
 """
 
 from __future__ import annotations
@@ -38,6 +38,17 @@ def apart(modules: Sequence[torch.nn.Module]) -> frozenset[Attribute]:
                      for mine, theirs in zip(first, other, strict=True) if repr(mine[1]) != repr(theirs[1]))
 
 
+def telling_apart(model: torch.nn.Module) -> frozenset[Attribute]:
+    """Attributes that alone keep neighbours in a container of ``model`` from being identical."""
+    found: frozenset[Attribute] = frozenset()
+    for module in model.modules():
+        if isinstance(module, (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential)):
+            children = [c for c in module.children() if next(c.children(), None)]
+            if len({fingerprint(c) for c in children}) > 1:
+                found |= apart(children)
+    return found
+
+
 def meta(tensor: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]:
     """What a static graph assumes of a tensor."""
     return tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, device_of(tensor)
@@ -64,7 +75,7 @@ class _Description:
         # The object is kept with its number: once freed, another could have its id.
         self._seen[id(value)] = len(self._seen), value
         if isinstance(value, torch.nn.Module):
-            state = [(n, meta(t)) for group in (value._parameters, value._buffers) for n, t in group.items()
+            state = [(n, self._tensor(t)) for group in (value._parameters, value._buffers) for n, t in group.items()
                      if t is not None]
             return type(value), tuple(state), self._attributes(value, ("_parameters", "_buffers", CAPTURES))
         if (raw := content(value)) is not None:
@@ -81,6 +92,13 @@ class _Description:
         if type(value).__module__ != "builtins" and hasattr(value, "__dict__"):
             return type(value), self._attributes(value)
         return type(value), id(value)
+
+    def _tensor(self, tensor: torch.Tensor) -> Hashable:
+        """A parameter or a buffer: all but its values, and which others it is."""
+        number = self._seen.setdefault(id(tensor), (len(self._seen), tensor))[0]
+        # Fake tensors hold what their mode needs.
+        own = vars(tensor) if type(tensor) in (torch.Tensor, torch.nn.Parameter) else None
+        return meta(tensor), type(tensor), number, tensor.requires_grad, self.of(own) if own else None
 
     def _attributes(self, value: Any, without: tuple[str, ...] = ()) -> Hashable:
         found: list[tuple[str, Hashable]] = []

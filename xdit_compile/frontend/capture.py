@@ -14,7 +14,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import copy_context
 from functools import partial
 from typing import Any
@@ -28,7 +28,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from xdit_compile.errors import CaptureError
-from xdit_compile.frontend.block_fingerprint import Attribute
 from xdit_compile.frontend.caller import autocast_as, undisturbed
 from xdit_compile.frontend.concrete_values import ConcreteValueMode, Value, of_inputs
 from xdit_compile.frontend.flex_attention import FLEX, dense_mask, is_open, is_plain, modified_attention
@@ -38,6 +37,7 @@ from xdit_compile.frontend.looks import Looks, dress
 from xdit_compile.frontend.mechanisms import COMPILED, check, compiled_inside
 from xdit_compile.frontend.objects import MISSING, constants
 from xdit_compile.frontend.opaque_modules import culprit, leaving_in_python
+from xdit_compile.frontend.operator_log import Unlike
 from xdit_compile.frontend.own_errors import not_of_capture
 from xdit_compile.frontend.reads import Reads
 from xdit_compile.frontend.repeated_blocks import BLOCK, BlockKind, Outliner
@@ -67,6 +67,7 @@ class _Call:
         if its results are the model's."""
         self.module, self.inputs, self._known, self._values = module, inputs, known, values
         self._reads, self._path, self._older = reads, path, older
+        self.log: AbstractContextManager[Any] = nullcontext()
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with self._known:
@@ -75,7 +76,7 @@ class _Call:
             self._known.stand(self.module, self._path)
             args, kwargs = self.inputs.build(tensors)
             # Forward alone: hooks of the module itself run around the call, wherever that is made.
-            with self._reads.recording():
+            with self._reads.recording(), self.log:
                 result = self.module.forward(*args, **kwargs)
         left = (args, kwargs) if differ((args, kwargs), tensors, self.inputs) else None
         if left and self.inputs.kept:
@@ -193,31 +194,39 @@ class _Capture:
 
     def _traced(self) -> Program:
         call = self._call(self.known)
-        standing_in, watched, read = False, False, frozenset[Attribute]()
+        outliner = Outliner(self.model, self.known, self.mode)
+        if not outliner.paths:
+            return self._assemble(call, None)
         try:
-            outliner = Outliner(self.model, self.known, self.mode)
-            watched = bool(outliner.unread)
-            while outliner.paths:
-                with self._unchanged(), outliner.recording(), fake_state(self.model, self.mode, outliner.repeats):
-                    shown = self._examples()
-                    with self.mode:
-                        call(*shown)
-                self.known.forget_reads()
-                if not outliner.read:
-                    standing_in = True
-                    break
-                read |= outliner.read
-                outliner = Outliner(self.model, self.known, self.mode, read)
-            return self._assemble(call, outliner)
+            if self._alike(call, outliner):
+                return self._assemble(call, outliner)
         except (CaptureError, MemoryError):
             raise
+        except Unlike:
+            pass
         except Exception as error:
-            # Attributes that are watched are not where the model's code may look for them.
-            if not standing_in and not watched and not_of_capture(error):
-                raise
             # Outlining leans on more of the model than a plain trace does; without it the same model may pass.
-            log.info("capturing %s again, block by block no more, after: %s", type(self.model).__name__, error)
+            if not outliner.recorded and not_of_capture(error):
+                raise
+            log.info("%s, block by block: %s", type(self.model).__name__, error)
+        log.info("capturing %s again, block by block no more", type(self.model).__name__)
+        self.known.forget_reads()
+        call.log = nullcontext()
         return self._assemble(call, None)
+
+    def _alike(self, call: _Call, outliner: Outliner) -> bool:
+        """Record the blocks; whether each of them does by itself what it does inside the model."""
+        with self._unchanged(), outliner.recording() as call.log, fake_state(self.model, self.mode, outliner.repeats):
+            shown = self._examples()
+            with self.mode:
+                call(*shown)
+        alike = all(self._alone(outliner, kind) for kind in outliner.kinds.values())
+        self.known.forget_reads()
+        return alike
+
+    def _alone(self, outliner: Outliner, kind: BlockKind) -> bool:
+        with self._unchanged(), self.mode, self.known:
+            return outliner.holds(kind)
 
     def _call(self, known: ConcreteValueMode) -> _Call:
         return _Call(self.model, self.inputs, known, of_inputs(self.tensors), self.reads, older=self.before.knows)
@@ -275,9 +284,9 @@ class _Capture:
                 with self._unchanged():
                     found, kinds = _trace(call, self.tensors, self.mode), {}
             else:
-                with self._unchanged(), outliner.standing_in():
+                with self._unchanged(), outliner.standing_in() as call.log:
                     found = _trace(call, self.tensors, self.mode)
-                kinds = {kind.name: kind for kind in outliner.kinds.values() if kind}
+                kinds = outliner.kinds
             blocks = {name: self._block(kind, constants) for name, kind in kinds.items()}
         self.exchanged |= {*found.exchanged}
         main, inputs = _main(found, blocks, constants)

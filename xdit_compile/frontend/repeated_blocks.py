@@ -1,28 +1,33 @@
 """Identical blocks are captured once: repeated modules are stood in for by one opaque operator.
 
 First the model runs on fake tensors, and each distinct (module fingerprint, inputs) pair is recorded with the
-shapes it returns. Then, while the model is traced, every call of a recorded kind becomes one
-``xdit_compile::block`` node; each kind is traced once, on its own, and put in its place afterwards. A block
+shapes it returns. Every later block that looks like it runs too, but computes nothing: it has to ask PyTorch for the
+same (``operator_log.py``), or is of another kind. Then, while the model is traced, every call of a recorded kind
+becomes one ``xdit_compile::block`` node; each kind is traced once, on its own, and put in its place afterwards. A block
 that changes its inputs or itself, or takes what is no tensor, constant or container, is left inside the model.
+
+Where a block by itself asks for something else than it did inside the model (its parent, or another block, had set
+something), or the model around the blocks does when they are only stood in for, nothing is outlined.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from xdit_compile.frontend.block_fingerprint import Attribute, fingerprint, meta
-from xdit_compile.frontend.caller import Autocast, autocast_now
+from xdit_compile.frontend.block_fingerprint import Attribute, fingerprint, meta, telling_apart
+from xdit_compile.frontend.caller import Autocast, autocast_as, autocast_now
 from xdit_compile.frontend.concrete_values import ConcreteValueMode, Value
+from xdit_compile.frontend.operator_log import OperatorLog, Replay, Unlike
 from xdit_compile.frontend.tracing import fake_state
-from xdit_compile.frontend.watched import telling_apart, watching
 from xdit_compile.ir.containers import CONSTANTS
 from xdit_compile.ir.pytree import TENSOR, Structure, differ, flatten, sharing
 
@@ -40,7 +45,11 @@ def _block(kind: str, path: str, inputs: list[torch.Tensor]) -> list[torch.Tenso
             for shape, stride, dtype, device in _results[kind]]
 
 
-@dataclass(frozen=True)
+_State = tuple[dict[str, Any], dict[str, Any]]
+"""Fake parameters and buffers of a module."""
+
+
+@dataclass(frozen=True, eq=False)
 class BlockKind:
     """One kind of repeated block: an example of it, how it is called and what it returns."""
 
@@ -56,6 +65,15 @@ class BlockKind:
     """Per output tensor: the index of the input it simply is, or what it looks like."""
     autocast: Autocast
     """As the model had it on around the block."""
+    log: OperatorLog
+    """What it asks of PyTorch."""
+    returned: tuple[Hashable, ...]
+    """Where its output tensors come from."""
+    state: Sequence[_State]
+
+    @property
+    def strides(self) -> list[tuple[int, ...]]:
+        return [t.stride() for t in self.examples]
 
     @property
     def fresh(self) -> list[torch.Tensor]:
@@ -92,21 +110,27 @@ def _levels(module: nn.Module) -> int:
 class Outliner:
     """Stands in for the repeated blocks of a model, first to record them, then to trace around them."""
 
-    def __init__(self, model: nn.Module, known: ConcreteValueMode, mode: FakeTensorMode,
-                 read: frozenset[Attribute] = frozenset()) -> None:
-        """``read``: attributes that tell blocks apart, and are known to be read."""
+    def __init__(self, model: nn.Module, known: ConcreteValueMode, mode: FakeTensorMode) -> None:
         self._known, self._mode = known, mode
-        self.unread = telling_apart(model) - read
-        self._prints = repeated(model, self.unread)
+        # Numbers and names of blocks are no part of their fingerprints: their logs tell whether they matter.
+        self._prints = repeated(model, telling_apart(model))
         self._modules = {path: model.get_submodule(path) for path in self._prints}
-        self.kinds: dict[Hashable, BlockKind | None] = {}
-        """By (fingerprint, inputs); None for a block that has to stay inside the model."""
+        self.kinds: dict[str, BlockKind] = {}
+        self._runs: dict[Hashable, list[BlockKind]] = {}
+        """Blocks that were run, by (fingerprint, inputs): several where they ask for different things, which are then
+        of several kinds, or where inputs have other strides."""
+        self._impure: set[Hashable] = set()
+        """Fingerprints and inputs of blocks that have to stay inside the model."""
         self._reading: set[Hashable] = set()
-        """Kinds that read values: for them, inputs of other values are another kind."""
-        self.read: frozenset[Attribute] = frozenset()
-        """Attributes that tell blocks apart, and turned out to be read while they were recorded."""
+        """Those that read values: for them, inputs of other values are others."""
+        self._calls: list[tuple[str, Hashable, BlockKind | None]] = []
+        """Each call of a block, in order."""
+        self._coming: Iterator[tuple[str, Hashable, BlockKind | None]] = iter(())
         self._inside: set[str] = set()
         """Blocks some call of which has to stay inside the model."""
+        self.around, self._log = OperatorLog(), OperatorLog()
+        """What the model asks outside of blocks, while they are recorded and later."""
+        self.recorded = False
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -119,28 +143,45 @@ class Outliner:
         return tuple(path for path, p in self._prints.items() if first[p] != path)
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Within: run the model on fake tensors once, with blocks whose state is as it was: it becomes fake where a
-        block really runs, one of each kind."""
-        with watching(self._modules.values(), self.unread) as read, self._replaced(self._record):
-            yield
-            self.read = frozenset(read)
+    def recording(self) -> Iterator[OperatorLog]:
+        """Within: run the model on fake tensors once, inside the log that it yields, with blocks whose state is as it
+        was: it becomes fake where a block is run for the first time, one of each kind."""
+        self._log = self.around
+        with self._replaced(self._record):
+            yield self._log
+        self.recorded = True
+
+    def holds(self, kind: BlockKind) -> bool:
+        """Whether blocks of this kind ask for the same where one is run by itself, as it will be traced."""
+        made = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in kind.examples]
+        made = [made[i] for i in sharing(kind.examples)]
+        for tensor, value in zip(made, kind.values, strict=True):
+            self._known.assign(tensor, value)
+        with autocast_as(kind.autocast):
+            return self._asks(kind, kind.module, kind.module.forward, made, kind.inputs)
 
     @contextmanager
-    def standing_in(self) -> Iterator[None]:
-        """Within: trace the model; calls of recorded kinds become block nodes."""
-        _results.update({k.name: [meta(t) for t in k.fresh] for k in self.kinds.values() if k})
-        examples = {k.path for k in self.kinds.values() if k} | self._inside
+    def standing_in(self) -> Iterator[OperatorLog]:
+        """Within: trace the model, inside the log that it yields; calls of recorded kinds become block nodes.
+
+        Raises:
+            Unlike: at the end, where the model asked for something else than while it was recorded.
+        """
+        _results.update({name: [meta(t) for t in k.fresh] for name, k in self.kinds.items()})
+        examples = {k.path for k in self.kinds.values()} | self._inside
+        self._coming, self._log = iter(self._calls), OperatorLog()
         try:
             with self._replaced(self._emit), _without_state(m for p, m in self._modules.items() if p not in examples):
-                yield
+                yield self._log
         finally:
             _results.clear()
+        if self._log.entries != self.around.entries or next(self._coming, None):
+            raise Unlike
 
     @contextmanager
     def _replaced(self, stand_in: Callable[..., Any]) -> Iterator[None]:
         def bind(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda *args, **kwargs: stand_in(path, forward, args, kwargs)
+            return wraps(forward)(lambda *args, **kwargs: stand_in(path, forward, args, kwargs))
 
         # An instance attribute hides the class's forward and leaves hooks, which run around it, in place.
         free = [(p, m) for p, m in self._modules.items() if "forward" not in vars(m)]
@@ -163,22 +204,63 @@ class Outliner:
 
     def _record(self, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         tensors, structure = flatten((args, kwargs))
-        if not _plain(structure):
+        key = self._key(path, tensors, structure) if _plain(structure) else None
+        if key is None or key in self._impure:
+            self._calls.append((path, key, None))
             self._inside.add(path)
-            return self._run(path, forward, args, kwargs)
-        key = self._key(path, tensors, structure)
-        kind = self.kinds.get(key)
-        if key in self.kinds and kind is None:
-            self._inside.add(path)
-            return self._run(path, forward, args, kwargs)
-        if kind:
-            results = [tensors[r] if isinstance(r, int) else torch.empty_strided(
-                r.shape, r.stride(), dtype=r.dtype, device=r.device) for r in kind.results]
-            return kind.outputs.build(results)
+            with fake_state(self._modules[path], self._mode):
+                self._known.stand(self._modules[path], f"{path}.")
+                return forward(*args, **kwargs)
+        entered = len(self.around.entries)
+        strides = [t.stride() for t in tensors]
+        run = next((k for k in self._runs.get(key, [])[-_MOST:] if k.strides == strides
+                    and self._asks(k, self._modules[path], forward, tensors, structure)), None)
+        if run:
+            kind = self.kinds[run.name]
+            self._calls.append((path, key, kind))
+        else:
+            found, out = self._run(key, path, forward, tensors, structure)
+            if found is None:
+                return out
+            kind = found
+        results = kind.outputs.build([tensors[r] if isinstance(r, int) else torch.empty_strided(
+            r.shape, r.stride(), dtype=r.dtype, device=r.device) for r in kind.results])
+        self._outside(path, entered)
+        return results
+
+    def _outside(self, path: str, entered: int) -> None:
+        """What was asked inside of a block is none of what is asked around them."""
+        self._log.entries[entered:] = [path]
+
+    def _asks(self, kind: BlockKind, module: nn.Module, forward: Callable[..., Any], tensors: list[torch.Tensor],
+              structure: Structure) -> bool:
+        """Whether a block asks for what the first of a kind did."""
+        args, kwargs = structure.build(tensors)
+        with _state_as(module, kind.state):
+            replay = Replay(kind.log, _origins(module, tensors))
+            try:
+                with replay:
+                    out = forward(*args, **kwargs)
+            except (Unlike, Exception):  # what the block itself raises, it will raise again
+                return False
+        made, outputs = flatten(out)
+        return (replay.ended and outputs.key() == kind.outputs.key() and not differ((args, kwargs), tensors, structure)
+                and tuple(map(replay.origin, made)) == kind.returned)
+
+    def _run(self, key: Hashable, path: str, forward: Callable[..., Any], tensors: list[torch.Tensor],
+             structure: Structure) -> tuple[BlockKind | None, Any]:
+        """Run a block on fake tensors. Its kind, None if it has to stay inside the model, and what it returns."""
+        module = self._modules[path]
         snapshots, values, reads = [*map(self._known.snapshot, tensors)], self._values(tensors), self._known.reads
         versions = [t._version for t in tensors]
         before, held = self._state(path), self._known.state_read()
-        out = self._run(path, forward, args, kwargs)
+        args, kwargs = structure.build(tensors)
+        with fake_state(module, self._mode):
+            self._known.stand(module, f"{path}.")
+            state = [(dict(m._parameters), dict(m._buffers)) for m in module.modules()]
+            log = OperatorLog(_origins(module, tensors), exact=True)
+            with log:
+                out = forward(*args, **kwargs)
         made, outputs = flatten(out)
         pure = (versions == [t._version for t in tensors] and before == self._state(path) and _plain(outputs)
                 and not differ((args, kwargs), tensors, structure))
@@ -187,24 +269,28 @@ class Outliner:
         if self._known.reads > reads:
             self._reading.add(key)
             key = key, values
-        self.kinds[key] = BlockKind(
-            self._name(path), path, self._modules[path], structure, tuple(tensors),
-            tuple(snapshots), outputs,
-            tuple(next((i for i, t in enumerate(tensors) if t is m), m) for m in made), autocast_now(),
-        ) if pure else None
         if not pure:
+            self._impure.add(key)
             self._inside.add(path)
-        return out
-
-    def _run(self, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        with fake_state(self._modules[path], self._mode):
-            self._known.stand(self._modules[path], f"{path}.")
-            return forward(*args, **kwargs)
+            self._calls.append((path, key, None))
+            return None, out
+        returned = tuple(map(log.origin, made))
+        # Inputs of other strides need not make it another kind.
+        name = next((k.name for k in self._runs.get(key, ()) if k.log.entries == log.entries and k.returned == returned
+                     and k.outputs.key() == outputs.key()), None) or self._name(path)
+        run = BlockKind(
+            name, path, module, structure, tuple(tensors), tuple(snapshots), outputs,
+            tuple(next((i for i, t in enumerate(tensors) if t is m), m) for m in made), autocast_now(), log, returned,
+            state)
+        self._runs.setdefault(key, []).append(run)
+        kind = self.kinds.setdefault(name, run)
+        self._calls.append((path, key, kind))
+        return kind, out
 
     def _name(self, path: str) -> str:
         """After the container: ``transformer_blocks``, then ``transformer_blocks_1`` for its second kind."""
         base = path.rpartition(".")[0].replace(".", "_")
-        taken = sum(k is not None and k.name.startswith(base) for k in self.kinds.values())
+        taken = sum(name.startswith(base) for name in self.kinds)
         return f"{base}_{taken}" if taken else base
 
     def _state(self, path: str) -> Hashable:
@@ -218,11 +304,39 @@ class Outliner:
 
     def _emit(self, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         tensors, structure = flatten((args, kwargs))
-        kind = self.kinds.get(self._key(path, tensors, structure)) if _plain(structure) else None
+        key = self._key(path, tensors, structure) if _plain(structure) else None
+        called, found, kind = next(self._coming, ("", None, None))
+        if (called, found) != (path, key):
+            raise Unlike
         if kind is None:
             return forward(*args, **kwargs)
+        entered = len(self._log.entries)
         fresh = iter(BLOCK(kind.name, path, tensors) if kind.fresh else [])
+        self._outside(path, entered)
         return kind.outputs.build([tensors[r] if isinstance(r, int) else next(fresh) for r in kind.results])
+
+
+_MOST = 8
+"""Kinds that a block is compared with, of those that look like it: where all differ, there is no end to it."""
+
+
+def _origins(module: nn.Module, tensors: Iterable[torch.Tensor]) -> dict[int, tuple[torch.Tensor, Hashable]]:
+    """Where the tensors that a block is given, and those it holds, come from."""
+    held = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {id(t): (t, name) for name, t in reversed([*enumerate(tensors), *held])}
+
+
+@contextmanager
+def _state_as(module: nn.Module, state: Sequence[_State]) -> Iterator[None]:
+    """Within, parameters and buffers are those of another block."""
+    held = [(m, m._parameters, m._buffers) for m in module.modules()]
+    for (m, _, _), (parameters, buffers) in zip(held, state, strict=True):
+        vars(m).update(_parameters=dict(parameters), _buffers=dict(buffers))
+    try:
+        yield
+    finally:
+        for m, own, others in held:
+            vars(m).update(_parameters=own, _buffers=others)
 
 
 @contextmanager

@@ -1,0 +1,234 @@
+"""Blocks that look alike and are not: each model must compute what it does on its own."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_capture import run
+from torch import Tensor, nn
+
+from xdit_compile.frontend.capture import capture
+
+HERE = SimpleNamespace(layer=0, features=[], last=None, calls=0)
+PLACE: ContextVar[int] = ContextVar("place", default=0)
+REGISTRY: dict[int, int] = {}
+NUMBER = 0
+
+
+class Block(nn.Module):
+    gain = 1.0
+
+    def __init__(self, i: int, use: Callable[[Any, Tensor], Tensor], hold: Callable[[Any, int], None]) -> None:
+        super().__init__()
+        self.first, self.second, self.use, self.scale, self.held = nn.Linear(4, 4), nn.Linear(4, 4), use, 1.0, None
+        hold(self, i)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.use(self, self.second(self.first(x).tanh()))
+
+
+class Stack(nn.Module):
+    def __init__(self, use: Callable[[Any, Tensor], Tensor], hold: Callable[[Any, int], None],
+                 around: Callable[[Any, int], Any] | None, after: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(i, use, hold) for i in range(3))
+        self.around, self.after = around, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        HERE.features, HERE.last, HERE.layer, HERE.calls = [], None, 0, 0
+        for i, block in enumerate(self.blocks):
+            if self.around is None:
+                x = block(x)
+            else:
+                with self.around(block, i):
+                    x = block(x)
+        x = self.after(self, x)
+        HERE.features, HERE.last, HERE.layer, HERE.calls = [], None, 0, 0
+        return x
+
+
+@contextmanager
+def attribute(block: Any, i: int) -> Iterator[None]:
+    block.scale = 1.0 + i
+    yield
+    block.scale = 1.0
+
+
+@contextmanager
+def the_class(block: Any, i: int) -> Iterator[None]:
+    type(block).gain = 1.0 + i
+    yield
+    type(block).gain = 1.0
+
+
+@contextmanager
+def namespace(block: Any, i: int) -> Iterator[None]:
+    HERE.layer = i
+    yield
+    HERE.layer = 0
+
+
+@contextmanager
+def variable(block: Any, i: int) -> Iterator[None]:
+    global NUMBER
+    NUMBER = i
+    yield
+    NUMBER = 0
+
+
+@contextmanager
+def context(block: Any, i: int) -> Iterator[None]:
+    token = PLACE.set(i)
+    yield
+    PLACE.reset(token)
+
+
+@contextmanager
+def environment(block: Any, i: int) -> Iterator[None]:
+    os.environ["XDIT_TEST_PLACE"] = str(i)
+    yield
+    del os.environ["XDIT_TEST_PLACE"]
+
+
+@contextmanager
+def training(block: Any, i: int) -> Iterator[None]:
+    block.train(i == 1)
+    yield
+    block.eval()
+
+
+@contextmanager
+def default_dtype(block: Any, i: int) -> Iterator[None]:
+    torch.set_default_dtype(torch.float64 if i == 1 else torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def counts(block: Any, x: Tensor) -> Tensor:
+    HERE.layer += 1
+    return x * HERE.layer
+
+
+def keeps(block: Any, x: Tensor) -> Tensor:
+    HERE.features.append(x)
+    return x
+
+
+def passes_on(block: Any, x: Tensor) -> Tensor:
+    x = x if HERE.last is None else x + HERE.last
+    HERE.last = x
+    return x
+
+
+def is_called(block: Any, x: Tensor) -> Tensor:
+    HERE.calls += 1
+    return x
+
+
+class List(list):  # type: ignore[type-arg]
+    scale = 0
+
+
+class Slotted:
+    __slots__ = ("i",)
+
+    def __init__(self, i: int) -> None:
+        self.i = i
+
+
+def listed(block: Any, i: int) -> None:
+    block.held = List([1])
+    block.held.scale = i
+
+
+def registered(block: Any, i: int) -> None:
+    REGISTRY[id(block)] = i
+
+
+def wanting(block: Any, i: int) -> None:
+    block.second.weight.requires_grad_(i == 1)
+
+
+def holding(make: Callable[[int], Any]) -> Callable[[Any, int], None]:
+    return lambda block, i: setattr(block, "held", make(i))
+
+
+def plain(block: Any, x: Tensor) -> Tensor:
+    return x
+
+
+def nothing(block: Any, i: int) -> None:
+    pass
+
+
+def at_the_end(model: Any, x: Tensor) -> Tensor:
+    return x
+
+
+def same(x: Tensor) -> Tensor:
+    third = torch.full((4,), 1 / 3)
+    return x + (third.double() - 1 / 3).to(x.dtype) * 1e9
+
+
+ROWS: dict[str, tuple[Any, Any, Any, Any]] = {
+    "an attribute set around each": (lambda b, x: x * b.scale, nothing, attribute, at_the_end),
+    "a class attribute": (lambda b, x: x * b.gain, nothing, the_class, at_the_end),
+    "a namespace": (lambda b, x: x * (1 + HERE.layer), nothing, namespace, at_the_end),
+    "a global": (lambda b, x: x * (1 + NUMBER), nothing, variable, at_the_end),
+    "a context variable": (lambda b, x: x * (1 + PLACE.get()), nothing, context, at_the_end),
+    "the environment": (lambda b, x: x * (1 + int(os.environ.get("XDIT_TEST_PLACE", 9))), nothing, environment,
+                        at_the_end),
+    "train and eval": (lambda b, x: x * (2 if b.training else 1), nothing, training, at_the_end),
+    "the default type": (lambda b, x: same(x), nothing, default_dtype, at_the_end),
+    "a counter": (counts, nothing, None, at_the_end),
+    "a list of features": (keeps, nothing, None, lambda m, x: x + sum(HERE.features)),
+    "one passes on to the next": (passes_on, nothing, None, at_the_end),
+    "calls that the model counts": (is_called, nothing, None, lambda m, x: x * HERE.calls),
+    "an attribute of a list": (lambda b, x: x * b.held.scale, listed, None, at_the_end),
+    "a slot": (lambda b, x: x * b.held.i, holding(Slotted), None, at_the_end),
+    "vars": (lambda b, x: x * vars(b)["held"], holding(int), None, at_the_end),
+    "by get": (lambda b, x: x * vars(b).get("held", 7), holding(int), None, at_the_end),
+    "the length of a deque": (lambda b, x: x * (b.held.maxlen or 9), holding(lambda i: deque([1], i + 1)), None,
+                              at_the_end),
+    "by identity": (lambda b, x: x * (REGISTRY[id(b)] + 1), registered, None, at_the_end),
+    "another layer": (lambda b, x: (b.second if b.held == 1 else b.first)(x), holding(int), None, at_the_end),
+    "asks for gradients": (lambda b, x: x * (2 if b.second.weight.requires_grad else 1), wanting, None, at_the_end),
+    "the number of parameters": (plain, nothing, None, lambda m, x: x / sum(p.numel() for p in m.parameters())),
+    "the length of the state": (plain, nothing, None, lambda m, x: x * len(m.state_dict())),
+    "has a weight": (plain, nothing, None,
+                     lambda m, x: x * (2 if hasattr(m.blocks[2].first, "weight") else 1)),
+    "norms of weights": (plain, nothing, None,
+                         lambda m, x: x * sum(b.first.weight.norm() for b in m.blocks)),
+    "set before them all": (lambda b, x: x * (1 + HERE.layer), nothing, lambda b, i: namespace(b, 3), at_the_end),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_blocks_that_differ_are_not_taken_for_alike(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = Stack(*ROWS[name]).requires_grad_(False).eval(), torch.randn(2, 4)
+    if name == "asks for gradients":
+        model.blocks[1].second.weight.requires_grad_(True)
+    with torch.no_grad():
+        program = capture(model, (x,))
+        for given in (x, torch.randn(2, 4)):
+            torch.testing.assert_close(run(program, model, given), model(given))
+
+
+def test_numbers_that_make_two_kinds() -> None:
+    """What differs in what it does is of another kind; the others stay one."""
+    torch.manual_seed(0)
+    model, x = Stack(lambda b, x: -x if vars(b)["held"] == 1 else x, holding(int), None, at_the_end), torch.randn(2, 4)
+    program = capture(model, (x,))
+    assert program.calls() == {"main": 1, "blocks": 2, "blocks_1": 1}
+    torch.testing.assert_close(run(program, model, x), model(x))
