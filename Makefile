@@ -41,7 +41,7 @@ coverage-sample: .venv/ready
 operators: .venv/ready
 	$(RUN) benchmarks/operators.py --output docs/operators.md
 
-# Changes single lines of the core and says which of these changes no test sees. Half a minute for each.
+# Changes single lines of the core and says which of these changes no test sees.
 mutants: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mutants]'
 	$(RUN) tests/campaigns/mutants.py --count 40 --seed 0

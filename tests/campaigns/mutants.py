@@ -3,8 +3,10 @@
     python tests/campaigns/mutants.py --count 40 --seed 0
     python tests/campaigns/mutants.py --count 400 --seed 0 --only passes/rules
 
-Changes are cosmic-ray's, and one more: an assigned value becomes 0. Each is made in a copy of the package; a test
-that fails, or takes ten minutes, has caught it. Survivors are listed as diffs. Exit code 1 if there are any.
+First all these tests run once, under coverage, which takes some minutes (kept with ``--map FILE``). Changes are
+cosmic-ray's, and one more: an assigned value becomes 0. Each is made in a copy of the package; tests that run the
+changed line come first, quick ones before slow ones, then those that are named here for the file. A test that fails, or
+takes ten minutes, has caught it. Survivors are listed as diffs. Exit code 1 if there are any.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +37,7 @@ from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.operators.operator import Example, Operator
 from cosmic_ray.plugins import get_operator, operator_names
+from line_coverage import LineCoverage
 from tqdm import tqdm
 
 # Slow to import, and the same for all mutants; the package itself is each mutant's own.
@@ -44,35 +46,53 @@ for slow in ("torch._dynamo", "torch.export", "torch.distributed.fsdp", "diffuse
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 600
+MOST = 60
+"""Seconds of tests that run a line, of which many are run by nearly all."""
 
 TARGETS = {
     "xdit_compile/ir/layout.py": ["tests/test_layout.py", "tests/test_rules.py"],
+    "xdit_compile/ir/guards.py": ["tests/test_state_read.py", "tests/test_capture.py"],
+    "xdit_compile/ir/containers.py": ["tests/test_values_in_and_out.py"],
     "xdit_compile/passes/rules/*.py": ["tests/test_rules.py"],
     "xdit_compile/passes/shard.py": ["tests/test_rules.py", "tests/test_seeds.py", "tests/test_batch.py"],
     "xdit_compile/passes/emitter.py": ["tests/test_rules.py"],
+    "xdit_compile/passes/interpreter.py": ["tests/test_rules.py", "tests/test_seeds.py"],
+    "xdit_compile/passes/sharded_value.py": ["tests/test_rules.py", "tests/test_seeds.py"],
     "xdit_compile/passes/token_axis.py": ["tests/test_seeds.py", "tests/test_exactness.py", "tests/test_explain.py"],
     "xdit_compile/passes/batch_axis.py": ["tests/test_seeds.py", "tests/test_batch.py"],
-    "xdit_compile/passes/attention_plan.py": ["tests/test_rules.py", "tests/test_kernels.py"],
+    "xdit_compile/passes/attention_plan.py": ["tests/test_rules.py", "tests/test_kernels.py", "tests/test_explain.py"],
+    "xdit_compile/passes/attention_collectives.py": ["tests/test_rules.py", "tests/test_kernels.py"],
     "xdit_compile/passes/lower_attention.py": ["tests/test_rules.py", "tests/test_batch.py"],
     "xdit_compile/passes/fuse_attention.py": ["tests/test_fuse_attention.py", "tests/test_seeds.py"],
+    "xdit_compile/passes/canonicalize.py": ["tests/test_canonical.py", "tests/test_capture.py"],
     "xdit_compile/passes/expand_einsum.py": ["tests/test_canonical.py"],
     "xdit_compile/passes/composite.py": ["tests/test_canonical.py"],
     "xdit_compile/passes/spelling.py": ["tests/test_canonical.py"],
+    "xdit_compile/passes/simplify.py": ["tests/test_passes.py", "tests/test_canonical.py"],
+    "xdit_compile/passes/graph_editor.py": ["tests/test_passes.py", "tests/test_canonical.py"],
+    "xdit_compile/passes/recorded.py": ["tests/test_passes.py", "tests/test_explain.py"],
+    "xdit_compile/passes/verifier.py": ["tests/test_passes.py"],
     "xdit_compile/passes/functionalize_writes.py": ["tests/test_canonical.py", "tests/test_operators.py"],
     "xdit_compile/passes/overlap_communication.py": ["tests/test_overlap.py"],
     "xdit_compile/passes/hoist.py": ["tests/test_kept.py", "tests/test_displaced.py"],
     "xdit_compile/passes/patch_axis.py": ["tests/test_stages.py", "tests/test_displaced.py"],
+    "xdit_compile/passes/pipefusion.py": ["tests/test_stages.py", "tests/test_displaced.py"],
     "xdit_compile/passes/stage_partition.py": ["tests/test_stages.py", "tests/test_displaced.py"],
     "xdit_compile/kernels/merging.py": ["tests/test_kernels.py"],
     "xdit_compile/runtime/execution/loop_invariant_cache.py": ["tests/test_kept.py"],
     "xdit_compile/runtime/pipefusion/schedule.py": ["tests/test_schedule.py"],
-    "xdit_compile/ir/guards.py": ["tests/test_state_read.py", "tests/test_capture.py"],
     "xdit_compile/frontend/model_state.py": ["tests/test_state.py", "tests/test_state_read.py", "tests/test_edits.py",
                                              "tests/test_kept.py"],
+    "xdit_compile/frontend/reads.py": ["tests/test_state_read.py", "tests/test_hidden_places.py"],
+    "xdit_compile/frontend/objects.py": ["tests/test_state_read.py", "tests/test_hidden_places.py"],
+    "xdit_compile/frontend/looks.py": ["tests/test_what_a_tensor_is.py"],
+    "xdit_compile/frontend/results.py": ["tests/test_values_in_and_out.py"],
     "xdit_compile/frontend/operator_log.py": ["tests/test_alike_blocks.py", "tests/test_state_read.py"],
-    "xdit_compile/frontend/block_fingerprint.py": ["tests/test_state_read.py", "tests/test_capture.py"],
+    "xdit_compile/frontend/repeated_blocks.py": ["tests/test_alike_blocks.py", "tests/test_capture.py"],
+    "xdit_compile/frontend/block_fingerprint.py": ["tests/test_alike_blocks.py", "tests/test_state_read.py",
+                                                   "tests/test_capture.py"],
     "xdit_compile/artifact/*_reader.py": ["tests/test_stage_artifacts.py", "tests/test_artifact.py", "-k",
-                                        "not compiled_ahead"],
+                                          "not compiled_ahead"],
     "xdit_compile/artifact/files.py": ["tests/test_artifact.py", "-k", "not compiled_ahead"],
 }
 """Files, and the tests that should catch a change in them."""
@@ -110,6 +130,12 @@ class Mutant:
     def diff(self) -> str:
         lines = difflib.unified_diff(self.file.read_text().splitlines(), self.changed.splitlines(), lineterm="", n=0)
         return "\n".join(line for line in lines if not line.startswith(("---", "+++")))
+
+    def lines(self) -> list[int]:
+        """Numbers of the lines that it changes."""
+        old, new = self.file.read_text().splitlines(), self.changed.splitlines()
+        changes = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+        return [n + 1 for kind, a, b, _, _ in changes if kind != "equal" for n in range(a, max(b, a + 1))]
 
 
 @cache
@@ -171,41 +197,32 @@ def drawn(files: list[Path], rng: random.Random) -> Mutant:
             continue
 
 
-def tests_of(file: Path) -> list[str]:
-    """What to run for a file; of the test of rules, those that the file holds first."""
-    tests = next(t for pattern, t in TARGETS.items() if file.match(pattern))
-    if "rules" in file.parts:
-        return [*tests, "-k", " or ".join(operators_of(file) or ["pieces"])]
-    return list(tests)
+def named_for(file: Path) -> list[str]:
+    return next(t for pattern, t in TARGETS.items() if file.match(pattern))
 
 
-@cache
-def operators_of(file: Path) -> list[str]:
-    """The operators whose rules are in a file; asked of another process, as here no package may be loaded yet."""
-    ask = ("import sys; from xdit_compile.passes.rules import RULES; print(*("
-           "op for op, rule in RULES.items() if rule.apply.__module__.rpartition('.')[2] == sys.argv[1]), sep='\\n')")
-    done = subprocess.run([sys.executable, "-c", ask, file.stem], cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout.split()
+def tests_of(mutant: Mutant, covered: LineCoverage) -> list[str]:
+    """What is most likely to catch it comes first."""
+    return [*covered.tests(mutant.file, mutant.lines(), MOST), *named_for(mutant.file)]
 
 
 class Trial:
     """The tests of one mutant, in a process that is forked from this one: what is slow to import is here already."""
 
-    def __init__(self, number: int, mutant: Mutant) -> None:
+    def __init__(self, number: int, mutant: Mutant, tests: Iterable[str]) -> None:
         self.number, self.mutant = number, mutant
         self.folder = tempfile.mkdtemp()
         self.begun = time.monotonic()
-        tests = [str(ROOT / t) if t.startswith("tests/") else t for t in tests_of(mutant.file)]
         self.pid = os.fork()
         if self.pid == 0:
-            os._exit(self._run(tests))
+            os._exit(self._run([str(ROOT / t) if t.startswith("tests/") else t for t in tests]))
 
     def _run(self, tests: list[str]) -> int:
         code = 3
         try:
             os.setsid()
             package = Path(self.folder) / "xdit_compile"
-            shutil.copytree(ROOT / "xdit_compile", package, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / "xdit_compile", package)  # with bytecode
             (Path(self.folder) / self.mutant.file.relative_to(ROOT)).write_text(self.mutant.changed)
             log = os.open(Path(self.folder) / "log", os.O_WRONLY | os.O_CREAT)
             os.dup2(log, 1)
@@ -236,13 +253,13 @@ class Trial:
         return code != 0
 
 
-def outcomes(mutants: Iterable[Mutant], jobs: int) -> Iterator[tuple[int, Mutant, bool, float]]:
+def outcomes(mutants: Iterable[Mutant], covered: LineCoverage, jobs: int) -> Iterator[tuple[int, Mutant, bool, float]]:
     """Each mutant, whether it was caught, and after how many seconds."""
     running: list[Trial] = []
     waiting = enumerate(mutants)
     while True:
         while len(running) < jobs and (following := next(waiting, None)):
-            running.append(Trial(*following))
+            running.append(Trial(*following, tests_of(following[1], covered)))
         if not running:
             return
         time.sleep(0.1)
@@ -258,11 +275,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="files whose path holds this")
     parser.add_argument("--jobs", type=int, default=2, help="how many are tried at once")
+    parser.add_argument("--map", type=Path, help="where to keep which tests run a line; read if it is there")
     given = parser.parse_args()
     files = sorted({f for pattern in TARGETS for f in ROOT.glob(pattern) if given.only in str(f)})
     rng, counts = random.Random(given.seed), Counter[str]()
-    mutants = (drawn(files, rng) for _ in range(given.count))
-    for number, mutant, caught, seconds in tqdm(outcomes(mutants, given.jobs), total=given.count, unit="mutant"):
+    named = sorted({t for f in files for t in named_for(f) if t.startswith("tests/")})
+    covered = LineCoverage.kept(given.map, files, named)
+    tried = outcomes((drawn(files, rng) for _ in range(given.count)), covered, given.jobs)
+    for number, mutant, caught, seconds in tqdm(tried, total=given.count, unit="mutant"):
         counts["caught" if caught else "survived"] += 1
         verdict = "caught" if caught else "SURVIVED"
         print(f"{number}: {mutant.file.relative_to(ROOT)} {mutant.operator} {verdict} {seconds:.0f} s", flush=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from xdit_compile.frontend.looks import attributes_of
 from xdit_compile.frontend.objects import CAPTURES, content, slot, slots
 from xdit_compile.ir.containers import CONSTANTS
 from xdit_compile.ir.released_parameters import device_of
@@ -96,8 +97,7 @@ class _Description:
     def _tensor(self, tensor: torch.Tensor) -> Hashable:
         """A parameter or a buffer: all but its values, and which others it is."""
         number = self._seen.setdefault(id(tensor), (len(self._seen), tensor))[0]
-        # Fake tensors hold what their mode needs.
-        own = vars(tensor) if type(tensor) in (torch.Tensor, torch.nn.Parameter) else None
+        own = attributes_of(tensor)
         return meta(tensor), type(tensor), number, tensor.requires_grad, self.of(own) if own else None
 
     def _attributes(self, value: Any, without: tuple[str, ...] = ()) -> Hashable:

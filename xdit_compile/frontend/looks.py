@@ -70,11 +70,12 @@ def check_dress(stand_in: Tensor, name: str, before: Mapping[str, Any]) -> None:
                                "Keep it outside of the model, or return it")
 
 
-def attributes_of(tensor: Tensor, named: Collection[str]) -> dict[str, Any]:
-    """Python attributes of a tensor with these names. What is promised, or fake, has attributes of its own."""
+def attributes_of(tensor: Tensor, named: Collection[str] | None = None) -> dict[str, Any]:
+    """Python attributes of a tensor, all or those with these names, but for ours. What is promised, or fake, has
+    attributes of its own."""
     if type(tensor) not in (Tensor, nn.Parameter):
         return {}
-    return {k: v for k, v in vars(tensor).items() if k in named and not k.startswith(_OURS)}
+    return {k: v for k, v in vars(tensor).items() if (named is None or k in named) and not k.startswith(_OURS)}
 
 
 @dataclass
