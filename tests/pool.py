@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import multiprocessing
+import os
 import pickle
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -20,6 +21,8 @@ from xdit_compile.runtime.launch import Failure, become_rank, failure_of, kill, 
 
 # Seconds that the other ranks of a case get to answer once one of them has failed.
 GRACE = 15.0
+
+PRELOADED = ["torch", "torch._dynamo", "torch.export", "xdit_compile", "diffusers.models.transformers.transformer_sd3"]
 
 
 class RemoteError(AssertionError):
@@ -85,15 +88,17 @@ class Pool:
 
     def _start(self) -> None:
         self._store = listening_store()
-        context = multiprocessing.get_context("spawn")
+        # Forked from one process that has imported what takes seconds, and done nothing else.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         for rank in range(self.world):
             ours, theirs = context.Pipe()
-            env = rank_environment(rank, self.world, self._store.port)
+            env = {**os.environ, **rank_environment(rank, self.world, self._store.port)}
             self._processes.append(context.Process(target=_serve, args=(theirs, env), daemon=True))
             self._processes[-1].start()
             theirs.close()
             self._pipes.append(ours)
-        # Importing torch four times may take longer than a case is allowed to.
+        # Importing torch may take longer than a case is allowed to.
         for pipe in self._pipes:
             pipe.recv_bytes()
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,16 +18,13 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
-from torch.export.exported_program import (
-    _override_composite_implicit_decomp,
-    _split_decomp_table_to_cia_and_python_decomp,
-)
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode
 
 from xdit_compile.errors import CaptureError
+from xdit_compile.frontend.composite_operators import composites_kept
 from xdit_compile.frontend.looks import check_dress, dress
 from xdit_compile.ir.program import Input, drop_unused
 from xdit_compile.ir.pytree import sharing
@@ -231,7 +227,7 @@ def export_conventions() -> Iterator[None]:
     FunctionalTensor.tolist = Tensor.tolist  # type: ignore[method-assign]
     FunctionalTensor.__repr__ = Tensor.__repr__  # type: ignore[method-assign, assignment]
     try:
-        with _override_composite_implicit_decomp(_composite()):
+        with composites_kept():
             yield
     finally:
         FunctionalTensor.tolist, FunctionalTensor.__repr__ = own  # type: ignore[method-assign]
@@ -248,11 +244,6 @@ def _no_backend() -> Iterator[None]:
     finally:
         for backend, before in zip(backends, flags, strict=True):
             backend.set_flags(*before)
-
-
-@cache
-def _composite() -> dict[Any, Callable[..., Any]]:
-    return _split_decomp_table_to_cia_and_python_decomp({})[0]
 
 
 @contextmanager
