@@ -1,9 +1,10 @@
 """When are two modules the same code over different weights? When their fingerprints are equal.
 
 A fingerprint holds everything a module's forward can read: types, Python attributes, shapes and dtypes of
-parameters and buffers, hooks, children; only the *values* of parameters and buffers are left out. What cannot
-be compared by value counts by identity, so that doubt makes modules different, never equal. Numbers and names that
-tell blocks apart, such as a block's own place, may be left out too: what a block then does tells whether they matter.
+parameters and buffers, hooks, children; only the *values* of parameters and buffers are left out, and whether they
+require gradients, which the log of what blocks ask tells (``operator_log.py``). What cannot be compared by value counts
+by identity, so that doubt makes modules different, never equal. Numbers and names that tell blocks apart, such as a
+block's own place, may be left out too: what a block then does tells whether they matter.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class _Description:
         """A parameter or a buffer: all but its values, and which others it is."""
         number = self._seen.setdefault(id(tensor), (len(self._seen), tensor))[0]
         own = attributes_of(tensor)
-        return meta(tensor), type(tensor), number, tensor.requires_grad, self.of(own) if own else None
+        return meta(tensor), type(tensor), number, self.of(own) if own else None
 
     def _attributes(self, value: Any, without: tuple[str, ...] = ()) -> Hashable:
         found: list[tuple[str, Hashable]] = []

@@ -23,8 +23,8 @@ from xdit_compile.frontend.objects import MISSING, constants
 from xdit_compile.ir.pytree import CONSTANTS
 
 _ORIGIN = "_xdit_compile_origin"
-_OURS = "_xdit_compile_"
-"""How attributes begin that this package puts on tensors."""
+_OURS = ("_xdit_compile_", "_dynamo_")
+"""How attributes begin that this package and PyTorch's compiler put on tensors."""
 
 _OF_FAKES = {"_fake_device", "fake_mode", "constant", "pytype", "dispatch_keys", "real_tensor", "_debug_trace"}
 STANDING_IN = (FakeTensor, FunctionalTensor)

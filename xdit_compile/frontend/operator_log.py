@@ -38,6 +38,8 @@ class OperatorLog(TorchFunctionMode):
         self.entries: list[Hashable] = []
         self.results: list[Any] = []
         """Of ``exact`` logs, what each call gave."""
+        self.asks_gradients = False
+        """Whether it was asked if a tensor requires gradients."""
         self._exact = exact
         self._origins: dict[int, tuple[Tensor, Hashable]] = dict(origins or {})
         self._kept: list[Any] = []
@@ -49,6 +51,7 @@ class OperatorLog(TorchFunctionMode):
             return func(*args, **kwargs)
         with _untold():
             asked = None if _getter(func) else self._asked(func, args, kwargs)
+        self.asks_gradients |= func == _REQUIRES_GRAD
         result = func(*args, **kwargs)
         with _untold():
             made = _tensors(result)
@@ -160,6 +163,8 @@ class Replay(OperatorLog):
 _PLAIN = frozenset({int, bool, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format,
                     type(...), torch.Size})
 _WRITTEN = frozenset({float, complex, slice, range})
+
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 _CONVERSIONS = {Tensor.to, *(getattr(Tensor, n) for n in ("char", "cpu", "cuda", "bfloat16", "byte", "double", "float",
                                                          "bool", "half", "int", "long"))}

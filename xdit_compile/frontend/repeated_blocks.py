@@ -70,6 +70,8 @@ class BlockKind:
     returned: tuple[Hashable, ...]
     """Where its output tensors come from."""
     state: Sequence[_State]
+    gradients: tuple[bool, ...]
+    """Which of its parameters require gradients."""
 
     @property
     def strides(self) -> list[tuple[int, ...]]:
@@ -235,6 +237,8 @@ class Outliner:
     def _asks(self, kind: BlockKind, module: nn.Module, forward: Callable[..., Any], tensors: list[torch.Tensor],
               structure: Structure) -> bool:
         """Whether a block asks for what the first of a kind did."""
+        if kind.log.asks_gradients and kind.gradients != _gradients(module):
+            return False
         args, kwargs = structure.build(tensors)
         with _state_as(module, kind.state):
             replay = Replay(kind.log, _origins(module, tensors))
@@ -281,7 +285,7 @@ class Outliner:
         run = BlockKind(
             name, path, module, structure, tuple(tensors), tuple(snapshots), outputs,
             tuple(next((i for i, t in enumerate(tensors) if t is m), m) for m in made), autocast_now(), log, returned,
-            state)
+            state, _gradients(module))
         self._runs.setdefault(key, []).append(run)
         kind = self.kinds.setdefault(name, run)
         self._calls.append((path, key, kind))
@@ -351,6 +355,10 @@ def _without_state(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module, parameters, buffers in hidden:
             vars(module).update(_parameters=parameters, _buffers=buffers)
+
+
+def _gradients(module: nn.Module) -> tuple[bool, ...]:
+    return tuple(p.requires_grad for p in module.parameters())
 
 
 def _plain(structure: Structure) -> bool:
