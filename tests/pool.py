@@ -22,7 +22,8 @@ from xdit_compile.runtime.launch import Failure, become_rank, failure_of, kill, 
 # Seconds that the other ranks of a case get to answer once one of them has failed.
 GRACE = 15.0
 
-PRELOADED = ["torch", "torch._dynamo", "torch.export", "xdit_compile", "diffusers.models.transformers.transformer_sd3"]
+PRELOADED = ["torch", "torch._dynamo", "torch.export", "xdit_compile",
+             "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3"]
 
 
 class RemoteError(AssertionError):

@@ -89,6 +89,14 @@ def test_model_by_itself(pool: Pool, root: str) -> None:
         (("load", "a", 2), 0),  # other weights where there were some before
         (("edit", "a"), 0),
         (("hotswap", "a", 3), 0),
+        (("fuse", 0.5), 1),
+    ])  # fmt: skip
+
+
+@pytest.mark.whole
+def test_model_by_itself_with_two(pool: Pool, root: str) -> None:
+    follow(pool, drive_model, "sd3", root, "ulysses=2", [
+        (("load", "a", 3), 1),
         (("load", "b", 4), 1),
         (("set", "a", [1.0]), 1),
         (("set", "b", [1.0]), 0),

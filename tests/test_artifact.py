@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import artifact_runs
+import calls
 import cases
 import hostile
 import pipelines
@@ -50,7 +51,10 @@ QUICK = {("wan", "ring=2"), ("dit", "pipefusion=2,patches=2")}
 def written(folder: Path, name: str, spec: str, batch: int = 2, **options: Any) -> None:
     """An artifact of a test model, with the arguments and results of the model as it is."""
     case = zoo.CASES[name]
-    model, inputs = cases.made(case), case.inputs(batch, False)
+    write(folder, cases.made(case), case.inputs(batch, False), spec, **options)
+
+
+def write(folder: Path, model: nn.Module, inputs: dict[str, Any], spec: str, **options: Any) -> None:
     included, native = "weights" in options, options.get("native", False)
     xdit_compile.export(model, spec, inputs, folder / "model.xdit", **options)
     if not included:
@@ -82,9 +86,11 @@ def test_artifacts_run_without_the_model_s_code(tmp_path: Path) -> None:
 
 
 def test_functions_compiled_ahead(tmp_path: Path) -> None:
-    written(tmp_path / "dit", "dit", "ulysses=2,keep=off", native=True)
+    (tmp_path / "block").mkdir()
+    block = calls.Block(16, 4, 0.0).requires_grad_(False).eval()
+    write(tmp_path / "block", block, {"x": torch.randn(2, 12, 16)}, "ulysses=2", native=True, weights="included")
     found = alone(tmp_path, 2)
-    assert found["dit"]["error"] <= EXACT
+    assert found["block"]["error"] <= EXACT
 
 
 @pytest.mark.whole
@@ -461,8 +467,8 @@ def campaign(count: int, seed: int) -> dict[str, Any]:
 
 
 def test_spoiled_artifacts_are_refused_or_harmless() -> None:
-    figures = campaign(200, 1)
-    assert figures["refused"] > 100 and figures["ran"] > 5 and figures["exact"] > 0 and figures["slowest"] < 30
+    figures = campaign(120, 1)
+    assert figures["refused"] > 60 and figures["ran"] > 5 and figures["exact"] > 0 and figures["slowest"] < 30
 
 
 @pytest.mark.whole

@@ -69,8 +69,8 @@ def test_the_trained_example_draws_the_same_pictures(pool: Pool) -> None:
 
 
 def test_the_report_says_what_each_component_does(pool: Pool, folders: str) -> None:
-    pipelines.folder("qwen_image", Path(folders))
-    report, _ = pool.run(pipeline_runs.reported, "qwen_image", folders, "cfg=2,vae=2", ranks=range(2), timeout=300)
+    pipelines.folder("flux_true", Path(folders))
+    report, _ = pool.run(pipeline_runs.reported, "flux_true", folders, "cfg=2,vae=2", ranks=range(2), timeout=300)
     parts = {p["component"]: p for p in report["parts"]}
     assert "in turns by 2 groups" in parts["transformer"]["what"] and parts["transformer"]["sent"] == 0
     assert parts["vae"]["what"].startswith("decode: shared out by ring=2")

@@ -27,10 +27,12 @@ class LineCoverage:
         """By running files of tests once, which takes some minutes. What other processes run is not seen."""
         with tempfile.TemporaryDirectory() as folder:
             data, times = Path(folder) / "data", Path(folder) / "times.xml"
-            subprocess.run(
+            done = subprocess.run(
                 [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider",
                  "--cov=xdit_compile", "--cov-context=test", "--cov-report=", f"--junitxml={times}", *tests],
-                cwd=ROOT, env={**os.environ, "COVERAGE_FILE": str(data)}, check=True)
+                cwd=ROOT, env={**os.environ, "COVERAGE_FILE": str(data)}, check=False)
+            if done.returncode > 1:  # one that fails may do so for being slow
+                raise RuntimeError(f"pytest ended with {done.returncode}")
             cases = ElementTree.parse(times).iter("testcase")
             seconds = {f"{c.get('classname', '').replace('.', '/')}.py::{c.get('name')}": float(c.get("time", 0))
                        for c in cases}

@@ -191,7 +191,7 @@ class _Respelled(TorchFunctionMode):
                     parts = [p.to(low) if p.is_floating_point() and p.dtype is not torch.float64 else p for p in parts]
                 return torch.einsum(equation, *parts)
         # Around operators alone: what the model is told of libraries is what they are set to.
-        with _no_backend():
+        with _NoBackend():
             return func(*args, **(kwargs or {}))
 
 
@@ -233,17 +233,27 @@ def export_conventions() -> Iterator[None]:
         FunctionalTensor.tolist, FunctionalTensor.__repr__ = own  # type: ignore[method-assign]
 
 
-@contextmanager
-def _no_backend() -> Iterator[None]:
-    """Operators as they are everywhere, not in the forms of one library. ``torch.export`` has the same, which takes as
-    long to import as PyTorch itself."""
-    backends = torch.backends.mkldnn, torch.backends.nnpack, torch.backends.cudnn
-    flags = [backend.set_flags(False) for backend in backends]
-    try:
-        yield
-    finally:
-        for backend, before in zip(backends, flags, strict=True):
-            backend.set_flags(*before)
+class _NoBackend:
+    """Within, operators are as they are everywhere, not in the forms of one library. ``torch.export`` has the same,
+    which takes as long to import as PyTorch itself; this one is entered for each operator."""
+
+    __slots__ = ("_before",)
+
+    def __enter__(self) -> None:
+        self._before = [get() for get, _ in _BACKENDS]
+        for _, put in _BACKENDS:
+            put(False)
+
+    def __exit__(self, *raised: object) -> None:
+        for (_, put), before in zip(_BACKENDS, self._before, strict=True):
+            put(before)
+
+
+_BACKENDS: tuple[tuple[Callable[[], bool], Callable[[bool], None]], ...] = (
+    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
+    (torch._C._get_nnpack_enabled, torch._C._set_nnpack_enabled),
+    (torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled),
+)
 
 
 @contextmanager
