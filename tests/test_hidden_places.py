@@ -403,3 +403,42 @@ def test_tensor_left_in_an_unknown_place_is_refused_and_taken_out() -> None:
     with pytest.raises(CaptureError, match="leaves a tensor in 'table'"), torch.no_grad():
         xdit_compile.parallelize(model, "ulysses=1")(*inputs(1))
     assert "table" not in unwatched.__annotations__
+
+
+def debugger(frame: Any, event: str, arg: Any) -> Any:
+    return debugger
+
+
+def coverage(frame: Any, event: str, arg: Any) -> Any:
+    """Puts itself in the place of whoever tells it of a call, as tracers that are written in C do."""
+    if event == "call":
+        sys.settrace(coverage)
+    return coverage
+
+
+def ended(frame: Any, event: str, arg: Any) -> Any:
+    sys.settrace(None)
+
+
+@pytest.mark.parametrize("tracer", [debugger, coverage, ended])
+def test_edits_are_seen_while_others_trace(tracer: Any) -> None:
+    before = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        compare(*READ["metaclass"])
+    finally:
+        sys.settrace(before)
+
+
+def traces(m: Any, x: Tensor) -> Tensor:
+    sys.settrace(debugger)
+    return x * Plain.gain
+
+
+def test_forward_that_traces_itself_is_refused() -> None:
+    before = sys.gettrace()
+    try:
+        with pytest.raises(CaptureError, match=r"sys\.settrace"), torch.no_grad():
+            xdit_compile.parallelize(Model(traces).eval(), "ulysses=1")(*inputs(1))
+    finally:
+        sys.settrace(before)

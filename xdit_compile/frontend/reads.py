@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import (
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.overrides import TorchFunctionMode
 
+from xdit_compile.errors import CaptureError
 from xdit_compile.frontend.concrete_values import READS, writes
 from xdit_compile.frontend.looks import STANDING_IN, Looks
 from xdit_compile.frontend.objects import MISSING, is_library, package
@@ -171,14 +172,25 @@ class Reads:
                     self.codes[id(code)] = Ran(code, frame.f_globals)
                     if self.first is not None:
                         self.first(frame)
-            return before(frame, event, arg) if before else None
+            return told(before, frame, event, arg) if before else None
+
+        def told(other: Any, frame: FrameType, event: Any, arg: Any) -> Any:
+            answer = other(frame, event, arg)
+            if on and sys.gettrace() is not tell:  # some put themselves in the place of who calls them
+                sys.settrace(tell)
+            return partial(told, answer) if answer is not None else None
 
         outside = _Outside(self.written, self.valued, self.looks, self.made)
+        on = True
         sys.settrace(tell)
         try:
             with outside:
                 yield
+            if sys.gettrace() is not tell:
+                raise CaptureError("the forward sets another trace function (sys.settrace), so that nobody can tell "
+                                   "what it reads; set it around the call")
         finally:
+            on = False
             sys.settrace(before)
         if outside.refused:
             raise outside.refused[0]
