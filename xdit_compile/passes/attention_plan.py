@@ -113,9 +113,9 @@ class AttentionPlan:
         for step in range(self.ring - 1):
             chunk = length(self.group_spans(self.keys, (r - step) % self.ring))
             total += chunk * own_kv * (self.head_dim + self.value_dim)
-        if share and self.ring > 1:
-            most = -(-length(self.replicated(self.queries)) // self.ring)
-            total += (self.ring - 1) * most * self.heads * self.value_dim
+        # Shares are gathered padded to the largest; a rank may have none of its own.
+        most = -(-length(self.replicated(self.queries)) // self.ring)
+        total += (self.ring - 1) * most * self.heads * self.value_dim
         return total * unit
 
     def __str__(self) -> str:
