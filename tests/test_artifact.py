@@ -468,7 +468,7 @@ def campaign(count: int, seed: int) -> dict[str, Any]:
 
 def test_spoiled_artifacts_are_refused_or_harmless() -> None:
     figures = campaign(120, 1)
-    assert figures["refused"] > 60 and figures["ran"] > 5 and figures["exact"] > 0 and figures["slowest"] < 30
+    assert figures["refused"] > 60 and figures["ran"] > 2 and figures["exact"] > 0 and figures["slowest"] < 30
 
 
 @pytest.mark.whole

@@ -437,6 +437,7 @@ def traces(m: Any, x: Tensor) -> Tensor:
 
 def test_forward_that_traces_itself_is_refused() -> None:
     before = sys.gettrace()
+    sys.settrace(None)
     try:
         with pytest.raises(CaptureError, match=r"sys\.settrace"), torch.no_grad():
             xdit_compile.parallelize(Model(traces).eval(), "ulysses=1")(*inputs(1))

@@ -220,6 +220,14 @@ def by_hand(rank: int, size: int, port: int, folder: str) -> None:
     Path(folder, f"said{rank}").write_text(f"{time.monotonic() - start:.1f}|{said}")
 
 
+def test_a_rank_without_a_gpu_of_its_own_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(LaunchError, match=r"rank 3 is to use cuda:3, but this process sees 2 GPUs"):
+        init_from_env("cuda")
+
+
 def started_by_hand(size: int, ranks: Sequence[int], folder: Path) -> list[Any]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

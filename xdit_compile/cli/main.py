@@ -11,7 +11,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.utils import _pytree as pytree
 
+from xdit_compile import __version__
 from xdit_compile.artifact.export import export
 from xdit_compile.artifact.inspection import Inspection, inspect
 from xdit_compile.cli import run_flags as flags
@@ -205,7 +205,7 @@ def _progress(what: str) -> Iterator[Callable[[str], None]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="xdit-compile", description=__doc__)
-    parser.add_argument("--version", action="version", version=f"xdit-compile {version('xdit-compile')}")
+    parser.add_argument("--version", action="version", version=f"xdit-compile {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command = commands.add_parser("run", help=flags.HELP.partition("\n")[0], description=flags.HELP, allow_abbrev=False,
                                   usage="xdit-compile run --model DIR_OR_ID [--spec SPEC] [--prompt TEXT] ...",

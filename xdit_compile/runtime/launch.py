@@ -106,7 +106,11 @@ def init_from_env(device: str | None = None, timeout: float = 600.0) -> torch.de
     local = torch.device(kind)
     if local.type == "cuda":
         if local.index is None:
-            local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
+            local = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or torch.cuda.current_device()))
+        if local.index >= (there := torch.cuda.device_count()):
+            raise LaunchError(
+                f"rank {os.environ.get('RANK', 0)} is to use {local}, but this process sees {there} GPUs. Start as "
+                "many ranks as there are GPUs, or show each its own by CUDA_VISIBLE_DEVICES and set LOCAL_RANK=0")
         torch.cuda.set_device(local)
     if not dist.is_initialized():
         _join_job("nccl" if local.type == "cuda" else "gloo", timeout)
