@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_capture import run
@@ -180,6 +181,71 @@ def same(x: Tensor) -> Tensor:
     return x + (third.double() - 1 / 3).to(x.dtype) * 1e9
 
 
+class Scale(float):
+    """A number of a class of its own."""
+
+
+@torch.library.custom_op("xdit_tests::scale_in_place", mutates_args=("x",))
+def scale_in_place(x: Tensor, by: float) -> None:
+    x.mul_(by)
+
+
+def takes_the_first(block: Any, x: Tensor) -> Tensor:
+    """As later blocks mix in the values of the first."""
+    values = block.first(x)
+    HERE.last = values if HERE.last is None else HERE.last
+    return x + HERE.last
+
+
+def second_is_kept(block: Any, x: Tensor) -> Tensor:
+    if vars(block)["held"] == 1:
+        HERE.features.append(x)
+    return x
+
+
+def second_keeps(block: Any, x: Tensor) -> Tensor:
+    if vars(block)["held"] == 1:
+        block.scale = x
+    return x
+
+
+def kept_by_the_second(model: Any, x: Tensor) -> Tensor:
+    x, model.blocks[1].scale = x + model.blocks[1].scale, 1.0
+    return x
+
+
+def catches_all(block: Any, x: Tensor) -> Tensor:
+    try:
+        return x * vars(block)["held"]
+    except BaseException:
+        return x * 0
+
+
+def toggles(block: Any, x: Tensor) -> Tensor:
+    HERE.calls ^= 1
+    return x * (1 + HERE.calls)
+
+
+def scales(block: Any, x: Tensor) -> Tensor:
+    x = x.clone()
+    scale_in_place(x, 1.0 + vars(block)["held"])
+    return x
+
+
+def with_factor(block: Any, i: int) -> None:
+    block.held = i
+    block.register_buffer("factor", torch.tensor(2.0 + i))
+
+
+def absent_in_the_first(block: Any, i: int) -> None:
+    if i == 0:
+        block.register_parameter("gate", None)
+
+
+def gated(block: Any, i: int) -> None:
+    block.gate = nn.Parameter(torch.full((4,), float(i)))
+
+
 ROWS: dict[str, tuple[Any, Any, Any, Any]] = {
     "an attribute set around each": (lambda b, x: x * b.scale, nothing, attribute, at_the_end),
     "a class attribute": (lambda b, x: x * b.gain, nothing, the_class, at_the_end),
@@ -209,6 +275,21 @@ ROWS: dict[str, tuple[Any, Any, Any, Any]] = {
                      lambda m, x: x * (2 if hasattr(m.blocks[2].first, "weight") else 1)),
     "norms of weights": (plain, nothing, None,
                          lambda m, x: x * sum(b.first.weight.norm() for b in m.blocks)),
+    "values of the first": (takes_the_first, nothing, None, at_the_end),
+    "the second is kept": (second_is_kept, holding(int), None, lambda m, x: x + HERE.features[0]),
+    "the second keeps": (second_keeps, holding(int), None, kept_by_the_second),
+    "later ones read a buffer": (lambda b, x: x * (b.factor.item() if b.held else 2.0), with_factor, None, at_the_end),
+    "later ones ask for gradients": (lambda b, x: x * (2 if b.held and b.second.weight.requires_grad else 1),
+                                     holding(int), None, at_the_end),
+    "a number of its own class": (lambda b, x: x * b.held, holding(Scale), None, at_the_end),
+    "a number of numpy": (lambda b, x: x * b.held, holding(np.float32), None, at_the_end),
+    "catches all": (catches_all, holding(int), None, at_the_end),
+    "toggles": (toggles, nothing, None, at_the_end),
+    "an operator that returns nothing": (scales, holding(int), None, at_the_end),
+    "a parameter that is None": (lambda b, x: x * (2 if hasattr(b, "gate") else 1), absent_in_the_first, None,
+                                 at_the_end),
+    "a parameter or another": (plain, gated, None, lambda m, x: x * getattr(m.blocks[2], "gate", torch.ones(4))),
+    "the last of all parameters": (plain, gated, None, lambda m, x: x * list(m.blocks.parameters())[-1]),
     "set before them all": (lambda b, x: x * (1 + HERE.layer), nothing, lambda b, i: namespace(b, 3), at_the_end),
 }
 
@@ -217,7 +298,7 @@ ROWS: dict[str, tuple[Any, Any, Any, Any]] = {
 def test_blocks_that_differ_are_not_taken_for_alike(name: str) -> None:
     torch.manual_seed(0)
     model, x = Stack(*ROWS[name]).requires_grad_(False).eval(), torch.randn(2, 4)
-    if name == "asks for gradients":
+    if name.endswith("for gradients"):
         model.blocks[1].second.weight.requires_grad_(True)
     with torch.no_grad():
         program = capture(model, (x,))
@@ -232,3 +313,38 @@ def test_numbers_that_make_two_kinds() -> None:
     program = capture(model, (x,))
     assert program.calls() == {"main": 1, "blocks": 2, "blocks_1": 1}
     torch.testing.assert_close(run(program, model, x), model(x))
+
+
+class Two(nn.Module):
+    """Blocks with two results, into the first of which the model writes."""
+
+    def __init__(self, results: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)) for _ in range(3))
+        for block in self.blocks:
+            block.forward = lambda x, inner=block.forward: results(inner(x))  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            first, second = block(x)
+            first += 1
+            x = second * (2 if first is second else 1)
+        return x
+
+
+@pytest.mark.parametrize("results", [lambda h: (h, h), lambda h: (h, h.view(h.shape)), lambda h: (h[:, :2], h),
+                                     lambda h: tuple(h.chunk(2, 1)) and (h[:, 2:], h), lambda h: (h.clone(), h)])
+def test_results_that_share_memory(results: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Two(results).requires_grad_(False).eval(), torch.randn(2, 4)
+    with torch.no_grad():
+        program = capture(model, (x,))
+        torch.testing.assert_close(run(program, model, x), model(x))
+
+
+def test_what_is_common_stays_one_kind() -> None:
+    """Numbers of numpy, and whether weights are frozen, make no two kinds of what is one."""
+    model = Stack(lambda b, x: x / np.sqrt(x.shape[-1]) * np.float32(2), nothing, None, at_the_end).eval()
+    model.blocks[1].requires_grad_(False)
+    with torch.no_grad():
+        assert capture(model, (torch.randn(2, 4),)).calls() == {"main": 1, "blocks": 3}

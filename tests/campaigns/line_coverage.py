@@ -34,13 +34,14 @@ class LineCoverage:
             if done.returncode > 1:  # one that fails may do so for being slow
                 raise RuntimeError(f"pytest ended with {done.returncode}")
             cases = ElementTree.parse(times).iter("testcase")
-            seconds = {f"{c.get('classname', '').replace('.', '/')}.py::{c.get('name')}": float(c.get("time", 0))
-                       for c in cases}
+            seconds = {f"{c.get('classname')}.{c.get('name')}": float(c.get("time", 0)) for c in cases}
             found = CoverageData(str(data))
             found.read()
+            tests_run = {c.rpartition("|")[0] for c in found.measured_contexts() if "|" in c}
+            taken = {t: seconds[key] for t in tests_run if (key := _as_reported(t)) in seconds}
             return cls({str(f.relative_to(ROOT)): {
                 str(line): sorted({c.rpartition("|")[0] for c in contexts if "|" in c})
-                for line, contexts in found.contexts_by_lineno(str(f)).items()} for f in files}, seconds)
+                for line, contexts in found.contexts_by_lineno(str(f)).items()} for f in files}, taken)
 
     @classmethod
     def kept(cls, at: Path | None, files: Iterable[Path], tests: Sequence[str]) -> LineCoverage:
@@ -53,6 +54,9 @@ class LineCoverage:
             at.write_text(json.dumps({"lines": made._lines, "seconds": made._seconds}))
         return made
 
+    def all(self) -> list[str]:
+        return [*self._seconds]
+
     def tests(self, file: Path, lines: Iterable[int], most: float) -> list[str]:
         """Those that run one of these lines, quick ones first, as many as take ``most`` seconds."""
         held = self._lines.get(str(file.relative_to(ROOT)), {})
@@ -64,3 +68,10 @@ class LineCoverage:
                 break
             chosen.append(test)
         return chosen
+
+
+def _as_reported(test: str) -> str:
+    """``tests/test_a.py::TestB::test_c[d]`` as reports have it: tests.test_a.TestB.test_c[d]."""
+    path, _, rest = test.partition(".py::")
+    name, bracket, parameters = rest.partition("[")
+    return f"{path.replace('/', '.')}.{name.replace('::', '.')}{bracket}{parameters}"

@@ -46,6 +46,7 @@ for slow in ("torch._dynamo", "torch.export", "torch.distributed.fsdp", "diffuse
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 600
+NOTHING = "nothing"
 MOST = 60
 """Seconds of tests that run a line, of which many are run by nearly all."""
 
@@ -228,7 +229,7 @@ class Trial:
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.chdir(self.folder)
-            sys.path[:] = [self.folder, str(ROOT / "tests"), *sys.path[1:]]
+            sys.path[:] = [self.folder, str(ROOT / "tests"), *sys.path[1:], str(ROOT)]
             os.environ["PYTHONPATH"] = f"{self.folder}:{ROOT / 'tests'}"
             code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(ROOT),
                                     "-c", str(ROOT / "pyproject.toml"), *tests]))
@@ -248,18 +249,20 @@ class Trial:
         code = os.waitstatus_to_exitcode(status) if ended else 1
         said = (Path(self.folder) / "log").read_text(errors="replace")[-2000:]
         shutil.rmtree(self.folder)
-        if code in (3, 5):  # pytest itself failed, or found no test; 4: a file of tests cannot be imported any more
+        # Pytest itself failed, or found no test. 4: a file of tests cannot be imported any more.
+        if code in (3, 5) or (code == 4 and self.mutant.operator == NOTHING):
             raise RuntimeError(f"{self.mutant.file}: {said}")
         return code != 0
 
 
-def outcomes(mutants: Iterable[Mutant], covered: LineCoverage, jobs: int) -> Iterator[tuple[int, Mutant, bool, float]]:
-    """Each mutant, whether it was caught, and after how many seconds."""
+def outcomes(mutants: Iterable[Mutant], covered: LineCoverage, jobs: int,
+             tests: list[str] | None = None) -> Iterator[tuple[int, Mutant, bool, float]]:
+    """Each mutant, whether it was caught by its tests, or by these, and after how many seconds."""
     running: list[Trial] = []
     waiting = enumerate(mutants)
     while True:
         while len(running) < jobs and (following := next(waiting, None)):
-            running.append(Trial(*following, tests_of(following[1], covered)))
+            running.append(Trial(*following, tests or tests_of(following[1], covered)))
         if not running:
             return
         time.sleep(0.1)
@@ -281,6 +284,9 @@ def main() -> int:
     rng, counts = random.Random(given.seed), Counter[str]()
     named = sorted({t for f in files for t in named_for(f) if t.startswith("tests/")})
     covered = LineCoverage.kept(given.map, files, named)
+    unchanged = Mutant(files[0], NOTHING, files[0].read_text())
+    for found in outcomes([unchanged], covered, 1, ["--collect-only", *covered.all(), *named]):
+        assert not found[2], "tests cannot be collected"
     tried = outcomes((drawn(files, rng) for _ in range(given.count)), covered, given.jobs)
     for number, mutant, caught, seconds in tqdm(tried, total=given.count, unit="mutant"):
         counts["caught" if caught else "survived"] += 1

@@ -77,8 +77,8 @@ class _Description:
         # The object is kept with its number: once freed, another could have its id.
         self._seen[id(value)] = len(self._seen), value
         if isinstance(value, torch.nn.Module):
-            state = [(n, self._tensor(t)) for group in (value._parameters, value._buffers) for n, t in group.items()
-                     if t is not None]
+            state = [(n, None if t is None else self._tensor(t)) for group in (value._parameters, value._buffers)
+                     for n, t in group.items()]
             return type(value), tuple(state), self._attributes(value, ("_parameters", "_buffers", CAPTURES))
         if (raw := content(value)) is not None:
             return type(value), raw, str(getattr(value, "dtype", "")), getattr(value, "shape", ())

@@ -194,7 +194,7 @@ class _Capture:
 
     def _traced(self) -> Program:
         call = self._call(self.known)
-        outliner = Outliner(self.model, self.known, self.mode)
+        outliner = Outliner(self.model, self.known, self.mode, self.before.changes)
         if not outliner.paths:
             return self._assemble(call, None)
         try:
@@ -206,7 +206,7 @@ class _Capture:
             pass
         except Exception as error:
             # Outlining leans on more of the model than a plain trace does; without it the same model may pass.
-            if not outliner.recorded and not_of_capture(error):
+            if not outliner.recorded and not outliner.failed and not_of_capture(error):
                 raise
             log.info("%s, block by block: %s", type(self.model).__name__, error)
         log.info("capturing %s again, block by block no more", type(self.model).__name__)

@@ -305,7 +305,12 @@ def _storage(tensor: Tensor) -> int:
 
 
 def writes(func: Callable[..., Any], kwargs: Any) -> bool:
-    """Whether a function writes into its first argument, or into the one that is named ``out``."""
+    """Whether a function writes into its first argument, or into the one that is named ``out``, or an operator into any
+    of its own."""
+    if isinstance(func, torch._ops.OpOverload):
+        return bool(func._schema.is_mutable)
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        return any(getattr(func, name)._schema.is_mutable for name in func.overloads())
     name = getattr(func, "__name__", "")
     return name in _WRITES or "out" in (kwargs or ()) or (name.endswith("_") and not name.endswith("__"))
 def digest(tensor: Tensor) -> Hashable:

@@ -78,6 +78,11 @@ def attributes_of(tensor: Tensor, named: Collection[str] | None = None) -> dict[
     return {k: v for k, v in vars(tensor).items() if (named is None or k in named) and not k.startswith(_OURS)}
 
 
+def marked(fake: Tensor) -> bool:
+    """Whether somebody has set an attribute of a fake tensor that is nobody's stand-in."""
+    return any(not _is_of_fakes(name) and not name.startswith("_") for name in vars(fake) if name != "elem")
+
+
 @dataclass
 class Looks:
     """What was asked of arguments and of state while a model was traced, and answered."""

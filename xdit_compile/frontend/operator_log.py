@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from xdit_compile.frontend.caller import autocast_now
 from xdit_compile.frontend.concrete_values import writes
+from xdit_compile.frontend.objects import content, package
 
 Origins = Mapping[int, tuple[Tensor, Hashable]]
 """Where tensors come from, by identity."""
@@ -30,17 +31,17 @@ class Unlike(BaseException):
 
 
 class OperatorLog(TorchFunctionMode):
-    """Logs what is asked within. Tensors of unknown origin, and objects, are known by their looks, unless ``exact``:
-    then by who they are."""
+    """Logs what is asked within. Tensors of unknown origin count by who they are, and so do objects."""
 
-    def __init__(self, origins: Origins | None = None, exact: bool = False) -> None:
+    def __init__(self, origins: Origins | None = None) -> None:
         super().__init__()
-        self.entries: list[Hashable] = []
+        self.entries: list[tuple[Hashable, ...]] = []
         self.results: list[Any] = []
-        """Of ``exact`` logs, what each call gave."""
+        """What each call gave."""
         self.asks_gradients = False
-        """Whether it was asked if a tensor requires gradients."""
-        self._exact = exact
+        """Whether it was asked if a tensor requires gradients, or what hangs on that."""
+        self.written: set[Hashable] = set()
+        """Where tensors come from that were written into."""
         self._origins: dict[int, tuple[Tensor, Hashable]] = dict(origins or {})
         self._kept: list[Any] = []
         """What entries know by its identity."""
@@ -49,28 +50,32 @@ class OperatorLog(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_dynamo_compiling():  # which traces modes as well
             return func(*args, **kwargs)
-        with _untold():
-            asked = None if _getter(func) else self._asked(func, args, kwargs)
-        self.asks_gradients |= func == _REQUIRES_GRAD
+        if _is_users(func):  # it asks for what is inside
+            with self:
+                return func(*args, **kwargs)
+        self.asks_gradients |= func in _GRADIENTS
         result = func(*args, **kwargs)
-        with _untold():
-            made = _tensors(result)
-            if func in _CONVERSIONS and not self._exact:
-                self.entries.append((Tensor.to, self.origin(args[0]), self.origin(result)))
-            elif made or writes(func, kwargs):
-                self.entries.append(asked or self._asked(func, args, kwargs))
-                if self._exact:
-                    self.results.append(result)
-                    self._entered(made)
+        with untold():
+            self._answered(func, args, kwargs, result)
         return result
 
-    def origin(self, tensor: Tensor) -> Hashable:
-        """Where a tensor comes from."""
+    def _answered(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> None:
+        made, written = _tensors(result), writes(func, kwargs)
+        if made or written:
+            self.entries.append(self._asked(func, args, kwargs))
+            self.results.append(result)
+            if func == _DATA:
+                self._origins[id(result)] = result, self.origin(args[0])
+            self._entered(made)
+        if written:
+            self.written |= {self.origin(t) for t in _tensors([*args[:1], kwargs.get("out")])}
+
+    def origin(self, tensor: Tensor) -> Any:
+        """Where a tensor comes from: something that can be hashed."""
         known = self._origins.get(id(tensor))
-        if known is not None:
-            return known[1]
-        if not self._exact:
-            return tensor.shape, tensor.dtype
+        return known[1] if known is not None else self._unknown(tensor)
+
+    def _unknown(self, tensor: Tensor) -> Hashable:
         self._kept.append(tensor)
         return "other", id(tensor)
 
@@ -79,7 +84,7 @@ class OperatorLog(TorchFunctionMode):
         for i, tensor in enumerate(made):
             self._origins.setdefault(id(tensor), (tensor, (len(self.entries), i)))
 
-    def _asked(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Hashable:
+    def _asked(self, func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Hashable, ...]:
         around = torch.get_default_dtype(), autocast_now()
         return func, self._said(args), self._said(kwargs) if kwargs else None, around
 
@@ -96,50 +101,138 @@ class OperatorLog(TorchFunctionMode):
         if isinstance(value, dict):
             return cls, tuple([(k if isinstance(k, str) else self._said(k, depth), self._said(v, depth))
                                for k, v in value.items()])
-        if depth < 4:
-            parts = _parts(value)
-            if parts is not None:
-                return cls, tuple(self._said(p, depth + 1) for p in parts)
+        if (raw := content(value)) is not None:
+            return cls, str(getattr(value, "dtype", "")), getattr(value, "shape", ()), raw
+        kind = next((k for k in _CONSTANTS if isinstance(value, k)), None)
+        parts = _parts(value) if depth < 4 else None
+        if kind is None and parts is None:
+            return self._object(value)
+        # Numbers and texts may be of classes that add to them.
+        return cls, kind and kind.__repr__(value), tuple(self._said(p, depth + 1) for p in parts or ())
+
+    def _object(self, value: Any) -> Hashable:
         self._kept.append(value)
-        said: Any = (cls, id(value)) if self._exact or isinstance(value, (type, BuiltinFunctionType)) else cls
-        return said
+        return type(value), id(value)
+
+
+class AroundLog(OperatorLog):
+    """What a model asks around its blocks, which are stood in for later: then other objects take part.
+
+    Tensors are the model's, or results of calls and of blocks, and all others are numbered as they appear. What was
+    made inside of a block, and is none of its results, is nowhere when the block is stood in for.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.depth = 0
+        """How many modes are at work where it begins."""
+        self.shared: set[int] = set()
+        """Memory of results of blocks that lie in the memory of others."""
+        self.split = False
+        """Whether such memory is written into, or it was asked what a result of a block is beside its values."""
+        self._appeared = 0
+        self._made: list[tuple[int, Tensor]] = []
+        """By which entry, in order."""
+
+    def __enter__(self) -> OperatorLog:
+        made: OperatorLog = super().__enter__()
+        self.depth = len(_get_current_function_mode_stack())
+        self._origins |= state_origins(self.model)
+        return made
+
+    def _answered(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> None:
+        # What tensors that are traced spell otherwise than plain ones do, which may give themselves.
+        if func in _CONVERSIONS:
+            before = args[0]
+            same = (before.dtype, before.device, before.shape) == (result.dtype, result.device, result.shape)
+            self.entries.append((Tensor.to, self.origin(before), result.dtype, result.device))
+            if same:
+                self._origins[id(result)] = result, self.origin(before)
+            else:
+                self._entered([result])
+            return
+        super()._answered(func, args, kwargs, result)
+        if func in _WHAT_IT_IS and self.origin(args[0])[0] == "block":
+            self.split = True
+        if self.shared and writes(func, kwargs) and any(
+                memory(t) in self.shared for t in _tensors([*args[:1], kwargs.get("out")])):
+            self.split = True
+
+    def _entered(self, made: Sequence[Tensor]) -> None:
+        self._made += [(len(self.entries), t) for t in made if id(t) not in self._origins]
+        super()._entered(made)
+
+    def _unknown(self, tensor: Tensor) -> Hashable:
+        self._appeared += 1
+        self._origins[id(tensor)] = tensor, ("other", self._appeared, tensor.shape, tensor.dtype)
+        return self._origins[id(tensor)][1]
+
+    def _object(self, value: Any) -> Hashable:
+        if isinstance(value, (type, BuiltinFunctionType)):
+            return super()._object(value)
+        return type(value), None
+
+    def block(self, path: str, entered: int, results: Sequence[Tensor]) -> None:
+        """All since this entry was asked inside of a block, and is none of what is asked around them."""
+        while self._made and self._made[-1][0] > entered:
+            tensor = self._made.pop()[1]
+            self._origins[id(tensor)] = tensor, ("inside",)
+        self.entries[entered:] = [(path,)]
+        self.results[entered:] = [None]
+        for i, tensor in enumerate(results):
+            self._origins[id(tensor)] = tensor, ("block", len(self.entries), i)
 
 
 class Replay(OperatorLog):
-    """Within, code must ask what a log holds, and is answered from it.
+    """Within, code must ask what a log holds, and is answered from it, by tensors of its own.
 
     Raises:
         Unlike: at the first call that is not in the log.
     """
 
-    def __init__(self, log: OperatorLog, origins: Origins) -> None:
-        super().__init__(origins, exact=True)
-        self._log = log
+    def __init__(self, log: OperatorLog, origins: Origins, fresh: Callable[[Tensor], Tensor]) -> None:
+        """``fresh`` makes a tensor that looks like another one."""
+        super().__init__(origins)
+        self._log, self._fresh = log, fresh
         self._mine = {origin: tensor for tensor, origin in origins.values()}
+        self._failed = False
+        self._made: list[Tensor] = []
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        with _untold():
+        if _is_users(func):
+            with self:
+                return func(*args, **kwargs)
+        self.asks_gradients |= func in _GRADIENTS
+        with untold():
             if not _getter(func) and self._next(func, args, kwargs):
                 return self._answer()
         if writes(func, kwargs):
-            raise Unlike
+            raise self._unlike()
         result = func(*args, **kwargs)
-        with _untold():
+        with untold():
             if not _tensors(result):
                 return result
             if not _getter(func) or not self._next(func, args, kwargs):
-                raise Unlike
+                raise self._unlike()
             return self._answer()
+
+    def _unlike(self) -> Unlike:
+        self._failed = True  # the code may catch all there is
+        return Unlike()
 
     @property
     def ended(self) -> bool:
-        """Whether all was asked that is in the log."""
-        return len(self.entries) == len(self._log.entries)
+        """Whether all was asked that is in the log, and nothing else."""
+        # Answers are only ever given, and so never written into, but by what no mode is told of.
+        return len(self.entries) == len(self._log.entries) and not self._failed and not any(
+            t._version for t in self._made)
 
     def _next(self, func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
         at = len(self.entries)
-        return at < len(self._log.entries) and self._log.entries[at] == self._asked(func, args, kwargs)
+        return at < len(self._log.entries) and self._log.entries[at][0] == func and (
+            self._log.entries[at] == self._asked(func, args, kwargs))
 
     def _answer(self) -> Any:
         result = self._log.results[len(self.entries)]
@@ -151,7 +244,11 @@ class Replay(OperatorLog):
     def _own(self, result: Any) -> Any:
         """A result, with what this code was given in the place of what the first was given."""
         if isinstance(result, Tensor):
-            return self._mine.get(self._log.origin(result), result)
+            origin = self._log.origin(result)
+            if origin not in self._mine:
+                self._mine[origin] = self._fresh(result)
+                self._made.append(self._mine[origin])
+            return self._mine[origin]
         if isinstance(result, (tuple, list)):
             parts = [self._own(r) for r in result]
             if type(result) in (tuple, list):
@@ -160,15 +257,35 @@ class Replay(OperatorLog):
         return result
 
 
+def state_origins(module: nn.Module, tensors: Iterable[Tensor] = ()) -> dict[int, tuple[Tensor, Hashable]]:
+    """Where the tensors that a module is given, and those it holds, come from."""
+    held = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {id(t): (t, name) for name, t in reversed([*enumerate(tensors), *held])}
+
+
+def memory(tensor: Tensor) -> int:
+    """What tells the memory of a tensor from that of others; a fake one's is nowhere."""
+    return tensor.untyped_storage()._cdata
+
+
 _PLAIN = frozenset({int, bool, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format,
                     type(...), torch.Size})
 _WRITTEN = frozenset({float, complex, slice, range})
+_CONSTANTS = (bool, int, float, complex, str, bytes)
 
-_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+_GRADIENTS = [getattr(Tensor, n).__get__ for n in ("requires_grad", "grad_fn", "is_leaf")]
 
 _CONVERSIONS = {Tensor.to, *(getattr(Tensor, n) for n in ("char", "cpu", "cuda", "bfloat16", "byte", "double", "float",
                                                          "bool", "half", "int", "long"))}
-"""What tensors that are traced spell otherwise than plain ones do."""
+
+
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+_WHAT_IT_IS = {*_GRADIENTS, *(getattr(Tensor, n).__get__ for n in ("_base", "_version")), Tensor._is_view}
+
+
+def _is_users(func: Any) -> bool:
+    """Whether it is a function in Python that takes part in PyTorch's protocol, and not PyTorch's own."""
+    return isinstance(func, FunctionType) and package(func.__module__) != "torch"
 
 
 def _getter(func: Any) -> bool:
@@ -187,7 +304,9 @@ def _tensors(result: Any) -> list[Tensor]:
 def _parts(value: Any) -> list[Any] | None:
     """What a function or an object that was made for one call consists of."""
     if isinstance(value, FunctionType):
-        return [value.__code__, value.__defaults__, *(_cell(c) for c in value.__closure__ or ())]
+        named = [value.__globals__.get(n) for n in value.__code__.co_names]
+        return [value.__code__, value.__defaults__, value.__kwdefaults__, vars(value),
+                *(n for n in named if isinstance(n, _CONSTANTS)), *(_cell(c) for c in value.__closure__ or ())]
     if isinstance(value, functools.partial):
         return [value.func, value.args, value.keywords]
     if isinstance(value, MethodType):
@@ -204,7 +323,7 @@ def _cell(cell: CellType) -> Any:
         return None
 
 
-class _untold:
+class untold:
     """Within, neither Python nor modes of PyTorch are told of what is called."""
 
     __slots__ = ("_silent", "_tell")

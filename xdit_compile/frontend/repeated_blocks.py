@@ -12,8 +12,9 @@ something), or the model around the blocks does when they are only stood in for,
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -21,12 +22,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import _get_current_function_mode_stack
 
 from xdit_compile.frontend.block_fingerprint import Attribute, fingerprint, meta, telling_apart
 from xdit_compile.frontend.caller import Autocast, autocast_as, autocast_now
-from xdit_compile.frontend.concrete_values import ConcreteValueMode, Value
-from xdit_compile.frontend.operator_log import OperatorLog, Replay, Unlike
+from xdit_compile.frontend.concrete_values import ConcreteValueMode, Value, plain
+from xdit_compile.frontend.looks import marked
+from xdit_compile.frontend.operator_log import AroundLog, OperatorLog, Replay, Unlike, memory, state_origins, untold
+from xdit_compile.frontend.side_effects import Change
 from xdit_compile.frontend.tracing import fake_state
 from xdit_compile.ir.containers import CONSTANTS
 from xdit_compile.ir.pytree import TENSOR, Structure, differ, flatten, sharing
@@ -72,6 +76,8 @@ class BlockKind:
     state: Sequence[_State]
     gradients: tuple[bool, ...]
     """Which of its parameters require gradients."""
+    shared: tuple[int, ...]
+    """Which of its outputs lie in memory that they share with others, or with inputs or state."""
 
     @property
     def strides(self) -> list[tuple[int, ...]]:
@@ -112,8 +118,10 @@ def _levels(module: nn.Module) -> int:
 class Outliner:
     """Stands in for the repeated blocks of a model, first to record them, then to trace around them."""
 
-    def __init__(self, model: nn.Module, known: ConcreteValueMode, mode: FakeTensorMode) -> None:
-        self._known, self._mode = known, mode
+    def __init__(self, model: nn.Module, known: ConcreteValueMode, mode: FakeTensorMode,
+                 changes: Callable[[], Mapping[Hashable, Change]]) -> None:
+        """``changes``: what is now otherwise than before the model ran, of all that it can reach."""
+        self._model, self._known, self._mode, self._changes = model, known, mode, changes
         # Numbers and names of blocks are no part of their fingerprints: their logs tell whether they matter.
         self._prints = repeated(model, telling_apart(model))
         self._modules = {path: model.get_submodule(path) for path in self._prints}
@@ -130,9 +138,11 @@ class Outliner:
         self._coming: Iterator[tuple[str, Hashable, BlockKind | None]] = iter(())
         self._inside: set[str] = set()
         """Blocks some call of which has to stay inside the model."""
-        self.around, self._log = OperatorLog(), OperatorLog()
-        """What the model asks outside of blocks, while they are recorded and later."""
-        self.recorded = False
+        self.around = self._log = AroundLog(model)
+        """What the model asks outside of blocks, while they are recorded, and now."""
+        self._memory: dict[Hashable, torch.Tensor] = {}
+        self.recorded, self.failed = False, False
+        """Whether the model ran to its end, and whether a block was tried that is like no other."""
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -145,13 +155,18 @@ class Outliner:
         return tuple(path for path, p in self._prints.items() if first[p] != path)
 
     @contextmanager
-    def recording(self) -> Iterator[OperatorLog]:
+    def recording(self) -> Iterator[AroundLog]:
         """Within: run the model on fake tensors once, inside the log that it yields, with blocks whose state is as it
-        was: it becomes fake where a block is run for the first time, one of each kind."""
-        self._log = self.around
+        was: it becomes fake where a block is run for the first time, one of each kind.
+
+        Raises:
+            Unlike: at the end, where the model writes into memory that results of a block share.
+        """
         with self._replaced(self._record):
-            yield self._log
+            yield self.around
         self.recorded = True
+        if self.around.split:
+            raise Unlike
 
     def holds(self, kind: BlockKind) -> bool:
         """Whether blocks of this kind ask for the same where one is run by itself, as it will be traced."""
@@ -163,7 +178,7 @@ class Outliner:
             return self._asks(kind, kind.module, kind.module.forward, made, kind.inputs)
 
     @contextmanager
-    def standing_in(self) -> Iterator[OperatorLog]:
+    def standing_in(self) -> Iterator[AroundLog]:
         """Within: trace the model, inside the log that it yields; calls of recorded kinds become block nodes.
 
         Raises:
@@ -171,7 +186,7 @@ class Outliner:
         """
         _results.update({name: [meta(t) for t in k.fresh] for name, k in self.kinds.items()})
         examples = {k.path for k in self.kinds.values()} | self._inside
-        self._coming, self._log = iter(self._calls), OperatorLog()
+        self._coming, self._log = iter(self._calls), AroundLog(self._model)
         try:
             with self._replaced(self._emit), _without_state(m for p, m in self._modules.items() if p not in examples):
                 yield self._log
@@ -207,7 +222,8 @@ class Outliner:
     def _record(self, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         tensors, structure = flatten((args, kwargs))
         key = self._key(path, tensors, structure) if _plain(structure) else None
-        if key is None or key in self._impure:
+        # A mode that the model has put around the block is not there where the block is traced.
+        if key is None or key in self._impure or len(_get_current_function_mode_stack()) != self.around.depth:
             self._calls.append((path, key, None))
             self._inside.add(path)
             with fake_state(self._modules[path], self._mode):
@@ -221,32 +237,60 @@ class Outliner:
             kind = self.kinds[run.name]
             self._calls.append((path, key, kind))
         else:
+            tried = bool(self._runs.get(key))
+            self.failed |= tried
+            before = self._moved() if tried else {}
             found, out = self._run(key, path, forward, tensors, structure)
+            if tried and self._moved() != before:  # what it changes, it has changed twice
+                raise Unlike
             if found is None:
                 return out
             kind = found
-        results = kind.outputs.build([tensors[r] if isinstance(r, int) else torch.empty_strided(
-            r.shape, r.stride(), dtype=r.dtype, device=r.device) for r in kind.results])
-        self._outside(path, entered)
-        return results
+        results = [tensors[r] if isinstance(r, int) else self._fresh(r) for r in kind.results]
+        if kind.shared:
+            self.around.shared |= {memory(t) for t in (*tensors, *(results[i] for i in kind.shared))}
+        self.around.block(path, entered, results)
+        return kind.outputs.build(results)
 
-    def _outside(self, path: str, entered: int) -> None:
-        """What was asked inside of a block is none of what is asked around them."""
-        self._log.entries[entered:] = [path]
+    def _moved(self) -> dict[Hashable, int]:
+        return {key: id(change.after) for key, change in self._changes().items()}
+
+    def _fresh(self, tensor: torch.Tensor) -> torch.Tensor:
+        """One that looks like it, and has its value if that is known."""
+        return self._valued(tensor, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype,
+                                                        device=tensor.device))
+
+    def _shown(self, tensor: torch.Tensor) -> torch.Tensor:
+        """As ``_fresh``, but for no more than to be looked at: many lie in the same memory, which is made sooner."""
+        key = meta(tensor)
+        if key not in self._memory:
+            with plain():
+                self._memory[key] = torch.empty_strided(*key[:2], dtype=tensor.dtype, device="meta")
+        return self._valued(tensor, FakeTensor(self._mode, self._memory[key], tensor.device))
+
+    def _valued(self, tensor: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+        if self._known.value(tensor) is not None:
+            self._known.assign(made, self._known.snapshot(tensor))
+        return made
 
     def _asks(self, kind: BlockKind, module: nn.Module, forward: Callable[..., Any], tensors: list[torch.Tensor],
               structure: Structure) -> bool:
         """Whether a block asks for what the first of a kind did."""
-        if kind.log.asks_gradients and kind.gradients != _gradients(module):
-            return False
         args, kwargs = structure.build(tensors)
+        reads = self._known.reads
         with _state_as(module, kind.state):
-            replay = Replay(kind.log, _origins(module, tensors))
+            held = _attributes(module)
+            replay = Replay(kind.log, state_origins(module, tensors), self._shown)
             try:
                 with replay:
                     out = forward(*args, **kwargs)
             except (Unlike, Exception):  # what the block itself raises, it will raise again
                 return False
+            if any(a is not b for a, b in itertools.zip_longest(held, _attributes(module))):
+                return False
+        if reads != self._known.reads or ((kind.log.asks_gradients or replay.asks_gradients) and (
+                kind.gradients != _gradients(module))):
+            return False
         made, outputs = flatten(out)
         return (replay.ended and outputs.key() == kind.outputs.key() and not differ((args, kwargs), tensors, structure)
                 and tuple(map(replay.origin, made)) == kind.returned)
@@ -256,17 +300,25 @@ class Outliner:
         """Run a block on fake tensors. Its kind, None if it has to stay inside the model, and what it returns."""
         module = self._modules[path]
         snapshots, values, reads = [*map(self._known.snapshot, tensors)], self._values(tensors), self._known.reads
-        versions = [t._version for t in tensors]
+        with untold():
+            versions = [t._version for t in tensors]
         before, held = self._state(path), self._known.state_read()
         args, kwargs = structure.build(tensors)
         with fake_state(module, self._mode):
             self._known.stand(module, f"{path}.")
             state = [(dict(m._parameters), dict(m._buffers)) for m in module.modules()]
-            log = OperatorLog(_origins(module, tensors), exact=True)
+            log = OperatorLog(state_origins(module, tensors))
             with log:
                 out = forward(*args, **kwargs)
         made, outputs = flatten(out)
-        pure = (versions == [t._version for t in tensors] and before == self._state(path) and _plain(outputs)
+        returned = tuple(map(log.origin, made))
+        fresh = [t for t in made if not any(t is given for given in tensors)]
+        with untold():
+            written = versions != [t._version for t in tensors] or any(isinstance(w, (int, str)) for w in log.written)
+            # Outside of the block each result is a new tensor, without what else the block has put on it.
+            own = len({id(t) for t in fresh}) == len(fresh) and not any(isinstance(r, str) for r in returned) and (
+                not any(t.requires_grad or marked(t) for t in fresh))
+        pure = (not written and own and before == self._state(path) and _plain(outputs)
                 and not differ((args, kwargs), tensors, structure))
         # Blocks of one kind may differ in the values of their buffers.
         pure = pure and not any(n.startswith(f"{path}.") for n in self._known.state_read() - held)
@@ -278,14 +330,19 @@ class Outliner:
             self._inside.add(path)
             self._calls.append((path, key, None))
             return None, out
-        returned = tuple(map(log.origin, made))
         # Inputs of other strides need not make it another kind.
         name = next((k.name for k in self._runs.get(key, ()) if k.log.entries == log.entries and k.returned == returned
-                     and k.outputs.key() == outputs.key()), None) or self._name(path)
+                     and k.outputs.key() == outputs.key() and list(map(meta, k.fresh)) == list(map(meta, fresh))),
+                    None) or self._name(path)
+        places = Counter(map(memory, fresh))
+        others = {memory(t) for t in (*tensors, *(t for group in state for held in group for t in held.values()
+                                                 if t is not None))}
+        shared = tuple(i for i, t in enumerate(made) if places[memory(t)] > 1 or (
+            memory(t) in others and places[memory(t)]))
         run = BlockKind(
             name, path, module, structure, tuple(tensors), tuple(snapshots), outputs,
             tuple(next((i for i, t in enumerate(tensors) if t is m), m) for m in made), autocast_now(), log, returned,
-            state, _gradients(module))
+            state, _gradients(module), shared)
         self._runs.setdefault(key, []).append(run)
         kind = self.kinds.setdefault(name, run)
         self._calls.append((path, key, kind))
@@ -316,18 +373,23 @@ class Outliner:
             return forward(*args, **kwargs)
         entered = len(self._log.entries)
         fresh = iter(BLOCK(kind.name, path, tensors) if kind.fresh else [])
-        self._outside(path, entered)
-        return kind.outputs.build([tensors[r] if isinstance(r, int) else next(fresh) for r in kind.results])
+        results = [tensors[r] if isinstance(r, int) else next(fresh) for r in kind.results]
+        self._log.block(path, entered, results)
+        return kind.outputs.build(results)
 
 
 _MOST = 8
 """Kinds that a block is compared with, of those that look like it: where all differ, there is no end to it."""
 
 
-def _origins(module: nn.Module, tensors: Iterable[torch.Tensor]) -> dict[int, tuple[torch.Tensor, Hashable]]:
-    """Where the tensors that a block is given, and those it holds, come from."""
-    held = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return {id(t): (t, name) for name, t in reversed([*enumerate(tensors), *held])}
+def _attributes(module: nn.Module) -> list[Any]:
+    """What the attributes of a block, and of what is in it, are."""
+    found: list[Any] = []
+    for m in module.modules():
+        state = vars(m)
+        for group in (state, m._parameters, m._buffers, m._modules):
+            found += [*group, *group.values()]
+    return found
 
 
 @contextmanager
