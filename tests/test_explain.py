@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -313,39 +312,3 @@ def test_units():
     assert [size(n) for n in (0, 999, 1000, 9_994, 9_996, 123_456, 999_999, 5e12)] == [
         "0 B", "999 B", "1.00 kB", "9.99 kB", "10.0 kB", "123 kB", "1.00 MB", "5.00 TB"]
     assert work(74.4e12) == "74.4 TFLOP"
-
-
-class Mixed(nn.Module):
-    """Attention with values of a width of their own, perhaps fewer key heads, and text that joins queries or keys."""
-
-    def __init__(self, heads: int, kv_heads: int, width: int, value: int, joint: bool) -> None:
-        super().__init__()
-        self.heads, self.kv_heads, self.joint = heads, kv_heads, joint
-        self.enter = nn.Linear(5, 16)
-        self.q, self.k, self.v = nn.Linear(16, heads * width), nn.Linear(16, kv_heads * width), nn.Linear(
-            16, kv_heads * value)
-        self.out = nn.Linear(heads * value, 5)
-
-    def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        x = self.enter(x)
-        both = torch.cat([x, text], 1)
-        q = self.q(both if self.joint else x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k, v = (m(both).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2) for m in (self.k, self.v))
-        mixed = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.kv_heads != self.heads)
-        return self.out(mixed.transpose(1, 2).flatten(2)[:, : x.shape[1]])
-
-
-@pytest.mark.parametrize("seed", range(16))
-def test_attention_sends_what_its_plan_says(seed: int) -> None:
-    """By the plan's formula, and by the sizes of the collectives that it is lowered to."""
-    rng = random.Random(seed)
-    kv_heads = rng.choice([2, 3, 4, 5])
-    model = Mixed(kv_heads * rng.choice([1, 1, 2]), kv_heads, rng.choice([4, 8]), rng.choice([4, 8, 12]),
-                  rng.random() < 0.6).eval()
-    given = {"x": torch.randn(2, rng.randint(16, 25), 5), "text": torch.randn(2, rng.choice([1, 3, 8]), 16)}
-    spec = rng.choice(["ulysses=2", "ring=2", "ring=3", "ulysses=2,ring=2", "ulysses=4" if kv_heads > 3 else "ring=4"])
-    _, ranks, _ = _compiled(model, given, spec)
-    for local in ranks:
-        calls = local.calls()
-        assert {n.kind for n in local.notes} >= {"attention"}
-        assert costs_of(local).sent == sum(n.size * calls[n.function] for n in local.notes) > 0

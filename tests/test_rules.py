@@ -228,6 +228,27 @@ def test_rule_on_pieces_equals_operator_on_whole(op: Any) -> None:
             raise AssertionError(f"case {seed}: {spec}, {[str(lay) for lay in layouts]}, {shown}") from error
 
 
+def served(op: Any, seed: int) -> bool:
+    """Whether, of a draw in which one tensor is cut, the result is in parts or summands."""
+    rng = random.Random(f"{op} {seed}")
+    args, spec = RULES[op].example(Drawn(rng)), SPECS[0]
+    program, tensors = program_of(op, args)
+    cut = seed % len(tensors)
+    layouts = [random_layout(rng, tuple(t.shape), spec, seed // len(tensors)) if i == cut else
+               Layout.replicated(t.shape) for i, t in enumerate(tensors)]
+    _, results = local_program(replace(program, spec=spec), layouts, 0)
+    return any(r.sharded for r in results)
+
+
+WHOLE = {f"aten.{name}.default" for name in ("new_zeros", "new_ones", "new_full", "max", "min", "any", "all")}
+"""Whose results have nothing to cut, or depend on no values."""
+
+
+@pytest.mark.parametrize("op", [op for op in RULES if str(op) not in WHOLE], ids=str)
+def test_rules_do_not_give_up(op: Any) -> None:
+    assert any(served(op, seed) for seed in range(24))
+
+
 def test_columns_of_a_grid_are_taken_and_gathered_in_one_piece() -> None:
     """However many rows there are: a graph with a slice for each of them would be no use."""
     aten, spec = torch.ops.aten, ShardingSpec(ulysses_degree=2)
