@@ -96,6 +96,8 @@ class OperatorLog(TorchFunctionMode):
             return cls, value
         if cls in _WRITTEN:  # -0.0 is not 0.0
             return cls, repr(value)
+        if cls is slice:
+            return cls, tuple([self._said(v, depth) for v in (value.start, value.stop, value.step)])
         if isinstance(value, (tuple, list)):
             return cls, tuple([self._said(v, depth) for v in value])
         if isinstance(value, dict):
@@ -122,16 +124,21 @@ class AroundLog(OperatorLog):
     made inside of a block, and is none of its results, is nowhere when the block is stood in for.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, recorded: AroundLog | None = None) -> None:
+        """``recorded``: what it is to be compared with."""
         super().__init__()
-        self.model = model
+        self.model, self.recorded = model, recorded
+        self.given_back: dict[int, int] = {}
+        """By entry, which of the tensors that a function was given is its result. Where one log has plain tensors and
+        the other those that are traced, one may be given back what the other gets anew."""
         self.depth = 0
         """How many modes are at work where it begins."""
         self.shared: set[int] = set()
         """Memory of results of blocks that lie in the memory of others."""
         self.split = False
         """Whether such memory is written into, or it was asked what a result of a block is beside its values."""
-        self._appeared = 0
+        self._others: list[tuple[int, Tensor]] = []
+        """Tensors of unknown origin, in order, and how many entries there were."""
         self._made: list[tuple[int, Tensor]] = []
         """By which entry, in order."""
 
@@ -142,17 +149,20 @@ class AroundLog(OperatorLog):
         return made
 
     def _answered(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> None:
-        # What tensors that are traced spell otherwise than plain ones do, which may give themselves.
-        if func in _CONVERSIONS:
-            before = args[0]
-            same = (before.dtype, before.device, before.shape) == (result.dtype, result.device, result.shape)
-            self.entries.append((Tensor.to, self.origin(before), result.dtype, result.device))
-            if same:
-                self._origins[id(result)] = result, self.origin(before)
-            else:
-                self._entered([result])
+        if func in _ITERATED:
             return
-        super()._answered(func, args, kwargs, result)
+        given, number = _tensors([*args, *kwargs.values()]), len(self.entries)
+        known = self.recorded.given_back.get(number) if self.recorded else None
+        if known is not None and known < len(given) and isinstance(result, Tensor):
+            self._origins[id(result)] = result, self.origin(given[known])
+        if func in _CONVERSIONS:  # tensors that are traced spell them otherwise than plain ones do
+            self.entries.append((Tensor.to, self.origin(args[0]), result.dtype, result.device))
+            self._entered([result])
+        else:
+            super()._answered(func, args, kwargs, result)
+        back = next((i for i, t in enumerate(given) if t is result), None)
+        if len(self.entries) > number and back is not None and not self.recorded:
+            self.given_back[number] = back
         if func in _WHAT_IT_IS and self.origin(args[0])[0] == "block":
             self.split = True
         if self.shared and writes(func, kwargs) and any(
@@ -164,8 +174,8 @@ class AroundLog(OperatorLog):
         super()._entered(made)
 
     def _unknown(self, tensor: Tensor) -> Hashable:
-        self._appeared += 1
-        self._origins[id(tensor)] = tensor, ("other", self._appeared, tensor.shape, tensor.dtype)
+        self._others.append((len(self.entries), tensor))
+        self._origins[id(tensor)] = tensor, ("other", len(self._others), tensor.shape, tensor.dtype)
         return self._origins[id(tensor)][1]
 
     def _object(self, value: Any) -> Hashable:
@@ -173,11 +183,18 @@ class AroundLog(OperatorLog):
             return super()._object(value)
         return type(value), None
 
+    def inside(self, made: Iterable[Tensor]) -> None:
+        """These were made inside of a block."""
+        self._origins |= {id(t): (t, ("inside",)) for t in made}
+
     def block(self, path: str, entered: int, results: Sequence[Tensor]) -> None:
         """All since this entry was asked inside of a block, and is none of what is asked around them."""
         while self._made and self._made[-1][0] > entered:
-            tensor = self._made.pop()[1]
-            self._origins[id(tensor)] = tensor, ("inside",)
+            self.inside([self._made.pop()[1]])
+        while self._others and self._others[-1][0] >= entered:
+            del self._origins[id(self._others.pop()[1])]
+        for number in range(entered, len(self.entries)):
+            self.given_back.pop(number, None)
         self.entries[entered:] = [(path,)]
         self.results[entered:] = [None]
         for i, tensor in enumerate(results):
@@ -197,7 +214,8 @@ class Replay(OperatorLog):
         self._log, self._fresh = log, fresh
         self._mine = {origin: tensor for tensor, origin in origins.values()}
         self._failed = False
-        self._made: list[Tensor] = []
+        self.made: list[Tensor] = []
+        """What it was answered by."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -227,7 +245,7 @@ class Replay(OperatorLog):
         """Whether all was asked that is in the log, and nothing else."""
         # Answers are only ever given, and so never written into, but by what no mode is told of.
         return len(self.entries) == len(self._log.entries) and not self._failed and not any(
-            t._version for t in self._made)
+            t._version for t in self.made)
 
     def _next(self, func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
         at = len(self.entries)
@@ -247,7 +265,7 @@ class Replay(OperatorLog):
             origin = self._log.origin(result)
             if origin not in self._mine:
                 self._mine[origin] = self._fresh(result)
-                self._made.append(self._mine[origin])
+                self.made.append(self._mine[origin])
             return self._mine[origin]
         if isinstance(result, (tuple, list)):
             parts = [self._own(r) for r in result]
@@ -270,7 +288,7 @@ def memory(tensor: Tensor) -> int:
 
 _PLAIN = frozenset({int, bool, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format,
                     type(...), torch.Size})
-_WRITTEN = frozenset({float, complex, slice, range})
+_WRITTEN = frozenset({float, complex, range})
 _CONSTANTS = (bool, int, float, complex, str, bytes)
 
 _GRADIENTS = [getattr(Tensor, n).__get__ for n in ("requires_grad", "grad_fn", "is_leaf")]
@@ -278,6 +296,9 @@ _GRADIENTS = [getattr(Tensor, n).__get__ for n in ("requires_grad", "grad_fn", "
 _CONVERSIONS = {Tensor.to, *(getattr(Tensor, n) for n in ("char", "cpu", "cuda", "bfloat16", "byte", "double", "float",
                                                          "bool", "half", "int", "long"))}
 
+
+_ITERATED = {Tensor.unbind, torch.unbind}
+"""What iterating over a tensor whose values are known may do, or not."""
 
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _WHAT_IT_IS = {*_GRADIENTS, *(getattr(Tensor, n).__get__ for n in ("_base", "_version")), Tensor._is_view}

@@ -76,6 +76,8 @@ class BlockKind:
     state: Sequence[_State]
     gradients: tuple[bool, ...]
     """Which of its parameters require gradients."""
+    sharing: Sequence[int]
+    """Which of its inputs are one."""
     shared: tuple[int, ...]
     """Which of its outputs lie in memory that they share with others, or with inputs or state."""
 
@@ -133,9 +135,9 @@ class Outliner:
         """Fingerprints and inputs of blocks that have to stay inside the model."""
         self._reading: set[Hashable] = set()
         """Those that read values: for them, inputs of other values are others."""
-        self._calls: list[tuple[str, Hashable, BlockKind | None]] = []
+        self._calls: list[tuple[str, BlockKind | None]] = []
         """Each call of a block, in order."""
-        self._coming: Iterator[tuple[str, Hashable, BlockKind | None]] = iter(())
+        self._coming: Iterator[tuple[str, BlockKind | None]] = iter(())
         self._inside: set[str] = set()
         """Blocks some call of which has to stay inside the model."""
         self.around = self._log = AroundLog(model)
@@ -186,7 +188,7 @@ class Outliner:
         """
         _results.update({name: [meta(t) for t in k.fresh] for name, k in self.kinds.items()})
         examples = {k.path for k in self.kinds.values()} | self._inside
-        self._coming, self._log = iter(self._calls), AroundLog(self._model)
+        self._coming, self._log = iter(self._calls), AroundLog(self._model, self.around)
         try:
             with self._replaced(self._emit), _without_state(m for p, m in self._modules.items() if p not in examples):
                 yield self._log
@@ -216,6 +218,11 @@ class Outliner:
         key = self._prints[path], structure.key(), looks, sharing(tensors), autocast_now()
         return (key, self._values(tensors)) if key in self._reading else key
 
+    def _is_called_as(self, kind: BlockKind, tensors: list[torch.Tensor], structure: Structure) -> bool:
+        looks = [(t.shape, t.dtype, t.device) for t in tensors]
+        return (_plain(structure) and structure.key() == kind.inputs.key() and sharing(tensors) == kind.sharing
+                and looks == [(t.shape, t.dtype, t.device) for t in kind.examples] and autocast_now() == kind.autocast)
+
     def _values(self, tensors: list[torch.Tensor]) -> Hashable:
         return tuple(map(self._known.digest, tensors))
 
@@ -224,7 +231,7 @@ class Outliner:
         key = self._key(path, tensors, structure) if _plain(structure) else None
         # A mode that the model has put around the block is not there where the block is traced.
         if key is None or key in self._impure or len(_get_current_function_mode_stack()) != self.around.depth:
-            self._calls.append((path, key, None))
+            self._calls.append((path, None))
             self._inside.add(path)
             with fake_state(self._modules[path], self._mode):
                 self._known.stand(self._modules[path], f"{path}.")
@@ -235,7 +242,7 @@ class Outliner:
                     and self._asks(k, self._modules[path], forward, tensors, structure)), None)
         if run:
             kind = self.kinds[run.name]
-            self._calls.append((path, key, kind))
+            self._calls.append((path, kind))
         else:
             tried = bool(self._runs.get(key))
             self.failed |= tried
@@ -286,10 +293,14 @@ class Outliner:
                     out = forward(*args, **kwargs)
             except (Unlike, Exception):  # what the block itself raises, it will raise again
                 return False
+            finally:
+                self.around.inside(replay.made)
             if any(a is not b for a, b in itertools.zip_longest(held, _attributes(module))):
                 return False
-        if reads != self._known.reads or ((kind.log.asks_gradients or replay.asks_gradients) and (
-                kind.gradients != _gradients(module))):
+        # What values are read is noted where a block is run for the first time alone.
+        if reads != self._known.reads and module is not kind.module:
+            return False
+        if (kind.log.asks_gradients or replay.asks_gradients) and kind.gradients != _gradients(module):
             return False
         made, outputs = flatten(out)
         return (replay.ended and outputs.key() == kind.outputs.key() and not differ((args, kwargs), tensors, structure)
@@ -328,7 +339,7 @@ class Outliner:
         if not pure:
             self._impure.add(key)
             self._inside.add(path)
-            self._calls.append((path, key, None))
+            self._calls.append((path, None))
             return None, out
         # Inputs of other strides need not make it another kind.
         name = next((k.name for k in self._runs.get(key, ()) if k.log.entries == log.entries and k.returned == returned
@@ -342,10 +353,10 @@ class Outliner:
         run = BlockKind(
             name, path, module, structure, tuple(tensors), tuple(snapshots), outputs,
             tuple(next((i for i, t in enumerate(tensors) if t is m), m) for m in made), autocast_now(), log, returned,
-            state, _gradients(module), shared)
+            state, _gradients(module), sharing(tensors), shared)
         self._runs.setdefault(key, []).append(run)
         kind = self.kinds.setdefault(name, run)
-        self._calls.append((path, key, kind))
+        self._calls.append((path, kind))
         return kind, out
 
     def _name(self, path: str) -> str:
@@ -365,9 +376,8 @@ class Outliner:
 
     def _emit(self, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         tensors, structure = flatten((args, kwargs))
-        key = self._key(path, tensors, structure) if _plain(structure) else None
-        called, found, kind = next(self._coming, ("", None, None))
-        if (called, found) != (path, key):
+        called, kind = next(self._coming, ("", None))
+        if called != path or (kind and not self._is_called_as(kind, tensors, structure)):
             raise Unlike
         if kind is None:
             return forward(*args, **kwargs)

@@ -243,6 +243,5 @@ def _sources(dim: Dim, wanted: Spans, me: int, ranks: Sequence[Position]) -> lis
 
 
 def _computes_nothing(target: Any, val: Any) -> bool:
-    """Whether its result is empty, which a kernel need not expect: attention without heads divides by zero in one."""
-    return isinstance(val, torch.Tensor) and not val.numel() and getattr(target, "namespace", "") == "aten" and not (
-        target._schema.is_mutable)
+    """Whether it is attention without heads, by which one of PyTorch's kernels divides."""
+    return target is aten.scaled_dot_product_attention.default and not val.numel()
