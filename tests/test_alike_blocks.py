@@ -22,6 +22,7 @@ HERE = SimpleNamespace(layer=0, features=[], last=None, calls=0)
 PLACE: ContextVar[int] = ContextVar("place", default=0)
 REGISTRY: dict[int, int] = {}
 NUMBER = 0
+KEPT = [torch.zeros(2, 4)]
 
 
 class Block(nn.Module):
@@ -209,6 +210,17 @@ def second_keeps(block: Any, x: Tensor) -> Tensor:
     return x
 
 
+def with_the_kept(model: Any, x: Tensor) -> Tensor:
+    x, KEPT[0] = x + KEPT[0], torch.zeros(2, 4)
+    return x
+
+
+def second_replaces(block: Any, x: Tensor) -> Tensor:
+    if vars(block)["held"] == 1:
+        KEPT[0] = x
+    return x
+
+
 def kept_by_the_second(model: Any, x: Tensor) -> Tensor:
     x, model.blocks[1].scale = x + model.blocks[1].scale, 1.0
     return x
@@ -277,6 +289,7 @@ ROWS: dict[str, tuple[Any, Any, Any, Any]] = {
                          lambda m, x: x * sum(b.first.weight.norm() for b in m.blocks)),
     "values of the first": (takes_the_first, nothing, None, at_the_end),
     "the second is kept": (second_is_kept, holding(int), None, lambda m, x: x + HERE.features[0]),
+    "the second replaces": (second_replaces, holding(int), None, with_the_kept),
     "the second keeps": (second_keeps, holding(int), None, kept_by_the_second),
     "later ones read a buffer": (lambda b, x: x * (b.factor.item() if b.held else 2.0), with_factor, None, at_the_end),
     "later ones ask for gradients": (lambda b, x: x * (2 if b.held and b.second.weight.requires_grad else 1),

@@ -144,8 +144,9 @@ class AroundLog(OperatorLog):
 
     def __enter__(self) -> OperatorLog:
         made: OperatorLog = super().__enter__()
-        self.depth = len(_get_current_function_mode_stack())
-        self._origins |= state_origins(self.model)
+        if not self.depth:
+            self.depth = len(_get_current_function_mode_stack())
+            self._origins |= state_origins(self.model)
         return made
 
     def _answered(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> None:
@@ -163,7 +164,7 @@ class AroundLog(OperatorLog):
         back = next((i for i, t in enumerate(given) if t is result), None)
         if len(self.entries) > number and back is not None and not self.recorded:
             self.given_back[number] = back
-        if func in _WHAT_IT_IS and self.origin(args[0])[0] == "block":
+        if func in _WHAT_IT_IS and self._of_block(args[0]):
             self.split = True
         if self.shared and writes(func, kwargs) and any(
                 memory(t) in self.shared for t in _tensors([*args[:1], kwargs.get("out")])):
@@ -182,6 +183,10 @@ class AroundLog(OperatorLog):
         if isinstance(value, (type, BuiltinFunctionType)):
             return super()._object(value)
         return type(value), None
+
+    def _of_block(self, tensor: Tensor) -> bool:
+        known = self._origins.get(id(tensor))
+        return known is not None and isinstance(known[1], tuple) and known[1][0] == "block"
 
     def inside(self, made: Iterable[Tensor]) -> None:
         """These were made inside of a block."""
