@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -23,6 +24,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         dropped = [item for item in items if item.get_closest_marker("whole")]
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in dropped]
+
+
+@pytest.fixture(autouse=True)
+def own_attention_backend() -> Iterator[None]:
+    """A model of diffusers that chooses one chooses it for all others, also those of later tests."""
+    yield
+    if (dispatch := sys.modules.get("diffusers.models.attention_dispatch")) is not None:
+        chosen = dispatch.AttentionBackendName(dispatch.DIFFUSERS_ATTN_BACKEND)
+        dispatch._AttentionBackendRegistry.set_active_backend(chosen)
 
 
 @pytest.fixture(scope="session")
