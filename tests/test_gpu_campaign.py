@@ -117,6 +117,7 @@ def test_a_rank_s_program_runs_alone_on_as_many_bytes(spec: str) -> None:
         assert out.shape == model(**compiled_runs.inputs()).shape
 
 
+@pytest.mark.whole
 def test_own_models_cost_what_those_of_diffusers_cost() -> None:
     for make, size in ((models.image_model, models.FLUX), (models.video_model, models.WAN)):
         costs = []

@@ -352,9 +352,9 @@ def test_both_parts_are_the_whole(plan: list[tuple[int, int, int]]) -> None:
 
 
 @pytest.mark.parametrize(("name", "spec"), [
-    ("wan", "ulysses=2"), ("pixart_alpha", "pipefusion=2,patches=2"),
+    ("pixart_alpha", "pipefusion=2,patches=2"),
     *(whole(n, s) for n, s in [
-        ("flux", "pipefusion=2,warmup=all"),
+        ("flux", "pipefusion=2,warmup=all"), ("wan", "ulysses=2"),
         ("sd3", "ring=2"), ("sd3", "cfg=2"), ("wan", "pipefusion=2,patches=2"), ("lumina2", "ulysses=2"),
         ("pixart_sigma", "ulysses=2,pipefusion=2,patches=2")])])  # fmt: skip
 def test_ranks_with_prompts_of_their_own(pool: Pool, name: str, spec: str) -> None:

@@ -81,7 +81,7 @@ def test_one_step_and_then_another_prompt(pool: Pool, name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "what"), [
-    ("dit", "size"), ("sana", "batch"), whole("sd3", "size"), whole("flux", "batch")])
+    ("dit", "size"), whole("sana", "batch"), whole("sd3", "size"), whole("flux", "batch")])
 def test_another_size_in_between(pool: Pool, name: str, what: str) -> None:
     for errors in act(pool, 2, scenes.another_size, name, what):
         assert max(errors) <= EXACT, errors

@@ -13,8 +13,8 @@ from pool import Pool
 
 EXACT = 1e-4  # of the largest value, after six steps in float32
 
-QUICK = ["dit", "flux_true"]
-"""Both kinds of guidance, a video, a ControlNet; the others run in the whole tests."""
+QUICK = ["dit"]
+"""The others run in the whole tests."""
 SHARED = ["dit", "ltx"]
 
 ALONE = ["hunyuan_video15"]

@@ -19,7 +19,7 @@ import xdit_compile
 from xdit_compile.cli.main import main
 from xdit_compile.spec import ShardingSpec
 
-QUICK = ("chroma", "flux2_extract", "hidream", "latte", "prx")
+QUICK = ("chroma", "hidream", "latte", "prx")
 """Of other kinds than those that run on real processes."""
 
 
