@@ -201,7 +201,6 @@ class AroundLog(OperatorLog):
         for number in range(entered, len(self.entries)):
             self.given_back.pop(number, None)
         self.entries[entered:] = [(path,)]
-        self.results[entered:] = [None]
         for i, tensor in enumerate(results):
             self._origins[id(tensor)] = tensor, ("block", len(self.entries), i)
 
