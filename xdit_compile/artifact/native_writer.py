@@ -19,7 +19,7 @@ from xdit_compile.ir.layout import BATCH, SEQUENCE
 from xdit_compile.ir.mesh import RING, ULYSSES, axis_sizes, group_name, position_of
 from xdit_compile.ir.program import Program, is_collective, output_args
 from xdit_compile.runtime.compilation.graph_segments import outline_segments
-from xdit_compile.runtime.compilation.regional import INDUCTOR_OPTIONS
+from xdit_compile.runtime.compilation.inductor_backend import INDUCTOR_OPTIONS
 from xdit_compile.spec import ShardingSpec
 
 aten = torch.ops.aten

@@ -291,7 +291,9 @@ class ModelRunner:
         """What runs the program here. All ranks come to it together."""
         stage = compiled.stage
         if stage is None:
-            return Executor(compiled.body, self.model, compiled.invariant, self.group.counts)
+            executor = Executor(compiled.body, self.model, compiled.invariant, self.group.counts)
+            executor.check_groups(group.process_groups.all())
+            return executor
         group.communicator.connect([(e.source, e.target) for e in stage.edges if e.name != RESULT])
         self.stages |= {path: i for i, paths in enumerate(stage.blocks) for path in paths}
         self.used |= compiled.parameters

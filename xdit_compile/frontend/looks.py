@@ -8,6 +8,7 @@ is noted: a program serves only calls with the same answers. What nobody asks fo
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -96,6 +97,8 @@ class Looks:
     named: frozenset[str] = frozenset()
     attributes: tuple[dict[str, Any], ...] = ()
     """Of arguments, those that are named in code."""
+    _found: dict[str, weakref.ref[Any]] = field(default_factory=dict, repr=False)
+    """State that was asked at the last call, by name."""
 
     @staticmethod
     def at(model: nn.Module, tensors: Sequence[Tensor]) -> Looks:
@@ -127,21 +130,31 @@ class Looks:
         return Looks({}, self.answers, self.laid_out, _layouts(tensors) if self.laid_out else (), names,
                      tuple(attributes_of(t, names) for t in tensors))
 
-    def hold(self, tensors: Sequence[Tensor], model: nn.Module) -> bool:
-        """Whether all would be answered the same for this call."""
+    def hold(self, tensors: Sequence[Tensor], model: nn.Module, changed: bool) -> bool:
+        """Whether all would be answered the same for this call; ``changed``: whether state may be found elsewhere."""
         if self.laid_out and _layouts(tensors) != self.layouts:
             return False
         if any(vars(t) or had for t, had in zip(tensors, self.attributes, strict=True)) and not all(
                 _alike(attributes_of(t, self.named), had) for t, had in zip(tensors, self.attributes, strict=True)):
             return False
-        for place, (ask, args, kwargs), said in self.answers.values():
-            try:
-                asked = tensors[place] if isinstance(place, int) else attrgetter(place)(model)
-            except AttributeError:
-                return False
-            if not _same(_ask(ask, asked, args, kwargs), said):
-                return False
+        if changed:
+            self._found.clear()
+        with torch._C.DisableTorchFunction():
+            for place, (ask, args, kwargs), said in self.answers.values():
+                asked = tensors[place] if isinstance(place, int) else self._state(place, model)
+                if asked is MISSING or not _same(ask(asked, *args, **kwargs), said):
+                    return False
         return True
+
+    def _state(self, place: str, model: nn.Module) -> Any:
+        if (ref := self._found.get(place)) is not None and (found := ref()) is not None:
+            return found
+        try:
+            found = attrgetter(place)(model)
+        except AttributeError:
+            return MISSING
+        self._found[place] = weakref.ref(found)
+        return found
 
 
 def _layouts(tensors: Sequence[Tensor]) -> tuple[Any, ...]:

@@ -9,22 +9,19 @@ was in them. As long as these are the same, so is the description.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
 import operator
 import re
-import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import _lru_cache_wrapper, partial
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from xdit_compile.errors import CaptureError
 from xdit_compile.frontend.concrete_values import plain
@@ -49,6 +46,7 @@ from xdit_compile.frontend.objects import (
     spoken,
 )
 from xdit_compile.frontend.reads import Ran, Reads, resolve
+from xdit_compile.frontend.state_watch import LookedInto, Watch, layout, values
 from xdit_compile.ir.containers import CONSTANTS
 from xdit_compile.ir.released_parameters import device_of
 
@@ -67,8 +65,6 @@ _LEVEL = frozenset({"isEnabledFor", "getEffectiveLevel", "level"})
 """Names by which code reads how much a logger tells."""
 DEPTH = 100
 ARGUMENT = "an argument of the call"
-SMALL = 1 << 14
-"""Bytes of an array, or of a tensor on the CPU, that are compared at each call; larger ones at a loop's first step."""
 
 
 @dataclass(frozen=True)
@@ -112,113 +108,8 @@ def describe(model: nn.Module, reads: Reads | None = None, extra: Mapping[str, t
         return _Walk(model, reads or Reads()).description(extra or {}, others)
 
 
-class Watch:
-    """What a description was made of, and the identities of what was in there."""
-
-    def __init__(self, walk: _Walk) -> None:
-        self._states, self._sizes = walk.states, [len(state) for _, state in walk.states]
-        self._mappings = [*walk.mappings.values()]
-        self._sequences = [*walk.sequences.values()]
-        self._getters = walk.getters
-        self._own = [weakref.ref(t) for t in walk.tensors]
-        self._memory = walk.memory
-        self._fixed = [(weakref.ref(t), t._version if not t.is_inference() else None, t.data_ptr())
-                       for t in walk.foreign.values()]
-        self._large = [weakref.ref(t) for t in walk.foreign.values() if not _is_small(t)]
-        self._small = [(weakref.ref(t), values(t)) for t in walk.foreign.values() if _is_small(t)]
-        self._contents: Hashable = None
-        self._contents = self._values()
-        self._alive = True
-        self._held: list[Any] = []
-        self._keys, self._ids = list(map(id, self._names())), list(map(id, self._all()))
-        self._looks, self._bytes = self._now()
-        # A tensor or a module is not kept alive by being watched; when one is gone, all is looked at anew.
-        watch = weakref.ref(self)
-
-        def gone(_: object) -> None:
-            if (it := watch()) is not None:
-                it._alive = False
-
-        for value in self._all():
-            if isinstance(value, (torch.Tensor, nn.Module)):
-                self._held.append(weakref.ref(value, gone))
-            else:
-                self._held.append(value)
-
-    def _names(self) -> Iterator[Any]:
-        return itertools.chain(itertools.chain.from_iterable(self._mappings), (MISSING,))
-
-    def _all(self) -> Iterator[Any]:
-        return itertools.chain(itertools.chain.from_iterable(get(state) for get, state in self._states),
-                               itertools.chain.from_iterable(m.values() for m in self._mappings),
-                               itertools.chain.from_iterable(self._sequences),
-                               (get() for get in self._getters), (MISSING,))
-
-    def _now(self) -> tuple[list[Any], list[bytes | None]]:
-        looks = [None if (t := ref()) is None else (t.dtype, t.device, t.shape, len(vars(t))) for ref in self._own]
-        return looks, [content(a) for a in self._memory if _nbytes(a) <= SMALL]
-
-    def _values(self) -> Hashable:
-        """Of what is too large, or too far away, to be compared at each call."""
-        with plain():
-            tensors = [None if (t := ref()) is None else values(t) for ref in self._large]
-            own = [None if (t := ref()) is None else _layout(t) for ref in self._own]
-            return tensors, own, [hashlib.sha1(content(a) or b"").digest() for a in self._memory if _nbytes(a) > SMALL]
-
-    def holds(self, fresh: bool = False) -> bool:
-        """Whether nothing has changed that can be told cheaply; with ``fresh``, nor anything else: PyTorch does not
-        count what is written through ``.data``."""
-        if fresh and self._contents != self._values():
-            return False
-        if not self._alive or any(
-                (t := ref()) is None or version != (None if t.is_inference() else t._version) or t.data_ptr() != place
-                for ref, version, place in self._fixed):
-            return False
-        if self._small:
-            with plain():
-                if any((t := ref()) is None or values(t) != before for ref, before in self._small):
-                    return False
-        if [len(state) for _, state in self._states] != self._sizes:
-            return False
-        try:
-            return self._same()
-        except KeyError:  # an attribute was removed
-            return False
-
-    def _same(self) -> bool:
-        # Both end in the same mark, so that none is longer. Lists of the identities would be new memory at each call.
-        return all(map(operator.eq, map(id, self._all()), self._ids)) and all(
-            map(operator.eq, map(id, self._names()), self._keys)) and self._now() == (self._looks, self._bytes)
-
-
-def _nbytes(value: Any) -> int:
-    return int(getattr(value, "nbytes", None) or len(content(value) or b""))
-
-
-def _is_small(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() <= SMALL
-
-
-def values(tensor: torch.Tensor) -> Hashable:
-    """Equal for tensors of equal dtype, shape, place and bits; of those without values, of equal looks."""
-    looks = tensor.dtype, tensor.shape, device_of(tensor)
-    if tensor.is_meta or isinstance(tensor, FakeTensor) or type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
-        return looks
-    if tensor.layout is not torch.strided:
-        return looks, id(tensor), tensor._version
-    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    flat = flat.clone(memory_format=torch.contiguous_format) if flat.stride(0) != 1 else flat
-    raw = flat.view(torch.uint8).numpy().data
-    return looks, bytes(raw) if flat.nbytes <= 64 else hashlib.sha1(raw, usedforsecurity=False).digest()
-
-
 def _look(tensor: torch.Tensor) -> tuple[Hashable, ...]:
-    return type(tensor), tensor.shape, tensor.dtype, device_of(tensor), _layout(tensor)
-
-
-def _layout(tensor: torch.Tensor) -> Hashable:
-    """How it lies in memory, if not in the ordinary way."""
-    return None if tensor.layout is not torch.strided or tensor.is_contiguous() else tensor.stride()
+    return type(tensor), tensor.shape, tensor.dtype, device_of(tensor), layout(tensor)
 
 
 class _Walk:
@@ -231,14 +122,7 @@ class _Walk:
         self.seen = {id(m): i for i, m in enumerate(self.modules)}
         self.held: dict[int, Any] = {}
         self.streams: list[str] = []
-        self.states: list[tuple[Callable[[Any], Any], dict[str, Any]]] = []
-        """Attributes of modules, and what gets those of interest at once."""
-        self.mappings: dict[int, Mapping[Any, Any]] = {}
-        self.sequences: dict[int, Any] = {}
-        self.getters: list[Callable[[], Any]] = []
-        self.memory: list[Any] = []
-        self.tensors: list[torch.Tensor] = []
-        self.foreign: dict[int, torch.Tensor] = {}
+        self.into = LookedInto(self.modules)
         self.foreign_numbers: dict[int, int] = {}
         self.classes: dict[type, None] = {}
         self.spaces: dict[int, dict[str, Any]] = {}
@@ -255,12 +139,12 @@ class _Walk:
                 for t in group.values():
                     if t is not None:
                         self.own.setdefault(id(t), len(self.own))
-                        self.tensors.append(t)
+                        self.into.tensors.append(t)
         found: list[Hashable] = [self._module(m, f"attribute {p}.") for p, m in zip(
             _paths(self.modules), self.modules, strict=True)]
         found += [(name, self.of(t, name)) for name, t in extra.items()]
         found += [self._globals(), tuple(map(self._other, others)), self._classes()]
-        return Description(tuple(found), Watch(self), self.held, self.streams, self.own)
+        return Description(tuple(found), Watch(self.into), self.held, self.streams, self.own)
 
     def _other(self, value: Any) -> Hashable:
         held = self.of(value._value_, ARGUMENT) if isinstance(value, Enum) else None
@@ -269,10 +153,9 @@ class _Walk:
     def _module(self, module: nn.Module, path: str) -> Hashable:
         state, groups = vars(module), (module._parameters, module._buffers, module._modules)
         self.classes[type(module)] = None
-        self.getters.append(partial(_class_of, weakref.ref(module)))
-        self.states.append((operator.itemgetter(*(k for k in state if k not in _UNREAD)), state))
+        self.into.states.append((operator.itemgetter(*(k for k in state if k not in _UNREAD)), state))
         for mapping in (*groups, *(state[h] for h in _HOOKS)):
-            self.mappings[id(mapping)] = mapping
+            self.into.mappings[id(mapping)] = mapping
         # Two that are one tensor have one number.
         tensors = [(name, self.own[id(t)], *_look(t), self._named(t, f"{path}{name}")) for group in groups[:2]
                    for name, t in group.items() if t is not None]
@@ -289,7 +172,7 @@ class _Walk:
         """Attributes of a tensor that code names."""
         if not (state := vars(tensor)):
             return ()
-        self.mappings[id(state)] = state
+        self.into.mappings[id(state)] = state
         return tuple((k, self.of(v, f"{path}.{k}")) for k, v in sorted(attributes_of(tensor, self.named).items()))
 
     def identity(self, value: Any) -> int:
@@ -328,7 +211,7 @@ class _Walk:
     def _tensor(self, value: torch.Tensor) -> Hashable:
         if id(value) in self.own:
             return "parameter", self.own[id(value)]
-        self.foreign[id(value)] = value
+        self.into.foreign[id(value)] = value
         if id(value) in self.live:
             return "constant", self.identity(value), value.dtype, value.shape, device_of(value), self._named(value, "")
         return "tensor", self.foreign_numbers.setdefault(id(value), len(self.foreign_numbers)), values(
@@ -342,7 +225,7 @@ class _Walk:
             ask = value.getEffectiveLevel
         else:
             return None
-        self.getters.append(_Answer(ask))
+        self.into.getters.append(_Answer(ask))
         return ask()
 
     def _parts(self, value: Any, path: str, depth: int) -> Hashable:
@@ -357,7 +240,7 @@ class _Walk:
         if isinstance(value, _lru_cache_wrapper):
             self._include(value)
         linked = links(value)
-        self.getters.extend(get for _, get in linked)
+        self.into.getters.extend(get for _, get in linked)
         held = tuple(of(get()) for _, get in linked)
         if linked and not isinstance(value, dict):
             return cls, held, self._attributes(value, of)
@@ -370,15 +253,15 @@ class _Walk:
         if isinstance(value, CONSTANTS):  # of a class of its own
             return repr(value)
         if (raw := content(value)) is not None:
-            self.memory.append(value)
+            self.into.memory.append(value)
             looks = (value.dtype.str, value.shape) if isinstance(value, (np.ndarray, np.generic)) else ()
             return looks, hashlib.sha1(raw, usedforsecurity=False).digest() if len(raw) > 64 else raw
         if (held := entries(value)) is not None:
-            self.mappings[id(value)] = held
+            self.into.mappings[id(value)] = held
             return tuple((of(k, "'s keys"), of(v, f"[{k!r}]"[:60])) for k, v in list(held.items()))
         if (listed := elements(value)) is not None:
             if not isinstance(value, (tuple, frozenset)):
-                self.sequences[id(value)] = value
+                self.into.sequences[id(value)] = value
             parts = [of(v, f"[{i}]") for i, v in enumerate(listed)]
             # The order of a set is another on each rank, and may be another for the same elements.
             return frozenset(parts) if isinstance(value, (set, frozenset)) else tuple(parts)
@@ -388,7 +271,7 @@ class _Walk:
         if said is MISSING:
             # More than its attributes, and nobody knows what.
             return self.identity(value)
-        self.getters.append(_Answer(partial(_said, value)))
+        self.into.getters.append(_Answer(partial(_said, value)))
         return repr(said)
 
     def _attributes(self, value: Any, of: Callable[..., Hashable]) -> Hashable:
@@ -399,31 +282,31 @@ class _Walk:
         named = [(k, of(v, f".{k}")) for k, v in list((found or {}).items()) if k not in skip]
         if isinstance(value, nn.Module):
             for group in (value._parameters, value._buffers, value._modules, *(vars(value)[h] for h in _HOOKS)):
-                self.mappings[id(group)] = group
+                self.into.mappings[id(group)] = group
                 named += [(k, of(v, f".{k}")) for k, v in group.items()]
             named.sort(key=lambda item: str(item[0]))
         return tuple(named), tuple((n, of(slot(m, value), f".{n}")) for n, m in self._slots(value))
 
     def _mapping(self, value: Any, found: dict[str, Any]) -> None:
         if type(value).__module__ == "_thread":  # another one in each thread
-            self.getters.extend(partial(getattr, value, name, MISSING) for name in found)
-        self.mappings[id(found)] = found
+            self.into.getters.extend(partial(getattr, value, name, MISSING) for name in found)
+        self.into.mappings[id(found)] = found
 
     def _slots(self, value: Any) -> Sequence[tuple[str, Any]]:
         found = slots(type(value))
-        self.getters.extend(partial(slot, member, value) for _, member in found)
+        self.into.getters.extend(partial(slot, member, value) for _, member in found)
         return found
 
     def _function(self, value: FunctionType, path: str, depth: int) -> Hashable:
         # A hook that is taken off and put on again is another function of the same code around the same things.
-        self.getters.append(partial(getattr, value, "__code__"))
+        self.into.getters.append(partial(getattr, value, "__code__"))
         ran = id(value.__code__) in self.reads.codes
         parts = [self.of(get(), f"{path}'s defaults", depth) for _, get in links(value)]
-        self.getters.extend(get for _, get in links(value))
+        self.into.getters.extend(get for _, get in links(value))
         if ran or not is_library(value.__module__):
             parts += [self.of(cell, f"{path}'s {name}", depth) for cell, name in zip(
                 value.__closure__ or (), value.__code__.co_freevars, strict=True)]
-            self.mappings[id(vars(value))] = vars(value)
+            self.into.mappings[id(vars(value))] = vars(value)
             parts += [(k, self.of(v, f"{path}.{k}", depth)) for k, v in vars(value).items()]
         return self.identity(value.__code__), id(value.__globals__), tuple(parts)
 
@@ -450,13 +333,27 @@ class _Walk:
         _, name, value = resolve(ran, chain)
         if ran.is_layer and not isinstance(value, (FunctionType, BuiltinFunctionType)):
             return chain
-        self.getters.append(_Global(ran, chain))
+        self._watch_names(ran, chain)
         where = f"{'.'.join(chain)} in {ran.globals.get('__name__')}"
         functions = (FunctionType, BuiltinFunctionType)
         if ran.is_layer or (
                 isinstance(value, functions) and is_library(getattr(value, "__module__", None))):
             return chain, self.identity(value), self._flag(name, value)
         return chain, self.of(value, where)
+
+    def _watch_names(self, ran: Ran, chain: tuple[str, ...]) -> None:
+        """Whether the chain of names leads to the same value, and through the same modules."""
+        space = ran.globals
+        for i, name in enumerate(chain):
+            if name not in space:  # of Python itself
+                break
+            self.into.names.setdefault(id(space), (space, {}))[1][name] = None
+            if i + 1 == len(chain):
+                return
+            if type(space[name]) is not ModuleType:  # perhaps one that makes its attributes
+                break
+            space = vars(space[name])
+        self.into.getters.append(_Global(ran, chain))
 
     def _flag(self, name: str, value: Any) -> Hashable:
         """What a function of PyTorch answers that tells how it is set."""
@@ -469,7 +366,7 @@ class _Walk:
             return None
         if not constants(answer):
             return None
-        self.getters.append(_Answer(value))
+        self.into.getters.append(_Answer(value))
         return type(answer), answer
 
     def _modules(self, done: set[Any]) -> Hashable:
@@ -479,7 +376,7 @@ class _Walk:
         found: list[Hashable] = []
         for space in fresh:
             chosen = sorted(space.keys() & self.named)
-            self.getters.extend(partial(space.get, n, MISSING) for n in chosen)
+            self.into.getters.extend(partial(space.get, n, MISSING) for n in chosen)
             found.append((id(space), *((n, self.of(space[n], f"{space.get('__name__')}.{n}")) for n in chosen)))
         return tuple(found)
 
@@ -499,7 +396,7 @@ class _Walk:
                     continue
                 else:
                     chosen = {n: v for n, v in vars(cls).items() if self._is_read(n, v, self.named)}
-                self.getters.extend(partial(vars(cls).get, n) for n in chosen)
+                self.into.getters.extend(partial(vars(cls).get, n) for n in chosen)
                 where = f"{cls.__module__}.{cls.__qualname__}"
                 found.append((self.identity(cls), *((n, self.of(v, f"{where}.{n}")) for n, v in chosen.items())))
         return tuple(found)
@@ -543,11 +440,6 @@ class _Global:
 
 def _said(value: Any) -> str:
     return repr(spoken(value))
-
-
-def _class_of(module: weakref.ref[nn.Module]) -> type:
-    """Its class, which can be exchanged while the object stays the same."""
-    return type(module())
 
 
 def _paths(modules: Sequence[nn.Module]) -> list[str]:

@@ -42,9 +42,9 @@ class _Captured:
     effects: Sequence[Callable[[], None]]
     """What each call does beside its results: it puts tables, or what it saw of its arguments, into their places."""
 
-    def reads_alike(self, model: nn.Module, tensors: Sequence[torch.Tensor]) -> bool:
+    def reads_alike(self, model: nn.Module, tensors: Sequence[torch.Tensor], changed: bool) -> bool:
         """Whether what the model reads of arguments is the same, and modules that are called as they are."""
-        return self.reads.looks.hold(tensors, model) and self.program.guards.hold(tensors, model) and all(
+        return self.reads.looks.hold(tensors, model, changed) and self.program.guards.hold(tensors, model) and all(
             model.get_submodule(path) is module for path, module in self.modules.items())
 
     def same_state(self, model: nn.Module, call: _Call, fresh: bool) -> tuple[bool, bool]:
@@ -116,7 +116,7 @@ def find(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], fresh
     for i, candidate in enumerate(known):
         same, looked = candidate.same_state(model, call, fresh)
         captures.changes += looked
-        if same and candidate.reads_alike(model, call.tensors):
+        if same and candidate.reads_alike(model, call.tensors, looked):
             known.insert(0, known.pop(i))
             for effect in candidate.effects:
                 effect()

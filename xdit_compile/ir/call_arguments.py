@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Mapping, Sequence
+from types import FunctionType, MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -24,7 +27,34 @@ def bind_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         TypeError: forward does not take them.
     """
     # Of the forward that a call runs, which may be an attribute of the object.
-    return inspect.signature(model.forward).bind(*args, **kwargs)
+    return _signature(model.forward).bind(*args, **kwargs)
+
+
+_SIGNATURES: WeakKeyDictionary[FunctionType, tuple[Sequence[Any], inspect.Signature]] = WeakKeyDictionary()
+"""Of methods, and what they were made from, which can be exchanged."""
+
+
+def _signature(forward: Any) -> inspect.Signature:
+    function: Any = getattr(forward, "__func__", None)
+    made_from = _made_from(function) if type(forward) is MethodType else None
+    if made_from is None:
+        return inspect.signature(forward)
+    known = _SIGNATURES.get(function)
+    if known is None or len(made_from) != len(known[0]) or not all(map(operator.is_, made_from, known[0])):
+        known = _SIGNATURES[function] = made_from, inspect.signature(forward)
+    return known[1]
+
+
+def _made_from(function: Any) -> list[Any] | None:
+    """What the signature of a function comes from, or of the one that it wraps; None if that is something else."""
+    found: list[Any] = []
+    while type(function) is FunctionType and "__signature__" not in vars(function) and len(found) < 100:
+        found += [function.__code__, function.__defaults__, function.__kwdefaults__]
+        function = vars(function).get("__wrapped__")
+        if function is None:
+            return found
+        found.append(function)
+    return None
 
 
 def call_arguments(model: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -9,27 +9,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Hashable
-from difflib import get_close_matches
-from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-from xdit_compile.errors import SpecError
 from xdit_compile.ir.program import is_collective, is_write
 from xdit_compile.runtime.compilation.graph_segments import Function, outline_segments
+from xdit_compile.runtime.compilation.inductor_backend import inductor_compiler, usual_strides
 from xdit_compile.runtime.compilation.onediff_backend import onediff_compiler
 from xdit_compile.spec import ShardingSpec
-
-INDUCTOR_OPTIONS: dict[str, Any] = {
-    # Collectives must come in one order on every rank; ranks with uneven shares have different graphs, for
-    # which a scheduler that goes by memory might choose different orders.
-    "reorder_for_peak_memory": False,
-    # Would move work that fills the time between start and wait of a collective behind the wait, to where it is read.
-    "reorder_for_locality": False,
-}
 
 log = logging.getLogger(__name__)
 
@@ -98,63 +88,7 @@ def compiler_for(spec: ShardingSpec) -> Callable[[fx.GraphModule], Function]:
     Raises:
         SpecError: the compiler does not know the options, or is not there.
     """
-    return onediff_compiler(spec) if spec.backend == "onediff" else _inductor(spec)
-
-
-def _inductor(spec: ShardingSpec) -> Callable[[fx.GraphModule], Function]:
-    from torch._inductor import list_mode_options, list_options
-
-    for name in spec.options:
-        if name not in list_options():
-            near = ", ".join(get_close_matches(name, list_options()))
-            raise SpecError(f"compile_options names {name!r}, which is no option of torch.compile"
-                            f"{near and f'; near to it: {near}'}; torch._inductor.list_options() lists them")
-    # torch.compile takes a mode or options, not both.
-    options = {**INDUCTOR_OPTIONS, **list_mode_options(spec.compile_mode), **spec.options}
-
-    compile_with = partial(torch.compile, fullgraph=True, dynamic=False, options=options)
-    try:
-        compile_with(lambda: None)  # which looks at the types of options
-    except RuntimeError as error:
-        raise SpecError(f"torch.compile refuses compile_options={spec.compile_options}: {error}") from error
-
-    def compiler(module: fx.GraphModule) -> Function:
-        call = _laid_out(module.graph, compile_with(module.forward))
-        return _in_place(call) if options.get("triton.cudagraphs") else call
-
-    return compiler
-
-
-def _laid_out(graph: fx.Graph, call: Function) -> Function:
-    """``call``, given tensors whose dimensions of size one have the usual strides. What these are depends on where a
-    tensor comes from and means nothing, but it would be compiled for."""
-    shapes = [_kind(n).shape for n in graph.find_nodes(op="placeholder")]
-    usual = [(i, _usual_strides(shape)) for i, shape in enumerate(shapes) if 1 in shape]
-
-    def called(*tensors: torch.Tensor) -> Any:
-        given = list(tensors)
-        for i, strides in usual:
-            t = given[i]
-            if t.stride() != strides and t.is_contiguous():
-                given[i] = t.as_strided(t.shape, strides)
-        return call(*given)
-
-    return called if usual else call
-
-
-def _usual_strides(shape: torch.Size) -> tuple[int, ...]:
-    return torch.empty(shape, device="meta").stride()
-
-
-def _in_place(call: Function) -> Function:
-    """``call``, for whose CUDA graphs weights stay where they are: other inputs are copied at each call."""
-    def called(*tensors: torch.Tensor) -> Any:
-        for t in tensors:
-            if isinstance(t, nn.Parameter):
-                torch._dynamo.mark_static_address(t, guard=False)
-        return call(*tensors)
-
-    return called
+    return onediff_compiler(spec) if spec.backend == "onediff" else inductor_compiler(spec)
 
 
 def _content(graph: fx.Graph) -> Hashable:
@@ -179,5 +113,5 @@ class _Kind(NamedTuple):
 
 def _kind(node: fx.Node) -> _Kind:
     like = node.meta["val"]
-    strides = _usual_strides(like.shape) if like.is_contiguous() else like.stride()
+    strides = usual_strides(like.shape) if like.is_contiguous() else like.stride()
     return _Kind(like.shape, strides, like.dtype, like.device)

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from xdit_compile.ir.program import Program
+from xdit_compile.runtime.compilation.cuda_graphs import GraphedFunction, check_groups
+from xdit_compile.runtime.compilation.inductor_backend import asks_for_graphs
 from xdit_compile.runtime.compilation.regional import compiled
 from xdit_compile.runtime.execution.loop_invariant_cache import CachedValues, LoopInvariantCache
+
+_STAY = frozenset({"parameter", "constant", "cache"})
+"""Kinds of inputs whose memory is the same from call to call."""
+_NAMED = ("once", "received")
+_HELD = (("parameter",), ("constant",), ("invariant",), _NAMED, ("cache",))
+"""Kinds of inputs in the order in which a call collects them; arguments, of which some may not be used, come last."""
 
 NONE: Mapping[str, torch.Tensor] = MappingProxyType({})
 _NOTHING = nullcontext()
@@ -33,8 +42,14 @@ class Executor:
                  counts: Counter[str] | None = None) -> None:
         assert program.spec is not None
         self.program = program
-        self._module = compiled(program.main, program.spec)
+        self._run = compiled(program.main, program.spec)
+        self._graphed = asks_for_graphs(program.spec) and _on_gpu(program)
+        if self._graphed:
+            self._run = GraphedFunction(self._run, [i.kind in _STAY for i in program.inputs])
         self._state = ParameterReader(model, [i.name for i in program.inputs if i.kind == "parameter"])
+        self._constants = [program.constants[i.name] for i in program.inputs if i.kind == "constant"]
+        self._named = [i.name for i in program.inputs if i.kind in _NAMED]
+        self._in_order = _order(program)
         self._invariant = None if invariant is None else Executor(invariant, model)
         self._cache = None if invariant is None else LoopInvariantCache(
             [int(i.name.removeprefix("arg_")) for i in invariant.inputs if i.kind == "argument"],
@@ -45,6 +60,15 @@ class Executor:
         """All that a call may run."""
         return (self.program, *(self._invariant.programs if self._invariant else ()))
 
+    def check_groups(self, groups: Sequence[ProcessGroup]) -> None:
+        """Refuse groups whose collectives cannot be part of what runs.
+
+        Raises:
+            XditError: as `cuda_graphs.check_groups`.
+        """
+        if self._graphed:
+            check_groups(groups)
+
     def forget(self) -> None:
         """Keep nothing of the steps so far."""
         if self._cache is not None:
@@ -52,15 +76,11 @@ class Executor:
 
     def __call__(self, tensors: Sequence[torch.Tensor], values: Mapping[str, torch.Tensor] = NONE,
                  caches: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
-        given = {f"arg_{i}": t for i, t in enumerate(tensors)}
         invariant = self._invariant_values(tensors)
-        held, memory, kept = iter(self._state.read()), iter(caches), iter(invariant.values if invariant else ())
-        find: dict[str, Callable[[str], torch.Tensor]] = {
-            "argument": given.__getitem__, "parameter": lambda _: next(held), "cache": lambda _: next(memory),
-            "constant": self.program.constants.__getitem__, "once": values.__getitem__,
-            "received": values.__getitem__, "invariant": lambda _: next(kept)}
+        held = [*self._state.read(), *self._constants, *(invariant.values if invariant else ()),
+                *(values[n] for n in self._named), *caches, *tensors]
         with torch.no_grad(), _as_captured():
-            results = self._module(*(find[i.kind](i.name) for i in self.program.inputs))
+            results = self._run(*map(held.__getitem__, self._in_order))
         # The caller may write into what the model returns.
         return results if invariant is None or self.program.part else tuple(map(invariant.apart, results))
 
@@ -68,6 +88,18 @@ class Executor:
         if (invariant := self._invariant) is None or self._cache is None:
             return None
         return self._cache(tensors, invariant._state.read(), lambda: invariant(tensors))
+
+
+def _on_gpu(program: Program) -> bool:
+    return any(n.meta["val"].device.type == "cuda" for n in program.main.graph.find_nodes(op="placeholder"))
+
+
+def _order(program: Program) -> list[int]:
+    """Where each input of a program is among all that a call has collected."""
+    order = [i for kinds in _HELD for i, given in enumerate(program.inputs) if given.kind in kinds]
+    places = {i: place for place, i in enumerate(order)}
+    return [places[i] if i in places else len(places) + int(given.name.removeprefix("arg_"))
+            for i, given in enumerate(program.inputs)]
 
 
 def _as_captured() -> AbstractContextManager[Any]:

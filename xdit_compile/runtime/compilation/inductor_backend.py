@@ -1,0 +1,110 @@
+"""Hands functions to inductor, without dynamo: they are graphs already, and nothing has to be guarded at each call.
+
+What a function is compiled for is known from the program it is in, but for the strides of what it is given: weights
+and arguments may come in any. For each set of strides that it meets it is compiled once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import fx
+
+from xdit_compile.errors import SpecError
+from xdit_compile.runtime.compilation.graph_segments import Function
+from xdit_compile.spec import ShardingSpec
+
+INDUCTOR_OPTIONS: dict[str, Any] = {
+    # Collectives must come in one order on every rank; ranks with uneven shares have different graphs, for
+    # which a scheduler that goes by memory might choose different orders.
+    "reorder_for_peak_memory": False,
+    # Would move work that fills the time between start and wait of a collective behind the wait, to where it is read.
+    "reorder_for_locality": False,
+    # Would have ranks compare their graphs while they compile, and stages, whose graphs differ, wait for each other.
+    "aten_distributed_optimizations.spmd_check": False,
+}
+
+CUDA_GRAPHS = "triton.cudagraphs"
+
+Strides = tuple[tuple[int, ...], ...]
+
+
+def inductor_compiler(spec: ShardingSpec) -> Callable[[fx.GraphModule], Function]:
+    """What compiles one function with inductor as ``spec`` asks for.
+
+    Raises:
+        SpecError: torch.compile does not know the options.
+    """
+    from torch._inductor import list_mode_options, list_options
+
+    for name in spec.options:
+        if name not in list_options():
+            near = ", ".join(get_close_matches(name, list_options()))
+            raise SpecError(f"compile_options names {name!r}, which is no option of torch.compile"
+                            f"{near and f'; near to it: {near}'}; torch._inductor.list_options() lists them")
+    # torch.compile takes a mode or options, not both. CUDA graphs are made of whole forwards, and elsewhere.
+    options = {**INDUCTOR_OPTIONS, **list_mode_options(spec.compile_mode), **spec.options}
+    options.pop(CUDA_GRAPHS, None)
+    try:
+        torch.compile(lambda: None, options=options)  # which looks at the types of options
+    except RuntimeError as error:
+        raise SpecError(f"torch.compile refuses compile_options={spec.compile_options}: {error}") from error
+    return lambda module: CompiledFunction(module, options)
+
+
+def asks_for_graphs(spec: ShardingSpec) -> bool:
+    """Whether a forward is to be a CUDA graph, by its mode or by an option."""
+    from torch._inductor import list_mode_options
+
+    options = {**list_mode_options(spec.compile_mode), **spec.options}
+    return spec.backend == "inductor" and bool(options.get(CUDA_GRAPHS))
+
+
+class CompiledFunction:
+    """A function that is compiled when it is first called with tensors of these strides.
+
+    Strides of dimensions of size one depend on where a tensor comes from and mean nothing: such tensors are given the
+    usual ones.
+    """
+
+    def __init__(self, module: fx.GraphModule, options: dict[str, Any]) -> None:
+        self._module, self._options = module, options
+        self._made: dict[Strides, Function] = {}
+        self._met: dict[Strides, tuple[Function, Sequence[tuple[int, tuple[int, ...]]]]] = {}
+        """By strides as they come: what to call, and which tensors need other strides for that."""
+
+    def __call__(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+        strides = tuple([t.stride() for t in tensors])
+        if (met := self._met.get(strides)) is None:
+            met = self._met[strides] = self._meet(tensors)
+        call, unusual = met
+        return call(*(_restrided(tensors, unusual) if unusual else tensors))
+
+    def _meet(self, tensors: Sequence[torch.Tensor]) -> tuple[Function, Sequence[tuple[int, tuple[int, ...]]]]:
+        unusual = [(i, usual) for i, t in enumerate(tensors)
+                   if 1 in t.shape and t.is_contiguous() and t.stride() != (usual := usual_strides(t.shape))]
+        given = _restrided(tensors, unusual)
+        strides = tuple(t.stride() for t in given)
+        if strides not in self._made:
+            self._made[strides] = self._compile(given)
+        return self._made[strides], unusual
+
+    def _compile(self, tensors: Sequence[torch.Tensor]) -> Function:
+        return torch._inductor.standalone_compile(
+            self._module, list(tensors), dynamic_shapes="from_example_inputs",
+            options={"config_patches": self._options})
+
+
+def _restrided(tensors: Sequence[torch.Tensor], strides: Sequence[tuple[int, tuple[int, ...]]]) -> list[torch.Tensor]:
+    given = list(tensors)
+    for i, usual in strides:
+        given[i] = given[i].as_strided(given[i].shape, usual)
+    return given
+
+
+def usual_strides(shape: torch.Size) -> tuple[int, ...]:
+    """Of a contiguous tensor that was just made."""
+    return torch.empty(shape, device="meta").stride()
