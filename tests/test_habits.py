@@ -62,8 +62,10 @@ def test_other_sizes_prompts_and_steps_one_after_the_other(pool: Pool, folders: 
     assert all(error <= EXACT for rank in act(pool, habits.called_again, "qwen_image", folders) for error in rank)
 
 
-def test_interrupting_on_one_rank_stops_all(pool: Pool, folders: str) -> None:  # noqa: F811
-    assert act(pool, habits.interrupted, "qwen_image", folders) == [3, 3]
+@pytest.mark.parametrize(("ranks", "steps"), [((1,), 4), ((0, 1), 3)])
+def test_interrupting_stops_all(pool: Pool, folders: str, ranks: tuple[int, ...], steps: int) -> None:  # noqa: F811
+    """At once where all are told, as on one device; where one is, when the others have heard of it."""
+    assert act(pool, habits.interrupted, "qwen_image", folders, ranks) == [steps, steps]
 
 
 def test_different_prompts_are_told_before_anything_runs(pool: Pool, folders: str) -> None:  # noqa: F811

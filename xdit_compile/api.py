@@ -22,7 +22,7 @@ from xdit_compile.ir.program import Program
 from xdit_compile.pipelines.parallel_pipeline import ParallelPipeline, captured_parts, is_pipeline, parallel_pipeline
 from xdit_compile.runtime.compilation.regional import compiler_for
 from xdit_compile.runtime.launch import init_from_env
-from xdit_compile.runtime.parallel_group import ParallelGroup
+from xdit_compile.runtime.parallel_group import CheckInputs, ParallelGroup
 from xdit_compile.spec import ShardingSpec
 
 
@@ -42,7 +42,7 @@ def capture(model: nn.Module, inputs: Inputs) -> Program:
 
 
 def parallelize(model: Any, spec: str | dict | ShardingSpec, *, ranks: Sequence[int] | None = None,
-                timeout: float = 600.0, check_inputs: bool = True, dump: Dump | None = None,
+                timeout: float = 600.0, check_inputs: CheckInputs = "behind", dump: Dump | None = None,
                 weights: str | Path | Mapping[str, str | Path] | None = None) -> Any:
     """Make a model, or all of a pipeline, run on many devices. Every process calls this with the same one and spec.
 
@@ -62,8 +62,9 @@ def parallelize(model: Any, spec: str | dict | ShardingSpec, *, ranks: Sequence[
         spec: ``"ulysses=2,ring=2"``, the same as a mapping, or a ShardingSpec.
         ranks: the global ranks that take part; all of them by default.
         timeout: seconds to wait for another rank before giving up with its name.
-        check_inputs: compare the inputs of all ranks before each call (a checksum of each tensor, exchanged in one
-            small message).
+        check_inputs: ``"behind"`` compares what all ranks call the model with (a checksum of each tensor, exchanged in
+            one small message): before the first call of a kind and the first step of a loop, and while all other calls
+            run, so that none waits for it. ``"always"`` compares before each call, False never.
         dump: called with the name of each pass and the program it made.
         weights: a safetensors file or a folder of them, for a model on the meta device: each rank reads those tensors
             that it uses, at the first call. For a pipeline, by the names of components.

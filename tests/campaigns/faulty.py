@@ -220,9 +220,9 @@ def _plan(case: Case) -> None:
     moment = {"steady call": "steady"}.get(case.moment, case.moment)
     _happens[moment] = lambda: _strike(case.fault)
 
-    def connect(self: ControlPlane, *args: Any) -> None:
+    def connect(self: ControlPlane, *args: Any) -> Any:
         happen("parallelize")
-        _CONNECT(self, *args)
+        return _CONNECT(self, *args)
 
     def execute(self: Executor, *args: Any, **kwargs: Any) -> Any:
         happen("collective")

@@ -38,13 +38,13 @@ from xdit_compile.runtime.compilation.regional import compiler_for
 from xdit_compile.runtime.control.replicas import Replicas
 from xdit_compile.runtime.control.tensor_digest import digest
 from xdit_compile.runtime.launch import init_from_env
-from xdit_compile.runtime.parallel_group import ParallelGroup
+from xdit_compile.runtime.parallel_group import CheckInputs, ParallelGroup
 from xdit_compile.runtime.pipefusion.stage_executor import StageProgram, parameters_of
 from xdit_compile.spec import ShardingSpec
 
 
 def load(path: str | Path, weights: str | Path | None = None, *, ranks: Sequence[int] | None = None,
-         timeout: float = 600.0, check_inputs: bool = True, backend: str = "eager", mode: str = "default",
+         timeout: float = 600.0, check_inputs: CheckInputs = "behind", backend: str = "eager", mode: str = "default",
          compile_options: str | Mapping[str, Any] = "", onediff_backend: str = "", attention_kernel: str = "auto",
          native: bool = False, device: str | torch.device | None = None, max_memory: int | None = None) -> Any:
     """The model that `export` wrote, on the processes that call this: a module that is called as the original was.
@@ -145,7 +145,7 @@ class ArtifactLoader:
         # Operators that are made of others may make more on the way than what comes of it.
         return made.most(Memory(workspace=max(0, self.watch.most - made.values)))
 
-    def model(self, weights: str | Path | None, ranks: Sequence[int] | None, timeout: float, check: bool) -> Any:
+    def model(self, weights: str | Path | None, ranks: Sequence[int] | None, timeout: float, check: CheckInputs) -> Any:
         if self.spec.world_size > 1 and not dist.is_initialized():
             init_from_env(timeout=timeout)
         chosen = list(ranks) if ranks is not None else list(

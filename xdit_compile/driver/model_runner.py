@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,12 +23,13 @@ from xdit_compile.ir.pytree import flatten
 from xdit_compile.ir.released_parameters import missing_parameters, release_parameters
 from xdit_compile.ir.step_inputs import condition_among, timestep_inputs
 from xdit_compile.passes import NOTHING
+from xdit_compile.runtime.control.agreement_channel import Facts
 from xdit_compile.runtime.control.one_call_at_a_time import alone
-from xdit_compile.runtime.control.replicas import Replicas
-from xdit_compile.runtime.control.tensor_digest import digests
+from xdit_compile.runtime.control.replicas import FACT, Replicas
+from xdit_compile.runtime.control.tensor_digest import digests, digests_later
 from xdit_compile.runtime.deferred.deferred_tensor import DeferredTensor, materialize
 from xdit_compile.runtime.execution.executor import Executor
-from xdit_compile.runtime.parallel_group import ParallelGroup
+from xdit_compile.runtime.parallel_group import CheckInputs, ParallelGroup, check_when
 from xdit_compile.runtime.pipefusion.denoising_loops import DenoisingLoop, DenoisingLoops, LoopBoundaries
 from xdit_compile.runtime.pipefusion.schedule import RESULT
 from xdit_compile.runtime.pipefusion.stage_executor import StageExecutor
@@ -60,10 +62,11 @@ class ModelRunner:
     groups take turns in: one of the calls that guidance makes in a row.
     """
 
-    def __init__(self, model: nn.Module, group: ParallelGroup, check_inputs: bool, source: ProgramSource,
+    def __init__(self, model: nn.Module, group: ParallelGroup, check_inputs: CheckInputs, source: ProgramSource,
                  weights: Checkpoint | None = None) -> None:
+        check_when(check_inputs)
         self.model, self.group, self.source = model, group, source
-        self.check_inputs = check_inputs and group.spec.world_size > 1  # one rank agrees with itself
+        self.check_inputs = group.spec.world_size > 1 and check_inputs  # one rank agrees with itself
         self.weights = weights
         self.programs: dict[int, ReadyProgram] = {}
         """By the identity of the kind of call, which ``ReadyProgram`` keeps alive."""
@@ -98,16 +101,15 @@ class ModelRunner:
         self.group.counts["calls"] += 1
         try:
             named, others = named_leaves(bound)
-            kind = self._find(bound, named, others)
+            kind, fresh = self._find(bound, named, others)
             ready = self.programs.get(id(kind))
-            # Also which program: a rank that has to capture one waits for the others to do so too.
-            fingerprint = {"program": ready.compiled.name if ready else "still to be made"}
             later = _samples(ready, tensors, named)
-            if self.check_inputs:
-                fingerprint |= digests({n: materialize(t) for n, t in named.items() if n not in later}) | others
+            fingerprint = self._fingerprint(ready, {n: t for n, t in named.items() if n not in later}, others)
+            # What is new is compared before it runs, all else while it does.
+            waits = fresh or ready is None or self.check_inputs == "always"
             agreed = ready is None or not (ready.round_robin or later)
             if agreed:
-                self._agree(fingerprint)
+                self._agree(fingerprint, waits)
             if ready is None:
                 ready = self._prepare(bound.args, bound.kwargs)
             elif id(kind) not in self._told:
@@ -120,9 +122,9 @@ class ModelRunner:
             results: Sequence[torch.Tensor]
             if isinstance(ready.executor, StageExecutor):
                 later = _samples(ready, tensors, named)
-                results = self._through_stages(ready, ready.executor, tensors, named, later, fingerprint, agreed)
+                results = self._through_stages(ready, ready.executor, tensors, named, later, fingerprint(), agreed)
             elif ready.round_robin:
-                results = self._in_turn(ready, ready.executor, tensors, fingerprint)
+                results = self._in_turn(ready, ready.executor, tensors, fingerprint, waits)
             else:
                 results = self._together(ready, ready.executor, tensors)
         except BaseException as error:
@@ -135,16 +137,30 @@ class ModelRunner:
             raise
         return output_spec.finish((bound.args, bound.kwargs), tensors, results)
 
-    def _agree(self, fingerprint: Mapping[str, str]) -> None:
+    def _fingerprint(self, ready: ReadyProgram | None, given: Mapping[str, torch.Tensor],
+                     others: Mapping[str, str]) -> Facts:
+        """What gives what all ranks must be called with, when values have arrived that are still on a device."""
+        # Also which program: a rank that has to capture one waits for the others to do so too.
+        program = {"program": ready.compiled.name if ready else "still to be made"}
+        if not self.check_inputs:
+            return lambda: program
+        values = digests_later({n: materialize(t) for n, t in given.items()})
+        return cache(lambda: {**program, **values(), **others})
+
+    def _agree(self, fingerprint: Facts, waits: bool) -> None:
         """Compare what ranks call the model with, and outside of a pipeline, which does so itself, its weights."""
         control = self.group.control
         if not self.check_inputs or self.group.running:
-            control.agree("the call's inputs", fingerprint)
+            control.agree_meanwhile("the call's inputs", fingerprint, waits)
         else:
-            self.replicas.agree(control, "the call's inputs", fingerprint, {"": self.model})
+            held = {FACT: self.replicas.summary({"": self.model})}
+            control.agree_meanwhile("the call's inputs", lambda: {**fingerprint(), **held}, waits,
+                                    self.replicas.resolve(control.ranks))
 
-    def _find(self, bound: inspect.BoundArguments, named: Mapping[str, torch.Tensor], others: Mapping[str, str]) -> Any:
-        """The kind of a call. Where a loop begins, or the model has changed, nothing is kept of steps before."""
+    def _find(self, bound: inspect.BoundArguments, named: Mapping[str, torch.Tensor],
+              others: Mapping[str, str]) -> tuple[Any, bool]:
+        """The kind of a call, and whether it begins a loop. Where one begins, or the model has changed, nothing is kept
+        of steps before."""
         epoch = self.group.epoch if self.group.running else None
         times = _times(named) if epoch is None else ()
         fresh = self.boundaries.begins(epoch, times, (condition_among(named), *others.values()))
@@ -153,7 +169,7 @@ class ModelRunner:
             self.changes = self.source.changes
             for ready in self.programs.values():
                 ready.executor.forget()
-        return kind
+        return kind, fresh
 
     def _together(self, ready: ReadyProgram, executor: Executor,
                   tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -163,7 +179,7 @@ class ModelRunner:
             return executor(tensors)
 
     def _in_turn(self, ready: ReadyProgram, executor: Executor, tensors: Sequence[torch.Tensor],
-                 fingerprint: Mapping[str, str]) -> Sequence[DeferredTensor]:
+                 fingerprint: Facts, waits: bool) -> Sequence[DeferredTensor]:
         """The results as promised by the group whose turn it is, which computes them now."""
         round_robin, results = self.group.round_robin, None
         assert round_robin is not None
@@ -171,12 +187,12 @@ class ModelRunner:
         if owner == round_robin.mine:
             with self.group.control.guard("the forward pass", ready.group.process_groups.bind()):
                 try:
-                    ready.group.control.agree("the call's inputs", fingerprint)
+                    ready.group.control.agree_meanwhile("the call's inputs", fingerprint, waits)
                 except RankMismatch as error:
                     # The other groups are elsewhere and must be told: to them it is a failure.
                     raise XditError(str(error)) from error
                 results = executor(tensors)
-        return round_robin.promise(owner, results, ready.compiled.output_spec.likes, fingerprint)
+        return round_robin.promise(owner, results, ready.compiled.output_spec.likes, fingerprint())
 
     def _through_stages(self, ready: ReadyProgram, executor: StageExecutor, tensors: Sequence[torch.Tensor],
                         named: Mapping[str, torch.Tensor], later: Collection[str], fingerprint: Mapping[str, str],
@@ -303,8 +319,8 @@ class ModelRunner:
 
 def _times(named: Mapping[str, torch.Tensor]) -> tuple[float, ...]:
     """The least and the greatest of each of the times."""
-    found = [materialize(named[n]).double() for n in sorted(timestep_inputs(named))]
-    return tuple(x for t in found if t.numel() for x in (t.min().item(), t.max().item()))
+    found = [materialize(named[n]).detach().cpu().double().numpy() for n in sorted(timestep_inputs(named))]
+    return tuple(float(x) for times in found if times.size for x in (times.min(), times.max()))
 
 
 def _samples(ready: ReadyProgram | None, tensors: Sequence[torch.Tensor],

@@ -25,7 +25,7 @@ from xdit_compile.pipelines.spread_encoders import spread
 from xdit_compile.runtime.control.one_call_at_a_time import alone
 from xdit_compile.runtime.control.replicas import Replicas
 from xdit_compile.runtime.deferred.deferred_tensor import materialize
-from xdit_compile.runtime.parallel_group import ParallelGroup
+from xdit_compile.runtime.parallel_group import CheckInputs, ParallelGroup
 from xdit_compile.runtime.pipefusion.stage_executor import StageExecutor
 from xdit_compile.spec import ShardingSpec
 
@@ -66,7 +66,7 @@ class ParallelPipeline:
             sum(c.sent for c in communicators), sum(c.results_sent for c in communicators), group.counts["kept"])
 
 
-def parallel_pipeline(pipe: Any, group: ParallelGroup, check_inputs: bool, dump: Dump | None,
+def parallel_pipeline(pipe: Any, group: ParallelGroup, check_inputs: CheckInputs, dump: Dump | None,
                       weights: Mapping[str, Checkpoint]) -> Any:
     """``pipe`` with parallel components.
 
@@ -99,7 +99,7 @@ def _check(pipe: Any, spec: ShardingSpec, modules: Mapping[str, nn.Module], role
                             f"{', '.join(f'{n} ({type(c).__name__})' for n, c in modules.items())}: {lack}")
 
 
-def _parallel(module: Any, turn: int = 0, *, group: ParallelGroup, check_inputs: bool, dump: Dump | None,
+def _parallel(module: Any, turn: int = 0, *, group: ParallelGroup, check_inputs: CheckInputs, dump: Dump | None,
               weights: Checkpoint | None = None) -> Any:
     """A component as the spec wants it: a denoiser always, an autoencoder for ``vae`` and ``data``, an encoder if it is
     to be spread. Of encoders, number ``turn`` lives on rank ``turn`` (all over again when ranks run out)."""
@@ -155,9 +155,11 @@ def _call(cls: type) -> Callable[..., Any]:
                 try:
                     group.running = True
                     group.epoch += 1
+                    group.control.begin()
                     result = cls.__call__(*bound.args, **bound.kwargs)
                     group.settle()
                     result = materialize(result)
+                    group.settle_comparisons()
                 finally:
                     group.running = False
         except BaseException:
@@ -217,15 +219,13 @@ def _how(ready: ReadyProgram, group: ParallelGroup) -> str:
 
 
 def _interrupted(self: Any) -> bool:
-    """Whether any rank was told to stop: all must, or the others would wait for it. Between calls ranks may ask or
-    not, so that each answers for itself."""
+    """Whether any rank was told to stop: all must, or the others would wait for it. Where not all of them were told,
+    they stop one step later. Between calls ranks may ask or not, so that each answers for itself."""
     mine = bool(self._interrupt)
     group = self.parallel_group
     if not group.running:
         return mine
-    # Stages are in different steps, and asking would bring them together: they learn it one step later.
-    later = group.spec.pipefusion_degree > 1
-    return group.said_before(mine) if later else group.control.anyone("whether to stop", mine)
+    return group.control.to_stop(mine)
 
 
 def _warn_of_nothing_gained(name: str, group: ParallelGroup, shared: int, fetched: Mapping[int, int]) -> None:

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
-from xdit_compile.errors import RankFailure, XditError
+from xdit_compile.errors import RankFailure, SpecError, XditError
 from xdit_compile.runtime.control.abort import is_peer_loss
 from xdit_compile.runtime.control.control_plane import ControlPlane
 from xdit_compile.runtime.control.message_codec import decoded, encoded
@@ -23,6 +23,20 @@ from xdit_compile.runtime.pipefusion.stage_communicator import StageCommunicator
 from xdit_compile.spec import ShardingSpec
 
 log = logging.getLogger(__name__)
+
+CheckInputs = bool | Literal["behind", "always"]
+"""When ranks compare what they call a model with: ``behind`` (or True), the first call of a kind and the first step of
+a loop before they run and all others meanwhile; ``always``, all before they run; False, never."""
+
+
+def check_when(check_inputs: object) -> None:
+    """Refuse what is no `CheckInputs`.
+
+    Raises:
+        SpecError: naming what it may be.
+    """
+    if not isinstance(check_inputs, bool) and check_inputs not in ("behind", "always"):
+        raise SpecError(f"check_inputs is True, False, 'behind' or 'always', got {check_inputs!r}")
 
 
 class ParallelGroup:
@@ -50,7 +64,6 @@ class ParallelGroup:
         self.data_if_possible = self.running = False
         self.epoch = 0
         self.audience: tuple[int, ...] = ()
-        self._asked: tuple[torch.Tensor, dist.Work] | None = None
 
     @cached_property
     def process_groups(self) -> ProcessGroups:
@@ -75,14 +88,23 @@ class ParallelGroup:
                 if group is not None and "communicator" in vars(group)]
 
     def settle(self) -> None:
-        """Wait for all that was promised and asked."""
+        """Wait for all that was promised."""
         for one in self._pending():
             one()
 
+    def settle_comparisons(self) -> None:
+        """Wait until all that ranks have compared meanwhile is known to be equal.
+
+        Raises:
+            RankMismatch: something is not.
+        """
+        for group in (vars(self).get("subgroup"), vars(self).get("vae"), self):
+            if group is not None:
+                group.control.settle()
+
     def _pending(self) -> list[Callable[[], object]]:
         """What waits for it, for each kind of it by itself."""
-        asked, self._asked = self._asked, None
-        return [*([asked[1].wait] if asked else []), *([self.round_robin.settle] if self.round_robin else []),
+        return [*([self.round_robin.settle] if self.round_robin else []),
                 *(communicator.settle for communicator in self.communicators)]
 
     @cached_property
@@ -129,17 +151,6 @@ class ParallelGroup:
     def everyone(self) -> dist.ProcessGroup:
         """All ranks as one group. They ask for it together the first time."""
         return make_group("xdit_compile.all", self.ranks, self.control)
-
-    def said_before(self, mine: bool) -> bool:
-        """Whether any rank said yes when this was asked the last time; waits for nobody that is a step behind. All
-        ranks ask as often."""
-        group = self.everyone
-        flag = torch.tensor([mine], dtype=torch.int32, device=_device_of(group))
-        before, self._asked = self._asked, (flag, dist.all_reduce(flag, dist.ReduceOp.MAX, group, async_op=True))
-        if before is None:
-            return False
-        before[1].wait()
-        return bool(before[0].item())
 
     def gather(self, mine: Any) -> list[Any]:
         """What every rank holds, in order: numbers, texts and containers of them, but no tensors."""

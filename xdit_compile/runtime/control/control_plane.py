@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -19,13 +20,21 @@ from torch.distributed import PrefixStore, ProcessGroup
 
 from xdit_compile.errors import RankFailure, RankMismatch, XditError
 from xdit_compile.runtime.control.abort import Connections, abort, is_peer_loss, missing_connections
+from xdit_compile.runtime.control.agreement_channel import (
+    DIGEST,
+    AgreementChannel,
+    Comparison,
+    Facts,
+    Gather,
+    Resolve,
+    exchanged,
+    final,
+    mismatch,
+)
 from xdit_compile.runtime.control.heartbeat import BEAT, SILENCE, Heartbeat, Point, Verdict, silent
-from xdit_compile.runtime.control.secret import VARIABLE, secret
+from xdit_compile.runtime.control.secret import secret
 from xdit_compile.runtime.control.store import attempt, own_connection
 
-_DIGEST = 16
-# The key of what went wrong: what else the ranks hold means nothing then.
-_ERROR = "error"
 # Seconds between two looks at what became of a peer that is waited for.
 _LOOK = 0.02
 
@@ -57,6 +66,12 @@ class ControlPlane:
         self._within = within
         self._watched: dict[ProcessGroup, Connections] = {}
         self._own: list[Connections] = []
+        self._channels: list[AgreementChannel] = []
+        """The one that compares while this rank goes on, once it was asked for."""
+        self._mismatch: RankMismatch | None = None
+        """What was found unequal after a rank had gone on with it."""
+        self._key = b""
+        self._told_to_stop = False
         if len(self.ranks) == 1:
             return
         self.rank = dist.get_rank()
@@ -75,12 +90,14 @@ class ControlPlane:
         heart = Heartbeat(PrefixStore(name, store), name, self.rank, peers, timeout, host, self._key)
         heart.step = step
         # Also runs at the end of the process, while torch still works.
-        self._close = weakref.finalize(self, _leave, heart, default)
+        self._close = weakref.finalize(self, _leave, heart, default, self._own, self._channels)
         self._heart = heart
         try:
             self._meet(heart)
-            # Again its own: while gloo waits for a key, nobody else is served on a connection.
-            self._connect(PrefixStore(f"{name}/gloo", own_connection(default)))
+            self._store, self._name = default, name
+            self._gloo = self._connect("gloo")
+            self._sent = torch.empty(len(self.ranks), DIGEST, dtype=torch.uint8)
+            self._got = torch.empty_like(self._sent)
         except RankFailure:
             self._close()
             raise
@@ -97,26 +114,79 @@ class ControlPlane:
         within the timeout.
         """
         text = json.dumps(dict(mine), sort_keys=True).encode()
-        self._exchanged(what, text, lambda rows, digest: all(row == digest for row in rows))
+        self._together(what, text, lambda text: self._compare(what, text))
+
+    def agree_meanwhile(self, what: str, facts: Facts, waits: bool, resolve: Resolve = final) -> None:
+        """`agree` on ``facts()``, in a thread, while this rank goes on, unless it ``waits``.
+
+        All ranks come here in the same order, and at most one comparison is under way. Where some rank has gone on with
+        something else than the others, that is final: collectives end, and every rank raises `RankMismatch`, here or
+        wherever else this group is asked for something next.
+
+        Args:
+            facts: called in the thread.
+            resolve: told of a difference, in the thread.
+        """
+        heart = self._heart
+        if heart is None:
+            return
+        self._check()
+        channel = self._channel()
+        self._await(channel.last)
+        heart.call, heart.label = heart.call + 1, what
+        channel.submit(Comparison(what, facts, waits, resolve))
+        if waits:
+            self._await(channel.last)
+
+    def settle(self) -> None:
+        """Wait until all that was compared meanwhile is known to be equal. Raises as `agree_meanwhile`."""
+        if self._channels:
+            self._check()
+            self._await(self._channels[0].last)
+
+    def _await(self, comparison: Comparison | None) -> None:
+        heart = self._heart
+        if comparison is None or heart is None:
+            return
+        start = time.monotonic()
+        outer, heart.waiting = heart.waiting, True
+        try:
+            comparison.done.wait()
+        finally:
+            heart.waiting = outer
+        if comparison.error is None:
+            return
+        if is_peer_loss(comparison.error):
+            raise RankFailure(*self._find(comparison.error, comparison.what, start)) from comparison.error
+        if isinstance(comparison.error, RankMismatch) and comparison.recoverable:
+            self._channels[0].last = None
+        raise comparison.error
 
     def gather(self, what: str, mine: str) -> list[str]:
         """The texts of all ranks, in their order, which come here together and raise as in `agree`."""
-        return [one.decode() for one in self._together(what, mine.encode(), self._exchange)]
+        return [one.decode() for one in self._together(
+            what, mine.encode(), lambda text: exchanged(self._gloo, self.ranks, text))]
 
-    def anyone(self, what: str, mine: bool) -> bool:
-        """Whether `mine` is true on any rank; all ranks come here together, and raise as in `agree`."""
+    def to_stop(self, mine: bool) -> bool:
+        """Whether all ranks say so now, or any did when they were asked the last time; only who says so waits for the
+        others. All ranks ask as often. `begin` forgets what was said."""
         if self._heart is None:
             return mine
-        texts = [json.dumps({what: answer}).encode() for answer in ("no", "yes")]
-        no, yes = map(self._digest, texts)
-        rows = self._exchanged(what, texts[mine], lambda rows, _: set(rows) <= {no, yes})
-        return yes in rows
+        self.settle()
+        if not self._told_to_stop:
+            different: list[RankMismatch] = []
 
-    def _exchanged(self, what: str, text: bytes, fine: Callable[[Sequence[bytes], bytes], bool]) -> Sequence[bytes]:
-        """The digests of every rank's text. Raises `RankMismatch` unless they are `fine`, given them and the own."""
-        if self._heart is None:
-            return [self._digest(text)]
-        return self._together(what, text, lambda text: self._compare(what, text, fine))
+            def resolve(error: RankMismatch, _: Gather) -> None:
+                different.append(error)
+                self._told_to_stop = True
+
+            self.agree_meanwhile("whether to stop", lambda: {"stop": str(mine)}, mine, resolve)
+            return mine and not different
+        return True
+
+    def begin(self) -> None:
+        """Something new begins, which nobody was told to stop."""
+        self._told_to_stop = False
 
     def _together(self, what: str, text: bytes, do: Callable[[bytes], Sequence[bytes]]) -> Sequence[bytes]:
         """``do(text)``, which exchanges something with all peers."""
@@ -183,6 +253,10 @@ class ControlPlane:
                 heart.convict(error.rank, error.reason)
                 abort(heart.connections)
         elif is_peer_loss(error):
+            if self._channels:
+                self._channels[0].settle(SILENCE)
+            if self._mismatch is not None:
+                raise self._mismatch from error
             raise RankFailure(*self._find(error, label, start)) from error
         elif groups or not self._all_raised(heart, error):
             heart.convict(self.rank, f"failed: {_described(error)}")
@@ -291,54 +365,58 @@ class ControlPlane:
             time.sleep(look)
             look = min(2 * look, BEAT)
 
-    def _connect(self, store: PrefixStore) -> None:
-        # Not dist.new_group: unless all ranks of the job take part, it derives the group's name from how many
-        # groups each process has, and ranks that differ in this wait for each other in vain.
+    def _connect(self, name: str) -> Any:
+        """A gloo group of these ranks."""
+        # Not dist.new_group: unless all ranks of the job take part, it derives the group's name from how many groups
+        # each process has, and ranks that differ in this wait for each other in vain.
         assert self._heart is not None
+        # Its own connection: while gloo waits for a key, nobody else is served on one.
+        store = PrefixStore(f"{self._name}/{name}", own_connection(self._store))
         index, limit = self.ranks.index(self.rank), timedelta(seconds=self.timeout)
-        self._gloo: Any = self.patiently(
-            "joining", lambda: dist.ProcessGroupGloo(store, index, len(self.ranks), limit))
-        self._own = [Connections.of_gloo(store, len(self.ranks))]
-        self._heart.connections += self._own
+        made = self.patiently("joining", lambda: dist.ProcessGroupGloo(store, index, len(self.ranks), limit))
+        ends = Connections.of_gloo(store, len(self.ranks))
+        self._own.append(ends)
+        self._heart.connections.append(ends)
         if self._within is not None and self._within._heart is not None:
-            self._within._heart.connections += self._own
-        self._sent = torch.empty(len(self.ranks), _DIGEST, dtype=torch.uint8)
-        self._got = torch.empty_like(self._sent)
+            self._within._heart.connections.append(ends)
+        return made
+
+    def _channel(self) -> AgreementChannel:
+        if not self._channels:
+            found = weakref.WeakMethod(self._disagreed)
+            self._channels.append(AgreementChannel(
+                self._connect("channel"), self.ranks, partial(_digest_of, self._key),
+                lambda error: None if (told := found()) is None else told(error)))
+        return self._channels[0]
+
+    def _disagreed(self, error: RankMismatch) -> None:
+        """Some rank has gone on with something else than the others: end all of them. In the channel's thread."""
+        self._mismatch, heart = error, self._heart
+        assert heart is not None
+        heart.convict(-1, str(error))
+        if self._within is not None and self._within._heart is not None:
+            self._within._heart.convict(-1, str(error))
+        # Not the channel itself, over which others may still be told.
+        abort([one for one in heart.connections if one not in self._own[1:]])
 
     def _check(self) -> None:
         assert self._heart is not None
         if not self._close.alive:
             raise XditError("this Control is closed")
+        if self._mismatch is not None:
+            raise self._mismatch
         if self._heart.known is not None:
             raise RankFailure(*self._heart.known)
 
-    def _compare(self, what: str, text: bytes, fine: Callable[[Sequence[bytes], bytes], bool]) -> Sequence[bytes]:
-        digest = self._digest(text)
+    def _compare(self, what: str, text: bytes) -> Sequence[bytes]:
+        digest = _digest_of(self._key, text)
         self._sent.numpy()[:] = memoryview(digest)
         # An all-to-all of copies, because gloo's all-gather is a ring: as many steps as there are peers.
         self._gloo.alltoall_base(self._got, self._sent, [], []).wait()
         rows = [row.tobytes() for row in self._got.numpy()]
-        if not fine(rows, digest):
-            texts = self._exchange(text)
-            if len({one.rstrip() for one in texts}) == 1:
-                raise XditError(f"the ranks {self.ranks} sign their messages with different secrets: {VARIABLE} must "
-                                "be the same for all of them")
-            held = [json.loads(one) for one in texts]
-            raise RankMismatch(_differences(what, held, self.ranks), _unequal(held))
+        if any(row != digest for row in rows):
+            raise mismatch(what, exchanged(self._gloo, self.ranks, text), self.ranks)
         return rows
-
-    def _digest(self, text: bytes) -> bytes:
-        return hashlib.blake2b(text, digest_size=_DIGEST, key=self._key if self._heart is not None else b"").digest()
-
-    def _exchange(self, text: bytes) -> list[bytes]:
-        """`text` of every rank."""
-        sizes = [torch.empty(1, dtype=torch.int64) for _ in self.ranks]
-        self._gloo.allgather([sizes], [torch.tensor([len(text)])]).wait()
-        longest = max(int(size) for size in sizes)
-        texts = [torch.empty(longest, dtype=torch.uint8) for _ in self.ranks]
-        padded = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8)
-        self._gloo.allgather([texts], [padded]).wait()
-        return [one.numpy().tobytes() for one in texts]
 
     def _find(self, error: BaseException, label: str, start: float) -> Verdict:
         """Who is to blame that a collective of this rank ended with `error`; ends all others on the way."""
@@ -374,6 +452,10 @@ class ControlPlane:
         return heart.convict(-1, f"{label} failed although every rank answers: {error}")
 
 
+def _digest_of(key: bytes, text: bytes) -> bytes:
+    return hashlib.blake2b(text, digest_size=DIGEST, key=key).digest()
+
+
 def _unanswered(host: int | None) -> Verdict:
     if host is None:
         return Verdict(-1, "the launcher, which hosts the rendezvous store, gives no answer")
@@ -388,34 +470,15 @@ def _absent(seconds: float) -> str:
     return f"did not construct its Control; no answer for {seconds:.1f} s"
 
 
-def _leave(heart: Heartbeat, store: object) -> None:
+def _leave(heart: Heartbeat, store: object, own: Sequence[Connections], channels: Sequence[AgreementChannel]) -> None:
     """Say good-bye; holds on to `store` until then, for this process may host its server."""
+    for channel in channels:
+        channel.stop()
     heart.stop()
-    # The control group's connections are the first; peers that wait on it for this rank wake.
-    abort(heart.connections[:1])
+    # Peers that wait for this rank wake.
+    abort(own)
 
 
 def _launcher_hosts_store() -> bool:
     # How torchrun and our launch() tell torch the same; without a launcher rank 0 hosts it.
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def _differences(what: str, held: Sequence[Mapping[str, str]], ranks: Sequence[int]) -> str:
-    """One line per key whose text is not the same on all ranks."""
-    lines = [f"ranks do not agree on {what}:"]
-    keys = dict.fromkeys(key for mapping in held for key in mapping)
-    for key in [_ERROR] if _ERROR in keys else keys:
-        holders: dict[str, list[int]] = {}
-        for rank, mapping in zip(ranks, held, strict=True):
-            text = f"have {mapping[key]}" if key in mapping else "do not have it"
-            holders.setdefault(text, []).append(rank)
-        if len(holders) > 1:
-            parts = [f"ranks {','.join(map(str, them))} {text}" for text, them in holders.items()]
-            lines.append(f"  {key}: {'; '.join(parts)}")
-    return "\n".join(lines)
-
-
-def _unequal(held: Sequence[Mapping[str, str]]) -> frozenset[str]:
-    """The keys whose text is not the same on all ranks."""
-    keys = {key for mapping in held for key in mapping}
-    return frozenset(key for key in keys if len({mapping.get(key) for mapping in held}) > 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from xdit_compile.errors import RankMismatch
+from xdit_compile.runtime.control.agreement_channel import Gather, Resolve
 from xdit_compile.runtime.control.control_plane import ControlPlane
 from xdit_compile.runtime.control.tensor_digest import bulk_digest
 
@@ -43,6 +45,7 @@ class Replicas:
         self._held: dict[str, str] = {}
         self._agreed: dict[str, str] = {}
         self._summary = ""
+        self._lock = threading.Lock()
 
     def agree(self, control: ControlPlane, what: str, facts: Mapping[str, str],
               modules: Mapping[str, nn.Module]) -> None:
@@ -63,10 +66,11 @@ class Replicas:
     def summary(self, modules: Mapping[str, nn.Module]) -> str:
         """A text that is equal on ranks which hold the same."""
         marks = _marks(modules)
-        if marks != self._marks or any(ref() is None for ref, _ in self._digests.values()):
-            self._look(modules)
-            self._marks = marks
-        return self._summary
+        with self._lock:
+            if marks != self._marks or any(ref() is None for ref, _ in self._digests.values()):
+                self._look(modules)
+                self._marks = marks
+            return self._summary
 
     def compare(self, control: ControlPlane) -> None:
         """Compare every tensor with all ranks that hold it; they come here together.
@@ -74,16 +78,29 @@ class Replicas:
         Raises:
             RankMismatch: naming the first that differs, on every rank.
         """
-        ranks, texts = control.ranks, control.gather("the weights", json.dumps(self._held))
-        held = [json.loads(text) for text in texts]
-        found = [line for name in dict.fromkeys(n for one in held for n in one)
-                 if (line := _difference(name, ranks, [one.get(name, self._absent) for one in held]))]
-        if found:
-            more = f" (and {len(found) - 1} more tensors differ)" if len(found) > 1 else ""
-            raise RankMismatch(f"ranks do not hold the same weights: {found[0]}{more}; load the same checkpoint and "
-                               "the same adapters on every rank", frozenset({FACT}))
-        self._agreed = {name: text for one in held for name, text in one.items() if text != _ELSEWHERE}
-        self._summarize()
+        self._compare(control.ranks, lambda text: control.gather("the weights", text))
+
+    def resolve(self, ranks: Sequence[int]) -> Resolve:
+        """What to do where summaries differ, and perhaps nothing else: `compare`."""
+        def resolved(error: RankMismatch, gather: Gather) -> None:
+            if error.keys != {FACT}:
+                raise error
+            self._compare(ranks, gather)
+
+        return resolved
+
+    def _compare(self, ranks: Sequence[int], gather: Gather) -> None:
+        with self._lock:
+            texts = gather(json.dumps(self._held))
+            held = [json.loads(text) for text in texts]
+            found = [line for name in dict.fromkeys(n for one in held for n in one)
+                     if (line := _difference(name, ranks, [one.get(name, self._absent) for one in held]))]
+            if found:
+                more = f" (and {len(found) - 1} more tensors differ)" if len(found) > 1 else ""
+                raise RankMismatch(f"ranks do not hold the same weights: {found[0]}{more}; load the same checkpoint "
+                                   "and the same adapters on every rank", frozenset({FACT}))
+            self._agreed = {name: text for one in held for name, text in one.items() if text != _ELSEWHERE}
+            self._summarize()
 
     def _look(self, modules: Mapping[str, nn.Module]) -> None:
         tensors = dict(_tensors(modules))

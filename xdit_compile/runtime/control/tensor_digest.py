@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -28,7 +28,13 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     accelerator together cost one host synchronisation. The checksum of a tensor depends on the kind of its
     device (CPU or accelerator), so compare only ranks that run on the same kind.
     """
-    sums: dict[str, int] = {}
+    return digests_later(tensors)()
+
+
+def digests_later(tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, str]]:
+    """What gives the `digests` of tensors as they are now. Accelerators compute them meanwhile, and only this waits for
+    them. It holds none of the tensors."""
+    kinds, sums = {name: _kind(t) for name, t in tensors.items()}, dict[str, int]()
     pending: dict[torch.device, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         words = _words(tensor)
@@ -37,9 +43,30 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
             sums[name] = int.from_bytes(content.digest()[:8], "big")
         else:
             pending.setdefault(words.device, {})[name] = _sum(words)
-    for found in pending.values():
-        sums.update(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
-    return {name: f"{_kind(t)} {sums[name] & 0xFFFFFFFFFFFFFFFF:016x}" for name, t in tensors.items()}
+    arriving = [(list(found), _to_host(torch.stack(list(found.values())))) for found in pending.values()]
+
+    def arrived() -> dict[str, str]:
+        for names, numbers in arriving:
+            sums.update(zip(names, numbers(), strict=True))
+        return {name: f"{kind} {sums[name] & 0xFFFFFFFFFFFFFFFF:016x}" for name, kind in kinds.items()}
+
+    return arrived
+
+
+def _to_host(numbers: Tensor) -> Callable[[], list[int]]:
+    """What waits for numbers on an accelerator, and for nothing that it is asked to do later."""
+    if numbers.device.type != "cuda":
+        return numbers.tolist
+    copy = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    copy.copy_(numbers, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(numbers.device))
+
+    def arrived() -> list[int]:
+        event.synchronize()
+        return copy.tolist()
+
+    return arrived
 
 
 def digest(tensor: Tensor) -> str:
