@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "report": {"ir"},
     "runtime.control": {"errors", "spec", "ir"},
     "runtime.compilation": {"errors", "spec", "ir"},
-    "runtime.execution": {"ir", "runtime.compilation"},
+    "runtime.execution": {"errors", "ir", "runtime.compilation"},
     "runtime.deferred": {"errors", "spec", "runtime.control"},
     "runtime.pipefusion": {"errors", "ir", "runtime.control", "runtime.deferred", "runtime.execution"},
     "runtime": {"errors", "spec", "runtime.control", "runtime.deferred", "runtime.pipefusion"},

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import Tensor
 
-from xdit_compile.runtime.pipefusion.denoising_loops import LoopBoundaries
+from xdit_compile.ir import host_values
+from xdit_compile.runtime.pipefusion.loop_boundaries import LoopBoundaries
 
 CALLS: dict[str, tuple[list[tuple[float, str]], list[int]]] = {
     "one way": ([(t, "a") for t in (9.0, 6.0, 3.0)], [0]),
@@ -18,21 +21,41 @@ CALLS: dict[str, tuple[list[tuple[float, str]], list[int]]] = {
 }
 
 
+def at(time: float) -> dict[str, Tensor]:
+    return {"sample": torch.zeros(1, 4, 4), "timestep": torch.full((2,), time)}
+
+
+@pytest.fixture
+def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every tensor lay on an accelerator, whose values nobody may wait for."""
+    monkeypatch.setattr(host_values, "on_host", lambda tensor: False)
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_first_steps(name: str) -> None:
     calls, first = CALLS[name]
     loops = LoopBoundaries()
-    assert [i for i, (t, c) in enumerate(calls) if loops.begins(None, (t, t), c)] == first
+    begun = [loops.begins(None, at(t), c) for t, c in calls]
+    assert [i for i, b in enumerate(begun) if b.here] == first and not any(b.before for b in begun)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_on_a_device_they_are_known_one_call_later(name: str, on_a_device: None) -> None:
+    calls, first = CALLS[name]
+    loops = LoopBoundaries()
+    begun = [loops.begins(None, at(t), c) for t, c in [*calls, (0.0, "z")]]
+    assert [i for i, b in enumerate(begun) if b.here] == [0]
+    assert [i for i, b in enumerate(begun) if b.before] == [i + 1 for i in first if i]
 
 
 def test_without_times_each_call_is_by_itself() -> None:
     loops = LoopBoundaries()
-    assert all(loops.begins(None, (), c) for c in "aab")
+    assert all(loops.begins(None, {"sample": torch.zeros(1, 4, 4)}, c).here for c in "aab")
 
 
 def test_a_pipeline_tells_its_loops() -> None:
     loops = LoopBoundaries()
-    told = [loops.begins(epoch, (), "a") for epoch in (1, 1, 1, 2, 2)]
+    told = [loops.begins(epoch, at(1.0), "a").here for epoch in (1, 1, 1, 2, 2)]
     assert told == [True, False, False, True, False]
-    assert loops.begins(None, (3.0,), "a"), "outside of it"
-    assert loops.begins(3, (), "a")
+    assert loops.begins(None, at(3.0), "a").here, "outside of it"
+    assert loops.begins(3, at(3.0), "a").here

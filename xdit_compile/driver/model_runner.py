@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,21 +15,22 @@ from torch import nn
 
 from xdit_compile.driver.checkpoint import Checkpoint
 from xdit_compile.driver.program_source import ProgramSource, Runnable
-from xdit_compile.errors import RankMismatch, SpecError, XditError
+from xdit_compile.errors import SpecError, XditError
 from xdit_compile.frontend.caller import check_call, unwatched
 from xdit_compile.ir.call_arguments import bind_call, named_leaves
 from xdit_compile.ir.pytree import flatten
 from xdit_compile.ir.released_parameters import missing_parameters, release_parameters
 from xdit_compile.ir.step_inputs import condition_among, timestep_inputs
 from xdit_compile.passes import NOTHING
-from xdit_compile.runtime.control.agreement_channel import Facts
 from xdit_compile.runtime.control.one_call_at_a_time import alone
 from xdit_compile.runtime.control.replicas import FACT, Replicas
-from xdit_compile.runtime.control.tensor_digest import digests, digests_later
+from xdit_compile.runtime.control.tensor_digest import Fingerprint, digests
 from xdit_compile.runtime.deferred.deferred_tensor import DeferredTensor, materialize
 from xdit_compile.runtime.execution.executor import Executor
+from xdit_compile.runtime.execution.loop_invariant_cache import LATE
 from xdit_compile.runtime.parallel_group import CheckInputs, ParallelGroup, check_when
-from xdit_compile.runtime.pipefusion.denoising_loops import DenoisingLoop, DenoisingLoops, LoopBoundaries
+from xdit_compile.runtime.pipefusion.denoising_loops import DenoisingLoop, DenoisingLoops
+from xdit_compile.runtime.pipefusion.loop_boundaries import LoopBoundaries, times_later
 from xdit_compile.runtime.pipefusion.schedule import RESULT
 from xdit_compile.runtime.pipefusion.stage_executor import StageExecutor
 from xdit_compile.spec import ALL
@@ -107,7 +107,8 @@ class ModelRunner:
             fingerprint = self._fingerprint(ready, {n: t for n, t in named.items() if n not in later}, others)
             # What is new is compared before it runs, all else while it does.
             waits = fresh or ready is None or self.check_inputs == "always"
-            agreed = ready is None or not (ready.round_robin or later)
+            # Stages that take turns may be at different calls.
+            agreed = ready is None or not (later or (ready.round_robin and isinstance(ready.executor, StageExecutor)))
             if agreed:
                 self._agree(fingerprint, waits)
             if ready is None:
@@ -124,7 +125,7 @@ class ModelRunner:
                 later = _samples(ready, tensors, named)
                 results = self._through_stages(ready, ready.executor, tensors, named, later, fingerprint(), agreed)
             elif ready.round_robin:
-                results = self._in_turn(ready, ready.executor, tensors, fingerprint, waits)
+                results = self._in_turn(ready, ready.executor, tensors)
             else:
                 results = self._together(ready, ready.executor, tensors)
         except BaseException as error:
@@ -138,16 +139,15 @@ class ModelRunner:
         return output_spec.finish((bound.args, bound.kwargs), tensors, results)
 
     def _fingerprint(self, ready: ReadyProgram | None, given: Mapping[str, torch.Tensor],
-                     others: Mapping[str, str]) -> Facts:
-        """What gives what all ranks must be called with, when values have arrived that are still on a device."""
+                     others: Mapping[str, str]) -> Fingerprint:
+        """What all ranks must be called with."""
         # Also which program: a rank that has to capture one waits for the others to do so too.
         program = {"program": ready.compiled.name if ready else "still to be made"}
         if not self.check_inputs:
-            return lambda: program
-        values = digests_later({n: materialize(t) for n, t in given.items()})
-        return cache(lambda: {**program, **values(), **others})
+            return Fingerprint(program, {})
+        return Fingerprint({**program, **others}, {n: materialize(t) for n, t in given.items()})
 
-    def _agree(self, fingerprint: Facts, waits: bool) -> None:
+    def _agree(self, fingerprint: Fingerprint, waits: bool) -> None:
         """Compare what ranks call the model with, and outside of a pipeline, which does so itself, its weights."""
         control = self.group.control
         if not self.check_inputs or self.group.running:
@@ -161,15 +161,20 @@ class ModelRunner:
               others: Mapping[str, str]) -> tuple[Any, bool]:
         """The kind of a call, and whether it begins a loop. Where one begins, or the model has changed, nothing is kept
         of steps before."""
-        epoch = self.group.epoch if self.group.running else None
-        times = _times(named) if epoch is None else ()
-        fresh = self.boundaries.begins(epoch, times, (condition_among(named), *others.values()))
-        kind = self.source.find(bound.args, bound.kwargs, fresh)
-        if fresh or self.changes != self.source.changes:
+        begun = self.boundaries.begins(self.group.epoch if self.group.running else None, named,
+                                       (condition_among(named), *others.values()))
+        kind = self.source.find(bound.args, bound.kwargs, begun.here)
+        if begun.before:
+            # What is costly to compare is compared now; what is cheap was, at the call before too.
+            counted = self.source.changes
+            kind = self.source.find(bound.args, bound.kwargs, True)
+            if self.source.changes != counted:
+                raise XditError(f"{type(self.model).__name__} {LATE}")
+        if begun.here or begun.before or self.changes != self.source.changes:
             self.changes = self.source.changes
             for ready in self.programs.values():
-                ready.executor.forget()
-        return kind, fresh
+                ready.executor.forget(begun.before)
+        return kind, begun.here or begun.before
 
     def _together(self, ready: ReadyProgram, executor: Executor,
                   tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -178,21 +183,16 @@ class ModelRunner:
         with self.group.control.guard("the forward pass", ready.group.process_groups.bind()):
             return executor(tensors)
 
-    def _in_turn(self, ready: ReadyProgram, executor: Executor, tensors: Sequence[torch.Tensor],
-                 fingerprint: Facts, waits: bool) -> Sequence[DeferredTensor]:
+    def _in_turn(self, ready: ReadyProgram, executor: Executor, tensors: Sequence[torch.Tensor]
+                 ) -> Sequence[DeferredTensor]:
         """The results as promised by the group whose turn it is, which computes them now."""
         round_robin, results = self.group.round_robin, None
         assert round_robin is not None
         owner = round_robin.next(self)
         if owner == round_robin.mine:
             with self.group.control.guard("the forward pass", ready.group.process_groups.bind()):
-                try:
-                    ready.group.control.agree_meanwhile("the call's inputs", fingerprint, waits)
-                except RankMismatch as error:
-                    # The other groups are elsewhere and must be told: to them it is a failure.
-                    raise XditError(str(error)) from error
                 results = executor(tensors)
-        return round_robin.promise(owner, results, ready.compiled.output_spec.likes, fingerprint())
+        return round_robin.promise(owner, results, ready.compiled.output_spec.likes)
 
     def _through_stages(self, ready: ReadyProgram, executor: StageExecutor, tensors: Sequence[torch.Tensor],
                         named: Mapping[str, torch.Tensor], later: Collection[str], fingerprint: Mapping[str, str],
@@ -207,7 +207,7 @@ class ModelRunner:
         communicator, spec = executor.communicator, ready.group.spec
         round_robin = self.group.round_robin if ready.round_robin else None
         others = {n: materialize(t) for n, t in named.items() if n not in later}
-        time = _times(others)
+        time = times_later(others)()
         others = {n: t for n, t in others.items() if n not in timestep_inputs(others)}
         owner = round_robin.next(self) if round_robin else 0
         mine = round_robin is None or owner == round_robin.mine
@@ -315,12 +315,6 @@ class ModelRunner:
         self.used |= compiled.parameters
         release_parameters(self.model, [path for path, i in self.stages.items() if i != group.stage], self.used)
         return StageExecutor(stage, self.model, group.communicator, self.group.counts)
-
-
-def _times(named: Mapping[str, torch.Tensor]) -> tuple[float, ...]:
-    """The least and the greatest of each of the times."""
-    found = [materialize(named[n]).detach().cpu().double().numpy() for n in sorted(timestep_inputs(named))]
-    return tuple(float(x) for times in found if times.size for x in (times.min(), times.max()))
 
 
 def _samples(ready: ReadyProgram | None, tensors: Sequence[torch.Tensor],

@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from xdit_compile.frontend.concrete_values import plain
 from xdit_compile.frontend.objects import MISSING, content
+from xdit_compile.ir import host_values
 from xdit_compile.ir.released_parameters import device_of
 
 SMALL = 1 << 14
@@ -223,7 +224,7 @@ def _nbytes(value: Any) -> int:
 
 
 def _is_small(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() <= SMALL
+    return host_values.on_host(tensor) and tensor.untyped_storage().nbytes() <= SMALL
 
 
 def values(tensor: torch.Tensor) -> Hashable:

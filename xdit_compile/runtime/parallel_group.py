@@ -112,7 +112,7 @@ class ParallelGroup:
         """Where calls can be shared out among groups. All ranks ask for it together the first time."""
         if self.spec.cfg_degree == 1:
             return None
-        return GuidanceRoundRobin(self.spec, self.ranks, self.control)
+        return GuidanceRoundRobin(self.spec, self.ranks, self.control, self._failed)
 
     @cached_property
     def subgroup(self) -> ParallelGroup | None:
@@ -193,8 +193,7 @@ class ParallelGroup:
             with suppress(RankFailure), guard:  # known from then on, and raised by every later call
                 for one in self._pending():
                     self._finish_quietly(one)
-        if self.control.verdict is not None:
-            self.forget()
+        self._failed()
 
     def _finish_quietly(self, pending: Callable[[], object]) -> None:
         try:
@@ -204,6 +203,10 @@ class ParallelGroup:
                 raise
             # Of something recorded that nobody will use; all has arrived before.
             log.debug("what was recorded cannot be computed", exc_info=True)
+
+    def _failed(self) -> None:
+        if self.control.verdict is not None:
+            self.forget()
 
     def forget(self) -> None:
         """Use no group again: a collective failed."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from xdit_compile.ir import host_values
 
 # An integer view no wider than 32 bits: in 64-bit arithmetic a wider word could lose its sign bit (see _sum).
 _WORDS = {1: torch.uint8, 2: torch.int16}
@@ -28,45 +30,33 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     accelerator together cost one host synchronisation. The checksum of a tensor depends on the kind of its
     device (CPU or accelerator), so compare only ranks that run on the same kind.
     """
-    return digests_later(tensors)()
+    return Fingerprint({}, tensors)()
 
 
-def digests_later(tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, str]]:
-    """What gives the `digests` of tensors as they are now. Accelerators compute them meanwhile, and only this waits for
-    them. It holds none of the tensors."""
-    kinds, sums = {name: _kind(t) for name, t in tensors.items()}, dict[str, int]()
-    pending: dict[torch.device, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        words = _words(tensor)
-        if words.device.type == "cpu":
-            content = hashlib.sha1(words.view(torch.uint8).numpy().data, usedforsecurity=False)
-            sums[name] = int.from_bytes(content.digest()[:8], "big")
-        else:
-            pending.setdefault(words.device, {})[name] = _sum(words)
-    arriving = [(list(found), _to_host(torch.stack(list(found.values())))) for found in pending.values()]
+class Fingerprint:
+    """What a call is made with, as it was when this was made: some texts, and the `digests` of tensors, none of which is
+    held on to. Accelerators compute theirs meanwhile."""
 
-    def arrived() -> dict[str, str]:
-        for names, numbers in arriving:
-            sums.update(zip(names, numbers(), strict=True))
-        return {name: f"{kind} {sums[name] & 0xFFFFFFFFFFFFFFFF:016x}" for name, kind in kinds.items()}
+    def __init__(self, texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+        self._texts, self._kinds = dict(texts), {name: _kind(t) for name, t in tensors.items()}
+        self._sums: dict[str, int] = {}
+        pending: dict[torch.device, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            words = _words(tensor)
+            if host_values.on_host(words):
+                content = hashlib.sha1(words.view(torch.uint8).numpy().data, usedforsecurity=False)
+                self._sums[name] = int.from_bytes(content.digest()[:8], "big")
+            else:
+                pending.setdefault(words.device, {})[name] = _sum(words)
+        self._arriving = [(list(found), host_values.to_host(torch.stack(list(found.values()))))
+                          for found in pending.values()]
 
-    return arrived
-
-
-def _to_host(numbers: Tensor) -> Callable[[], list[int]]:
-    """What waits for numbers on an accelerator, and for nothing that it is asked to do later."""
-    if numbers.device.type != "cuda":
-        return numbers.tolist
-    copy = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-    copy.copy_(numbers, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(numbers.device))
-
-    def arrived() -> list[int]:
-        event.synchronize()
-        return copy.tolist()
-
-    return arrived
+    def __call__(self) -> dict[str, str]:
+        """All as texts. Waits for the accelerators."""
+        for names, read in self._arriving:
+            self._sums.update(zip(names, read(), strict=True))
+        return self._texts | {
+            name: f"{kind} {self._sums[name] & 0xFFFFFFFFFFFFFFFF:016x}" for name, kind in self._kinds.items()}
 
 
 def digest(tensor: Tensor) -> str:

@@ -8,16 +8,13 @@ rank waits for what another does with the results, only for the call that it com
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
-from xdit_compile.errors import XditError
 from xdit_compile.runtime.control.control_plane import ControlPlane
 from xdit_compile.runtime.control.process_groups import make_group
 from xdit_compile.runtime.deferred.deferred_tensor import DeferredTensor, Promise, Tape
@@ -26,14 +23,10 @@ from xdit_compile.spec import ShardingSpec
 
 @dataclass
 class _Call:
-    """A call that some group computes: its results, or room for them, and a digest of what it was made with, on this
-    rank and, in ``header``, on that group's."""
+    """A call that some group computes: its results, or room for them."""
 
     owner: int
     tensors: list[torch.Tensor]
-    fingerprint: Mapping[str, str]
-    digest: bytes
-    header: torch.Tensor
     promise: Promise = field(default_factory=Promise)
     works: list[dist.Work] = field(default_factory=list)
 
@@ -49,7 +42,10 @@ class GuidanceRoundRobin:
         sent: bytes this rank has sent.
     """
 
-    def __init__(self, spec: ShardingSpec, ranks: Sequence[int], control: ControlPlane) -> None:
+    def __init__(self, spec: ShardingSpec, ranks: Sequence[int], control: ControlPlane,
+                 failed: Callable[[], None]) -> None:
+        """``failed``: called when results cannot be fetched, outside of any call of a model perhaps."""
+        self._failed = failed
         here, size = ranks.index(dist.get_rank()), spec.model_degree
         self.degree, self.mine = spec.cfg_degree, here // size % spec.cfg_degree
         base = here - self.mine * size
@@ -72,18 +68,13 @@ class GuidanceRoundRobin:
         self._taken[model] += 1
         return (self._taken[model] - 1) % self.degree
 
-    def promise(self, owner: int, results: Sequence[torch.Tensor] | None, likes: Sequence[torch.Tensor],
-                fingerprint: Mapping[str, str]) -> list[DeferredTensor]:
-        """What the group ``owner`` computes (``results``, on its ranks) as deferred tensors shaped as ``likes``.
-
-        Args:
-            facts: what all groups must hold alike for the call to be one and the same, compared when it is fetched.
-        """
+    def promise(self, owner: int, results: Sequence[torch.Tensor] | None, likes: Sequence[torch.Tensor]
+                ) -> list[DeferredTensor]:
+        """What the group ``owner`` computes (``results``, on its ranks) as deferred tensors shaped as ``likes``. That all
+        groups make the same call is for them to compare."""
         room = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in likes] if results is None else [
             t.contiguous() for t in results]
-        digest = hashlib.blake2b(json.dumps(dict(fingerprint), sort_keys=True).encode(), digest_size=16).digest()
-        header = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(likes[0].device)
-        self._calls.append(call := _Call(owner, room, fingerprint, digest, header))
+        self._calls.append(call := _Call(owner, room))
         if owner == self.mine:
             self._post()
             self.sent += sum(t.nbytes for t in room) * (self.degree - 1)
@@ -100,19 +91,20 @@ class GuidanceRoundRobin:
         for call in self._calls:
             if not call.works:
                 call.works = [dist.broadcast(t, group=self.group, group_src=call.owner, async_op=True)
-                              for t in [call.header, *call.tensors]]
+                              for t in call.tensors]
                 self._leaving += [call] if call.owner == self.mine else []
 
     def _fetch(self) -> None:
-        with self._control.guard("fetching what other groups computed", (self.group,)):
-            self._post()
-            calls, self._calls = self._calls, []
-            for call in calls:
-                if call.owner != self.mine:
-                    for work in call.works:
-                        work.wait()
-                    if call.header.cpu().numpy().tobytes() != call.digest:
-                        raise XditError(f"group {call.owner} of {self.degree} computed another call than group "
-                                        f"{self.mine} asked for: {dict(call.fingerprint)}")
-                call.promise.values = call.tensors
+        try:
+            with self._control.guard("fetching what other groups computed", (self.group,)):
+                self._post()
+                calls, self._calls = self._calls, []
+                for call in calls:
+                    if call.owner != self.mine:
+                        for work in call.works:
+                            work.wait()
+                    call.promise.values = call.tensors
+        except BaseException:
+            self._failed()
+            raise
         self.fetched[len(calls)] += 1

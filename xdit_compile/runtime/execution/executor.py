@@ -69,10 +69,10 @@ class Executor:
         if self._graphed:
             check_groups(groups)
 
-    def forget(self) -> None:
-        """Keep nothing of the steps so far."""
+    def forget(self, suspect: bool = False) -> None:
+        """Keep nothing of the steps so far; ``suspect``: as `LoopInvariantCache.forget`."""
         if self._cache is not None:
-            self._cache.forget()
+            self._cache.forget(suspect)
 
     def __call__(self, tensors: Sequence[torch.Tensor], values: Mapping[str, torch.Tensor] = NONE,
                  caches: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:

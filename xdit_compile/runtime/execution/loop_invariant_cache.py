@@ -15,12 +15,19 @@ from dataclasses import dataclass
 
 import torch
 
+from xdit_compile.errors import XditError
+from xdit_compile.ir import host_values
+
 ENTRIES = 4
 """So many prompts, at most, that one model is called with by turns."""
 
 PROBE = 64
 """So many numbers of a tensor are compared, spread over all of it; of one that is not larger than that times itself,
 all."""
+
+LATE = ("depends on values that were written through .data, which PyTorch does not count, before the call that began "
+        "this loop. That call has used values of before: its times lie on a device and became known only now. Call it "
+        "again, or give it times on the CPU")
 
 Values = tuple[torch.Tensor, ...]
 Key = tuple[tuple[int, int, int], ...]
@@ -54,12 +61,15 @@ class LoopInvariantCache:
     def __init__(self, places: Sequence[int], counts: Counter[str]) -> None:
         self._places, self._counts = tuple(places), counts
         self._sets: dict[Key, CachedValues] = {}
+        self._suspects: dict[Key, CachedValues] = {}
 
     def __len__(self) -> int:
         return len(self._sets)
 
-    def forget(self) -> None:
-        """A new loop begins, or something else than the arguments has changed."""
+    def forget(self, suspect: bool = False) -> None:
+        """A new loop begins, or something else than the arguments has changed; ``suspect``: the call before has begun
+        it, so that what was kept must come out the same."""
+        self._suspects = dict(self._sets) if suspect else {}
         self._sets.clear()
 
     def __call__(self, arguments: Sequence[torch.Tensor], state: Sequence[torch.Tensor],
@@ -73,6 +83,7 @@ class LoopInvariantCache:
         # Whoever repeats a call exactly has probably changed what nobody counts: weights through ``.data``.
         if found is None or _same(found.seen, seen) or found.probes != probes:
             values = compute()
+            self._check_suspect(key, values)
             found = CachedValues(values, frozenset(v.untyped_storage().data_ptr() for v in values), [], seen, probes)
             if key is not None:
                 found.watched = [weakref.ref(t, _forget(weakref.ref(self), key)) for t in used]
@@ -84,6 +95,13 @@ class LoopInvariantCache:
         while len(self._sets) > ENTRIES:
             del self._sets[next(iter(self._sets))]
         return found
+
+
+    def _check_suspect(self, key: Key | None, values: Values) -> None:
+        if key is None or (suspect := self._suspects.pop(key, None)) is None:
+            return
+        if not all(map(torch.equal, suspect.values, values)):
+            raise XditError(f"what was kept from step to step {LATE}")
 
 
 def _forget(owner: weakref.ref[LoopInvariantCache], key: Key) -> Callable[[object], None]:
@@ -111,7 +129,7 @@ def _version(tensor: torch.Tensor) -> int | None:
 
 
 def _probe(tensor: torch.Tensor) -> bytes | None:
-    if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+    if not host_values.on_host(tensor) or tensor.layout is not torch.strided:
         return None
     tensor, count = tensor.detach(), tensor.numel()
     if count <= PROBE * PROBE:

@@ -43,47 +43,6 @@ class DenoisingLoop:
         return all(move >= 0 for move in moves)
 
 
-class LoopBoundaries:
-    """Tells the first step of a denoising loop from the others.
-
-    Inside of a pipeline each of its calls is one. Else a loop goes on as long as its times go one way, and no call
-    comes again at the same time: several conditions have a call each.
-    """
-
-    def __init__(self) -> None:
-        self._epoch: int | None = None
-        self._times: list[Times] = []
-        """The last two that differed."""
-        self._calls: set[Hashable] = set()
-
-    def begins(self, epoch: int | None, times: Times, call: Hashable) -> bool:
-        """Whether a call is the first of its loop.
-
-        Args:
-            epoch: of the pipeline whose call is under way; None outside of pipelines.
-            times: empty where there are none: such a call is no step of a loop, but one by itself.
-            call: what the call is made with beside its sample and its times.
-        """
-        if epoch is not None or epoch != self._epoch:
-            new, self._epoch = epoch != self._epoch, epoch
-            self._times, self._calls = [times], {call}
-            return new
-        last = self._times[-1] if self._times else ()
-        if times and times == last and call not in self._calls:
-            self._calls.add(call)
-            return False
-        known, self._calls = self._times, {call}
-        self._times = [*known[-1:], times]
-        if not times or times == last or len(times) != len(last):
-            self._times = [times]
-            return True
-        moves = [(new - old) * (old - older) for new, old, older in zip(times, last, known[0], strict=True)]
-        if any(move < 0 for move in moves):
-            self._times = [times]
-            return True
-        return False
-
-
 class DenoisingLoops:
     """The loops of one model."""
 

@@ -111,9 +111,9 @@ class StageExecutor:
         """A new denoising loop."""
         self.bars, self.history, self._plays = [], [], None
 
-    def forget(self) -> None:
-        """Keep nothing of what was computed of arguments that do not change."""
-        self._once.forget()
+    def forget(self, suspect: bool = False) -> None:
+        """Keep nothing of what was computed of arguments that do not change; ``suspect``: as `Executor.forget`."""
+        self._once.forget(suspect)
 
     def caches(self) -> list[torch.Tensor]:
         """Memory for what is kept from step to step."""
