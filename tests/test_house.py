@@ -30,7 +30,7 @@ ARROWS: dict[str, set[str]] = {
     "runtime.control": {"errors", "spec", "ir"},
     "runtime.compilation": {"errors", "spec", "ir"},
     "runtime.execution": {"errors", "ir", "runtime.compilation"},
-    "runtime.deferred": {"errors", "spec", "runtime.control"},
+    "runtime.deferred": {"spec", "runtime.control"},
     "runtime.pipefusion": {"errors", "ir", "runtime.control", "runtime.deferred", "runtime.execution"},
     "runtime": {"errors", "spec", "runtime.control", "runtime.deferred", "runtime.pipefusion"},
     "driver": {"errors", "spec", "ir", "frontend", "passes", "runtime", "runtime.control", "runtime.deferred",

@@ -34,7 +34,7 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 class Fingerprint:
-    """What a call is made with, as it was when this was made: some texts, and the `digests` of tensors, none of which is
+    """What a call is made with, as it was when this was made: some texts, and the `digests` of tensors, which are not
     held on to. Accelerators compute theirs meanwhile."""
 
     def __init__(self, texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
