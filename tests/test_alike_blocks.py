@@ -275,6 +275,8 @@ ROWS: dict[str, tuple[Any, Any, Any, Any]] = {
     "an attribute of a list": (lambda b, x: x * b.held.scale, listed, None, at_the_end),
     "a slot": (lambda b, x: x * b.held.i, holding(Slotted), None, at_the_end),
     "vars": (lambda b, x: x * vars(b)["held"], holding(int), None, at_the_end),
+    "a keyword of an operator": (lambda b, x: torch.clamp(x, max=0.1 * vars(b)["held"]), holding(int), None,
+                                 at_the_end),
     "by get": (lambda b, x: x * vars(b).get("held", 7), holding(int), None, at_the_end),
     "the length of a deque": (lambda b, x: x * (b.held.maxlen or 9), holding(lambda i: deque([1], i + 1)), None,
                               at_the_end),

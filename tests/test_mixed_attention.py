@@ -10,10 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from emulation import difference, held
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from xdit_compile.frontend.capture import capture
+from xdit_compile.ir.layout import SEQUENCE, Dim
 from xdit_compile.passes import localize, plan
+from xdit_compile.passes.attention_plan import AttentionPlan
 from xdit_compile.report.costs import costs_of
 from xdit_compile.spec import ShardingSpec
 
@@ -74,3 +78,18 @@ def test_numbers_and_bytes(seed: int) -> None:
     for local in ranks:
         sent = sum(c.size * c.times for c in costs_of(local).collectives if c.why.startswith("attention"))
         assert sent == sum(n.size for n in local.notes if n.kind == "attention") > 0
+
+
+@settings(max_examples=100)
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 6))
+def test_a_rank_gets_the_key_heads_that_its_query_heads_read(kv_heads: int, group: int, ulysses: int) -> None:
+    heads = kv_heads * group
+    if heads < ulysses:
+        return
+    dim = Dim.even(12, ulysses, SEQUENCE)
+    plan = AttentionPlan(dim, dim, heads, kv_heads, 4, 4, 1, 4, ulysses, 1)
+    cuts = plan.head_cuts()
+    assert cuts[0] == 0 and cuts[-1] == heads
+    for u in range(ulysses):
+        read = {head // group for head in range(*cuts[u : u + 2])}
+        assert not read or plan.kv_range(u) == (min(read), max(read) + 1)

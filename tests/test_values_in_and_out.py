@@ -60,7 +60,7 @@ def flat(x: Any) -> Any:
     if isinstance(x, np.ndarray):
         return x.copy()
     named = [*getattr(type(x), "__slots__", ()), *getattr(x, "__dict__", ())]
-    return [type(x), *((n, flat(getattr(x, n))) for n in named)] if named else x
+    return [type(x), *((n, flat(getattr(x, n))) for n in named if hasattr(x, n))] if named else x
 
 
 class Entries(dict[str, Any]):
@@ -201,6 +201,14 @@ def older(m: Plain, y: Tensor, a: list[Tensor]) -> tuple[Tensor, Tensor]:
     return y, before
 
 
+def emptied(m: Plain, y: Tensor, a: Any) -> Tensor:
+    """Takes the value out, if there is one."""
+    if hasattr(a, "value"):
+        y = y * a.value
+        del a.value
+    return y
+
+
 def swapped(m: Plain, y: Tensor, a: list[Tensor]) -> Tensor:
     before = a[0].clone()
     a[0].copy_(a[1])
@@ -239,6 +247,8 @@ RIGHT: dict[str, tuple[Callable[..., Any], Callable[[Call, Plain], Iterator[Any]
     "dict subclass filled": (counted, repeated(Entries)),
     "deque filled": (queued, repeated(lambda: collections.deque(maxlen=2))),
     "slots filled": (stored, repeated(lambda: Slots(0.0))),
+    "slots emptied": (emptied, repeated(lambda: Slots(2.0))),
+    "a namespace emptied": (emptied, repeated(lambda: types.SimpleNamespace(value=2.0))),
     "numbers read": (lambda m, y, a: y * float(m.gain[:3].numpy().sum()) + float(a[:2].numpy().sum()),
                        given(*(lambda: torch.tensor([1., float("nan"), 3.]).nan_to_num(2.),) * 2)),
     "older value": (older, repeated(lambda: [torch.ones(2)])),

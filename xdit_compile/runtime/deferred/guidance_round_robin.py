@@ -70,8 +70,8 @@ class GuidanceRoundRobin:
 
     def promise(self, owner: int, results: Sequence[torch.Tensor] | None, likes: Sequence[torch.Tensor]
                 ) -> list[DeferredTensor]:
-        """What the group ``owner`` computes (``results``, on its ranks) as deferred tensors shaped as ``likes``. Whether
-        all groups make the same call is not looked at here."""
+        """What the group ``owner`` computes (``results``, on its ranks) as deferred tensors shaped as ``likes``. That
+        all groups make the same call is not checked here."""
         room = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in likes] if results is None else [
             t.contiguous() for t in results]
         self._calls.append(call := _Call(owner, room))
