@@ -15,7 +15,7 @@ BACKENDS = ("eager", "inductor", "onediff")
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
 ENCODERS = ("everywhere", "spread")
 KEEP = ("on", "off")
-KERNELS = ("auto", "torch", "flash_attn", "yunchang")
+KERNELS = ("auto", "torch", "flash_attn", "flash_attn_3", "flash_attn_4", "cudnn", "sage", "xformers", "yunchang")
 ALL = "all"
 SHORT = {"kernel": "attention_kernel", "patches": "num_patches", "warmup": "warmup_steps", "mode": "compile_mode"}
 """Other words for fields; a degree's may also leave out ``_degree``."""
@@ -57,7 +57,7 @@ class ShardingSpec:
         compile_options: what else the compiler is told, as a mapping or as JSON of one; kept as JSON. For ``inductor``
             the options of torch.compile, for ``onediff`` those of its compiler.
         attention_kernel: ``auto`` takes flash-attn where it is installed and fits, PyTorch's kernels otherwise;
-            a kernel asked for by name is used or refused, never replaced.
+            a kernel asked for by name is used or refused, never replaced. ``sage`` is approximate.
 
     Raises:
         SpecError: a degree is not a positive whole number, a word is unknown, or has no effect beside the others.

@@ -40,6 +40,7 @@ class Kernel:
             `xdit_compile::attention_lse`, only for inputs that are not empty and that `supports` accepted.
         like: called as `forward` with fake tensors; its results have the shapes, types and strides of `forward`'s. It
             needs neither the package nor a device, so that programs can be made and compiled anywhere.
+        approximate: whether it computes something else than attention on purpose. Never chosen but by its name.
     """
 
     name: str
@@ -47,16 +48,18 @@ class Kernel:
     supports: Callable[[str, torch.dtype, int, int, bool], str | None]
     forward: Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], tuple[Tensor, Tensor]]
     like: Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], tuple[Tensor, Tensor]]
+    approximate: bool = False
 
 
-def package_problem(package: str, attribute: str, extra: str) -> str | None:
-    """None if `package` imports and has `attribute`, else what is wrong with it.
+def package_problem(package: str, attribute: str, extra: str = "", install: str = "") -> str | None:
+    """None if `package` imports and has `attribute`, else what is wrong with it: how to `install` it, if by no `extra`.
 
     Only ImportError is turned into a reason, with its text: another error raised by a package while it is
     imported is a fault to be seen as it is.
     """
     if importlib.util.find_spec(package) is None:
-        return f"the package {package!r} is not installed (pip install 'xdit-compile[{extra}]')"
+        install = install or f"pip install 'xdit-compile[{extra}]'"
+        return f"the package {package!r} is not installed ({install})"
     try:
         module = importlib.import_module(package)
     except ImportError as error:
@@ -83,6 +86,15 @@ def flash_problem(
     if head_dim > 256:
         return f"it handles head dimensions up to 256, not {head_dim}"
     return None
+
+
+def like_rows(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """See `Kernel.like`, for packages whose result is new memory of (B, S, H, D) and whose log-sum-exp is (B, H, S)."""
+    batch, heads, queries, _ = q.shape
+    out = q.new_empty((batch, queries, heads, v.shape[-1])).transpose(1, 2)
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @functools.cache

@@ -14,7 +14,8 @@ heads and Hkv key heads:
 A row with no key to attend to gives out 0 and lse -inf. B, H, Sq and Sk may be 0.
 
 Raises ValueError for shapes that do not fit and for an unknown kernel, and KernelUnavailable for what the
-kernel is unable to do, so that a kernel that ignores masks is never given one.
+kernel is unable to do, so that a kernel that ignores masks is never given one; also, at its first use, for a kernel
+that does not compute what is said here (`probe.py`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from xdit_compile.kernels.base import unavailable
+from xdit_compile.kernels.probe import broken_promise
 from xdit_compile.kernels.registry import KERNELS
 
 _ARGUMENTS = "(Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale, str kernel)"
@@ -41,7 +43,13 @@ def _attention_lse(
     if q.numel() == 0 or k.numel() == 0:
         return q.new_zeros(*q.shape[:3], v.shape[3]), q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
     chosen = KERNELS[kernel]
-    return (chosen.like if fake else chosen.forward)(q, k, v, mask, scale)
+    if fake:
+        return chosen.like(q, k, v, mask, scale)
+    grouped, masked = q.shape[1] != k.shape[1], mask is not None
+    reason = broken_promise(chosen, q.device, q.dtype, q.shape[3], v.shape[3], grouped, masked)
+    if reason is not None:
+        raise unavailable(kernel, reason)
+    return chosen.forward(q, k, v, mask, scale)
 
 
 def _attention(

@@ -8,11 +8,22 @@ import warnings
 import torch
 
 from xdit_compile.errors import SpecError
-from xdit_compile.kernels import flash_attn_kernel, torch_kernel, yunchang_kernel
+from xdit_compile.kernels import (
+    cudnn_kernel,
+    flash_attn_3_kernel,
+    flash_attn_4_kernel,
+    flash_attn_kernel,
+    sage_kernel,
+    torch_kernel,
+    xformers_kernel,
+    yunchang_kernel,
+)
 from xdit_compile.kernels.base import Kernel, unavailable
 
 KERNELS: dict[str, Kernel] = {
-    module.KERNEL.name: module.KERNEL for module in (torch_kernel, flash_attn_kernel, yunchang_kernel)
+    module.KERNEL.name: module.KERNEL for module in (
+        torch_kernel, flash_attn_kernel, flash_attn_3_kernel, flash_attn_4_kernel, cudnn_kernel, sage_kernel,
+        xformers_kernel, yunchang_kernel)
 }
 
 

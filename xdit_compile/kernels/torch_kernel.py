@@ -1,7 +1,7 @@
 """PyTorch's own attention kernels, called where they also give the log-sum-exp that merging needs.
 
 `F.scaled_dot_product_attention` picks among the same operators but drops their log-sum-exp. The choice here
-is by the same limits; whatever the fused operators cannot do is computed by `_math`, from the definition.
+is by the same limits; whatever the fused operators cannot do is computed by `definition`, from the definition.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def forward(
             return out, lse
         if device == "cuda" and _fits_cuda_efficient(q, v, mask):
             return _efficient(q, k, v, mask, scale)
-    return _math(q, k, v, mask, scale)
+    return definition(q, k, v, mask, scale)
 
 
 def _supports(
@@ -54,8 +54,9 @@ def _flash_on_cpu(
     if mask is None:
         out, lse = _cpu_flash(q, k, v, scale=scale)
         return out, lse.float()
-    # Besides q's dtype the kernel takes float32, to which no 16-bit bias or finfo.min loses anything.
-    bias = mask if mask.dtype == q.dtype else _bias(mask, torch.float32)
+    # Beside 16-bit queries the kernel takes float32 too, to which no bias or finfo.min loses anything. Beside float64
+    # it reads float32 as if it were float64.
+    bias = mask if mask.dtype == q.dtype else _bias(mask, torch.float64 if q.dtype == torch.float64 else torch.float32)
     out, lse = _cpu_flash(q, k, v, attn_mask=bias.expand(*q.shape[:3], k.shape[2]), scale=scale)
     return out, _mark_empty_rows(lse.float(), bias)
 
@@ -71,7 +72,7 @@ def _efficient(
     return out, lse if bias is None else _mark_empty_rows(lse, bias)
 
 
-def _math(
+def definition(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """The definition, in float32 or wider: softmax(q k^T scale + mask) v, with all scores in memory."""
