@@ -23,14 +23,15 @@ class Size:
     hidden: int
     double: int
     single: int
+    head_dim: int = HEAD_DIM
 
     def __post_init__(self) -> None:
-        if self.hidden % HEAD_DIM:
-            raise ValueError(f"the hidden width must be a multiple of {HEAD_DIM}, got {self.hidden}")
+        if self.hidden % self.head_dim or self.head_dim % 8:
+            raise ValueError(f"the width must be a multiple of {self.head_dim}, and that of 8, got {self.hidden}")
 
     @property
     def heads(self) -> int:
-        return self.hidden // HEAD_DIM
+        return self.hidden // self.head_dim
 
 
 def model(size: Size) -> nn.Module:
@@ -38,15 +39,16 @@ def model(size: Size) -> nn.Module:
     from diffusers import FluxTransformer2DModel
 
     torch.manual_seed(0)
+    side = size.head_dim * 7 // 16 // 2 * 2
     made = FluxTransformer2DModel(
         in_channels=CHANNELS,
         num_layers=size.double,
         num_single_layers=size.single,
-        attention_head_dim=HEAD_DIM,
+        attention_head_dim=size.head_dim,
         num_attention_heads=size.heads,
         joint_attention_dim=TEXT_WIDTH,
         pooled_projection_dim=POOLED_WIDTH,
-        axes_dims_rope=(8, 28, 28),
+        axes_dims_rope=(size.head_dim - 2 * side, side, side),
     )
     return made.eval().requires_grad_(False)
 

@@ -5,10 +5,13 @@ The graph of FLUX.1-dev (19 double-stream and 38 single-stream blocks) at a tiny
 * plain: the model as it is;
 * whole: ``torch.compile(model, fullgraph=True)`` (``--compile``);
 * ours: ``parallelize(model, "ulysses=1")``, eager, or with ``--compile`` ``backend=inductor``;
-* runner: of ours, what is not the program itself: which program the call is for, whether ranks agree, its results.
+* runner: of ours, what is not the program itself: which program the call is for, whether ranks agree, its results;
+* of N: ours as rank 0 of N (``--ranks 8``, ``ulysses=8``), whose process groups are fake: they send nothing, and what
+  other ranks hold is what this one does.
 
     python benchmarks/host.py
     python benchmarks/host.py --compile --double 2 --single 4
+    python benchmarks/host.py --compile --ranks 8
     python benchmarks/host.py --profile 25          # where ours spends its time
 
 Timed in turns; the least of each and the median of the ratios within a round are shown.
@@ -22,17 +25,24 @@ import json
 import pstats
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import flux
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from tqdm import trange
 
 from xdit_compile import parallelize
+from xdit_compile.runtime import parallel_group
+from xdit_compile.runtime.control.agreement_channel import DIGEST, AgreementChannel
+from xdit_compile.runtime.control.control_plane import ControlPlane
 from xdit_compile.runtime.execution.executor import Executor
 
 
@@ -61,12 +71,50 @@ def step(call: Callable[..., Any], inputs: dict[str, Any], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
+class FakeGloo:
+    """All ranks hold what this one sends."""
+
+    def alltoall_base(self, got: torch.Tensor, sent: torch.Tensor, *_: Any) -> FakeGloo:
+        got.copy_(sent)
+        return self
+
+    def wait(self) -> None: ...
+
+
+class FakeControl(ControlPlane):
+    """That of a rank whose peers are not there: it compares, in its thread, with copies of its own."""
+
+    def __init__(self, ranks: Sequence[int], *_: Any) -> None:
+        super().__init__(ranks[:1])
+        self.ranks = tuple(ranks)
+        self._heart = cast(Any, SimpleNamespace(call=0, label="", known=None, waiting=False, ended=0, connections=[]))
+        self._close = cast(Any, SimpleNamespace(alive=True))
+        self._channels.append(AgreementChannel(FakeGloo(), self.ranks, lambda text: text[:DIGEST].ljust(DIGEST), print))
+
+    def agree(self, what: str, mine: Mapping[str, str]) -> None: ...
+
+    def guard(self, label: str, groups: Sequence[Any] = ()) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def patiently(self, what: str, make: Callable[[], Any]) -> Any:
+        return make()
+
+
+def of_many(model: nn.Module, spec: str, ranks: int) -> Callable[..., Any]:
+    """The model as rank 0 of so many."""
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=ranks)
+    parallel_group.ControlPlane = FakeControl  # type: ignore[misc]
+    return parallelize(model, f"ulysses={ranks},{spec}", ranks=range(ranks))
+
+
 @torch.no_grad()
 def measure(options: argparse.Namespace) -> dict[str, list[float]]:
-    size = flux.Size(options.tokens, options.text, options.hidden, options.double, options.single)
+    size = flux.Size(options.tokens, options.text, options.hidden, options.double, options.single, options.head_dim)
     model, inputs = flux.model(size), flux.inputs(size)
-    spec = "ulysses=1,backend=inductor" if options.compile else "ulysses=1"
+    spec = "backend=inductor" if options.compile else "backend=eager"
     ways: dict[str, Callable[..., Any]] = {"plain": flux.model(size), "ours": parallelize(model, spec)}
+    if options.ranks > 1:
+        ways[f"of {options.ranks}"] = of_many(flux.model(size), spec, options.ranks)
     if options.compile:
         ways["whole"] = torch.compile(flux.model(size), fullgraph=True)
     for call in ways.values():
@@ -96,7 +144,7 @@ def show(found: dict[str, list[float]], base: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"double": 19, "single": 38, "hidden": 64, "tokens": 16, "text": 8, "rounds": 11, "calls": 5,
-                          "profile": 0}.items():
+                          "profile": 0, "ranks": 1, "head_dim": 8}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--compile", action="store_true", help="compiled by inductor, both")
     parser.add_argument("--json", type=Path)
