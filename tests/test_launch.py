@@ -217,7 +217,9 @@ def by_hand(rank: int, size: int, port: int, folder: str) -> None:
         control.agree("after", {})
     except Exception as error:
         said = said.removeprefix("right") + f"{type(error).__name__}: {error}"
-    Path(folder, f"said{rank}").write_text(f"{time.monotonic() - start:.1f}|{said}")
+    draft = Path(folder, f"draft{rank}")
+    draft.write_text(f"{time.monotonic() - start:.1f}|{said}")
+    draft.rename(Path(folder, f"said{rank}"))  # whoever waits for it finds it whole
 
 
 def test_a_rank_without_a_gpu_of_its_own_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
