@@ -29,7 +29,7 @@ from xdit_compile.ir.program import Program
 from xdit_compile.passes import localize, plan
 from xdit_compile.runtime.compilation import regional as compiling
 from xdit_compile.runtime.compilation.graph_segments import outline_segments
-from xdit_compile.runtime.compilation.inductor_backend import INDUCTOR_OPTIONS
+from xdit_compile.runtime.compilation.inductor_backend import own_options
 from xdit_compile.spec import ShardingSpec
 
 EXACT = 1e-5
@@ -117,7 +117,7 @@ def test_mode_and_options_reach_torch(monkeypatch: pytest.MonkeyPatch) -> None:
             "compile_options": {"max_autotune": False, "epilogue_fusion": True}}
     model = deep(2)
     assert difference_of_outputs(xdit_compile.parallelize(model, spec), model) <= EXACT
-    assert options == 3 * [INDUCTOR_OPTIONS | {
+    assert options == 3 * [own_options() | {
         "coordinate_descent_tuning": True, "max_autotune": False, "epilogue_fusion": True}]
 
 

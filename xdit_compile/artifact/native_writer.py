@@ -19,7 +19,7 @@ from xdit_compile.ir.layout import BATCH, SEQUENCE
 from xdit_compile.ir.mesh import RING, ULYSSES, axis_sizes, group_name, position_of
 from xdit_compile.ir.program import Program, is_collective, output_args
 from xdit_compile.runtime.compilation.graph_segments import outline_segments
-from xdit_compile.runtime.compilation.inductor_backend import INDUCTOR_OPTIONS
+from xdit_compile.runtime.compilation.inductor_backend import own_options
 from xdit_compile.spec import ShardingSpec
 
 aten = torch.ops.aten
@@ -68,7 +68,7 @@ class AheadOfTimePackages:
                 exported = torch.export.export(fx.GraphModule({}, _unseen(module.graph)), inputs, strict=False)
                 asked = {**list_mode_options(spec.compile_mode), **spec.options} if spec.backend == "inductor" else {}
                 aoti_compile_and_package(
-                    exported, package_path=path, inductor_configs={**INDUCTOR_OPTIONS, **asked})
+                    exported, package_path=path, inductor_configs={**own_options(), **asked})
                 self._made[content] = self._add(Path(path).read_bytes(), "pt2")
         return self._made[content]
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from xdit_compile.errors import CaptureError
@@ -27,7 +28,6 @@ _ORIGIN = "_xdit_compile_origin"
 _OURS = ("_xdit_compile_", "_dynamo_")
 """How attributes begin that this package and PyTorch's compiler put on tensors."""
 
-_OF_FAKES = {"_fake_device", "fake_mode", "constant", "pytype", "dispatch_keys", "real_tensor", "_debug_trace"}
 STANDING_IN = (FakeTensor, FunctionalTensor)
 
 _LAID_OUT: set[Any] = {Tensor.is_contiguous, Tensor.stride, Tensor.storage_offset}
@@ -54,8 +54,14 @@ def dress(stand_in: Tensor, original: Tensor) -> None:
 
 
 def _is_of_fakes(name: str) -> bool:
-    """Whether it is an attribute that fake tensors have for themselves."""
-    return name in _OF_FAKES or "_memo" in name
+    """Whether it is an attribute that fake tensors have for themselves, in this version of PyTorch."""
+    return name in _names_of_fakes() or "_memo" in name
+
+
+@cache
+def _names_of_fakes() -> frozenset[str]:
+    with torch._C.DisableTorchFunction():
+        return frozenset(vars(FakeTensorMode().from_tensor(torch.empty(0)))) | {"_debug_trace"}
 
 
 def check_dress(stand_in: Tensor, name: str, before: Mapping[str, Any]) -> None:

@@ -46,13 +46,20 @@ def inductor_compiler(spec: ShardingSpec) -> Callable[[fx.GraphModule], Function
             raise SpecError(f"compile_options names {name!r}, which is no option of torch.compile"
                             f"{near and f'; near to it: {near}'}; torch._inductor.list_options() lists them")
     # torch.compile takes a mode or options, not both. CUDA graphs are made of whole forwards, and elsewhere.
-    options = {**INDUCTOR_OPTIONS, **list_mode_options(spec.compile_mode), **spec.options}
+    options = {**own_options(), **list_mode_options(spec.compile_mode), **spec.options}
     options.pop(CUDA_GRAPHS, None)
     try:
         torch.compile(lambda: None, options=options)  # which looks at the types of options
     except RuntimeError as error:
         raise SpecError(f"torch.compile refuses compile_options={spec.compile_options}: {error}") from error
     return lambda module: CompiledFunction(module, options)
+
+
+def own_options() -> dict[str, Any]:
+    """`INDUCTOR_OPTIONS`, as far as this version of PyTorch has them: what it has not it does not do either."""
+    from torch._inductor import list_options
+
+    return {name: value for name, value in INDUCTOR_OPTIONS.items() if name in list_options()}
 
 
 def asks_for_graphs(spec: ShardingSpec) -> bool:
