@@ -26,7 +26,7 @@ from xdit_compile.runtime.execution.executor import Executor
 from xdit_compile.spec import ShardingSpec
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PLACE = f"# Page\n\nbefore\n\n{page.BEGIN}\nold\n{page.END}\n\nafter\n"
+PLACE = f"# Page\n\nbefore\n\n{page.BEGIN}\nof before\n{page.END}\n\nafter\n"
 
 
 def rehearsed(folder: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
@@ -52,7 +52,7 @@ def test_the_cheapest_parts_are_rehearsed(tmp_path: Path) -> None:
         "ulysses=1": 1, "ulysses=2": 2, "ulysses=4": 4, "ulysses=8": 8}
     flops = {f["ranks"]: f["flops"] for n, f in local["figures"].items() if n != "model"}
     assert all(flops[n] * n < 1.1 * flops[1] for n in (2, 4, 8)), flops
-    assert text.startswith("# Page\n\nbefore\n") and text.endswith("\n\nafter\n") and "old" not in text
+    assert text.startswith("# Page\n\nbefore\n") and text.endswith("\n\nafter\n") and "of before" not in text
     assert "A rehearsal" in text and "| `ulysses=8` | 8 |" in text and "| checks | " in text
 
 

@@ -74,7 +74,8 @@ class AgreementChannel:
         self._queue: SimpleQueue[Comparison | None] = SimpleQueue()
         self.last: Comparison | None = None
         self._broken: BaseException | None = None
-        threading.Thread(target=self._run, name="xdit-agreement", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="xdit-agreement", daemon=True)
+        self._thread.start()
 
     def submit(self, comparison: Comparison) -> None:
         """Ask for a comparison. Returns at once."""
@@ -86,9 +87,15 @@ class AgreementChannel:
         if self.last is not None:
             self.last.done.wait(timeout)
 
-    def stop(self) -> None:
-        """End the thread when it has nothing more to do."""
+    def stop(self, end: Callable[[], None], seconds: float) -> None:
+        """End the thread: when it has nothing more to do, or after so many ``seconds`` by ``end``, which ends what the
+        group does. A thread that were in there at the end of the process would take this down with it."""
         self._queue.put(None)
+        if self._thread is threading.current_thread():  # which has dropped the last reference
+            return
+        self._thread.join(seconds)
+        end()
+        self._thread.join(seconds)
 
     def _run(self) -> None:
         while self._next():

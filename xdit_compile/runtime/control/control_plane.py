@@ -473,7 +473,7 @@ def _absent(seconds: float) -> str:
 def _leave(heart: Heartbeat, store: object, own: Sequence[Connections], channels: Sequence[AgreementChannel]) -> None:
     """Say good-bye; holds on to `store` until then, for this process may host its server."""
     for channel in channels:
-        channel.stop()
+        channel.stop(lambda: abort(own[1:]), _LOOK if heart.known else SILENCE)
     heart.stop()
     # Peers that wait for this rank wake.
     abort(own)

@@ -91,7 +91,8 @@ class Heartbeat:
         if self._stop.is_set():
             return
         self._stop.set()
-        self._thread.join()
+        if self._thread is not threading.current_thread():  # which may have dropped the last reference
+            self._thread.join()
         self._try(self._beat)
         # The store ends with its host. The peers first get the time to see it leave, and why: torch's store client
         # writes a warning with a stack trace for every request that finds no server.

@@ -19,6 +19,7 @@ from torch.distributed.distributed_c10d import _get_default_store, _new_process_
 from xdit_compile.ir.layout import BATCH, SEQUENCE
 from xdit_compile.ir.mesh import RING, ULYSSES, axis_sizes, group_name, members
 from xdit_compile.runtime.control.control_plane import ControlPlane
+from xdit_compile.runtime.control.store import own_connection
 from xdit_compile.spec import ShardingSpec
 
 _made: dict[tuple[ProcessGroup, str, tuple[int, ...], int], ProcessGroup] = {}
@@ -64,8 +65,12 @@ def make_group(name: str, ranks: tuple[int, ...], control: ControlPlane) -> Proc
     generation = store.add(_generation_key(name, ranks), 0)
     key = (world, name, ranks, generation)
     if key not in _made:
+        # Its own connection: who gives up waiting for a rank leaves behind a thread that still waits for its key, and
+        # while it does nobody is served on that connection.
+        own = own_connection(store)
+        own.set_timeout(timedelta(seconds=control.timeout))
         group, _ = control.patiently(f"making the group {name}", lambda: _new_process_group_helper(
-            len(ranks), ranks.index(dist.get_rank()), list(ranks), dist.get_backend(), store,
+            len(ranks), ranks.index(dist.get_rank()), list(ranks), dist.get_backend(), own,
             cast(Any, f"{_generation_key(name, ranks)}.{generation}"), timeout=timedelta(seconds=control.timeout),
             group_desc=name))
         _world.pg_group_ranks[group] = {r: i for i, r in enumerate(ranks)}
