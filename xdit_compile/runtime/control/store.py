@@ -74,6 +74,7 @@ def attempt(store: Store, name: str, rank: int) -> int:
     counter = f"{name}/attempt"
     while True:
         now: int = store.add(counter, 0)
-        if store.add(f"{name}/{now}/joined{rank}", 1) == 1:
+        # One that has failed already, because this rank did not come, is not joined any more: the others begin anew.
+        if store.add(f"{name}/{now}/joined{rank}", 1) == 1 and not store.check([f"{name}/{now}/verdict"]):
             return now
         store.compare_set(counter, str(now), str(now + 1))
