@@ -402,6 +402,21 @@ def test_ranks_that_missed_a_control_are_in_step_again(pool: Pool) -> None:
     assert pool.run(controls_out_of_step, ranks=(0, 1)) == ["together"] * 2
 
 
+def together_after(missing: int) -> str:
+    """That rank does not come the first time, and nobody makes another Control before all of them come."""
+    if dist.get_rank() != missing:
+        with pytest.raises(RankFailure, match=f"rank {missing} did not construct its Control"):
+            ControlPlane([0, 1], 1.0)
+    dist.barrier(dist.new_group([0, 1], use_local_synchronization=True))
+    ControlPlane([0, 1], 5.0).agree("after", {})
+    return "together"
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_an_attempt_that_has_failed_is_not_joined_later(pool: Pool, missing: int) -> None:
+    assert pool.run(together_after, missing, ranks=(0, 1)) == ["together"] * 2
+
+
 def resources(cycles: int) -> list[tuple[int, int, int]]:
     """Threads, open files and process groups after each of so many times of making a model parallel, calling it and
     letting go of it."""
