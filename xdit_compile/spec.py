@@ -49,7 +49,7 @@ class ShardingSpec:
             which sends the others the embeddings.
         keep: ``on`` computes what does not change from step to step once, as long as the tensors it is made of stay
             the same and are not written into; ``off`` at each step.
-        backend: ``eager`` runs the rewritten graph as it is, ``inductor`` compiles it with torch.compile, ``onediff``
+        backend: ``eager`` runs the rewritten graph as it is, ``inductor`` compiles it with that of torch.compile, ``onediff``
             hands it to onediff's compiler, cut at collectives.
         compile_mode: of torch.compile, as ``max-autotune``; with ``inductor``.
         onediff_backend: which of onediff's compilers: ``nexfort``, ``oneflow``, or any name registered with onediff;

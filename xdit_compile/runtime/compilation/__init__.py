@@ -1,1 +1,1 @@
-"""Handing functions of a program to torch.compile or onediff."""
+"""Handing functions of a program to inductor or onediff."""
