@@ -49,8 +49,8 @@ class ShardingSpec:
             which sends the others the embeddings.
         keep: ``on`` computes what does not change from step to step once, as long as the tensors it is made of stay
             the same and are not written into; ``off`` at each step.
-        backend: ``eager`` runs the rewritten graph as it is, ``inductor`` compiles it with that of torch.compile, ``onediff``
-            hands it to onediff's compiler, cut at collectives.
+        backend: ``eager`` runs the rewritten graph as it is, ``inductor`` compiles it as torch.compile
+            does, ``onediff`` hands it to onediff's compiler, cut at collectives.
         compile_mode: of torch.compile, as ``max-autotune``; with ``inductor``.
         onediff_backend: which of onediff's compilers: ``nexfort``, ``oneflow``, or any name registered with onediff;
             onediff's own default, oneflow, if it is empty.
