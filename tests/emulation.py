@@ -87,8 +87,16 @@ def held(model: nn.Module, local: Program, tensors: list[torch.Tensor]) -> list[
     """What a rank's program is given: its inputs, in order."""
     state = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     given = iter(tensors)
-    return [next(given) if i.kind == "argument" else (local.constants if i.kind == "constant" else state)[i.name]
-            for i in local.inputs]
+    return [next(given) if i.kind == "argument" else part_of((local.constants if i.kind == "constant" else state)[
+        i.name], i.part) for i in local.inputs]
+
+
+def part_of(tensor: torch.Tensor, part: Any) -> torch.Tensor:
+    """The indices ``part`` of each dimension."""
+    for dim, spans in enumerate(part or ()):
+        index = [i for a, b in spans for i in range(a, b)]
+        tensor = tensor.index_select(dim, torch.tensor(index, dtype=torch.long))
+    return tensor
 
 
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -68,16 +68,13 @@ def _meet(waiting: dict[int, tuple[fx.Node, tuple]], world: int) -> dict[int, An
 
 def _peers(name: str, rank: int, world: int) -> list[int]:
     _, axis, shape = name.split(".")
-    ulysses, ring, batch = map(int, shape.split("x"))
-    assert ulysses * ring * batch == world
-    if axis == "batch":
-        return [r for r in range(world) if r % (ulysses * ring) == rank % (ulysses * ring)]
-    alike = [r for r in range(world) if r // (ulysses * ring) == rank // (ulysses * ring)]
-    if axis == "sequence":
-        return alike
-    if axis == "ulysses":
-        return [r for r in alike if r // ulysses == rank // ulysses]
-    return [r for r in alike if r % ulysses == rank % ulysses]
+    ulysses, ring, batch, tensor = (*map(int, shape.split("x")), 1)[:4]
+    assert ulysses * ring * batch * tensor == world
+    # The tensor axis varies fastest, then Ulysses, the ring and the batch.
+    places = {r: {"tensor": r % tensor, "ulysses": r // tensor % ulysses, "ring": r // (tensor * ulysses) % ring,
+                  "batch": r // (tensor * ulysses * ring)} for r in range(world)}
+    free = ("ulysses", "ring") if axis == "sequence" else (axis,)
+    return [r for r in range(world) if all(n in free or i == places[rank][n] for n, i in places[r].items())]
 
 
 def _result(target: Any, calls: list[tuple], me: int, node: fx.Node) -> torch.Tensor:

@@ -19,7 +19,8 @@ KERNELS = ("auto", "torch", "flash_attn", "flash_attn_3", "flash_attn_4", "cudnn
 ALL = "all"
 SHORT = {"kernel": "attention_kernel", "patches": "num_patches", "warmup": "warmup_steps", "mode": "compile_mode"}
 """Other words for fields; a degree's may also leave out ``_degree``."""
-DEGREES = ("ulysses_degree", "ring_degree", "cfg_degree", "data_degree", "pipefusion_degree", "vae_degree")
+DEGREES = ("ulysses_degree", "ring_degree", "tensor_degree", "cfg_degree", "data_degree", "pipefusion_degree",
+           "vae_degree")
 NUMBERS = (*DEGREES, "num_patches", "warmup_steps")
 
 
@@ -32,6 +33,8 @@ class ShardingSpec:
             the number of attention heads; put it on the fastest links.
         ring_degree: groups of such ranks that pass keys and values around a ring (arXiv 2310.01889). The product
             of both is unified sequence parallelism (USP, arXiv 2405.07719).
+        tensor_degree: ranks that share out the weights of linear layers, by their output or input features, and with
+            them the heads of attention (tensor parallelism, arXiv 1909.08053). Each holds its part of the weights.
         cfg_degree: ranks that share out the batch of classifier-free guidance, which holds each sample with and
             without its condition.
         data_degree: ranks that share out the samples themselves. For one forward both are one thing: its batch is
@@ -65,6 +68,7 @@ class ShardingSpec:
 
     ulysses_degree: int = 1
     ring_degree: int = 1
+    tensor_degree: int = 1
     cfg_degree: int = 1
     data_degree: int = 1
     pipefusion_degree: int = 1
@@ -137,7 +141,12 @@ class ShardingSpec:
     @property
     def model_degree(self) -> int:
         """Ranks that run one forward of one sample together."""
-        return self.sequence_degree * self.pipefusion_degree
+        return self.ranks_per_stage * self.pipefusion_degree
+
+    @property
+    def ranks_per_stage(self) -> int:
+        """Ranks that run one stage of a pipeline of one sample together; all of the model, without stages."""
+        return self.sequence_degree * self.tensor_degree
 
     @property
     def sequence_degree(self) -> int:
@@ -180,7 +189,7 @@ class ShardingSpec:
         """Raise SpecError unless the degrees multiply to ``world_size``, naming degrees that would."""
         if self.world_size == world_size:
             return
-        words = {n: getattr(self, f"{n}_degree") for n in ("data", "cfg", "pipefusion")}
+        words = {n: getattr(self, f"{n}_degree") for n in ("data", "cfg", "pipefusion", "tensor")}
         kept = words if world_size % math.prod(words.values()) == 0 else dict.fromkeys(words, 1)
         rest = world_size // math.prod(kept.values())
         before = "".join(f"{n}={d}," for n, d in kept.items() if d > 1)

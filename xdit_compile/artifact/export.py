@@ -154,7 +154,7 @@ class _Writer:
             return program_json(program, self.draft.add, self._constant, package)
 
         stage = compiled.stage
-        index = rank // self.spec.sequence_degree % self.spec.pipefusion_degree
+        index = rank // self.spec.ranks_per_stage % self.spec.pipefusion_degree
         if stage is not None:
             self.stages |= {path: i for i, paths in enumerate(stage.blocks) for path in paths}
             programs = {"stage": stage_json(stage, write)}

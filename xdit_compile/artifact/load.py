@@ -28,7 +28,7 @@ from xdit_compile.artifact.weight_files import WeightFiles, placed, tensors_in
 from xdit_compile.driver.model_runner import ModelRunner
 from xdit_compile.driver.parallel_model import parallel_model
 from xdit_compile.errors import ArtifactError, CaptureError, SpecError, XditError
-from xdit_compile.ir.layout import BATCH, SEQUENCE
+from xdit_compile.ir.layout import BATCH, SEQUENCE, TENSOR
 from xdit_compile.ir.mesh import RING, STAGE, ULYSSES, axis_sizes, group_name, members, position_of
 from xdit_compile.ir.output_spec import OutputSpec
 from xdit_compile.ir.program import Program
@@ -129,7 +129,7 @@ class ArtifactLoader:
         if spec not in self._readers:
             sizes = axis_sizes(spec)
             self._readers[spec] = self._make_reader(
-                {group_name(axis, sizes): sizes[axis] for axis in (BATCH, SEQUENCE, ULYSSES, RING) if sizes[axis] > 1})
+                {group_name(axis, sizes): sizes[axis] for axis in (BATCH, SEQUENCE, TENSOR, ULYSSES, RING) if sizes[axis] > 1})
         return self._readers[spec]
 
     def memory(self, rank: int) -> Memory:

@@ -57,7 +57,7 @@ class Stages:
 
     def sent(self, rank: int) -> int:
         """Bytes that ``rank`` sends to later stages in a step of patches; results aside."""
-        stage = rank // self.spec.sequence_degree % self.spec.pipefusion_degree
+        stage = rank // self.spec.ranks_per_stage % self.spec.pipefusion_degree
         return sum(sum(e.nbytes) for e in self.edges if e.source == stage and e.name != RESULT)
 
     def timeline(self, steps: int, flops_per_second: float, bytes_per_second: float) -> Timeline:
@@ -88,7 +88,7 @@ class Stages:
         for i, s in enumerate(self.stages):
             blocks = f"{s.blocks[0]} to {s.blocks[-1]} ({len(s.blocks)})" if len(s.blocks) > 1 else s.blocks[0]
             rows.add_row(str(i), blocks, size(s.parameters), work(s.flops), work(s.once), size(s.kept), size(s.sent),
-                         size(self.sent(i * self.spec.sequence_degree)))
+                         size(self.sent(i * self.spec.ranks_per_stage)))
         return sections(rows, self._edges(), self._patches())
 
     def _edges(self) -> Table:

@@ -58,7 +58,7 @@ def _of(ready: ReadyProgram, executor: StageExecutor) -> Timelines:
     spec = ready.group.spec
     mine = [astuple(bar) for bar in executor.bars], {unit: program_flops(p) for unit, p in executor.stage.units.items()}
     everyone = [([Bar(*bar) for bar in bars], work) for bars, work in ready.group.gather(mine)]
-    stages = [everyone[i * spec.sequence_degree] for i in range(spec.pipefusion_degree)]
+    stages = [everyone[i * spec.ranks_per_stage] for i in range(spec.pipefusion_degree)]
     bars = [bar for its, _ in stages for bar in its]
     start = min((b.start for b in bars), default=0.0)
     measured = Timeline(tuple(b.since(start) for b in bars), len(stages))

@@ -28,6 +28,9 @@ Position = Mapping[str, int]
 SEQUENCE = "sequence"
 """The mesh axis of sequence parallelism (ring x Ulysses, Ulysses innermost)."""
 
+TENSOR = "tensor"
+"""The mesh axis of tensor parallelism: features, and the weights that make them, are shared out along it."""
+
 BATCH = "batch"
 """The mesh axis along which batches are shared out (data x cfg)."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from xdit_compile.ir.layout import BATCH, PATCH, SEQUENCE
+from xdit_compile.ir.layout import BATCH, PATCH, SEQUENCE, TENSOR
 from xdit_compile.spec import ShardingSpec
 
 ULYSSES, RING, STAGE = "ulysses", "ring", "stage"
@@ -13,27 +13,31 @@ ULYSSES, RING, STAGE = "ulysses", "ring", "stage"
 def axis_sizes(spec: ShardingSpec) -> dict[str, int]:
     """Ranks along each axis. ``sequence`` is the whole of ``ring`` x ``ulysses``, Ulysses varying fastest, so that
     its all-to-alls stay between neighbours; ``batch`` is that of ``data`` x ``cfg``, and varies slowest; between them
-    are the stages of a pipeline. Patches are no ranks but times."""
+    are the stages of a pipeline. ``tensor``, along which most is sent, varies fastest of all. Patches are no ranks but
+    times."""
     return {BATCH: spec.batch_degree, STAGE: spec.pipefusion_degree, SEQUENCE: spec.sequence_degree,
-            ULYSSES: spec.ulysses_degree, RING: spec.ring_degree, PATCH: spec.patches}
+            TENSOR: spec.tensor_degree, ULYSSES: spec.ulysses_degree, RING: spec.ring_degree, PATCH: spec.patches}
 
 
 def position_of(rank: int, spec: ShardingSpec) -> dict[str, int]:
     """Where ``rank`` stands along each axis."""
     batch, rest = divmod(rank, spec.model_degree)
-    stage, sequence = divmod(rest, spec.sequence_degree)
-    return {BATCH: batch, STAGE: stage, SEQUENCE: sequence, ULYSSES: sequence % spec.ulysses_degree,
+    stage, rest = divmod(rest, spec.ranks_per_stage)
+    sequence, tensor = divmod(rest, spec.tensor_degree)
+    return {BATCH: batch, STAGE: stage, SEQUENCE: sequence, TENSOR: tensor, ULYSSES: sequence % spec.ulysses_degree,
             RING: sequence // spec.ulysses_degree}
 
 
 def members(axis: str, rank: int, spec: ShardingSpec) -> list[int]:
     """The ranks that share a group along ``axis`` with ``rank``, in axis order."""
     here = position_of(rank, spec)
-    others = [BATCH, STAGE] if axis == SEQUENCE else [a for a in (BATCH, STAGE, ULYSSES, RING) if a != axis]
+    others = [a for a in (BATCH, STAGE, TENSOR, ULYSSES, RING) if a != axis and (
+        axis != SEQUENCE or a not in (ULYSSES, RING))]
     return [r for r in range(spec.world_size)
             if all(position_of(r, spec)[a] == here[a] for a in others)]
 
 
 def group_name(axis: str, sizes: Mapping[str, int]) -> str:
     """The name a graph calls the group by; bound to real processes at run time."""
-    return f"xdit_compile.{axis}.{sizes[ULYSSES]}x{sizes[RING]}x{sizes[BATCH]}"
+    tensor = f"x{sizes[TENSOR]}" if sizes[TENSOR] > 1 else ""
+    return f"xdit_compile.{axis}.{sizes[ULYSSES]}x{sizes[RING]}x{sizes[BATCH]}{tensor}"

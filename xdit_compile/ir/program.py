@@ -33,6 +33,8 @@ class Input:
 
     kind: Literal["parameter", "constant", "argument", "once", "received", "cache", "invariant"]
     name: str
+    part: tuple[tuple[tuple[int, int], ...], ...] | None = None
+    """Of a parameter that ranks share out: the index ranges of each dimension that this rank takes; None for all."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from xdit_compile.passes.overlap_communication import overlap
 from xdit_compile.passes.recorded import analysed, count_of_seeds, rewritten
 from xdit_compile.passes.shard import shard
 from xdit_compile.passes.simplify import simplify
+from xdit_compile.passes.tensor_axis import tensor_seeds
 from xdit_compile.passes.token_axis import choose_seeds
 from xdit_compile.passes.verifier import check
 from xdit_compile.spec import ShardingSpec
@@ -72,7 +73,8 @@ def validate(passes: Sequence[Pass], facts: frozenset[str]) -> None:
 
 validate(PASSES, frozenset({"captured", "canonical"}))
 
-ANALYSES: Mapping[str, Callable[..., Any]] = MappingProxyType({"batch_axis": batch_seeds, "token_axis": choose_seeds})
+ANALYSES: Mapping[str, Callable[..., Any]] = MappingProxyType({"batch_axis": batch_seeds, "tensor_axis": tensor_seeds,
+                                                             "token_axis": choose_seeds})
 """What ``plan`` finds out before any pass that rewrites for ranks."""
 
 
@@ -88,10 +90,13 @@ def plan(program: Program, spec: ShardingSpec) -> tuple[Program, Seeds]:
     check(program)
     sizes = axis_sizes(spec)
     program, batch = analysed("batch_axis", batch_seeds, program, lambda p: batch_seeds(p, sizes), count_of_seeds)
-    program, tokens = analysed("token_axis", choose_seeds, program, lambda p: choose_seeds(p, sizes, batch),
-                               count_of_seeds)
-    seeds = merge_seeds(batch, tokens)
-    lost = NOTHING if not seeds and spec.world_size > 1 else lost_factor(program, sizes, batch, seeds)
+    program, weights = analysed("tensor_axis", tensor_seeds, program, lambda p: tensor_seeds(p, sizes, batch),
+                                count_of_seeds)
+    program, tokens = analysed("token_axis", choose_seeds, program, lambda p: choose_seeds(
+        p, sizes, {**weights, **batch}), count_of_seeds)
+    tokens_and_batch = merge_seeds(batch, tokens)
+    seeds = {**weights, **tokens_and_batch}
+    lost = NOTHING if not seeds and spec.world_size > 1 else lost_factor(program, sizes, batch, tokens_and_batch)
     if lost:
         program = replace(program, notes=(*program.notes, Note("seed", "main", lost)))
     return program, seeds

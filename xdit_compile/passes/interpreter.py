@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -20,7 +21,7 @@ import torch
 from torch import fx
 
 from xdit_compile.ir.flops import flops
-from xdit_compile.ir.layout import BATCH, PATCH, SEQUENCE, Dim, Layout, Position, length
+from xdit_compile.ir.layout import BATCH, PATCH, SEQUENCE, TENSOR, Dim, Layout, Position, length
 from xdit_compile.ir.program import Note, Program, graph_module, module_of, source_of
 from xdit_compile.ir.stale_cache import update_and_read
 from xdit_compile.passes.attention_plan import AttentionPlan
@@ -31,7 +32,17 @@ from xdit_compile.passes.sharded_value import NoRule, Value
 Result = Value | tuple[Any, ...] | None
 Leave = Callable[["FunctionInterpreter", int, Value], Value]
 Seeds = Mapping[str, Layout]
-"""Where to begin: how values of ``main``, by the names of their nodes, are laid out."""
+"""Where to begin: how values of ``main``, by the names of their nodes, are laid out. Parameters come so."""
+Wanted = Mapping[int, set[Layout | None]]
+
+TURNS: Mapping[Any, Callable[..., list[int]]] = MappingProxyType({
+    torch.ops.aten.t.default: lambda dims: dims[::-1],
+    torch.ops.aten.transpose.int: lambda dims, a, b: [dims[b] if i == a % len(dims) else dims[
+        a] if i == b % len(dims) else i for i in dims],
+    torch.ops.aten.permute.default: lambda dims, order: [dims[i] for i in order],
+    torch.ops.aten._to_copy.default: lambda dims: dims,
+})
+"""Operators that turn a weight before it is used, and where each dimension of the result was before."""
 
 
 @dataclass
@@ -62,7 +73,8 @@ class CostMemo:
     """What walks of one program that only count, for one rank, need do but once: block functions by the layouts of
     their inputs, and nodes of which nothing is sharded."""
 
-    functions: dict[tuple[str, tuple[Layout, ...]], tuple[str, tuple[Layout, ...], Cost]] = field(default_factory=dict)
+    functions: dict[tuple[str, tuple[Layout, ...]], tuple[str, tuple[Layout, ...], Cost, Wanted]] = field(
+        default_factory=dict)
     whole: dict[fx.Node, tuple[Result, Cost]] = field(default_factory=dict)
 
 
@@ -76,12 +88,16 @@ class FunctionInterpreter:
         self.node: fx.Node
         self._relaid: dict[tuple[int, Layout], Value] = {}
         self._keep: list[Value] = []
+        self._inputs: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self.wanted: dict[int, set[Layout | None]] = defaultdict(set)
+        """Of each input that is whole, by its number: as what it was laid out over tensor ranks; None: as it was."""
 
     # For rules
 
     def emit(self, layout: Layout, /, *args: Any, target: Any = None, **kwargs: Any) -> Value:
         """The operator (the current one unless ``target``) on local pieces; the result is laid out as said."""
         target = target or self.node.target
+        self._used(args, kwargs)
         made = self.local(target, *args, **kwargs)
         if made is not None:
             made.meta["layout"] = layout
@@ -93,6 +109,7 @@ class FunctionInterpreter:
     def emit_many(self, layouts: Sequence[Layout], /, *args: Any, target: Any = None,
                   **kwargs: Any) -> tuple[Value, ...]:
         """As ``emit``, for an operator that returns several tensors."""
+        self._used(args, kwargs)
         made = self.local(target or self.node.target, *args, **kwargs)
         values = []
         for i, (layout, example) in enumerate(zip(layouts, self.node.meta["val"], strict=True)):
@@ -120,12 +137,13 @@ class FunctionInterpreter:
         old, layout = value.dims[dim], value.layout.replace(dim, new)
         if old == new:
             return value
+        self._wanted(value, layout)
         key = (id(value), layout)
         if key not in self._relaid:
-            if not old.sharded or old == new.gathered(SEQUENCE):
+            if not old.sharded or old in (new.gathered(SEQUENCE), new.gathered(TENSOR)):
                 node = None if self.emitter is None else self.emitter.take(
                     self._node(value), dim, old.places(new.spans(self.position), self.position))
-            elif old.gathered(SEQUENCE) == new or (old.axes == {BATCH} and not new.sharded):
+            elif old.gathered(SEQUENCE) == new or (old.axes in ({BATCH}, {TENSOR}) and not new.sharded):
                 node = self._gather(value, dim)
             elif PATCH in old.axes | new.axes and BATCH not in old.axes:
                 if old.axes != {PATCH}:
@@ -137,7 +155,7 @@ class FunctionInterpreter:
                 (axis,) = new.axes
                 spans = [new.spans({**self.position, axis: i}) for i in range(self.sizes[axis])]
                 node = self.windows(value, dim, spans, f"re-laid from {old} to {new}")
-            elif {BATCH, SEQUENCE} <= old.axes:
+            elif len(old.axes) > 1:
                 return self.lay(self._apart(value, dim), dim, new)
             else:
                 return self.lay(self.lay(value, dim, Dim.replicated(old.size)), dim, new)
@@ -148,7 +166,7 @@ class FunctionInterpreter:
         return self._relaid[key]
 
     def _apart(self, value: Value, dim: int) -> Value:
-        """``value`` with all of ``dim``, of which some segments are shares of the batch and others of tokens."""
+        """``value`` with all of ``dim``, of which segments are shared out along different axes."""
         parts, at = [], 0
         for segment in value.dims[dim].segments:
             held, size = Dim.of([segment]), Dim.of([segment]).local_size(self.position)
@@ -227,7 +245,9 @@ class FunctionInterpreter:
     def broadcast(self, *values: Value) -> tuple[list[Value], tuple[Dim, ...]]:
         """Lay out operands of an element-wise operator alike; returns them and the result's dimensions.
 
-        The largest operand that is sharded decides each dimension; others are sliced (free) or exchanged.
+        The largest operand that is sharded decides each dimension; others are sliced (free) or exchanged. But features
+        that tensor ranks share are gathered where they meet a larger tensor that all have: a modulation, say, and the
+        tokens that it scales, of which each rank needs all features next.
         """
         shape = torch.broadcast_shapes(*(v.shape for v in values))
         values = tuple(self.summed(v) for v in values)
@@ -235,6 +255,8 @@ class FunctionInterpreter:
         for i, size in enumerate(shape):
             held = [(v, v.dims[i - len(shape)]) for v in values if len(shape) - i <= v.ndim]
             sharded = [(math.prod(v.shape), d) for v, d in held if d.sharded and d.size == size]
+            most = max((math.prod(v.shape) for v, d in held if d.size == size), default=0)
+            sharded = [(n, d) for n, d in sharded if n == most or TENSOR not in d.axes]
             taken = {a for d in dims for a in d.axes}
             choice = max(sharded, key=lambda item: item[0])[1] if sharded else Dim.replicated(size)
             dims.append(Dim.replicated(size) if choice.axes & taken else choice)
@@ -273,6 +295,7 @@ class FunctionInterpreter:
         env: dict[fx.Node, Result] = {}
         given = iter(arguments)
         outputs: list[Value] = []
+        self._inputs = {id(v): (i, tuple(range(v.ndim))) for i, v in enumerate(arguments)}
         for node in graph.nodes:
             self.node = node
             if node.op == "output":
@@ -310,10 +333,31 @@ class FunctionInterpreter:
             return args[0][args[1]]
         values = [a for a in _leaves((args, kwargs)) if isinstance(a, Value)]
         if not any(v.sharded for v in values):
-            if self.emitter is None:
-                return self._counted(node, args, kwargs)
-            return self._standing(node, lambda: self._whole(args, kwargs))
-        return self._standing(node, lambda: self._apply(node, args, kwargs))
+            self._used(args, kwargs)
+            result = self._counted(node, args, kwargs) if self.emitter is None else self._standing(
+                node, lambda: self._whole(args, kwargs))
+        else:
+            result = self._standing(node, lambda: self._apply(node, args, kwargs))
+        if node.target in TURNS and isinstance(result, Value) and (known := self._inputs.get(id(args[0]))):
+            turned = TURNS[node.target](list(range(result.ndim)), *args[1:])
+            self._inputs[id(result)] = known[0], tuple(known[1][i] for i in turned)
+            self._keep.append(result)
+        return result
+
+    def _used(self, *trees: Any) -> None:
+        """Remember inputs among these as used whole."""
+        if self.sizes[TENSOR] > 1 and self.node.target not in TURNS:
+            for known in (self._inputs.get(id(leaf)) for leaf in _leaves(trees)):
+                if known:
+                    self.wanted[known[0]].add(None)
+
+    def _wanted(self, value: Value, layout: Layout) -> None:
+        """Remember that ``value``, if it is an input, is laid out like this."""
+        if self.sizes[TENSOR] > 1 and (known := self._inputs.get(id(value))):
+            index, order = known
+            axes = {axis for d in layout.dims for axis in d.axes}
+            dims = tuple(layout.dims[order.index(i)] for i in range(len(order)))
+            self.wanted[index].add(Layout(dims) if axes == {TENSOR} and not value.sharded else None)
 
     def _standing(self, node: fx.Node, body: Callable[[], Result]) -> Result:
         if self.emitter is None:
@@ -355,8 +399,11 @@ class FunctionInterpreter:
 
     def _call(self, node: fx.Node, args: Sequence[Value]) -> tuple[Value, ...]:
         args = [self.summed(a) for a in args]
-        name, layouts, cost = self.interpreter.function(str(node.target), tuple(a.layout for a in args))
+        name, layouts, cost, wanted = self.interpreter.function(str(node.target), tuple(a.layout for a in args))
         self.cost.add(cost)
+        for i, wants in wanted.items():
+            if known := self._inputs.get(id(args[i])):
+                self.wanted[known[0]] |= wants
         dtypes = [m.dtype for m in node.meta["val"]]
         if self.emitter is None:
             return tuple(Value(None, lay, t) for lay, t in zip(layouts, dtypes, strict=True))
@@ -400,10 +447,11 @@ class FunctionInterpreter:
 
 @dataclass(frozen=True)
 class Interpretation:
-    """What a walk found: what it counted, and how the results are left."""
+    """What a walk found: what it counted, how the results are left, and how inputs that are whole were laid out."""
 
     cost: Cost
     layouts: tuple[Layout, ...]
+    wanted: Wanted
 
 
 class ProgramInterpreter:
@@ -429,12 +477,14 @@ class ProgramInterpreter:
             leave: what becomes of its n-th result; by default it is made whole on every rank.
         """
         graph = self._graphs["main"].graph
+        given = {**parameter_layouts(self.program, self.seeds), **given}
         layouts = tuple(given.get(n.name) or Layout.replicated(n.meta["val"].shape)
                         for n in graph.find_nodes(op="placeholder"))
         self._leave = leave or (lambda s, i, value: s.whole(value))
-        return Interpretation(*self._interpret("main", "main", layouts, self.seeds)[::-1])
+        left, cost, wanted = self._interpret("main", "main", layouts, self.seeds)
+        return Interpretation(cost, left, wanted)
 
-    def function(self, name: str, layouts: tuple[Layout, ...]) -> tuple[str, tuple[Layout, ...], Cost]:
+    def function(self, name: str, layouts: tuple[Layout, ...]) -> tuple[str, tuple[Layout, ...], Cost, Wanted]:
         """The local form of block function ``name`` for inputs laid out like this, made once."""
         key = (name, layouts)
         done = self.memo.functions
@@ -445,7 +495,7 @@ class ProgramInterpreter:
         return done[key]
 
     def _interpret(self, name: str, local: str, layouts: Sequence[Layout],
-                   seeds: Seeds) -> tuple[tuple[Layout, ...], Cost]:
+                   seeds: Seeds) -> tuple[tuple[Layout, ...], Cost, Wanted]:
         graph = self._graphs[name].graph
         emitter = Emitter(self.mode, self.position, self.sizes) if self.mode is not None else None
         interpreter = FunctionInterpreter(self, emitter, local)
@@ -460,6 +510,7 @@ class ProgramInterpreter:
         outputs = interpreter.run(graph, arguments, seeds)
         # The caller of main expects whole tensors, main takes what a block returns as it is laid out.
         interpreter.cost.results = tuple(v.layout for v in outputs)
+        interpreter._used(outputs)
         outputs = [self._leave(interpreter, i, v) if local == "main" else interpreter.summed(v)
                    for i, v in enumerate(outputs)]
         if emitter:
@@ -470,7 +521,14 @@ class ProgramInterpreter:
             self.caches[local] = [c.meta["val"] for c in emitter.caches]
             self.functions[local] = graph_module(
                 local, emitter.graph, self.functions if local == "main" else None)
-        return tuple(v.layout for v in outputs), interpreter.cost
+        return tuple(v.layout for v in outputs), interpreter.cost, interpreter.wanted
+
+
+def parameter_layouts(program: Program, seeds: Seeds) -> dict[str, Layout]:
+    """How parameters come, by the names of their inputs, where ranks share them out."""
+    holders = program.main.graph.find_nodes(op="placeholder")
+    return {n.name: seeds[n.name] for n, what in zip(holders, program.inputs, strict=False)
+            if what.kind == "parameter" and n.name in seeds}
 
 
 def _map_values(f: Callable[[Value], Any], tree: Any) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from xdit_compile.errors import PlanError, SpecError
-from xdit_compile.ir.layout import BATCH, EVERY, PATCH, SEQUENCE, Dim, Layout
+from xdit_compile.ir.layout import BATCH, EVERY, PATCH, SEQUENCE, TENSOR, Dim, Layout
 from xdit_compile.ir.mesh import STAGE, axis_sizes, position_of
 from xdit_compile.ir.program import Program
 from xdit_compile.passes import localize
@@ -102,7 +102,7 @@ def plan_pipeline(program: Program, spec: ShardingSpec,
     layouts: dict[str, Layout] = {}
     results: dict[int, Layout] = {}
     for index, stage in enumerate(made):
-        position = {**position_of(index * spec.sequence_degree, spec), PATCH: EVERY}
+        position = {**position_of(index * spec.ranks_per_stage, spec), PATCH: EVERY}
         once = ProgramInterpreter(stage.once, batch, position, sizes).main(leave=_leave(stage, once=True))
         layouts |= dict(zip(stage.held, once.layouts, strict=False))
         body = ProgramInterpreter(stage.body, seeds, position, sizes).main(_given(stage, samples, layouts),
@@ -137,7 +137,7 @@ def stage_costs(pipeline: Pipeline) -> list[tuple[Cost, Mapping[int, Cost]]]:
     sizes, found = axis_sizes(spec), []
     times = [EVERY, *range(spec.patches)] if spec.patches > 1 else [EVERY]
     for index, stage in enumerate(pipeline.stages):
-        position = position_of(index * spec.sequence_degree, spec)
+        position = position_of(index * spec.ranks_per_stage, spec)
         given = _given(stage, pipeline.samples, pipeline.layouts)
         once = ProgramInterpreter(stage.once, pipeline.batch, {**position, PATCH: EVERY}, sizes).main(
             leave=_leave(stage, once=True))
@@ -183,7 +183,7 @@ def _leave(stage: Stage, once: bool = False) -> Leave:
             return value
         cut = [i for i, d in enumerate(value.dims) if PATCH in d.axes]
         for i, dim in enumerate(value.dims):
-            pieces = dim.gathered(SEQUENCE)
+            pieces = dim.gathered(SEQUENCE).gathered(TENSOR)
             apart = cut == [i] and pieces.borders(s.sizes[PATCH]) is not None
             value = s.lay(value, i, pieces if apart else Dim.replicated(dim.size))
         return value

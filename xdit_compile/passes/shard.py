@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
 from xdit_compile.ir.layout import Layout, Position
 from xdit_compile.ir.mesh import position_of
 from xdit_compile.ir.program import Input, Program
-from xdit_compile.passes.interpreter import Cost, CostMemo, Leave, ProgramInterpreter, Seeds
+from xdit_compile.passes.interpreter import Cost, CostMemo, Leave, ProgramInterpreter, Seeds, parameter_layouts
 
 
 def shard(program: Program, seeds: Seeds, position: Position, sizes: Mapping[str, int], mode: Any,
@@ -18,9 +19,17 @@ def shard(program: Program, seeds: Seeds, position: Position, sizes: Mapping[str
     ``given`` and ``leave`` are as in ``ProgramInterpreter.main``."""
     interpreter = ProgramInterpreter(program, seeds, position, sizes, mode)
     interpreter.main(given, leave)
+    laid = parameter_layouts(program, seeds)
+    holders = program.main.graph.find_nodes(op="placeholder")
+    inputs = tuple(replace(what, part=_part(laid[n.name], position)) if n.name in laid else what
+                   for n, what in zip(holders, program.inputs, strict=True))
     caches = tuple(Input("cache", str(i)) for i in range(len(interpreter.caches["main"])))
     return program.having("sharded", main=interpreter.functions["main"], position=dict(position),
-                          inputs=program.inputs + caches, notes=program.notes + tuple(interpreter.notes))
+                          inputs=inputs + caches, notes=program.notes + tuple(interpreter.notes))
+
+
+def _part(layout: Layout, position: Position) -> tuple[tuple[tuple[int, int], ...], ...]:
+    return tuple(tuple(dim.spans(position)) for dim in layout.dims)
 
 
 class CostEstimator:

@@ -72,13 +72,13 @@ class ParallelGroup:
     @property
     def stage(self) -> int:
         """Which stage of a pipeline this rank is."""
-        return self.rank // self.spec.sequence_degree % self.spec.pipefusion_degree
+        return self.rank // self.spec.ranks_per_stage % self.spec.pipefusion_degree
 
     @cached_property
     def communicator(self) -> StageCommunicator:
         """What the stages of this rank's pipeline exchange. All its ranks ask for it together the first time."""
-        first = self.rank - self.stage * self.spec.sequence_degree
-        column = [self.ranks[first + i * self.spec.sequence_degree] for i in range(self.spec.pipefusion_degree)]
+        first = self.rank - self.stage * self.spec.ranks_per_stage
+        column = [self.ranks[first + i * self.spec.ranks_per_stage] for i in range(self.spec.pipefusion_degree)]
         return StageCommunicator(column, self.stage, self.audience or column, self.control)
 
     @property
@@ -123,7 +123,7 @@ class ParallelGroup:
             made = ParallelGroup(spec, self.round_robin.members(spec, self.ranks), self.timeout, self)
             shift = self.rank - self.round_robin.mine * spec.model_degree
             made.audience = tuple(
-                self.ranks[shift + i * spec.model_degree + (stage - self.stage) * spec.sequence_degree]
+                self.ranks[shift + i * spec.model_degree + (stage - self.stage) * spec.ranks_per_stage]
                 for i in range(self.round_robin.degree) for stage in range(spec.pipefusion_degree))
             return made
         return self._block(replace(self.spec, data_degree=1)) if self.data_if_possible else None

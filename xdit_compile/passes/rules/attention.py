@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from xdit_compile.ir.layout import BATCH, PATCH, SEQUENCE, Dim, Layout
+from xdit_compile.ir.layout import BATCH, PATCH, SEQUENCE, TENSOR, Dim, Layout
 from xdit_compile.ir.mesh import ULYSSES
 from xdit_compile.passes.attention_plan import local_heads, plan_attention, sharded_attention
 from xdit_compile.passes.rules import rule
@@ -35,7 +35,11 @@ def attention(s, q, k, v, mask=None, dropout=0.0, is_causal=False, *, scale=None
     # is no batch.
     packed = all(BATCH in x.dims[-2].axes for x in (q, k, v))
     q, k, v = (s.whole(x, -2) if BATCH in x.dims[-2].axes and not (packed and x is q) else x for x in (q, k, v))
+    if enable_gqa and q.shape[-3] != k.shape[-3]:
+        q, k, v, enable_gqa = _grouped(s, q, k, v)
     for i in range(-q.ndim, -2):
+        if i == -3 and enable_gqa and q.shape[i] != k.shape[i]:
+            continue
         if q.shape[i] == k.shape[i] == v.shape[i]:
             dim = next((x.dims[i] for x in (q, k, v) if x.dims[i].sharded), q.dims[i])
             q, k, v = s.lay(q, i, dim), s.lay(k, i, dim), s.lay(v, i, dim)
@@ -64,12 +68,31 @@ def attention(s, q, k, v, mask=None, dropout=0.0, is_causal=False, *, scale=None
     return s.emit(out, q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
+def _grouped(s, q, k, v):
+    """Fewer heads of keys and values than of queries: a rank that has some groups of query heads takes theirs. Where a
+    cut is inside a group, each query head is given one of its own. The last result is whether heads still differ."""
+    group = q.shape[-3] // k.shape[-3]
+    held = next((x.dims[-3] for x in (k, v) if x.dims[-3].sharded), None)
+    heads = q.dims[-3] if q.dims[-3].sharded else held and held.scale(group)
+    if not heads:
+        return q, k, v, True
+    if heads.axes != {TENSOR}:
+        return s.whole(q, -3), s.whole(k, -3), s.whole(v, -3), True
+    if all(o % group == 0 for seg in heads.segments for o in seg.offsets):
+        fewer = Dim.of(seg.map(lambda o: o // group) for seg in heads.segments)
+        return s.lay(q, -3, heads), s.lay(k, -3, fewer), s.lay(v, -3, fewer), True
+    k, v = s.whole(k, -3), s.whole(v, -3)
+    k, v = (s.emit(x.layout.replace(-3, Dim.replicated(q.shape[-3])), x, group, x.ndim - 3,
+                   target=aten.repeat_interleave.self_int) for x in (k, v))
+    return q, k, v, False
+
+
 def _within_reach(s, q, k, v, mask):
     """Keys and values whole where attention over pieces of them cannot be distributed; queries cut if they are."""
     tokens = k.dims[-2]
     if not tokens.sharded:
         return q, k, v
-    heads = local_heads(q, s.position)
+    heads = min(local_heads(q, p) for p in (s.positions(q.dims[-3]) if q.ndim > 2 else [s.position]))
     parts = max(len(seg.offsets) - 1 for seg in tokens.segments if seg.cut)
     if PATCH in tokens.axes and SEQUENCE not in tokens.axes & q.dims[-2].axes:
         # Of this step what has come already, of the step before what has not: all of it is here.

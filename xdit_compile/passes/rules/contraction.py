@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from xdit_compile.ir.layout import PATCH, Layout
+from xdit_compile.ir.layout import PATCH, TENSOR, Layout
 from xdit_compile.passes.rules import rule
 
 aten = torch.ops.aten
@@ -30,6 +30,14 @@ def contract(s, a, b, at):
 
 @rule({aten.linear.default: lambda r: (r.tensor(2, 6, 4), r.tensor(3, 4), r.pick(None, r.tensor(3)))})
 def linear(s, x, weight, bias=None):
+    """Features that tensor ranks share are contracted by each with its columns of the weight: a sum is pending."""
+    if x.dims[-1].axes == {TENSOR}:
+        x, weight, partial = contract(s, x, weight, 1)
+        if partial:
+            weight = s.whole(weight, 0) if weight.dims[0].sharded else weight
+            out = s.emit(Layout((*x.dims[:-1], weight.dims[0]), partial), x, weight)
+            total = out if bias is None else s.summed(out)
+            return total if bias is None else s.emit(total.layout, total, bias, target=aten.add.Tensor)
     x, weight = s.whole(x, -1), s.whole(weight, 1)
     if set().union(*(d.axes for d in x.dims)) & weight.dims[0].axes:
         weight = s.whole(weight, 0)

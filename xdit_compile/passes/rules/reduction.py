@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from xdit_compile.ir.layout import PATCH, Dim, Layout
+from xdit_compile.ir.layout import PATCH, TENSOR, Dim, Layout
 from xdit_compile.passes.rules import rule
 from xdit_compile.passes.sharded_value import Value
 
@@ -170,8 +170,35 @@ def _moments(s, x, over, count, left):
 @rule({aten.layer_norm.default: lambda r: (r.tensor(2, 6, 4), [4], r.tensor(4), r.tensor(4)),
        aten.rms_norm.default: lambda r: (r.tensor(2, 6, 4), [4], r.pick(None, r.tensor(4)), 1e-6)})
 def last_dims_norm(s, x, shape, *rest):
+    if len(shape) == 1 and x.dims[-1].axes == {TENSOR} and all(seg.axis for seg in x.dims[-1].segments):
+        return _norm_of_shares(s, x, *rest)
     x = s.whole(x, *range(x.ndim - len(shape), x.ndim))
     return s.emit(x.layout, x, shape, *(s.whole(r) if isinstance(r, Value) else r for r in rest))
+
+
+def _norm_of_shares(s, x, weight=None, *given):
+    """A norm over features of which each rank has some: ranks sum their moments."""
+    centred = s.node.target is aten.layer_norm.default
+    bias, eps = (*given, None, None)[:2] if centred else (None, *given, None)[:2]
+    if eps is None:
+        # As PyTorch's own defaults: 1e-5 of layer_norm, the type's own for rms_norm.
+        eps = 1e-5 if centred else torch.finfo(x.dtype).eps
+    weight, bias = (p and s.lay(p, 0, x.dims[-1]) for p in (weight, bias))
+    wide = x if x.dtype == torch.promote_types(x.dtype, torch.float32) else s.emit(
+        x.layout, x, dtype=torch.float32, target=aten._to_copy.default)
+    if centred:
+        centre, scale = _moments(s, wide, [x.ndim - 1], x.shape[-1], x.shape[-1])
+        wide = s.emit(wide.layout, wide, centre, target=aten.sub.Tensor)
+    else:
+        flat = Layout(_reduced(x, [x.ndim - 1], True), TENSOR)
+        squares = s.emit(wide.layout, wide, wide, target=aten.mul.Tensor)
+        scale = s.summed(s.emit(flat, squares, [-1], True, target=aten.sum.dim_IntList))
+        scale = s.emit(scale.layout, scale, x.shape[-1], target=aten.div.Tensor)
+    scale = s.emit(scale.layout, scale, eps, target=aten.add.Tensor)
+    wide = s.emit(wide.layout, wide, s.emit(scale.layout, scale, target=aten.rsqrt.default), target=aten.mul.Tensor)
+    wide = wide if weight is None else s.emit(wide.layout, wide, weight, target=aten.mul.Tensor)
+    wide = wide if bias is None else s.emit(wide.layout, wide, bias, target=aten.add.Tensor)
+    return wide if wide.dtype == x.dtype else s.emit(wide.layout, wide, dtype=x.dtype, target=aten._to_copy.default)
 
 
 @rule({aten.group_norm.default: lambda r: (

@@ -1,0 +1,259 @@
+"""Which weights tensor ranks share out, and how, found by trying, as ``token_axis.py`` finds the tokens.
+
+A weight that is cut by its output features (tensor parallelism, arXiv 1909.08053) is where a cut begins: heads of
+attention, hidden features of a feed-forward, parts of a modulation. What follows is the rules' affair: the next weight
+is cut by its input features, and a sum is pending after it. Weights that are only ever used as what a rule has laid them
+out are given to ranks like that, so that none holds more. The block functions of a program are looked at one at a time:
+what enters and leaves them is whole.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from xdit_compile.errors import SpecError
+from xdit_compile.ir.flops import FORMULAS
+from xdit_compile.ir.layout import TENSOR, Dim, Layout, concatenate
+from xdit_compile.ir.mesh import position_of
+from xdit_compile.ir.program import Program
+from xdit_compile.passes.interpreter import TURNS, Cost, CostMemo, ProgramInterpreter, Seeds, Wanted
+
+aten = torch.ops.aten
+
+TRAFFIC_WEIGHT = 0.5
+"""Bytes sent over all bytes that the model computes, against its shares of operations and of parameters. Low: who asks
+for this axis wants weights shared out, and pays two sums of all features per block; but not for embeddings of tokens,
+whose weights are next to nothing."""
+
+WORTH = 1e-7
+"""By how much of all there is a cut must lower what a rank has to do and to hold."""
+
+PRODUCTS = (aten.linear.default, aten.mm.default, aten.bmm.default, aten.matmul.default, aten.addmm.default,
+            aten.baddbmm.default)
+
+
+def tensor_seeds(program: Program, sizes: Mapping[str, int], base: Seeds) -> Seeds:
+    """How parameters are shared out along the tensor axis, by the names of their inputs, beside the seeds ``base``.
+
+    Raises:
+        SpecError: no cut of any weight saves work.
+    """
+    parts = sizes[TENSOR]
+    if parts == 1:
+        return {}
+    search = _Search(program, sizes, base)
+    found = search.seeds()
+    if not found:
+        raise SpecError(f"{program.spec} shares out weights among {parts} ranks, but no cut of any weight of the model "
+                        "leaves each with less to do; use ulysses or ring")
+    return found
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """An input of a function that is a weight, and the node that multiplies with it."""
+
+    place: int
+    dim: int
+    """Of the weight: its output features."""
+    product: fx.Node
+
+
+class _Search:
+    def __init__(self, program: Program, sizes: Mapping[str, int], base: Seeds) -> None:
+        assert program.spec is not None
+        self.program, self.sizes, self.parts = program, sizes, sizes[TENSOR]
+        self.base, self.memo, self.here = base, CostMemo(), position_of(0, program.spec)
+        self.graphs = {name: module.graph for name, module in program.functions()}
+        self.whole = self._interpreter(base).main().cost
+        self.calls = {name: graph_calls for name in self.graphs if name != "main" and (
+            graph_calls := self.graphs["main"].find_nodes(op="call_module", target=name))}
+        holders = self.graphs["main"].find_nodes(op="placeholder")
+        self.parameters = {n: n.meta["val"] for n, what in zip(holders, program.inputs, strict=True)
+                           if what.kind == "parameter"}
+        self.held = max(sum(t.nbytes for t in self.parameters.values()), 1)
+
+    def _interpreter(self, seeds: Seeds) -> ProgramInterpreter:
+        assert self.program.spec is not None
+        return ProgramInterpreter(self.program, seeds, self.here, self.sizes, memo=self.memo)
+
+    def seeds(self) -> Seeds:
+        seeds: dict[str, Layout] = {}
+        for name, calls in self.calls.items():
+            chosen = self._of_function(name, calls)
+            seeds |= {call.args[i].name: layout for call in calls for i, layout in chosen.items()}
+        seeds |= self._of_main(seeds)
+        if not seeds:
+            return {}
+        wanted = self._interpreter({**self.base, **seeds}).main().wanted
+        holders = self.graphs["main"].find_nodes(op="placeholder")
+        return seeds | {n.name: layout for i, n in enumerate(holders) if n in self.parameters and n.name not in seeds
+                        and (layout := _agreed(wanted.get(i, set())))}
+
+    # One function after the other
+
+    def _of_function(self, name: str, calls: Sequence[fx.Node]) -> dict[int, Layout]:
+        """The cuts of the weights of a block function, by the number of its input."""
+        graph = self.graphs[name]
+        own = {i for i in range(len(calls[0].args)) if all(
+            call.args[i] in self.parameters and len(call.args[i].users) == 1 for call in calls)}
+        given = [Layout.replicated(n.meta["val"].shape) for n in graph.find_nodes(op="placeholder")]
+        sizes = [n.meta["val"].nbytes if i in own else 0 for i, n in enumerate(graph.find_nodes(op="placeholder"))]
+
+        def measure(choice: Mapping[int, Layout]) -> float:
+            layouts = tuple(choice.get(i, layout) for i, layout in enumerate(given))
+            _, left, cost, wanted = self._interpreter(self.base).function(name, layouts)
+            return len(calls) * self._score(cost, sizes, choice, wanted, left)
+
+        return self._chosen(list(_candidates(graph, own)), measure, graph)
+
+    def _of_main(self, known: Seeds) -> Seeds:
+        """The cuts of weights outside of block functions."""
+        graph = self.graphs["main"]
+        holders = graph.find_nodes(op="placeholder")
+        own = {i for i, n in enumerate(holders) if n in self.parameters and n.name not in known and all(
+            u.op != "call_module" for u in n.users)}
+        sizes = [n.meta["val"].nbytes if i in own else 0 for i, n in enumerate(holders)]
+
+        def measure(choice: Mapping[int, Layout]) -> float:
+            named = {holders[i].name: layout for i, layout in choice.items()}
+            found = self._interpreter({**self.base, **known, **named}).main()
+            return self._score(found.cost, sizes, choice, found.wanted, ())
+
+        chosen = self._chosen(list(_candidates(graph, own)), measure, graph)
+        return {holders[i].name: layout for i, layout in chosen.items()}
+
+    def _chosen(self, candidates: Sequence[_Candidate], measure, graph: fx.Graph) -> dict[int, Layout]:
+        choice: dict[int, Layout] = {}
+        best = measure(choice) if candidates else 0.0
+        heads = _heads(graph)
+        for candidate in candidates:
+            shape = tuple(graph.find_nodes(op="placeholder")[candidate.place].meta["val"].shape)
+            for dim in _cuts(candidate, shape[candidate.dim], self.parts, heads):
+                trial = {**choice, candidate.place: Layout.replicated(shape).replace(candidate.dim, dim)}
+                if (score := measure(trial)) < best - WORTH:
+                    best, choice = score, trial
+        return choice
+
+    def _score(self, cost: Cost, sizes: Sequence[int], choice: Mapping[int, Layout], wanted: Wanted,
+               left: Sequence[Layout]) -> float:
+        """What a rank does, sends and holds, as shares of what one device does, computes and holds."""
+        held = 0
+        for i, size in enumerate(sizes):
+            layout = choice.get(i) or _agreed(wanted.get(i, set()))
+            held += size if layout is None else size * math.prod(layout.local_shape(self.here)) // max(
+                math.prod(layout.shape), 1)
+        # What is left cut has to be made whole by somebody.
+        gathered = sum(math.prod(lay.local_shape(self.here)) * 4 * (self.parts - 1) for lay in left
+                       if any(TENSOR in d.axes for d in lay.dims))
+        return cost.flops / max(self.whole.flops, 1) + held / self.held + TRAFFIC_WEIGHT * (
+            cost.sent + gathered) / max(self.whole.moved, 1)
+
+
+def _agreed(wants: set[Layout | None]) -> Layout | None:
+    """The one layout that all uses of a parameter ask for."""
+    return next(iter(wants)) if len(wants) == 1 else None
+
+
+def _candidates(graph: fx.Graph, own: set[int]) -> Iterator[_Candidate]:
+    """Weights among the inputs ``own`` that are multiplied with, in the order of the graph."""
+    places = {n: i for i, n in enumerate(graph.find_nodes(op="placeholder"))}
+    for node in graph.nodes:
+        if node.target not in PRODUCTS:
+            continue
+        for at, operand in enumerate(node.args[:3]):
+            if not isinstance(operand, fx.Node):
+                continue
+            order = list(range(operand.meta["val"].ndim))
+            origin = operand
+            while origin.target in TURNS:
+                # Which dimension of the origin each of these is.
+                before = TURNS[origin.target](list(range(origin.meta["val"].ndim)), *origin.args[1:])
+                order = [before[i] for i in order]
+                origin = origin.args[0]
+            if origin in places and places[origin] in own and len(order) > 1:
+                linear = node.target is aten.linear.default
+                yield _Candidate(places[origin], order[0 if linear and at == 1 else -1], node)
+
+
+def _heads(graph: fx.Graph) -> list[int]:
+    """The numbers of heads of attention in a graph, those of keys first."""
+    found: dict[int, None] = {}
+    for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+        for x in (node.args[1], node.args[0]):
+            shape = x.meta["val"].shape
+            if len(shape) > 2:
+                found[shape[-3]] = None
+    return list(found)
+
+
+def _cuts(candidate: _Candidate, size: int, parts: int, heads: Sequence[int]) -> Iterator[Dim]:
+    """Ways to share out output features: in whole heads where there are some, each part of a fused projection by
+    itself."""
+    seen: set[Dim] = set()
+    for sections in _sections(candidate.product, size):
+        for units in (*heads, 0):
+            dim = concatenate(_even(n, units, parts) for n in sections)
+            if dim.sharded and dim not in seen:
+                seen.add(dim)
+                yield dim
+
+
+def _even(size: int, units: int, parts: int) -> Dim:
+    """``size`` features cut evenly in multiples of what one of ``units`` has."""
+    units = units if units and size % units == 0 else size
+    return Dim.even(units, parts, TENSOR).scale(size // units)
+
+
+def _sections(node: fx.Node, size: int) -> list[tuple[int, ...]]:
+    """Into what the last dimension of a product is taken apart later on: all as one, and what splits, slices and views
+    of it say."""
+    found: dict[tuple[int, ...], None] = {(size,): None}
+    queue, seen = [node], {node}
+    while queue:
+        here = queue.pop(0)
+        for user in here.users:
+            value = user.meta.get("val")
+            if user.target in (aten.split_with_sizes.default, aten.split.Tensor) and here.meta["val"].shape[-1] == size:
+                dim = user.args[2] if len(user.args) > 2 else 0
+                if dim % here.meta["val"].ndim == here.meta["val"].ndim - 1:
+                    found[tuple(v.shape[-1] for v in value)] = None
+            elif user.target is aten.slice.Tensor and here.meta["val"].shape[-1] == size and (
+                    len(user.args) > 1 and user.args[1] % here.meta["val"].ndim == here.meta["val"].ndim - 1):
+                found[_sliced(here, size)] = None
+            elif user.target is aten.reshape.default:
+                # (..., size) seen as (..., times, rest): the same cut of each of the first.
+                lead, shape = here.meta["val"].shape[:-1], list(value.shape)
+                if here.meta["val"].shape[-1] == size and shape[: len(lead)] == list(lead):
+                    times = shape[len(lead)] if len(shape) > len(lead) else 1
+                    if 1 < times < size and size % times == 0 and times <= 12:
+                        found[(size // times,) * times] = None
+            elif user.target in FORMULAS or user in seen:
+                continue
+            if user not in seen and value is not None and user.target in _THROUGH and value.shape[-1] == size:
+                seen.add(user)
+                queue.append(user)
+    return list(found)
+
+
+_THROUGH = (aten.add.Tensor, aten.mul.Tensor, aten.unsqueeze.default, aten.reshape.default, aten.silu.default,
+            aten._to_copy.default, operator.getitem)
+"""Operators after which features still lie as a product has left them."""
+
+
+def _sliced(node: fx.Node, size: int) -> tuple[int, ...]:
+    """The parts between all borders at which the last dimension of ``node`` is sliced."""
+    borders = {0, size}
+    for user in node.users:
+        if user.target is aten.slice.Tensor and user.args[1] % node.meta["val"].ndim == node.meta["val"].ndim - 1:
+            start, stop, _ = slice(*(user.args[2:5])).indices(size) if len(user.args) > 3 else slice(
+                user.args[2], None).indices(size)
+            borders |= {start, stop}
+    order = sorted(borders)
+    return tuple(b - a for a, b in zip(order, order[1:], strict=False))
