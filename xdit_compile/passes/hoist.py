@@ -105,7 +105,7 @@ def hoist(program: Program, begin: Collection[str],
         if flows:
             flowing |= {node, env[node]}
     names = {n.name for n in new.nodes if n in flowing}
-    return program.rebuilt({"main": new, **graphs}), names
+    return program.rebuilt({"main": new, **graphs}, "parted"), names
 
 
 @dataclass

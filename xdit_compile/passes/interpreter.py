@@ -230,6 +230,16 @@ class FunctionInterpreter:
             self._keep.append(value)
         return self._relaid[key]
 
+    def one_of_each(self, value: Value) -> Value:
+        """``value`` as it goes into and out of blocks: no sum pending, and, so that one block is as the other, no
+        features shared among tensor ranks. But weights are, and what a part of a block computes for another part."""
+        value = self.summed(value)
+        if self.sizes[TENSOR] > 1 and "parted" not in self.interpreter.program.facts and id(value) not in self._inputs:
+            for i, dim in enumerate(value.dims):
+                if TENSOR in dim.axes:
+                    value = self.lay(value, i, dim.gathered(TENSOR))
+        return value
+
     def windows(self, value: Value, dim: int, spans: Sequence[Sequence[tuple[int, int]]], why: str) -> fx.Node | None:
         """Ranges ``spans[i]`` of ``dim`` on rank i of its axis, each fetched from whoever holds it."""
         old = value.dims[dim]
@@ -398,7 +408,7 @@ class FunctionInterpreter:
         return result
 
     def _call(self, node: fx.Node, args: Sequence[Value]) -> tuple[Value, ...]:
-        args = [self.summed(a) for a in args]
+        args = [self.one_of_each(a) for a in args]
         name, layouts, cost, wanted = self.interpreter.function(str(node.target), tuple(a.layout for a in args))
         self.cost.add(cost)
         for i, wants in wanted.items():
@@ -511,7 +521,7 @@ class ProgramInterpreter:
         # The caller of main expects whole tensors, main takes what a block returns as it is laid out.
         interpreter.cost.results = tuple(v.layout for v in outputs)
         interpreter._used(outputs)
-        outputs = [self._leave(interpreter, i, v) if local == "main" else interpreter.summed(v)
+        outputs = [self._leave(interpreter, i, v) if local == "main" else interpreter.one_of_each(v)
                    for i, v in enumerate(outputs)]
         if emitter:
             self.notes += interpreter.cost.notes

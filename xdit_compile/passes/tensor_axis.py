@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +65,17 @@ class _Candidate:
     product: fx.Node
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """What a choice of cuts comes to, and how it lays out weights that it leaves whole."""
+
+    score: float
+    wanted: Wanted
+
+
+_NOTHING = _Measured(0.0, {})
+
+
 class _Search:
     def __init__(self, program: Program, sizes: Mapping[str, int], base: Seeds) -> None:
         assert program.spec is not None
@@ -106,10 +117,10 @@ class _Search:
         given = [Layout.replicated(n.meta["val"].shape) for n in graph.find_nodes(op="placeholder")]
         sizes = [n.meta["val"].nbytes if i in own else 0 for i, n in enumerate(graph.find_nodes(op="placeholder"))]
 
-        def measure(choice: Mapping[int, Layout]) -> float:
+        def measure(choice: Mapping[int, Layout]) -> _Measured:
             layouts = tuple(choice.get(i, layout) for i, layout in enumerate(given))
-            _, left, cost, wanted = self._interpreter(self.base).function(name, layouts)
-            return len(calls) * self._score(cost, sizes, choice, wanted, left)
+            _, _, cost, wanted = self._interpreter(self.base).function(name, layouts)
+            return _Measured(len(calls) * self._score(cost, sizes, choice, wanted), wanted)
 
         return self._chosen(list(_candidates(graph, own)), measure, graph)
 
@@ -121,39 +132,40 @@ class _Search:
             u.op != "call_module" for u in n.users)}
         sizes = [n.meta["val"].nbytes if i in own else 0 for i, n in enumerate(holders)]
 
-        def measure(choice: Mapping[int, Layout]) -> float:
+        def measure(choice: Mapping[int, Layout]) -> _Measured:
             named = {holders[i].name: layout for i, layout in choice.items()}
             found = self._interpreter({**self.base, **known, **named}).main()
-            return self._score(found.cost, sizes, choice, found.wanted, ())
+            return _Measured(self._score(found.cost, sizes, choice, found.wanted), found.wanted)
 
         chosen = self._chosen(list(_candidates(graph, own)), measure, graph)
         return {holders[i].name: layout for i, layout in chosen.items()}
 
-    def _chosen(self, candidates: Sequence[_Candidate], measure, graph: fx.Graph) -> dict[int, Layout]:
+    def _chosen(self, candidates: Sequence[_Candidate], measure: Callable[[Mapping[int, Layout]], _Measured],
+                graph: fx.Graph) -> dict[int, Layout]:
+        """Cuts that each lower the score, found one after the other. A weight that follows from those before is let be:
+        to cut its output instead would send as much, and leave features cut for all that comes after."""
         choice: dict[int, Layout] = {}
-        best = measure(choice) if candidates else 0.0
-        heads = _heads(graph)
+        best, heads = measure(choice) if candidates else _NOTHING, _heads(graph)
+        holders = graph.find_nodes(op="placeholder")
         for candidate in candidates:
-            shape = tuple(graph.find_nodes(op="placeholder")[candidate.place].meta["val"].shape)
+            if _agreed(best.wanted.get(candidate.place, set())):
+                continue
+            shape = tuple(holders[candidate.place].meta["val"].shape)
             for dim in _cuts(candidate, shape[candidate.dim], self.parts, heads):
                 trial = {**choice, candidate.place: Layout.replicated(shape).replace(candidate.dim, dim)}
-                if (score := measure(trial)) < best - WORTH:
-                    best, choice = score, trial
+                if (found := measure(trial)).score < best.score - WORTH:
+                    best, choice = found, trial
         return choice
 
-    def _score(self, cost: Cost, sizes: Sequence[int], choice: Mapping[int, Layout], wanted: Wanted,
-               left: Sequence[Layout]) -> float:
+    def _score(self, cost: Cost, sizes: Sequence[int], choice: Mapping[int, Layout], wanted: Wanted) -> float:
         """What a rank does, sends and holds, as shares of what one device does, computes and holds."""
         held = 0
         for i, size in enumerate(sizes):
             layout = choice.get(i) or _agreed(wanted.get(i, set()))
             held += size if layout is None else size * math.prod(layout.local_shape(self.here)) // max(
                 math.prod(layout.shape), 1)
-        # What is left cut has to be made whole by somebody.
-        gathered = sum(math.prod(lay.local_shape(self.here)) * 4 * (self.parts - 1) for lay in left
-                       if any(TENSOR in d.axes for d in lay.dims))
-        return cost.flops / max(self.whole.flops, 1) + held / self.held + TRAFFIC_WEIGHT * (
-            cost.sent + gathered) / max(self.whole.moved, 1)
+        return cost.flops / max(self.whole.flops, 1) + held / self.held + TRAFFIC_WEIGHT * cost.sent / max(
+            self.whole.moved, 1)
 
 
 def _agreed(wants: set[Layout | None]) -> Layout | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 
-from xdit_compile.ir.layout import Dim, Layout, concatenate, length, reshape
+from xdit_compile.ir.layout import TENSOR, Dim, Layout, concatenate, length, reshape
 from xdit_compile.passes.rules import rule
 from xdit_compile.passes.sharded_value import NoRule
 
@@ -121,7 +121,7 @@ def slice_(s, x, dim=0, start=None, stop=None, step=1):
     if not old.sharded:
         out = x.layout.replace(dim, Dim.replicated(len(range(start, stop, step))))
         return s.emit(out, x, dim, start, stop, step, target=aten.slice.Tensor)
-    if step != 1 and len(old.segments) > 1:
+    if (step != 1 and len(old.segments) > 1) or _lopsided(s, old.slice(start, stop)):
         x = s.whole(x, dim)
         return slice_(s, x, dim, start, stop, step)
     # What this rank holds of the range is one run of its piece, because pieces are in global order.
@@ -154,14 +154,22 @@ def split(s, x, sizes, dim=0):
     old = x.dims[dim]
     if isinstance(sizes, int):
         sizes = [min(sizes, old.size - at) for at in range(0, old.size, sizes)]
-    parts, at = [], 0
-    for n in sizes:
-        parts.append(old.slice(at, at + n))
-        at += n
+    borders = [0, *accumulate(sizes)]
+    parts = [old.slice(a, b) for a, b in pairwise(borders)]
+    if any(_lopsided(s, part) for part in parts):
+        x = s.whole(x, dim)
+        parts = [x.dims[dim].slice(a, b) for a, b in pairwise(borders)]
     local = [p.local_size(s.position) for p in parts]
     made = s.emit_many([x.layout.replace(dim, p) for p in parts], x, local, dim,
                        target=aten.split_with_sizes.default)
     return tuple(_not_alone(s, dim, part) for part in made)
+
+
+def _lopsided(s, part):
+    """Whether some tensor rank has nothing of a part of features that is enough for all: the cut is not one of parts.
+    All are gathered at once then, rather than one part after the other."""
+    return part.axes == {TENSOR} and part.size >= s.sizes[TENSOR] and not all(
+        part.local_size({**s.position, TENSOR: i}) for i in range(s.sizes[TENSOR]))
 
 
 def _not_alone(s, dim, x):
