@@ -24,6 +24,10 @@ from xdit_compile.ir.stale_cache import update_and_read
 from xdit_compile.spec import ShardingSpec
 
 
+Part = tuple[tuple[tuple[int, int], ...], ...]
+"""Index ranges of each dimension."""
+
+
 @dataclass(frozen=True)
 class Input:
     """What a placeholder of ``main`` stands for: a parameter or buffer by its name in the model, a constant made
@@ -33,8 +37,17 @@ class Input:
 
     kind: Literal["parameter", "constant", "argument", "once", "received", "cache", "invariant"]
     name: str
-    part: tuple[tuple[tuple[int, int], ...], ...] | None = None
+    part: Part | None = None
     """Of a parameter that ranks share out: the index ranges of each dimension that this rank takes; None for all."""
+
+
+def part_of(tensor: torch.Tensor, part: Part) -> torch.Tensor:
+    """The index ranges ``part`` of each dimension of a parameter: a view, where each dimension has one range."""
+    with torch.no_grad():
+        for dim, spans in enumerate(part):
+            pieces = [tensor.narrow(dim, start, stop - start) for start, stop in spans or ((0, 0),)]
+            tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+    return tensor
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,13 @@ from xdit_compile.passes.patch_axis import cut_by_patches, patch_seeds
 from xdit_compile.passes.recorded import analysed, count_of_seeds, rewritten
 from xdit_compile.passes.sharded_value import Value
 from xdit_compile.passes.stage_partition import Stage, stages
+from xdit_compile.passes.tensor_axis import tensor_seeds
 from xdit_compile.passes.token_axis import arguments, check_heads, choose_seeds
 from xdit_compile.spec import ShardingSpec
+
+
+_STILL = {BATCH, TENSOR}
+"""Axes that cut the same at all times."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +54,10 @@ class Pipeline:
     results: tuple[Layout, ...]
 
     @property
-    def batch(self) -> Seeds:
-        """The seeds of the batch alone."""
-        return {n: Layout(tuple(d if BATCH in d.axes else Dim.replicated(d.size) for d in lay.dims))
-                for n, lay in self.seeds.items() if any(BATCH in d.axes for d in lay.dims)}
+    def once_seeds(self) -> Seeds:
+        """The seeds of what is computed once per step: those of the batch and of weights."""
+        return {n: Layout(tuple(d if d.axes & _STILL else Dim.replicated(d.size) for d in lay.dims))
+                for n, lay in self.seeds.items() if any(d.axes & _STILL for d in lay.dims)}
 
 
 @dataclass(frozen=True)
@@ -76,18 +81,21 @@ def plan_pipeline(program: Program, spec: ShardingSpec,
     program = replace(rewritten("canonicalize", canonicalize, program, canonicalize), spec=spec)
     sizes = axis_sizes(spec)
     program, batch = analysed("batch_axis", batch_seeds, program, lambda p: batch_seeds(p, sizes), count_of_seeds)
+    program, weights = analysed("tensor_axis", tensor_seeds, program, lambda p: tensor_seeds(p, sizes, batch),
+                                count_of_seeds)
+    still = {**weights, **batch}
     if spec.ulysses_degree > 1:
         check_heads(program)
     if spec.patches > 1:
-        program, patches = analysed("patch_axis", patch_seeds, program, lambda p: patch_seeds(p, sizes, batch),
+        program, patches = analysed("patch_axis", patch_seeds, program, lambda p: patch_seeds(p, sizes, still),
                                     count_of_seeds)
-        seeds = merge_seeds(batch, patches)
+        seeds = merge_seeds(still, patches)
         begin = cut_by_patches(seeds)
     else:
-        program, tokens = analysed("token_axis", choose_seeds, program, lambda p: choose_seeds(p, sizes, batch),
+        program, tokens = analysed("token_axis", choose_seeds, program, lambda p: choose_seeds(p, sizes, still),
                                    count_of_seeds)
-        seeds = merge_seeds(batch, tokens)
-        begin = _flowing_from(program, sizes, batch)
+        seeds = merge_seeds(still, tokens)
+        begin = _flowing_from(program, sizes, still)
     program, (hoisted, flowing) = analysed("hoist", hoist, program, lambda p: hoist(p, begin),
                                            lambda found: {"flowing": len(found[1])})
     given = [int(n) for n in spec.stage_blocks.split("+")] if spec.stage_blocks else []
@@ -103,7 +111,7 @@ def plan_pipeline(program: Program, spec: ShardingSpec,
     results: dict[int, Layout] = {}
     for index, stage in enumerate(made):
         position = {**position_of(index * spec.ranks_per_stage, spec), PATCH: EVERY}
-        once = ProgramInterpreter(stage.once, batch, position, sizes).main(leave=_leave(stage, once=True))
+        once = ProgramInterpreter(stage.once, still, position, sizes).main(leave=_leave(stage, once=True))
         layouts |= dict(zip(stage.held, once.layouts, strict=False))
         body = ProgramInterpreter(stage.body, seeds, position, sizes).main(_given(stage, samples, layouts),
                                                                            _leave(stage))
@@ -120,7 +128,7 @@ def localize_stage(pipeline: Pipeline, rank: int,
     spec = pipeline.whole.spec
     assert spec is not None
     stage = pipeline.stages[position_of(rank, spec)[STAGE]]
-    once = localize(stage.once, pipeline.batch, rank, leave=_leave(stage, once=True))
+    once = localize(stage.once, pipeline.once_seeds, rank, leave=_leave(stage, once=True))
     given = _given(stage, pipeline.samples, pipeline.layouts)
     times = [EVERY, *range(spec.patches)] if spec.patches > 1 else [EVERY]
     units = {patch: localize(stage.body, pipeline.seeds, rank, dump if patch == EVERY else None, patch=patch,
@@ -139,7 +147,7 @@ def stage_costs(pipeline: Pipeline) -> list[tuple[Cost, Mapping[int, Cost]]]:
     for index, stage in enumerate(pipeline.stages):
         position = position_of(index * spec.ranks_per_stage, spec)
         given = _given(stage, pipeline.samples, pipeline.layouts)
-        once = ProgramInterpreter(stage.once, pipeline.batch, {**position, PATCH: EVERY}, sizes).main(
+        once = ProgramInterpreter(stage.once, pipeline.once_seeds, {**position, PATCH: EVERY}, sizes).main(
             leave=_leave(stage, once=True))
         units = {patch: ProgramInterpreter(stage.body, pipeline.seeds, {**position, PATCH: patch}, sizes).main(
             given, _leave(stage)).cost for patch in times}

@@ -9,7 +9,7 @@ from typing import Any
 
 from xdit_compile.ir.layout import Layout, Position
 from xdit_compile.ir.mesh import position_of
-from xdit_compile.ir.program import Input, Program
+from xdit_compile.ir.program import Input, Part, Program
 from xdit_compile.passes.interpreter import Cost, CostMemo, Leave, ProgramInterpreter, Seeds, parameter_layouts
 
 
@@ -28,7 +28,7 @@ def shard(program: Program, seeds: Seeds, position: Position, sizes: Mapping[str
                           inputs=inputs + caches, notes=program.notes + tuple(interpreter.notes))
 
 
-def _part(layout: Layout, position: Position) -> tuple[tuple[tuple[int, int], ...], ...]:
+def _part(layout: Layout, position: Position) -> Part:
     return tuple(tuple(dim.spans(position)) for dim in layout.dims)
 
 

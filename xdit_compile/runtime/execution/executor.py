@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from xdit_compile.ir.program import Program
+from xdit_compile.ir.program import Input, Program, part_of
 from xdit_compile.runtime.compilation.cuda_graphs import GraphedFunction, check_groups
 from xdit_compile.runtime.compilation.inductor_backend import asks_for_graphs
 from xdit_compile.runtime.compilation.regional import compiled
@@ -46,7 +46,7 @@ class Executor:
         self._graphed = asks_for_graphs(program.spec) and _on_gpu(program)
         if self._graphed:
             self._run = GraphedFunction(self._run, [i.kind in _STAY for i in program.inputs])
-        self._state = ParameterReader(model, [i.name for i in program.inputs if i.kind == "parameter"])
+        self._state = ParameterReader(model, [i for i in program.inputs if i.kind == "parameter"])
         self._constants = [program.constants[i.name] for i in program.inputs if i.kind == "constant"]
         self._named = [i.name for i in program.inputs if i.kind in _NAMED]
         self._in_order = _order(program)
@@ -114,11 +114,12 @@ def _as_captured() -> AbstractContextManager[Any]:
 
 
 class ParameterReader:
-    """Parameters and buffers of a model by name, looked up anew at each call: they and the modules that have them may
-    have been replaced. No module is held, so that weights which are unloaded are freed."""
+    """Parameters and buffers of a model by name, or this rank's part of them, looked up anew at each call: they and the
+    modules that have them may have been replaced. No module is held, so that weights which are unloaded are freed."""
 
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, inputs: Sequence[Input]) -> None:
+        self._model, names = model, [i.name for i in inputs]
+        self._parts = [(place, i.part) for place, i in enumerate(inputs) if i.part is not None]
         self._steps: list[tuple[int, str]] = []
         """How to come by every module that is needed: a child, by name, of the model (0) or of the n-th step's."""
         places = {"": 0}
@@ -136,5 +137,8 @@ class ParameterReader:
         modules: list[Any] = [self._model]
         for parent, child in self._steps:
             modules.append(modules[parent]._modules[child])
-        return [m._parameters[leaf] if leaf in (m := modules[place])._parameters else m._buffers[leaf]
+        held = [m._parameters[leaf] if leaf in (m := modules[place])._parameters else m._buffers[leaf]
                 for place, leaf in self._leaves]
+        for place, part in self._parts:
+            held[place] = part_of(held[place], part)
+        return held
