@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from xdit_compile.ir.layout import BATCH, EVERY, PATCH, SEQUENCE, Dim, Layout, Segment, even_offsets
+from xdit_compile.ir.layout import BATCH, EVERY, PATCH, SEQUENCE, TENSOR, Dim, Layout, Segment, even_offsets
 from xdit_compile.ir.mesh import STAGE, axis_sizes, position_of
 from xdit_compile.ir.program import Program, is_collective
 from xdit_compile.ir.pytree import flatten
@@ -86,11 +86,11 @@ def random_dim(rng: random.Random, size: int, parts: int, axis: str = SEQUENCE, 
 
 
 def random_layout(rng: random.Random, shape: tuple[int, ...], spec: ShardingSpec, number: int = -1) -> Layout:
-    """One dimension, if any is longer than one, is cut by the sequence axis, and another by that of the batch, where
-    there are ranks along it; sometimes none is. ``number`` goes through the dimensions and the ways to cut them."""
+    """One dimension, if any is longer than one, is cut by the sequence axis, and others by those of the batch and of
+    features, where there are ranks along them; sometimes none is. ``number`` goes through the dimensions and the ways to cut them."""
     dims = [Dim.replicated(n) for n in shape]
     wide = [i for i, n in enumerate(shape) if n > 1]
-    degrees = (SEQUENCE, spec.sequence_degree), (BATCH, spec.batch_degree)
+    degrees = (SEQUENCE, spec.sequence_degree), (BATCH, spec.batch_degree), (TENSOR, spec.tensor_degree)
     axes = [(axis, parts) for axis, parts in degrees if parts > 1]
     rng.shuffle(axes)
     for axis, parts in axes:
@@ -176,7 +176,7 @@ def combined(i: int, layout: Layout, rank: int, positions: list[dict[str, int]],
              results: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
     """A rank's i-th result: if it holds summands, the sum over those ranks that differ along that axis alone."""
     held = [r[i] for r, other in zip(results, positions, strict=True) if layout.partial and all(
-        other[a] == positions[rank][a] for a in (BATCH, SEQUENCE) if a != layout.partial)] or [results[rank][i]]
+        other[a] == positions[rank][a] for a in (BATCH, SEQUENCE, TENSOR) if a != layout.partial)] or [results[rank][i]]
     return sum(held[1:], held[0])
 
 
@@ -197,8 +197,9 @@ def assert_exact(op: Any, args: tuple[Any, ...], layouts: list[Layout], spec: Sh
             torch.testing.assert_close(got, piece(expected, layout, position), rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
-SPECS = [ShardingSpec(ulysses_degree=u, ring_degree=r, cfg_degree=c) for u, r, c in (
-    (2, 1, 1), (1, 2, 1), (3, 1, 1), (2, 2, 1), (1, 3, 1), (1, 1, 2), (2, 1, 2), (4, 1, 1), (1, 2, 2))]
+SPECS = [ShardingSpec(ulysses_degree=u, ring_degree=r, cfg_degree=c, tensor_degree=t) for u, r, c, t in (
+    (2, 1, 1, 1), (1, 1, 1, 2), (1, 2, 1, 1), (3, 1, 1, 1), (2, 1, 1, 2), (2, 2, 1, 1), (1, 3, 1, 1), (1, 1, 2, 1),
+    (1, 1, 1, 3), (2, 1, 2, 1), (4, 1, 1, 1), (1, 2, 1, 2), (1, 2, 2, 1))]
 
 SHARED = Counter(rule.apply for rule in RULES.values())
 """How many operators a rule serves."""

@@ -112,8 +112,10 @@ class _Search:
     def _of_function(self, name: str, calls: Sequence[fx.Node]) -> dict[int, Layout]:
         """The cuts of the weights of a block function, by the number of its input."""
         graph = self.graphs[name]
-        own = {i for i in range(len(calls[0].args)) if all(
-            call.args[i] in self.parameters and len(call.args[i].users) == 1 for call in calls)}
+        # A weight that others use too has to be there as they need it.
+        own = {i for i in range(len(calls[0].args)) if all(call.args[i] in self.parameters and all(
+            user in calls and user.args.count(call.args[i]) == 1 and user.args[i] is call.args[i]
+            for user in call.args[i].users) for call in calls)}
         given = [Layout.replicated(n.meta["val"].shape) for n in graph.find_nodes(op="placeholder")]
         sizes = [n.meta["val"].nbytes if i in own else 0 for i, n in enumerate(graph.find_nodes(op="placeholder"))]
 

@@ -19,6 +19,10 @@ def _example(r):
     if r.pick(False, False, False, True):  # without heads, or with frames beside the batch
         outer = r.pick((4,), (2, 3, 4))
         return *(r.tensor(*outer, n, 8) for n in (tokens, 5, 5)), r.pick(None, r.tensor(tokens, 5))
+    if r.pick(False, False, False, True):  # groups of query heads that share one of keys and values
+        heads, group = r.pick((4, 2), (2, 2), (3, 2), (2, 3), (1, 4))
+        k, v = r.tensor(2, heads, 5, 8), r.tensor(2, heads, 5, 8)
+        return r.tensor(2, heads * group, tokens, 8), k, v, None, 0.0, False, {"enable_gqa": True}
     q = r.tensor(2, 4, tokens, 8)
     k, v = r.pick((r.tensor(2, 4, 6, 8), r.tensor(2, 4, 6, 8)), (r.tensor(2, 4, 5, 8), r.tensor(2, 4, 5, 8)))
     n = k.shape[2]
@@ -31,6 +35,7 @@ def _example(r):
 def attention(s, q, k, v, mask=None, dropout=0.0, is_causal=False, *, scale=None, enable_gqa=False):
     """softmax(q k^T * scale + mask) v over tensors (..., heads, tokens, width)."""
     q, k, v = s.whole(q, -1), s.whole(k, -1), s.whole(v, -1)
+    q, k, v = (s.whole(x, -2) if TENSOR in x.dims[-2].axes else x for x in (q, k, v))
     # Tokens that hold the samples of a batch: each attends for its own, to all. Where positions alone are cut by it, it
     # is no batch.
     packed = all(BATCH in x.dims[-2].axes for x in (q, k, v))

@@ -167,8 +167,9 @@ def _moments(s, x, over, count, left):
     return centre, shared(s.emit(flat, root, root, target=aten.mul.Tensor), max(left, 0))
 
 
-@rule({aten.layer_norm.default: lambda r: (r.tensor(2, 6, 4), [4], r.tensor(4), r.tensor(4)),
-       aten.rms_norm.default: lambda r: (r.tensor(2, 6, 4), [4], r.pick(None, r.tensor(4)), 1e-6)})
+@rule({aten.layer_norm.default: lambda r: (r.tensor(2, 6, 4), [4], *r.pick(
+           (), (None, None, 0.1), (r.tensor(4),), (r.tensor(4), r.tensor(4)), (r.tensor(4), r.tensor(4), 0.2))),
+       aten.rms_norm.default: lambda r: (r.tensor(2, 6, 4), [4], r.pick(None, r.tensor(4)), r.pick(None, 1e-6, 0.1))})
 def last_dims_norm(s, x, shape, *rest):
     if len(shape) == 1 and x.dims[-1].axes == {TENSOR} and all(seg.axis for seg in x.dims[-1].segments):
         return _norm_of_shares(s, x, *rest)
