@@ -10,15 +10,14 @@ what enters and leaves them is whole.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import fx
 
 from xdit_compile.errors import SpecError
-from xdit_compile.ir.flops import FORMULAS
 from xdit_compile.ir.layout import TENSOR, Dim, Layout, concatenate
 from xdit_compile.ir.mesh import position_of
 from xdit_compile.ir.program import Program
@@ -35,7 +34,8 @@ WORTH = 1e-7
 """By how much of all there is a cut must lower what a rank has to do and to hold."""
 
 PRODUCTS = (aten.linear.default, aten.mm.default, aten.bmm.default, aten.matmul.default, aten.addmm.default,
-            aten.baddbmm.default)
+            aten.baddbmm.default, aten.embedding.default)
+CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 
 
 def tensor_seeds(program: Program, sizes: Mapping[str, int], base: Seeds) -> Seeds:
@@ -179,7 +179,7 @@ def _candidates(graph: fx.Graph, own: set[int]) -> Iterator[_Candidate]:
     """Weights among the inputs ``own`` that are multiplied with, in the order of the graph."""
     places = {n: i for i, n in enumerate(graph.find_nodes(op="placeholder"))}
     for node in graph.nodes:
-        if node.target not in PRODUCTS:
+        if node.target not in PRODUCTS and node.target not in CONVOLUTIONS:
             continue
         for at, operand in enumerate(node.args[:3]):
             if not isinstance(operand, fx.Node):
@@ -192,8 +192,8 @@ def _candidates(graph: fx.Graph, own: set[int]) -> Iterator[_Candidate]:
                 order = [before[i] for i in order]
                 origin = origin.args[0]
             if origin in places and places[origin] in own and len(order) > 1:
-                linear = node.target is aten.linear.default
-                yield _Candidate(places[origin], order[0 if linear and at == 1 else -1], node)
+                first = node.target is aten.linear.default or node.target in CONVOLUTIONS
+                yield _Candidate(places[origin], order[0 if first else -1], node)
 
 
 def _heads(graph: fx.Graph) -> list[int]:
@@ -210,9 +210,11 @@ def _heads(graph: fx.Graph) -> list[int]:
 def _cuts(candidate: _Candidate, size: int, parts: int, heads: Sequence[int]) -> Iterator[Dim]:
     """Ways to share out output features: in whole heads where there are some, each part of a fused projection by
     itself."""
+    axis = 1 if candidate.product.target in CONVOLUTIONS else candidate.product.meta["val"].ndim - 1
+    uses = _Uses.of(candidate.product, axis, size)
     seen: set[Dim] = set()
-    for sections in _sections(candidate.product, size):
-        for units in (*heads, 0):
+    for sections in ((size,), *uses.sections):
+        for units in (*heads, *uses.units, 0):
             dim = concatenate(_even(n, units, parts) for n in sections)
             if dim.sharded and dim not in seen:
                 seen.add(dim)
@@ -225,49 +227,63 @@ def _even(size: int, units: int, parts: int) -> Dim:
     return Dim.even(units, parts, TENSOR).scale(size // units)
 
 
-def _sections(node: fx.Node, size: int) -> list[tuple[int, ...]]:
-    """Into what the last dimension of a product is taken apart later on: all as one, and what splits, slices and views
-    of it say."""
-    found: dict[tuple[int, ...], None] = {(size,): None}
-    queue, seen = [node], {node}
-    while queue:
-        here = queue.pop(0)
-        for user in here.users:
-            value = user.meta.get("val")
-            if user.target in (aten.split_with_sizes.default, aten.split.Tensor) and here.meta["val"].shape[-1] == size:
-                dim = user.args[2] if len(user.args) > 2 else 0
-                if dim % here.meta["val"].ndim == here.meta["val"].ndim - 1:
-                    found[tuple(v.shape[-1] for v in value)] = None
-            elif user.target is aten.slice.Tensor and here.meta["val"].shape[-1] == size and (
-                    len(user.args) > 1 and user.args[1] % here.meta["val"].ndim == here.meta["val"].ndim - 1):
-                found[_sliced(here, size)] = None
-            elif user.target is aten.reshape.default:
-                # (..., size) seen as (..., times, rest): the same cut of each of the first.
-                lead, shape = here.meta["val"].shape[:-1], list(value.shape)
-                if here.meta["val"].shape[-1] == size and shape[: len(lead)] == list(lead):
-                    times = shape[len(lead)] if len(shape) > len(lead) else 1
-                    if 1 < times < size and size % times == 0 and times <= 12:
-                        found[(size // times,) * times] = None
-            elif user.target in FORMULAS or user in seen:
-                continue
-            if user not in seen and value is not None and user.target in _THROUGH and value.shape[-1] == size:
-                seen.add(user)
-                queue.append(user)
-    return list(found)
+@dataclass(frozen=True)
+class _Uses:
+    """How the features of a product are taken apart by what uses them: in sections that splits and slices make, in
+    equal units, as heads, that views make."""
+
+    sections: tuple[tuple[int, ...], ...]
+    units: tuple[int, ...]
+
+    @staticmethod
+    def of(product: fx.Node, axis: int, size: int) -> _Uses:
+        sections: dict[tuple[int, ...], None] = {}
+        units: dict[int, None] = {}
+        queue, seen = [(product, axis)], {product}
+        while queue:
+            here, axis = queue.pop(0)
+            for user in here.users:
+                if user.args[0] is not here or user in seen:
+                    continue
+                dim = user.args[1] if len(user.args) > 1 else 0
+                next_axis: int | None = None
+                if user.target in (aten.split_with_sizes.default, aten.split.Tensor):
+                    dim = user.args[2] if len(user.args) > 2 else 0
+                    if dim % here.meta["val"].ndim == axis:
+                        sections[tuple(v.shape[axis] for v in user.meta["val"])] = None
+                elif user.target is aten.slice.Tensor:
+                    if dim % here.meta["val"].ndim == axis:
+                        sections[_sliced(here, axis, size)] = None
+                elif user.target is aten.reshape.default:
+                    shape, lead = list(user.meta["val"].shape), math.prod(here.meta["val"].shape[:axis])
+                    found = next((i for i, n in enumerate(shape) if n > 1 and math.prod(shape[:i]) == lead), None)
+                    times = 0 if found is None else shape[found]
+                    if times == size:
+                        next_axis = found
+                    elif times and size % times == 0:
+                        units[times] = None
+                        if times <= MOST_SECTIONS:
+                            sections[(size // times,) * times] = None
+                elif user.target in TURNS:
+                    next_axis = TURNS[user.target](list(range(here.meta["val"].ndim)), *user.args[1:]).index(axis)
+                elif torch.Tag.pointwise in getattr(user.target, "tags", ()) and (
+                        user.meta["val"].ndim == here.meta["val"].ndim):
+                    next_axis = axis
+                if next_axis is not None:
+                    seen.add(user)
+                    queue.append((user, next_axis))
+        return _Uses(tuple(sections), tuple(units))
 
 
-_THROUGH = (aten.add.Tensor, aten.mul.Tensor, aten.unsqueeze.default, aten.reshape.default, aten.silu.default,
-            aten._to_copy.default, operator.getitem)
-"""Operators after which features still lie as a product has left them."""
+MOST_SECTIONS = 12
+"""More equal parts than this are no parts of a fused projection, but heads."""
 
 
-def _sliced(node: fx.Node, size: int) -> tuple[int, ...]:
-    """The parts between all borders at which the last dimension of ``node`` is sliced."""
+def _sliced(node: fx.Node, axis: int, size: int) -> tuple[int, ...]:
+    """The parts between all borders at which dimension ``axis`` of ``node`` is sliced."""
     borders = {0, size}
     for user in node.users:
-        if user.target is aten.slice.Tensor and user.args[1] % node.meta["val"].ndim == node.meta["val"].ndim - 1:
-            start, stop, _ = slice(*(user.args[2:5])).indices(size) if len(user.args) > 3 else slice(
-                user.args[2], None).indices(size)
-            borders |= {start, stop}
-    order = sorted(borders)
-    return tuple(b - a for a, b in zip(order, order[1:], strict=False))
+        if user.target is aten.slice.Tensor and (user.args[1] if len(user.args) > 1 else 0) % node.meta["val"].ndim == axis:
+            start, stop, _ = slice(*(*user.args[2:5], None, None)[:2]).indices(size)
+            borders |= {start, max(start, stop)}
+    return tuple(b - a for a, b in pairwise(sorted(borders)))

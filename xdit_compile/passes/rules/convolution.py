@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from xdit_compile.ir.layout import PATCH, Dim, Layout, Segment, merge
+from xdit_compile.ir.layout import PATCH, TENSOR, Dim, Layout, Segment, merge
 from xdit_compile.passes.rules import rule
 from xdit_compile.passes.sharded_value import NoRule, Value
 
@@ -16,20 +16,53 @@ aten = torch.ops.aten
 
 
 def _examples(n):
-    side = [9, 6, 5][:n]
-    return lambda r: (r.tensor(2, 2, *side), r.tensor(4, 2, *[r.pick(1, 2, 3)] * n), r.pick(None, r.tensor(4)),
-                      [r.pick(1, 2)] * n, [r.pick(0, 1)] * n, [1] * n, 1)
+    def example(r):
+        groups, (inside, made) = r.pick((1, (2, 4)), (1, (4, 3)), (2, (4, 2)), (4, (4, 8)))
+        return (r.tensor(2, inside, *[9, 6, 5][:n]), r.tensor(made, inside // groups, *[r.pick(1, 2, 3)] * n),
+                r.pick(None, r.tensor(made)), [r.pick(1, 2)] * n, [r.pick(0, 1)] * n, [1] * n, groups)
+    return example
 
 
 @rule({aten.conv1d.default: _examples(1), aten.conv2d.default: _examples(2), aten.conv3d.default: _examples(3)})
 def convolution(s, x, weight, bias=None, stride=(1,), padding=(0,), dilation=(1,), groups=1):
     n = weight.ndim - 2
     stride, padding, dilation = (list(v) * n if len(v) == 1 else list(v) for v in (stride, padding, dilation))
-    x, weight, bias = s.whole(x, 1), s.whole(weight), bias and s.whole(bias)
+    x, weight, bias, channels, groups, pending = _channels(s, x, weight, bias, groups)
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True)]
     x, space, padding, finish = _slid(s, x, reach, stride, padding)
-    out = Layout((x.dims[0], Dim.replicated(weight.shape[0]), *space))
-    return finish(s.emit(out, x, weight, bias, stride, padding, dilation, groups))
+    out = Layout((x.dims[0], channels, *space), pending)
+    made = s.summed(s.emit(out, x, weight, None if pending else bias, stride, padding, dilation, groups))
+    if pending and bias is not None:
+        column = Layout((channels, *[Dim.replicated(1)] * n))
+        bias = s.emit(column, bias, list(column.shape), target=aten.reshape.default)
+        made = s.emit(made.layout, made, bias, target=aten.add.Tensor)
+    return finish(made)
+
+
+def _channels(s, x, weight, bias, groups):
+    """Channels whole, but those that tensor ranks share: of inputs, whose products are summed, or which are groups by
+    themselves; or of outputs. Returns the operands, the channels of the result, how many groups of them this rank has,
+    and the axis that a sum is pending over."""
+    inside, (made, per) = x.dims[1], weight.shape[:2]
+    taken = {axis for i, d in enumerate(x.dims) if i != 1 for axis in d.axes}
+    weight = s.whole(weight, *range(2, weight.ndim))
+    if _of_tensor_ranks(s, inside) and groups == 1:
+        return x, s.lay(s.whole(weight, 0), 1, inside), bias and s.whole(bias), Dim.replicated(made), 1, TENSOR
+    weight = s.whole(weight, 1)
+    if _of_tensor_ranks(s, inside) and all(o % per == 0 for seg in inside.segments for o in seg.offsets):
+        out = Dim.of(seg.map(lambda o: o // per * (made // groups)) for seg in inside.segments)
+        mine = inside.local_size(s.position) // per
+        return x, s.lay(weight, 0, out), bias and s.lay(bias, 0, out), out, mine, None
+    x = s.whole(x, 1)
+    out = weight.dims[0] if groups == 1 and _of_tensor_ranks(s, weight.dims[0]) and TENSOR not in taken else (
+        Dim.replicated(made))
+    return x, s.lay(weight, 0, out), bias and s.lay(bias, 0, out), out, groups, None
+
+
+def _of_tensor_ranks(s, dim):
+    """Whether each tensor rank has some of it, and none has what another has."""
+    return dim.axes == {TENSOR} and all(seg.axis for seg in dim.segments) and all(
+        map(dim.local_size, s.positions(dim)))
 
 
 def _pooled(n):

@@ -13,7 +13,9 @@ aten = torch.ops.aten
 
 @rule({aten.embedding.default: lambda r: (r.tensor(7, 4), r.indices(7, 2, 5))})
 def embedding(s, table, indices, *args):
-    table = s.whole(table)
+    table = s.whole(table, 0)
+    if table.dims[1].axes & {axis for d in indices.dims for axis in d.axes}:
+        table = s.whole(table)
     return s.emit(Layout((*indices.dims, *table.dims[1:])), table, indices, *args)
 
 
