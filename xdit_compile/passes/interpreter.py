@@ -378,8 +378,10 @@ class FunctionInterpreter:
     def _apply(self, node: fx.Node, args: Any, kwargs: Any) -> Result:
         rule = find_rule(node.target)
         reason = "no rule for this operator"
+        args, kwargs = _map_values(self.summed, (args, kwargs))
+        if not any(a.sharded for a in _leaves((args, kwargs)) if isinstance(a, Value)):
+            return self._whole(args, kwargs)  # there were but sums pending
         if rule is not None:
-            args, kwargs = _map_values(self.summed, (args, kwargs))
             try:
                 return rule(self, *args, **kwargs)
             except NoRule as refusal:
