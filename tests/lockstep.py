@@ -70,6 +70,9 @@ def _peers(name: str, rank: int, world: int) -> list[int]:
     _, axis, shape = name.split(".")
     ulysses, ring, batch = map(int, shape.split("x"))
     assert ulysses * ring * batch == world
+    if axis.startswith("shard-"):  # neighbours, so many
+        many = int(axis.removeprefix("shard-"))
+        return list(range(rank - rank % many, rank - rank % many + many))
     if axis == "batch":
         return [r for r in range(world) if r % (ulysses * ring) == rank % (ulysses * ring)]
     alike = [r for r in range(world) if r // (ulysses * ring) == rank // (ulysses * ring)]

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from xdit_compile.ir.layout import EVERY, PATCH, Layout, Position
 from xdit_compile.ir.mesh import axis_sizes, position_of
+from xdit_compile.ir.parameter_groups import ParameterGroup
 from xdit_compile.ir.pass_record import source_digest
 from xdit_compile.ir.program import Note, Program
 from xdit_compile.passes.batch_axis import batch_seeds, lost_factor, merge_seeds
@@ -20,6 +21,7 @@ from xdit_compile.passes.lower_attention import lower_attention
 from xdit_compile.passes.overlap_communication import overlap
 from xdit_compile.passes.recorded import analysed, count_of_seeds, rewritten
 from xdit_compile.passes.shard import shard
+from xdit_compile.passes.shard_parameters import Arrival, arrivals, parameters_of, shard_parameters
 from xdit_compile.passes.simplify import simplify
 from xdit_compile.passes.token_axis import choose_seeds
 from xdit_compile.passes.verifier import check
@@ -36,6 +38,8 @@ class Context:
     seeds: Seeds
     given: Mapping[str, Layout]
     leave: Leave | None
+    whole: Program
+    order: Sequence[Arrival]
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,9 @@ PASSES: tuple[Pass, ...] = (
     Pass("lower_attention", lower_attention, lambda p, c: lower_attention(p, c.sizes, c.mode),
          frozenset({"sharded"}), frozenset({"lowered"})),
     Pass("simplify", simplify, lambda p, c: simplify(p), frozenset({"lowered"}), frozenset()),
+    Pass("shard_parameters", shard_parameters,
+         lambda p, c: shard_parameters(p, c.order, c.whole, c.position, c.sizes, c.mode),
+         frozenset({"lowered"}), frozenset()),
     Pass("overlap_communication", overlap, lambda p, c: overlap(p), frozenset({"lowered"}), frozenset()),
 )
 
@@ -99,7 +106,7 @@ def plan(program: Program, spec: ShardingSpec) -> tuple[Program, Seeds]:
 
 def localize(program: Program, seeds: Seeds, rank: int, dump: Callable[[str, Program], None] | None = None, *,
              patch: int = EVERY, given: Mapping[str, Layout] = MappingProxyType({}),
-             leave: Leave | None = None) -> Program:
+             leave: Leave | None = None, groups: Sequence[ParameterGroup] = ()) -> Program:
     """Rank ``rank``'s local program.
 
     Args:
@@ -107,10 +114,12 @@ def localize(program: Program, seeds: Seeds, rank: int, dump: Callable[[str, Pro
         patch: the time it is for.
         given, leave: how inputs come and results go, where they are not whole on every rank
             (``ProgramInterpreter.main``).
+        groups: those of the model's parameters, where they come block by block; by default, of the program's.
     """
     assert program.spec is not None
     context = Context({**position_of(rank, program.spec), PATCH: patch}, axis_sizes(program.spec),
-                      FakeTensorMode(allow_non_fake_inputs=True), seeds, given, leave)
+                      FakeTensorMode(allow_non_fake_inputs=True), seeds, given, leave, program,
+                      arrivals(program, groups or parameters_of(program)) if program.spec.parts else ())
     if dump:
         dump("canonicalize", program)
     for step in PASSES:
