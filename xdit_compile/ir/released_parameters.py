@@ -23,31 +23,30 @@ def release_parameters(model: nn.Module, within: Collection[str], names: Collect
     with them."""
     inside = tuple(f"{path}." for path in within)
     held = _held(model)
-    kept = {id(store[leaf]) for _, store, leaf, name in held if name in names or not name.startswith(inside)}
-    _give_up(model, [entry for entry in held if id(entry[1][entry[2]]) not in kept])
+    kept = {id(store[leaf]) for store, leaf, name in held if name in names or not name.startswith(inside)}
+    _give_up(model, [entry for entry in held if id(entry[0][entry[1]]) not in kept])
 
 
 def release_named(model: nn.Module, names: Collection[str]) -> None:
     """Give up these parameters, under all their names."""
     held = _held(model)
-    gone = {id(store[leaf]) for _, store, leaf, name in held if name in names}
-    _give_up(model, [entry for entry in held if id(entry[1][entry[2]]) in gone])
+    gone = {id(store[leaf]) for store, leaf, name in held if name in names}
+    _give_up(model, [entry for entry in held if id(entry[0][entry[1]]) in gone])
 
 
-_Held = tuple[nn.Module, dict[str, torch.Tensor], str, str]
-"""A module, its parameters or its buffers, a name among these and in the model."""
+_Held = tuple[dict[str, torch.Tensor], str, str]
+"""The parameters or the buffers of a module, a name among these and in the model."""
 
 
 def _held(model: nn.Module) -> list[_Held]:
-    return [(module, store, leaf, f"{path}.{leaf}" if path else leaf) for path, module in model.named_modules()
+    return [(store, leaf, f"{path}.{leaf}" if path else leaf) for path, module in model.named_modules()
             for store in (module._parameters, module._buffers)
             for leaf, t in store.items() if t is not None]  # type: ignore[misc]
 
 
 def _give_up(model: nn.Module, held: Iterable[_Held]) -> None:
     one: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    holders = {id(model): model}
-    for module, store, leaf, _ in held:
+    for store, leaf, _ in held:
         tensor = store[leaf]
         if id(tensor) in one:  # what is one tensor stays one
             store[leaf] = one[id(tensor)][1]
@@ -58,11 +57,10 @@ def _give_up(model: nn.Module, held: Iterable[_Held]) -> None:
             setattr(made, _HOME, device_of(tensor))
             store[leaf] = made
             one[id(tensor)] = tensor, made
-        holders[id(module)] = module
-    for module in holders.values():
-        if _refused_state not in module._state_dict_pre_hooks.values():
-            module.register_state_dict_pre_hook(_refused_state)
-            module.register_load_state_dict_pre_hook(_refused_load)
+    # On the whole model alone: hooks on its parts would make blocks that are alike look different.
+    if _refused_state not in model._state_dict_pre_hooks.values():
+        model.register_state_dict_pre_hook(_refused_state)
+        model.register_load_state_dict_pre_hook(_refused_load)
 
 
 def missing_parameters(model: nn.Module, names: Collection[str]) -> list[str]:
