@@ -15,6 +15,7 @@ from torch import nn
 
 from xdit_compile.frontend.capture import capture
 from xdit_compile.ir.call_arguments import call_arguments
+from xdit_compile.ir.parameter_groups import parameter_groups
 from xdit_compile.ir.program import Note, Program
 from xdit_compile.ir.pytree import flatten
 from xdit_compile.passes import localize, plan
@@ -71,7 +72,8 @@ def sharded(model: nn.Module, arguments: tuple[Any, Any], expected: list[torch.T
             seeds: Seeds) -> Found:
     """All ranks' programs of ``whole``, a canonical program under a spec, sharded from these seeds."""
     assert whole.spec is not None
-    ranks = [localize(whole, seeds, rank) for rank in range(whole.spec.world_size)]
+    ranks = [localize(whole, seeds, rank, groups=parameter_groups(model))
+             for rank in range(whole.spec.world_size)]
     tensors, _ = flatten(arguments)
     error = 0.0
     for results in lockstep.run([r.main for r in ranks], [held(model, r, tensors) for r in ranks]):
@@ -86,9 +88,10 @@ def sharded(model: nn.Module, arguments: tuple[Any, Any], expected: list[torch.T
 def held(model: nn.Module, local: Program, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """What a rank's program is given: its inputs, in order."""
     state = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-    given = iter(tensors)
-    return [next(given) if i.kind == "argument" else part_of((local.constants if i.kind == "constant" else state)[
-        i.name], i.part) for i in local.inputs]
+    given, shares = iter(tensors), shares_of(model, local)
+    return [next(given) if i.kind == "argument" else part_of({
+        "constant": local.constants, "parameter_share": shares}.get(i.kind, state)[i.name], i.part)
+        for i in local.inputs]
 
 
 def part_of(tensor: torch.Tensor, part: Any) -> torch.Tensor:
@@ -97,6 +100,24 @@ def part_of(tensor: torch.Tensor, part: Any) -> torch.Tensor:
         index = [i for a, b in spans for i in range(a, b)]
         tensor = tensor.index_select(dim, torch.tensor(index, dtype=torch.long))
     return tensor
+
+
+def shares_of(model: nn.Module, local: Program) -> dict[str, torch.Tensor]:
+    """What a rank holds of each group of the parameters that its program takes in shares."""
+    if local.spec is None or local.position is None or not local.spec.parts:
+        return {}
+    groups = {g.name: g for g in parameter_groups(model)}
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    made = {}
+    for name in (i.name for i in local.inputs if i.kind == "parameter_share"):
+        group = groups[name]
+        length = group.share(local.spec.shard_degree) * local.spec.shard_degree
+        memory = torch.full((length,), torch.nan).to(group.dtype)
+        for member in group.members:
+            place = memory[member.offset : member.offset + member.size]
+            torch.as_strided(place, member.shape, member.stride, place.storage_offset()).copy_(tensors[member.name])
+        made[name] = memory.chunk(local.spec.shard_degree)[local.position["shard"]].clone()
+    return made
 
 
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:

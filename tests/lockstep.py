@@ -73,6 +73,10 @@ def _peers(name: str, rank: int, world: int) -> list[int]:
     # The tensor axis varies fastest, then Ulysses, the ring and the batch.
     places = {r: {"tensor": r % tensor, "ulysses": r // tensor % ulysses, "ring": r // (tensor * ulysses) % ring,
                   "batch": r // (tensor * ulysses * ring)} for r in range(world)}
+    if axis.startswith("shard-"):  # so many neighbours that hold the same features
+        many, alike = int(axis.removeprefix("shard-")), [r for r in range(world) if r % tensor == rank % tensor]
+        first = alike.index(rank) // many * many
+        return alike[first : first + many]
     free = ("ulysses", "ring") if axis == "sequence" else (axis,)
     return [r for r in range(world) if all(n in free or i == places[rank][n] for n, i in places[r].items())]
 

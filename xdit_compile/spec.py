@@ -15,12 +15,13 @@ BACKENDS = ("eager", "inductor", "onediff")
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
 ENCODERS = ("everywhere", "spread")
 KEEP = ("on", "off")
+OFFLOAD = ("none", "block")
 KERNELS = ("auto", "torch", "flash_attn", "flash_attn_3", "flash_attn_4", "cudnn", "sage", "xformers", "yunchang")
 ALL = "all"
 SHORT = {"kernel": "attention_kernel", "patches": "num_patches", "warmup": "warmup_steps", "mode": "compile_mode"}
 """Other words for fields; a degree's may also leave out ``_degree``."""
 DEGREES = ("ulysses_degree", "ring_degree", "tensor_degree", "cfg_degree", "data_degree", "pipefusion_degree",
-           "vae_degree")
+           "vae_degree", "shard_degree")
 NUMBERS = (*DEGREES, "num_patches", "warmup_steps")
 
 
@@ -46,6 +47,10 @@ class ShardingSpec:
         warmup_steps: steps at the start of a denoising loop that are exact, or ``all``. In others, patches attend to
             keys and values of the step before where those of this one have not come yet.
         stage_blocks: blocks of each stage, as in ``10+9``; by their operations if it is empty.
+        shard_degree: ranks over which parameters are cut, whatever else these ranks do: it takes no further processes.
+            A block's are gathered while the block before runs, and dropped after it.
+        offload: ``block`` keeps parameters, or a rank's share of them, in the host's memory; a block's are copied while
+            the block before runs. ``none`` keeps them on the device.
         vae_degree: ranks that share the height or width of what a pipeline's autoencoder encodes and decodes; the same
             ranks as above, in groups of this many, each of which computes the whole.
         encoders: where a pipeline's text and image encoders live: ``everywhere``, or ``spread``: each on one rank,
@@ -75,6 +80,8 @@ class ShardingSpec:
     num_patches: int = 0
     warmup_steps: int | str = 1
     stage_blocks: str = ""
+    shard_degree: int = 1
+    offload: str = "none"
     vae_degree: int = 1
     encoders: str = "everywhere"
     keep: str = "on"
@@ -91,8 +98,8 @@ class ShardingSpec:
             if not isinstance(value, int) or isinstance(value, bool) or value < least.get(name, 1):
                 also = f", or {ALL}" if name == "warmup_steps" else ""
                 raise SpecError(f"{name} must be a whole number of at least {least.get(name, 1)}{also}, got {value!r}")
-        for name, allowed in (("encoders", ENCODERS), ("keep", KEEP), ("backend", BACKENDS), ("compile_mode", MODES),
-                              ("attention_kernel", KERNELS)):
+        for name, allowed in (("encoders", ENCODERS), ("keep", KEEP), ("offload", OFFLOAD), ("backend", BACKENDS),
+                              ("compile_mode", MODES), ("attention_kernel", KERNELS)):
             if getattr(self, name) not in allowed:
                 raise SpecError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         object.__setattr__(self, "compile_options", _canonical(self.compile_options))
@@ -101,6 +108,12 @@ class ShardingSpec:
         if self.world_size % self.vae_degree:
             raise SpecError(f"vae={self.vae_degree} takes groups of {self.vae_degree} of the processes that the other "
                             f"degrees ask for, but {self.world_size} do not fall into such groups")
+        if self.replicas % self.shard_degree:
+            stages = f"each of {self.pipefusion_degree} stages on" if self.pipefusion_degree > 1 else "all of them on"
+            fits = [str(n) for n in range(2, self.replicas + 1) if self.replicas % n == 0]
+            raise SpecError(f"shard={self.shard_degree} cuts parameters over groups of {self.shard_degree} of the "
+                            f"ranks that hold the same ones, but they are {stages} {self.replicas}, which do not fall "
+                            f"into such groups; {'shard=' + ' or '.join(fits) + ' would' if fits else 'add ulysses=N'}")
 
     def _check_compiler(self) -> None:
         if not isinstance(self.onediff_backend, str) or not re.fullmatch(r"[\w.-]*", self.onediff_backend):
@@ -159,6 +172,16 @@ class ShardingSpec:
     @property
     def world_size(self) -> int:
         return self.batch_degree * self.model_degree
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same parameters, or shares of them."""
+        return self.world_size // (self.pipefusion_degree * self.tensor_degree)
+
+    @property
+    def parts(self) -> bool:
+        """Whether a rank holds parts of parameters of its own, or they come to the device block by block."""
+        return self.shard_degree > 1 or self.tensor_degree > 1 or self.offload != "none"
 
     @staticmethod
     def parse(spec: str | Mapping[str, object] | ShardingSpec) -> ShardingSpec:

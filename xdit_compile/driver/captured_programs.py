@@ -10,6 +10,7 @@ from torch import nn
 from xdit_compile.driver.compile_call import Compiled, Dump, compile_program
 from xdit_compile.driver.compile_stage import compile_stage
 from xdit_compile.frontend.program_cache import captured, changes_of, find
+from xdit_compile.ir.parameter_groups import ParameterGroup
 from xdit_compile.ir.program import Program
 from xdit_compile.ir.step_inputs import step_inputs
 from xdit_compile.spec import ShardingSpec
@@ -35,7 +36,8 @@ class CapturedPrograms:
         self._changes[id(program)] = step_inputs(self.model, args, kwargs)
         return program
 
-    def compiled(self, kind: Program, spec: ShardingSpec, rank: int, stages: Mapping[str, int]) -> Compiled:
+    def compiled(self, kind: Program, spec: ShardingSpec, rank: int, stages: Mapping[str, int],
+                 groups: Sequence[ParameterGroup] = ()) -> Compiled:
         if spec.pipefusion_degree > 1:
-            return compile_stage(kind, spec, rank, self.dump, stages, self._changes[id(kind)])
-        return compile_program(kind, spec, rank, self.dump, self._changes[id(kind)])
+            return compile_stage(kind, spec, rank, self.dump, stages, self._changes[id(kind)], groups)
+        return compile_program(kind, spec, rank, self.dump, self._changes[id(kind)], groups)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +14,9 @@ import torch
 from torch import nn
 
 from xdit_compile.errors import XditError
+from xdit_compile.ir.layout import length
+from xdit_compile.ir.parameter_groups import Member
+from xdit_compile.ir.program import Part, part_of
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,62 @@ class Checkpoint:
                 for name, place in wanted.items():
                     if self.files[name] == file:
                         place.set(name, opened.get_tensor(name), self.source)
+
+
+    def spans(self) -> Callable[[Member, int, int], torch.Tensor]:
+        """What reads a part of a parameter, and no more of the file than the rows that it is in; in the file's type.
+
+        Raises:
+            XditError: by what is returned, as ``load``.
+        """
+        opened: dict[Path, Any] = {}
+
+        def read(member: Member, first: int, last: int) -> torch.Tensor:
+            name = next((n for n in member.names if n in self.files), None)
+            if name is None:
+                raise XditError(f"{self.source} has no {member.name}")
+            file = self.files[name]
+            if file not in opened:
+                opened[file] = _open(file, torch.device("cpu"))
+            header = opened[file].get_slice(name)
+            whole = member.layout.shape if member.layout else member.shape
+            if (shape := tuple(header.get_shape())) != whole:
+                raise XditError(f"{name} is {list(shape)} in {self.source} and {list(whole)} in the model")
+            if member.part is not None:
+                return _rows(header, member.part).permute(member.order).reshape(-1)[first:last]
+            if member.order != tuple(range(len(shape))) or not shape:
+                return opened[file].get_tensor(name).permute(member.order).reshape(-1)[first:last]
+            # The first dimension that says anything is that of rows.
+            dim = next((i for i, size in enumerate(shape) if size > 1), 0)
+            row = member.size // shape[dim]
+            top, bottom = first // row, -(-last // row)
+            part = header[(*[slice(None)] * dim, slice(top, bottom))]
+            return part.reshape(-1)[first - top * row : last - top * row]
+
+        return read
+
+    def digest(self) -> str:
+        """Equal where ranks read the same files: their headers, and some of what follows."""
+        made = hashlib.blake2b(digest_size=8)
+        for file in sorted(set(self.files.values())):
+            made.update(f"{file.name} {file.stat().st_size}".encode())
+            with file.open("rb") as opened:
+                size = int.from_bytes(opened.read(8), "little")
+                made.update(opened.read(min(size, file.stat().st_size)))
+                for place in range(8 + size, file.stat().st_size, max(file.stat().st_size // PROBES, 64)):
+                    opened.seek(place)
+                    made.update(opened.read(64))
+        return made.hexdigest()
+
+
+def _rows(header: Any, part: Part) -> torch.Tensor:
+    """This part of a tensor in a file, of which no rows are read that are not in it."""
+    first, *rest = part
+    return part_of(torch.cat([header[a:b] for a, b in first or ((0, 0),)]), (((0, length(list(first))),), *rest))
+
+
+PROBES = 256
+"""So many places of a file are looked at to tell it from another with the same header."""
 
 
 @dataclass(frozen=True)

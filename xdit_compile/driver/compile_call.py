@@ -15,12 +15,13 @@ from xdit_compile.frontend.gc_pause import gc_paused
 from xdit_compile.frontend.program_cache import captured
 from xdit_compile.ir.call_arguments import bind_call
 from xdit_compile.ir.output_spec import OutputSpec
+from xdit_compile.ir.parameter_groups import ParameterGroup, parameter_groups
 from xdit_compile.ir.program import Program
 from xdit_compile.ir.step_inputs import step_inputs
-from xdit_compile.passes import localize, pass_digests, plan
+from xdit_compile.passes import local_groups, localize, pass_digests, plan
 from xdit_compile.passes.hoist import split_loop_invariant
 from xdit_compile.passes.interpreter import Seeds
-from xdit_compile.runtime.pipefusion.stage_executor import StageProgram, parameters_of
+from xdit_compile.runtime.pipefusion.stage_executor import StageProgram, parameters_of, shares_of
 from xdit_compile.spec import ShardingSpec
 
 Dump = Callable[[str, Program], None]
@@ -34,6 +35,7 @@ class Compiled:
     Attributes:
         body: what a rank runs of ``local`` at each step; invariant: the rest, run when its arguments have changed.
         changes: the names of the arguments that change at each step.
+        groups: what this rank has of the model's parameters, where they come block by block.
     """
 
     captured: Program
@@ -44,6 +46,7 @@ class Compiled:
     invariant: Program | None = None
     changes: tuple[str, ...] = ()
     stage: StageProgram | None = None
+    groups: tuple[ParameterGroup, ...] = ()
 
     @property
     def output_spec(self) -> OutputSpec:
@@ -60,6 +63,10 @@ class Compiled:
     @property
     def parameters(self) -> set[str]:
         return self.stage.parameters if self.stage else parameters_of(self.body, self.invariant)
+
+    @property
+    def shares(self) -> set[str]:
+        return self.stage.shares if self.stage else shares_of(self.body, self.invariant)
 
     @cached_property
     def name(self) -> str:
@@ -90,17 +97,19 @@ NONE: Mapping[int, str] = MappingProxyType({})
 
 
 def compile_program(captured: Program, spec: ShardingSpec, rank: int = 0, dump: Dump | None = None,
-                    changes: Mapping[int, str] = NONE) -> Compiled:
+                    changes: Mapping[int, str] = NONE, groups: Sequence[ParameterGroup] = ()) -> Compiled:
     """Rank ``rank``'s program for ``spec``; ``dump`` is called with each pass's name and result.
 
     Args:
         changes: which arguments change from step to step, as ``steps.step_inputs`` finds them.
+        groups: those of the model's parameters, where they come block by block; by default, of the call's.
     """
     with gc_paused():
-        whole, seeds = plan(captured, spec)
-        local = localize(whole, seeds, rank, dump)
+        whole, seeds = plan(captured, spec, groups)
+        groups = local_groups(whole, seeds, groups, rank)
+        local = localize(whole, seeds, rank, dump, groups=groups)
         invariant, body = split_invariant(captured, local, changes)
-        return Compiled(captured, whole, seeds, local, body, invariant, tuple(changes.values()))
+        return Compiled(captured, whole, seeds, local, body, invariant, tuple(changes.values()), groups=groups)
 
 
 def split_invariant(captured: Program, local: Program, changes: Mapping[int, str]) -> tuple[Program | None, Program]:
@@ -116,4 +125,5 @@ def compile_call(model: nn.Module, spec: ShardingSpec, args: Sequence[Any], kwar
     """Capture ``model(*args, **kwargs)``, unless that was done before, and compile it."""
     bound = bind_call(model, args, kwargs)
     whole = captured(model, bound.args, bound.kwargs)
-    return compile_program(whole, spec, rank, dump, step_inputs(model, bound.args, bound.kwargs))
+    return compile_program(whole, spec, rank, dump, step_inputs(model, bound.args, bound.kwargs),
+                           parameter_groups(model) if spec.parts else ())

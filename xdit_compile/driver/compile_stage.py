@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from xdit_compile.driver.compile_call import NONE, Compiled, Dump, split_invariant
 from xdit_compile.frontend.gc_pause import gc_paused
 from xdit_compile.ir.layout import EVERY, PATCH, Layout
 from xdit_compile.ir.mesh import STAGE, position_of
+from xdit_compile.ir.parameter_groups import ParameterGroup
 from xdit_compile.ir.program import Program, output_args
+from xdit_compile.passes import local_groups
 from xdit_compile.passes.pipefusion import Pipeline, localize_stage, plan_pipeline
 from xdit_compile.runtime.deferred.patch_propagation import Cut
 from xdit_compile.runtime.pipefusion.schedule import RESULT, Edge
@@ -19,22 +21,25 @@ from xdit_compile.spec import ShardingSpec
 
 
 def compile_stage(captured: Program, spec: ShardingSpec, rank: int = 0, dump: Dump | None = None,
-                  stages: Mapping[str, int] = MappingProxyType({}), changes: Mapping[int, str] = NONE) -> Compiled:
+                  stages: Mapping[str, int] = MappingProxyType({}), changes: Mapping[int, str] = NONE,
+                  groups: Sequence[ParameterGroup] = ()) -> Compiled:
     """Rank ``rank``'s stage of the pipeline that ``spec`` asks for. ``dump`` is called with each pass's name and
     result, for the program of all patches together. Blocks in ``stages`` go to these: their weights are there;
-    ``changes`` as for ``compile_program``."""
+    ``changes`` and ``groups`` as for ``compile_program``."""
     with gc_paused():
-        pipeline = plan_pipeline(captured, spec, stages)
-        local, stage = staged(pipeline, rank, dump, changes)
-        return Compiled(captured, pipeline.whole, pipeline.seeds, local, local, None, tuple(changes.values()), stage)
+        pipeline = plan_pipeline(captured, spec, stages, groups)
+        groups = local_groups(pipeline.whole, pipeline.seeds, groups, rank)
+        local, stage = staged(pipeline, rank, dump, changes, groups)
+        return Compiled(captured, pipeline.whole, pipeline.seeds, local, local, None, tuple(changes.values()), stage,
+                        groups)
 
 
 def staged(pipeline: Pipeline, rank: int, dump: Dump | None = None,
-           changes: Mapping[int, str] = NONE) -> tuple[Program, StageProgram]:
+           changes: Mapping[int, str] = NONE, groups: Sequence[ParameterGroup] = ()) -> tuple[Program, StageProgram]:
     """The program of ``rank`` for all patches, and all it runs as a stage."""
     spec = pipeline.whole.spec
     assert spec is not None
-    local, position = localize_stage(pipeline, rank, dump), position_of(rank, spec)
+    local, position = localize_stage(pipeline, rank, dump, groups), position_of(rank, spec)
     index, last = position[STAGE], spec.pipefusion_degree - 1
     stage = pipeline.stages[index]
     dtypes = {name: n.meta["val"].dtype for s in pipeline.stages

@@ -18,6 +18,8 @@ from xdit_compile.driver.program_source import ProgramSource, Runnable
 from xdit_compile.errors import SpecError, XditError
 from xdit_compile.frontend.caller import check_call, unwatched
 from xdit_compile.ir.call_arguments import bind_call, named_leaves
+from xdit_compile.ir.mesh import SHARD, position_of
+from xdit_compile.ir.parameter_groups import ParameterGroup, parameter_groups
 from xdit_compile.ir.pytree import flatten
 from xdit_compile.ir.released_parameters import missing_parameters, release_parameters
 from xdit_compile.ir.step_inputs import condition_among, timestep_inputs
@@ -26,14 +28,15 @@ from xdit_compile.runtime.control.one_call_at_a_time import alone
 from xdit_compile.runtime.control.replicas import FACT, Replicas
 from xdit_compile.runtime.control.tensor_digest import Fingerprint, digests
 from xdit_compile.runtime.deferred.deferred_tensor import DeferredTensor, materialize
-from xdit_compile.runtime.execution.executor import Executor
+from xdit_compile.runtime.execution.executor import NONE, Executor
 from xdit_compile.runtime.execution.loop_invariant_cache import LATE
+from xdit_compile.runtime.execution.parameter_store import ParameterStore
 from xdit_compile.runtime.parallel_group import CheckInputs, ParallelGroup, check_when
 from xdit_compile.runtime.pipefusion.denoising_loops import DenoisingLoop, DenoisingLoops
 from xdit_compile.runtime.pipefusion.loop_boundaries import LoopBoundaries, times_later
 from xdit_compile.runtime.pipefusion.schedule import RESULT
 from xdit_compile.runtime.pipefusion.stage_executor import StageExecutor
-from xdit_compile.spec import ALL
+from xdit_compile.spec import ALL, ShardingSpec
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +83,8 @@ class ModelRunner:
         self.begun: tuple[int, frozenset[Hashable]] = (0, frozenset())
         """Of the denoising loop: the pipeline's call that it is in, and the keys of its loops."""
         self.replicas = Replicas()
+        self.store: ParameterStore | None = None
+        """Shares of parameters, once the first program is made that takes some."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.group.spec.pipefusion_degree == 1:
@@ -100,6 +105,8 @@ class ModelRunner:
     def _called(self, bound: inspect.BoundArguments, tensors: Sequence[torch.Tensor]) -> Any:
         self.group.counts["calls"] += 1
         try:
+            if self.store is not None:
+                self.store.check(self.model)
             named, others = named_leaves(bound)
             kind, fresh = self._find(bound, named, others)
             ready = self.programs.get(id(kind))
@@ -256,7 +263,7 @@ class ModelRunner:
                  type(self.model).__name__, group.spec, middle - start, time.perf_counter() - middle)
         self.group.control.agree("the plan", compiled.digest())
         try:
-            self._get_weights(compiled)
+            self._get_weights(compiled, group.spec, group.rank)
         except Exception as error:
             self.group.control.agree("getting ready", {"error": f"{type(error).__name__}: {error}"})
             raise
@@ -264,6 +271,8 @@ class ModelRunner:
         if self.weights is not None and self.check_inputs:
             self.replicas.summary({"": self.model})
             self.replicas.compare(self.group.control)
+            if group.spec.parts:
+                self.group.control.agree("the files of weights", {"files": self.weights.digest()})
         with self.group.control.guard("getting ready", tuple(self.group.groups_of_all())):
             executor = self._executor(compiled, group)
         if compiled.unsharded and group.spec.sequence_degree > 1 and self.group.rank == 0:
@@ -272,7 +281,7 @@ class ModelRunner:
             warnings.warn(f"{type(self.model).__name__} under {group.spec}: {compiled.lost}", stacklevel=4)
         round_robin = group is not self.group and self.group.round_robin is not None and (
             not compiled.output_spec.changes_arguments)
-        if compiled.stage is not None:
+        if compiled.stage is not None or self.store is not None:
             # Weights that were given up just now are no change that another call makes.
             self.source.find(args, kwargs)
             self.changes = self.source.changes
@@ -281,40 +290,51 @@ class ModelRunner:
 
     def _compiled(self, kind: Any) -> tuple[Runnable, ParallelGroup]:
         """The program for this rank, and who runs it."""
-        group = self.group
+        group, groups = self.group, self._groups()
         try:
-            return self.source.compiled(kind, group.spec, group.rank, self.stages), group
+            return self.source.compiled(kind, group.spec, group.rank, self.stages, groups), group
         except SpecError:
             if group.subgroup is None:
                 raise
-        return self.source.compiled(kind, group.subgroup.spec, group.subgroup.rank, self.stages), group.subgroup
+        return self.source.compiled(kind, group.subgroup.spec, group.subgroup.rank, self.stages, groups), group.subgroup
 
-    def _get_weights(self, compiled: Runnable) -> None:
+    def _groups(self) -> Sequence[ParameterGroup]:
+        """Of the model's parameters, where they come block by block: found once, so that all programs share them."""
+        if self.store is not None:
+            return tuple(self.store.groups.values())
+        return parameter_groups(self.model) if self.group.spec.parts else ()
+
+    def _get_weights(self, compiled: Runnable, spec: ShardingSpec, rank: int) -> None:
         """Read those that this rank needs and was not given.
 
         Raises:
             XditError: some are nowhere.
         """
         names = compiled.parameters
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         if self.weights is not None:
-            self.weights.load(self.model, names, torch.device("cuda", torch.cuda.current_device()) if
-                              torch.cuda.is_available() else torch.device("cpu"))
+            self.weights.load(self.model, names, device)
         if absent := missing_parameters(self.model, names):
             raise XditError(f"{absent[0]} and {len(absent) - 1} more that this rank needs are on the meta device: give "
                             "parallelize weights=FOLDER")
+        if spec.parts:
+            if self.store is None:
+                self.store = ParameterStore(compiled.groups, position_of(rank, spec)[SHARD], spec.shard_degree,
+                                            spec.offload != "none")
+            self.store.take(self.model, compiled.shares, self.weights.spans() if self.weights else None, device)
 
     def _executor(self, compiled: Runnable, group: ParallelGroup) -> Executor | StageExecutor:
         """What runs the program here. All ranks come to it together."""
-        stage = compiled.stage
+        stage, shares = compiled.stage, self.store or NONE
         if stage is None:
-            executor = Executor(compiled.body, self.model, compiled.invariant, self.group.counts)
+            executor = Executor(compiled.body, self.model, compiled.invariant, self.group.counts, shares)
             executor.check_groups(group.process_groups.all())
             return executor
         group.communicator.connect([(e.source, e.target) for e in stage.edges if e.name != RESULT])
         self.stages |= {path: i for i, paths in enumerate(stage.blocks) for path in paths}
         self.used |= compiled.parameters
         release_parameters(self.model, [path for path, i in self.stages.items() if i != group.stage], self.used)
-        return StageExecutor(stage, self.model, group.communicator, self.group.counts)
+        return StageExecutor(stage, self.model, group.communicator, self.group.counts, shares)
 
 
 def _samples(ready: ReadyProgram | None, tensors: Sequence[torch.Tensor],

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from xdit_compile.ir.output_spec import OutputSpec
+from xdit_compile.ir.parameter_groups import ParameterGroup
 from xdit_compile.ir.program import Program
 from xdit_compile.runtime.pipefusion.stage_executor import StageProgram
 from xdit_compile.spec import ShardingSpec
@@ -30,6 +31,14 @@ class Runnable(Protocol):
     @property
     def parameters(self) -> set[str]:
         """The names of those that this rank uses."""
+
+    @property
+    def shares(self) -> set[str]:
+        """The names of groups of parameters of which this rank uses a share."""
+
+    @property
+    def groups(self) -> tuple[ParameterGroup, ...]:
+        """What this rank has of the model's parameters, where they come block by block."""
 
     @property
     def name(self) -> str:
@@ -60,8 +69,10 @@ class ProgramSource(Protocol):
     def make(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The kind of a new call."""
 
-    def compiled(self, kind: Any, spec: ShardingSpec, rank: int, stages: Mapping[str, int]) -> Runnable:
-        """What rank ``rank`` of ``spec`` runs for it; blocks in ``stages`` stay where they are.
+    def compiled(self, kind: Any, spec: ShardingSpec, rank: int, stages: Mapping[str, int],
+                 groups: Sequence[ParameterGroup]) -> Runnable:
+        """What rank ``rank`` of ``spec`` runs for it; blocks in ``stages`` stay where they are, ``groups`` are those of
+        the model's parameters, where they come block by block.
 
         Raises:
             SpecError: the spec does not fit this call.

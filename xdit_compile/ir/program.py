@@ -33,9 +33,11 @@ class Input:
     """What a placeholder of ``main`` stands for: a parameter or buffer by its name in the model, a constant made
     inside forward, or the n-th tensor among the flattened arguments of the call. In a stage of a pipeline also a
     value computed ``once`` per step, one ``received`` from another stage, or a ``cache`` that outlives the call; where
-    values are kept from step to step, one of these ``invariant`` ones."""
+    values are kept from step to step, one of these ``invariant`` ones; where parameters come block by block, this
+    rank's ``parameter_share`` of a group, by the group's name."""
 
-    kind: Literal["parameter", "constant", "argument", "once", "received", "cache", "invariant"]
+    kind: Literal["parameter", "constant", "argument", "once", "received", "cache", "invariant",
+                  "parameter_share"]
     name: str
     part: Part | None = None
     """Of a parameter that ranks share out: the index ranges of each dimension that this rank takes; None for all."""
@@ -163,6 +165,15 @@ def drop_unused(graph: fx.Graph) -> None:
 
 def is_collective(node: fx.Node) -> bool:
     return getattr(node.target, "namespace", "") == "_c10d_functional"
+
+
+ARRIVAL = "arrival"
+"""The key in the meta of nodes that bring parameters to the device: of which arrival, by its number."""
+
+
+def brings_parameters(node: fx.Node) -> bool:
+    """Whether a node is part of how parameters come: a start, a wait, or a view of what has come."""
+    return ARRIVAL in node.meta
 
 
 def is_write(node: fx.Node) -> bool:

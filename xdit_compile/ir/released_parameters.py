@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import nn
@@ -22,23 +22,45 @@ def release_parameters(model: nn.Module, within: Collection[str], names: Collect
     """Give up all parameters and buffers of the submodules at the paths ``within`` but these, and those that are one
     with them."""
     inside = tuple(f"{path}." for path in within)
-    held = [(store, leaf, f"{path}.{leaf}") for path, module in model.named_modules()
-            for store in (module._parameters, module._buffers) for leaf, t in store.items() if t is not None]
+    held = _held(model)
     kept = {id(store[leaf]) for store, leaf, name in held if name in names or not name.startswith(inside)}
+    _give_up(model, [entry for entry in held if id(entry[0][entry[1]]) not in kept])
+
+
+def release_named(model: nn.Module, names: Collection[str]) -> None:
+    """Give up these parameters, under all their names."""
+    held = _held(model)
+    gone = {id(store[leaf]) for store, leaf, name in held if name in names}
+    _give_up(model, [entry for entry in held if id(entry[0][entry[1]]) in gone])
+
+
+_Held = tuple[dict[str, torch.Tensor], str, str]
+"""The parameters or the buffers of a module, a name among these and in the model."""
+
+
+def _held(model: nn.Module) -> list[_Held]:
+    return [(store, leaf, f"{path}.{leaf}" if path else leaf) for path, module in model.named_modules()
+            for store in (module._parameters, module._buffers)
+            for leaf, t in store.items() if t is not None]  # type: ignore[misc]
+
+
+def _give_up(model: nn.Module, held: Iterable[_Held]) -> None:
     one: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for store, leaf, _ in held:
         tensor = store[leaf]
         if id(tensor) in one:  # what is one tensor stays one
             store[leaf] = one[id(tensor)][1]
-        elif id(tensor) not in kept and not tensor.is_meta:
+        elif not tensor.is_meta or not hasattr(tensor, _HOME):
             gone = tensor.detach().to("meta")
             made = nn.Parameter(gone, requires_grad=tensor.requires_grad) if isinstance(
                 tensor, nn.Parameter) else gone
-            setattr(made, _HOME, tensor.device)
+            setattr(made, _HOME, device_of(tensor))
             store[leaf] = made
             one[id(tensor)] = tensor, made
+    # On the whole model alone: hooks on its parts would make blocks that are alike look different.
     if _refused_state not in model._state_dict_pre_hooks.values():
         model.register_state_dict_pre_hook(_refused_state)
+        model.register_load_state_dict_pre_hook(_refused_load)
 
 
 def missing_parameters(model: nn.Module, names: Collection[str]) -> list[str]:
@@ -61,14 +83,20 @@ def check_whole(model: nn.Module, what: str) -> None:
     """
     held = [*model.named_parameters(), *model.named_buffers()]
     if gone := [name for name, tensor in held if tensor.is_meta and hasattr(tensor, _HOME)]:
-        raise XditError(f"this {type(model).__name__} cannot be {what}: under pipefusion this rank holds one stage, "
-                        f"and gave up {len(gone)} of {len(held)} parameters and buffers at the first call ({gone[0]}, "
-                        "for one). Do it before the first call, or with the model as it was loaded")
+        raise XditError(f"this {type(model).__name__} cannot be {what}: this rank holds a part of the model, a stage "
+                        f"under pipefusion or a share under shard and offload, and gave up {len(gone)} of {len(held)} "
+                        f"parameters and buffers at the first call ({gone[0]}, for one). Do it before the first call, "
+                        "or with the model as it was loaded")
 
 
 def _refused_state(model: nn.Module, prefix: str, keep_vars: bool) -> None:
     """Before a state dictionary is made."""
     check_whole(model, "saved, nor asked for its state_dict")
+
+
+def _refused_load(model: nn.Module, *_: object) -> None:
+    """Before a state dictionary is loaded."""
+    check_whole(model, "given other weights")
 
 
 def moving(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:

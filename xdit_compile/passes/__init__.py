@@ -11,15 +11,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from xdit_compile.ir.layout import EVERY, PATCH, Layout, Position
 from xdit_compile.ir.mesh import axis_sizes, position_of
+from xdit_compile.ir.parameter_groups import ParameterGroup, cut_groups
 from xdit_compile.ir.pass_record import source_digest
 from xdit_compile.ir.program import Note, Program
 from xdit_compile.passes.batch_axis import batch_seeds, lost_factor, merge_seeds
 from xdit_compile.passes.canonicalize import canonicalize
-from xdit_compile.passes.interpreter import Leave, Seeds
+from xdit_compile.passes.interpreter import Leave, Seeds, parameter_layouts
 from xdit_compile.passes.lower_attention import lower_attention
 from xdit_compile.passes.overlap_communication import overlap
 from xdit_compile.passes.recorded import analysed, count_of_seeds, rewritten
 from xdit_compile.passes.shard import shard
+from xdit_compile.passes.shard_parameters import Arrival, arrivals, parameters_of, shard_parameters
 from xdit_compile.passes.simplify import simplify
 from xdit_compile.passes.tensor_axis import tensor_seeds
 from xdit_compile.passes.token_axis import choose_seeds
@@ -37,6 +39,8 @@ class Context:
     seeds: Seeds
     given: Mapping[str, Layout]
     leave: Leave | None
+    whole: Program
+    order: Sequence[Arrival]
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,9 @@ PASSES: tuple[Pass, ...] = (
     Pass("lower_attention", lower_attention, lambda p, c: lower_attention(p, c.sizes, c.mode),
          frozenset({"sharded"}), frozenset({"lowered"})),
     Pass("simplify", simplify, lambda p, c: simplify(p), frozenset({"lowered"}), frozenset()),
+    Pass("shard_parameters", shard_parameters,
+         lambda p, c: shard_parameters(p, c.order, c.whole, c.position, c.sizes, c.mode),
+         frozenset({"lowered"}), frozenset()),
     Pass("overlap_communication", overlap, lambda p, c: overlap(p), frozenset({"lowered"}), frozenset()),
 )
 
@@ -84,13 +91,14 @@ def pass_digests() -> dict[str, str]:
     return {name: source_digest(function.__module__) for name, function in functions.items()}
 
 
-def plan(program: Program, spec: ShardingSpec) -> tuple[Program, Seeds]:
-    """The canonical program under ``spec``, and where to begin sharding it: the same on every rank."""
+def plan(program: Program, spec: ShardingSpec, groups: Sequence[ParameterGroup] = ()) -> tuple[Program, Seeds]:
+    """The canonical program under ``spec``, and where to begin sharding it: the same on every rank. ``groups``: of the
+    model's parameters, where another program has shared them out."""
     program = replace(rewritten("canonicalize", canonicalize, program, canonicalize), spec=spec)
     check(program)
     sizes = axis_sizes(spec)
     program, batch = analysed("batch_axis", batch_seeds, program, lambda p: batch_seeds(p, sizes), count_of_seeds)
-    program, weights = analysed("tensor_axis", tensor_seeds, program, lambda p: tensor_seeds(p, sizes, batch),
+    program, weights = analysed("tensor_axis", tensor_seeds, program, lambda p: tensor_seeds(p, sizes, batch, groups),
                                 count_of_seeds)
     program, tokens = analysed("token_axis", choose_seeds, program, lambda p: choose_seeds(
         p, sizes, {**weights, **batch}), count_of_seeds)
@@ -102,9 +110,19 @@ def plan(program: Program, spec: ShardingSpec) -> tuple[Program, Seeds]:
     return program, seeds
 
 
+def local_groups(program: Program, seeds: Seeds, groups: Sequence[ParameterGroup],
+                 rank: int) -> tuple[ParameterGroup, ...]:
+    """What ``rank`` has of these groups."""
+    assert program.spec is not None
+    named = {n.name: i.name for n, i in zip(program.main.graph.find_nodes(op="placeholder"), program.inputs,
+                                             strict=True)}
+    layouts = {named[name]: layout for name, layout in parameter_layouts(program, seeds).items()}
+    return cut_groups(groups, layouts, position_of(rank, program.spec))
+
+
 def localize(program: Program, seeds: Seeds, rank: int, dump: Callable[[str, Program], None] | None = None, *,
              patch: int = EVERY, given: Mapping[str, Layout] = MappingProxyType({}),
-             leave: Leave | None = None) -> Program:
+             leave: Leave | None = None, groups: Sequence[ParameterGroup] = ()) -> Program:
     """Rank ``rank``'s local program.
 
     Args:
@@ -112,10 +130,15 @@ def localize(program: Program, seeds: Seeds, rank: int, dump: Callable[[str, Pro
         patch: the time it is for.
         given, leave: how inputs come and results go, where they are not whole on every rank
             (``ProgramInterpreter.main``).
+        groups: those of the model's parameters, where they come block by block; by default, of the program's.
     """
     assert program.spec is not None
-    context = Context({**position_of(rank, program.spec), PATCH: patch}, axis_sizes(program.spec),
-                      FakeTensorMode(allow_non_fake_inputs=True), seeds, given, leave)
+    position = {**position_of(rank, program.spec), PATCH: patch}
+    order: tuple[Arrival, ...] = ()
+    if program.spec.parts:
+        order = arrivals(program, local_groups(program, seeds, groups or parameters_of(program), rank))
+    context = Context(position, axis_sizes(program.spec), FakeTensorMode(allow_non_fake_inputs=True), seeds, given,
+                      leave, program, order)
     if dump:
         dump("canonicalize", program)
     for step in PASSES:

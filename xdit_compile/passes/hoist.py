@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from xdit_compile.ir.flops import FORMULAS, aten
+from xdit_compile.ir.host_copy import is_fetch
 from xdit_compile.ir.program import Input, Program, graph_module, is_collective, is_write, output_args
 
 COPIES = {aten._to_copy.default, aten.clone.default, operator.getitem}
@@ -132,8 +133,8 @@ def _parted(graph: fx.Graph, flowing: Collection[fx.Node], asked: Collection[fx.
 
 
 def _starts(node: fx.Node) -> bool:
-    """Whether all ranks must come to ``node``, at each step."""
-    return is_collective(node) or is_write(node)
+    """Whether all ranks must come to ``node``, at each step; or it brings parameters, which do not stay."""
+    return is_collective(node) or is_write(node) or is_fetch(node)
 
 
 def _following(graph: fx.Graph, begin: Collection[fx.Node],

@@ -14,9 +14,10 @@ import torch
 from torch import fx
 
 from xdit_compile.ir.flops import flops
-from xdit_compile.ir.program import Program, is_collective
+from xdit_compile.ir.host_copy import fetched, is_fetch
+from xdit_compile.ir.program import ARRIVAL, Program, brings_parameters, is_collective
 
-WAIT = torch.ops._c10d_functional.wait_tensor.default
+WAITS = {torch.ops._c10d_functional.wait_tensor.default, fetched}
 
 NEAR = 8
 """Work moves past no more than this many starts, back or forth: what is made early or read late is kept long, and
@@ -42,8 +43,9 @@ class _Schedule:
         # A rank to which nothing is sent reads no result, but waits like the others.
         *before, output = self.left
         self.inputs[output] = before
-        self.starts = {n: None for n in graph.nodes if (is_collective(n) and n.target is not WAIT)
+        self.starts = {n: None for n in graph.nodes if (is_collective(n) and n.target not in WAITS) or is_fetch(n)
                        or (n.op == "call_module" and n.target in starting)}
+        self._one_ahead(graph)
         self.new = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
 
@@ -58,6 +60,16 @@ class _Schedule:
             left = min(len(goals) - i, NEAR)
             self._towards(goal, goals[i + left - 1], share=1 / left)
         return self.new
+
+    def _one_ahead(self, graph: fx.Graph) -> None:
+        """Parameters come when what came two arrivals before has been read: memory holds no more than two of them."""
+        readers: dict[int, list[fx.Node]] = {}
+        for node in (n for n in graph.nodes if not brings_parameters(n)):
+            for number in {n.meta[ARRIVAL] for n in node.all_input_nodes if brings_parameters(n)}:
+                readers.setdefault(number, []).append(node)
+        for start in self.starts:
+            before = readers.get(start.meta.get(ARRIVAL, 0) - 2, ())
+            self.inputs[start] = [*self.inputs[start], *(n for n in before if self.place[n] < self.place[start])]
 
     def _towards(self, goal: fx.Node, end: fx.Node, share: float) -> None:
         """Emit ``goal`` and what it needs; before its first wait also ``share`` of the work before ``end`` that could
@@ -98,7 +110,7 @@ class _Schedule:
         """Those of ``nodes``, in order, that cannot be had without another wait or start."""
         late: set[fx.Node] = set()
         for node in nodes:
-            if node.target is WAIT or node in self.starts or any(n in late for n in self.inputs[node]):
+            if node.target in WAITS or node in self.starts or any(n in late for n in self.inputs[node]):
                 late.add(node)
         return late
 

@@ -7,13 +7,14 @@ the place in time differs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from xdit_compile.errors import PlanError, SpecError
 from xdit_compile.ir.layout import BATCH, EVERY, PATCH, SEQUENCE, TENSOR, Dim, Layout
 from xdit_compile.ir.mesh import STAGE, axis_sizes, position_of
+from xdit_compile.ir.parameter_groups import ParameterGroup
 from xdit_compile.ir.program import Program
 from xdit_compile.passes import localize
 from xdit_compile.passes.batch_axis import batch_seeds, merge_seeds
@@ -69,8 +70,10 @@ class LocalStage:
 
 
 def plan_pipeline(program: Program, spec: ShardingSpec,
-                  known: Mapping[str, int] = MappingProxyType({})) -> Pipeline:
-    """The stages of ``program`` under ``spec``; blocks whose paths are ``known`` go to the stages that are given.
+                  known: Mapping[str, int] = MappingProxyType({}),
+                  groups: Sequence[ParameterGroup] = ()) -> Pipeline:
+    """The stages of ``program`` under ``spec``; blocks whose paths are ``known`` go to the stages that are given;
+    ``groups`` as for ``plan``.
 
     Raises:
         SpecError: the model has fewer blocks than stages, fewer tokens than patches, or writes into its arguments.
@@ -81,7 +84,7 @@ def plan_pipeline(program: Program, spec: ShardingSpec,
     program = replace(rewritten("canonicalize", canonicalize, program, canonicalize), spec=spec)
     sizes = axis_sizes(spec)
     program, batch = analysed("batch_axis", batch_seeds, program, lambda p: batch_seeds(p, sizes), count_of_seeds)
-    program, weights = analysed("tensor_axis", tensor_seeds, program, lambda p: tensor_seeds(p, sizes, batch),
+    program, weights = analysed("tensor_axis", tensor_seeds, program, lambda p: tensor_seeds(p, sizes, batch, groups),
                                 count_of_seeds)
     still = {**weights, **batch}
     if spec.ulysses_degree > 1:
@@ -121,18 +124,18 @@ def plan_pipeline(program: Program, spec: ShardingSpec,
     return Pipeline(program, seeds, made, samples, layouts, tuple(results[i] for i in sorted(results)))
 
 
-def localize_stage(pipeline: Pipeline, rank: int,
-                   dump: Callable[[str, Program], None] | None = None) -> LocalStage:
+def localize_stage(pipeline: Pipeline, rank: int, dump: Callable[[str, Program], None] | None = None,
+                   groups: Sequence[ParameterGroup] = ()) -> LocalStage:
     """The programs of ``rank``, which all keep the same values. ``dump`` is called with each pass's name and result,
-    for that of all patches."""
+    for that of all patches; ``groups`` as for ``localize``."""
     spec = pipeline.whole.spec
     assert spec is not None
     stage = pipeline.stages[position_of(rank, spec)[STAGE]]
-    once = localize(stage.once, pipeline.once_seeds, rank, leave=_leave(stage, once=True))
+    once = localize(stage.once, pipeline.once_seeds, rank, leave=_leave(stage, once=True), groups=groups)
     given = _given(stage, pipeline.samples, pipeline.layouts)
     times = [EVERY, *range(spec.patches)] if spec.patches > 1 else [EVERY]
     units = {patch: localize(stage.body, pipeline.seeds, rank, dump if patch == EVERY else None, patch=patch,
-                             given=given, leave=_leave(stage)) for patch in times}
+                             given=given, leave=_leave(stage), groups=groups) for patch in times}
     if len({_kept(program) for program in units.values()}) > 1:
         raise PlanError("patches of one stage do not keep the same values")
     return LocalStage(once, units)

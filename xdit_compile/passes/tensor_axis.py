@@ -20,6 +20,7 @@ from torch import fx
 from xdit_compile.errors import SpecError
 from xdit_compile.ir.layout import TENSOR, Dim, Layout, concatenate
 from xdit_compile.ir.mesh import position_of
+from xdit_compile.ir.parameter_groups import ParameterGroup
 from xdit_compile.ir.program import Program
 from xdit_compile.passes.interpreter import TURNS, Cost, CostMemo, ProgramInterpreter, Seeds, Wanted
 
@@ -38,8 +39,10 @@ PRODUCTS = (aten.linear.default, aten.mm.default, aten.bmm.default, aten.matmul.
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 
 
-def tensor_seeds(program: Program, sizes: Mapping[str, int], base: Seeds) -> Seeds:
-    """How parameters are shared out along the tensor axis, by the names of their inputs, beside the seeds ``base``.
+def tensor_seeds(program: Program, sizes: Mapping[str, int], base: Seeds,
+                 groups: Sequence[ParameterGroup] = ()) -> Seeds:
+    """How parameters are shared out along the tensor axis, by the names of their inputs, beside the seeds ``base``: as
+    another program of the model has it already, if ``groups`` say so.
 
     Raises:
         SpecError: no cut of any weight saves work.
@@ -47,6 +50,10 @@ def tensor_seeds(program: Program, sizes: Mapping[str, int], base: Seeds) -> See
     parts = sizes[TENSOR]
     if parts == 1:
         return {}
+    if known := {name: m.layout for group in groups for m in group.members if m.layout for name in m.names}:
+        holders = program.main.graph.find_nodes(op="placeholder")
+        return {n.name: known[i.name] for n, i in zip(holders, program.inputs, strict=True)
+                if i.kind == "parameter" and i.name in known and known[i.name].sharded}
     search = _Search(program, sizes, base)
     found = search.seeds()
     if not found:

@@ -119,6 +119,13 @@ class ParallelGroup:
         """The ranks that run what is too small to be shared out by all: the group that this rank takes turns with, or
         those that share an autoencoder for one sample. All its ranks ask for it together."""
         if self.round_robin is not None:
+            if self.spec.sequence_degree % self.spec.shard_degree:
+                most = self.spec.sequence_degree
+                raise SpecError(f"{self.spec}: the groups of guidance take turns in calls whose batch cannot be cut, "
+                                "so that each has to have all parameters by itself, but "
+                                f"shard={self.spec.shard_degree} cuts them over more ranks than " + (
+                                    f"those of one group and stage; use shard={most}" if most > 1 else
+                                    "the one of a group and stage; add ulysses=N"))
             spec = replace(self.spec, cfg_degree=1, vae_degree=1, encoders="everywhere")
             made = ParallelGroup(spec, self.round_robin.members(spec, self.ranks), self.timeout, self)
             shift = self.rank - self.round_robin.mine * spec.model_degree

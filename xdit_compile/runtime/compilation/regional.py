@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import fx
 
-from xdit_compile.ir.program import is_collective, is_write
+from xdit_compile.ir.program import brings_parameters, is_collective, is_write
 from xdit_compile.runtime.compilation.graph_segments import Function, outline_segments
 from xdit_compile.runtime.compilation.inductor_backend import inductor_compiler, usual_strides
 from xdit_compile.runtime.compilation.onediff_backend import onediff_compiler
@@ -54,7 +54,7 @@ def compiled(main: fx.GraphModule, spec: ShardingSpec) -> Function:
         return made
 
     # What is written, and where, is all that tells most functions of one patch from those of the next.
-    stays = is_write if spec.backend == "inductor" else _stays
+    stays = _stays_for_inductor if spec.backend == "inductor" else _stays
     blocks = {n: m for n, m in main.named_children() if isinstance(m, fx.GraphModule)}
     called = {n: outline_segments(m, stays, make, {}) if any(map(stays, m.graph.nodes)) else make(m)
               for n, m in blocks.items()}
@@ -79,7 +79,12 @@ def _timed(call: Function, what: str) -> Function:
 
 def _stays(node: fx.Node) -> bool:
     """What a compiler that knows nothing of processes is not given, nor of memory that outlives a call."""
-    return is_collective(node) or is_write(node)
+    return is_collective(node) or _stays_for_inductor(node)
+
+
+def _stays_for_inductor(node: fx.Node) -> bool:
+    """Writes into memory that outlives a call; and how parameters come, which goes on while functions run."""
+    return is_write(node) or brings_parameters(node)
 
 
 def compiler_for(spec: ShardingSpec) -> Callable[[fx.GraphModule], Function]:

@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _get_default_store, _new_process_group_helper, _world
 
 from xdit_compile.ir.layout import BATCH, SEQUENCE, TENSOR
-from xdit_compile.ir.mesh import RING, ULYSSES, axis_sizes, group_name, members
+from xdit_compile.ir.mesh import RING, SHARD, ULYSSES, axis_sizes, group_name, members
 from xdit_compile.runtime.control.control_plane import ControlPlane
 from xdit_compile.runtime.control.store import own_connection
 from xdit_compile.spec import ShardingSpec
@@ -33,7 +33,7 @@ class ProcessGroups:
         self.rank = 0 if len(ranks) == 1 else list(ranks).index(dist.get_rank())
         self._groups: dict[str, ProcessGroup] = {}
         sizes = axis_sizes(spec)
-        for axis in (BATCH, SEQUENCE, TENSOR, ULYSSES, RING):
+        for axis in (BATCH, SEQUENCE, TENSOR, ULYSSES, RING, SHARD):
             if sizes[axis] > 1:
                 peers = tuple(ranks[i] for i in members(axis, self.rank, spec))
                 self._groups[group_name(axis, sizes)] = make_group(group_name(axis, sizes), peers, control)

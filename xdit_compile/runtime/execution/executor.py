@@ -18,13 +18,15 @@ from xdit_compile.runtime.compilation.inductor_backend import asks_for_graphs
 from xdit_compile.runtime.compilation.regional import compiled
 from xdit_compile.runtime.execution.loop_invariant_cache import CachedValues, LoopInvariantCache
 
-_STAY = frozenset({"parameter", "constant", "cache"})
+_STAY = frozenset({"parameter", "constant", "cache", "parameter_share"})
 """Kinds of inputs whose memory is the same from call to call."""
 _NAMED = ("once", "received")
-_HELD = (("parameter",), ("constant",), ("invariant",), _NAMED, ("cache",))
+_HELD = (("parameter",), ("constant",), ("parameter_share",), ("invariant",), _NAMED, ("cache",))
 """Kinds of inputs in the order in which a call collects them; arguments, of which some may not be used, come last."""
 
 NONE: Mapping[str, torch.Tensor] = MappingProxyType({})
+Shares = Mapping[str, torch.Tensor]
+"""What this rank holds of each group of parameters, by the groups' names."""
 _NOTHING = nullcontext()
 
 
@@ -36,10 +38,11 @@ class Executor:
     Args:
         invariant: computes what the program takes as ``invariant``; its results are, from call to call.
         counts: counts the calls that used them again, in ``kept``.
+        shares: of the parameters that come block by block.
     """
 
     def __init__(self, program: Program, model: nn.Module, invariant: Program | None = None,
-                 counts: Counter[str] | None = None) -> None:
+                 counts: Counter[str] | None = None, shares: Shares = NONE) -> None:
         assert program.spec is not None
         self.program = program
         self._run = compiled(program.main, program.spec)
@@ -48,9 +51,10 @@ class Executor:
             self._run = GraphedFunction(self._run, [i.kind in _STAY for i in program.inputs])
         self._state = ParameterReader(model, [i for i in program.inputs if i.kind == "parameter"])
         self._constants = [program.constants[i.name] for i in program.inputs if i.kind == "constant"]
+        self._shares = [shares[i.name] for i in program.inputs if i.kind == "parameter_share"]
         self._named = [i.name for i in program.inputs if i.kind in _NAMED]
         self._in_order = _order(program)
-        self._invariant = None if invariant is None else Executor(invariant, model)
+        self._invariant = None if invariant is None else Executor(invariant, model, shares=shares)
         self._cache = None if invariant is None else LoopInvariantCache(
             [int(i.name.removeprefix("arg_")) for i in invariant.inputs if i.kind == "argument"],
             Counter() if counts is None else counts)
@@ -77,7 +81,7 @@ class Executor:
     def __call__(self, tensors: Sequence[torch.Tensor], values: Mapping[str, torch.Tensor] = NONE,
                  caches: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
         invariant = self._invariant_values(tensors)
-        held = [*self._state.read(), *self._constants, *(invariant.values if invariant else ()),
+        held = [*self._state.read(), *self._constants, *self._shares, *(invariant.values if invariant else ()),
                 *(values[n] for n in self._named), *caches, *tensors]
         with torch.no_grad(), _as_captured():
             results = self._run(*map(held.__getitem__, self._in_order))

@@ -20,7 +20,7 @@ from xdit_compile.errors import XditError
 from xdit_compile.ir.program import Program
 from xdit_compile.runtime.deferred.deferred_tensor import DeferredTensor, materialize
 from xdit_compile.runtime.deferred.patch_propagation import Cut
-from xdit_compile.runtime.execution.executor import Executor
+from xdit_compile.runtime.execution.executor import NONE, Executor, Shares
 from xdit_compile.runtime.pipefusion.denoising_loops import DenoisingLoop
 from xdit_compile.runtime.pipefusion.schedule import RESULT, WHOLE, Bar, Edge, Op, step_ops
 from xdit_compile.runtime.pipefusion.stage_communicator import PatchedResults, Shapes, StageCommunicator, digest
@@ -64,6 +64,11 @@ class StageProgram:
         return parameters_of(self.invariant, self.once, *self.units.values())
 
     @property
+    def shares(self) -> set[str]:
+        """The names of groups of parameters of which this stage uses a share."""
+        return shares_of(self.invariant, self.once, *self.units.values())
+
+    @property
     def patches(self) -> tuple[int, ...]:
         """The units of a step that is not exact."""
         return tuple(u for u in self.units if u != WHOLE) or (WHOLE,)
@@ -72,6 +77,11 @@ class StageProgram:
 def parameters_of(*programs: Program | None) -> set[str]:
     """The names of those that the programs use."""
     return {i.name for p in programs if p for i in p.inputs if i.kind == "parameter"}
+
+
+def shares_of(*programs: Program | None) -> set[str]:
+    """The names of groups of parameters of which the programs use a share."""
+    return {i.name for p in programs if p for i in p.inputs if i.kind == "parameter_share"}
 
 
 class StageExecutor:
@@ -85,10 +95,10 @@ class StageExecutor:
     """
 
     def __init__(self, stage: StageProgram, model: nn.Module, communicator: StageCommunicator,
-                 counts: Counter[str] | None = None) -> None:
+                 counts: Counter[str] | None = None, shares: Shares = NONE) -> None:
         self.stage, self.communicator = stage, communicator
-        self._once = Executor(stage.once, model, stage.invariant, counts)
-        self._units = {unit: Executor(program, model) for unit, program in stage.units.items()}
+        self._once = Executor(stage.once, model, stage.invariant, counts, shares)
+        self._units = {unit: Executor(program, model, shares=shares) for unit, program in stage.units.items()}
         self.bars: list[Bar] = []
         self.history: list[tuple[tuple[int, ...], tuple[int, ...] | None]] = []
         self.drained = 0
@@ -102,7 +112,7 @@ class StageExecutor:
         for executor in (self._once, *self._units.values()):
             made = {i.name: _some(n.meta["val"]) for program in executor.programs for n, i in zip(
                 program.main.graph.find_nodes(op="placeholder"), program.inputs, strict=True)
-                if i.kind not in ("parameter", "constant", "invariant")}
+                if i.kind not in ("parameter", "constant", "invariant", "parameter_share")}
             last = max((int(n[4:]) for n in made if n.startswith("arg_")), default=-1)
             arguments = [made.get(f"arg_{i}", torch.empty(0)) for i in range(last + 1)]
             executor(arguments, made, [made[i.name] for i in executor.program.inputs if i.kind == "cache"])

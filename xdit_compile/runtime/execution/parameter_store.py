@@ -1,0 +1,128 @@
+"""What a rank holds of parameters that come to the device block by block: shares of groups, in memory of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from xdit_compile.errors import XditError
+from xdit_compile.ir.parameter_groups import Member, ParameterGroup
+from xdit_compile.ir.program import Input, part_of
+from xdit_compile.ir.released_parameters import device_of, release_named
+from xdit_compile.runtime.execution.executor import ParameterReader
+
+Span = Callable[[Member, int, int], torch.Tensor]
+"""Reads a parameter's elements from one to another, in the order in which they lie in memory."""
+Look = tuple[int, int, torch.dtype, torch.device]
+
+
+class ParameterStore(Mapping[str, torch.Tensor]):
+    """Shares of groups of a model's parameters, by the groups' names. What is put here the model gives up.
+
+    Args:
+        groups: all of the model.
+        rank, ranks: which of so many shares is this rank's.
+        offload: whether shares wait in the host's memory.
+    """
+
+    def __init__(self, groups: Sequence[ParameterGroup], rank: int, ranks: int, offload: bool) -> None:
+        self.groups = {group.name: group for group in groups}
+        self.rank, self.ranks, self.offload = rank, ranks, offload
+        self._shares: dict[str, torch.Tensor] = {}
+        self._given_up: list[str] = []
+        self._left: list[Look] = []
+        self._reader: ParameterReader | None = None
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._shares[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shares)
+
+    def __len__(self) -> int:
+        return len(self._shares)
+
+    def take(self, model: nn.Module, names: Collection[str], read: Span | None, device: torch.device) -> None:
+        """Make this rank's shares of the groups ``names``, which the model gives up one by one.
+
+        Args:
+            read, device: what reads parameters that are on the meta device, and where they shall be.
+
+        Raises:
+            XditError: some are on the meta device and nothing reads them.
+        """
+        for name in (n for n in self.groups if n in names and n not in self._shares):
+            group = self.groups[name]
+            held = dict(zip((m.name for m in group.members), _reader(
+                model, [m.name for m in group.members]).read(), strict=True))
+            absent = [n for n, t in held.items() if t.is_meta]
+            if absent and read is None:
+                raise XditError(f"{absent[0]} and {len(absent) - 1} more that this rank needs are on the meta device: "
+                                "give parallelize weights=FOLDER")
+
+            def span(member: Member, first: int, last: int, held: Mapping[str, torch.Tensor] = held) -> torch.Tensor:
+                tensor = held[member.name]
+                if tensor.is_meta:
+                    assert read is not None
+                    return read(member, first, last)
+                return local_piece(tensor, member)[first:last]
+
+            place = device if absent else device_of(next(iter(held.values())))
+            self._shares[name] = share_of(group, self.rank, self.ranks, span, place, self.offload)
+            del span, held
+            names_of = [n for m in group.members for n in m.names]
+            release_named(model, names_of)
+            self._given_up += names_of
+        self._reader = _reader(model, self._given_up)
+        self._left = [_look(t) for t in self._reader.read()]
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model whose parameters were changed after they were given up: no share knows of it.
+
+        Raises:
+            XditError: naming one of them.
+        """
+        if self._reader is None:
+            return
+        try:
+            looks = [_look(t) for t in self._reader.read()]
+        except (KeyError, AttributeError):
+            looks = []
+        if looks != self._left:
+            pairs = zip(self._given_up, looks, self._left, strict=True) if looks else ()
+            which = next((name for name, a, b in pairs if a != b), "a module")
+            raise XditError(f"{which} of this {type(model).__name__} was replaced, written into, moved or cast after "
+                            "the first call, when this rank kept its share of the parameters and gave up the rest "
+                            "(shard or offload in the spec): the change cannot reach the shares. Load weights and "
+                            "adapters before the first call, or parallelize the model anew")
+
+
+def _reader(model: nn.Module, names: Sequence[str]) -> ParameterReader:
+    return ParameterReader(model, [Input("parameter", name) for name in names])
+
+
+def local_piece(tensor: torch.Tensor, member: Member) -> torch.Tensor:
+    """All that this rank's programs take of a parameter, flat, in the order in which it lies in memory."""
+    tensor = tensor.detach() if member.part is None else part_of(tensor.detach(), member.part)
+    return tensor.permute(member.order).reshape(-1)
+
+
+def share_of(group: ParameterGroup, rank: int, ranks: int, span: Span, device: torch.device,
+             offload: bool) -> torch.Tensor:
+    """Share ``rank`` of ``ranks`` of a group's memory."""
+    length = group.share(ranks)
+    begin, end = rank * length, (rank + 1) * length
+    share = torch.zeros(length, dtype=group.dtype, device="cpu" if offload else device,
+                        pin_memory=offload and device.type == "cuda")
+    for member in group.members:
+        first, last = max(member.offset, begin), min(member.offset + member.size, end)
+        if first < last:
+            share[first - begin : last - begin].copy_(span(member, first - member.offset, last - member.offset))
+    return share
+
+
+def _look(tensor: torch.Tensor) -> Look:
+    """What tells a parameter as it was given up from another, or the same after it was changed."""
+    return id(tensor), -1 if tensor.is_inference() else tensor._version, tensor.dtype, device_of(tensor)
