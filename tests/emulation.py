@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,10 +16,10 @@ from torch import nn
 
 from xdit_compile.frontend.capture import capture
 from xdit_compile.ir.call_arguments import call_arguments
-from xdit_compile.ir.parameter_groups import parameter_groups
+from xdit_compile.ir.parameter_groups import ParameterGroup, parameter_groups
 from xdit_compile.ir.program import Note, Program
 from xdit_compile.ir.pytree import flatten
-from xdit_compile.passes import localize, plan
+from xdit_compile.passes import local_groups, localize, plan
 from xdit_compile.passes.shard import Seeds
 from xdit_compile.report.operations import program_flops
 from xdit_compile.spec import ShardingSpec
@@ -72,11 +73,12 @@ def sharded(model: nn.Module, arguments: tuple[Any, Any], expected: list[torch.T
             seeds: Seeds) -> Found:
     """All ranks' programs of ``whole``, a canonical program under a spec, sharded from these seeds."""
     assert whole.spec is not None
-    ranks = [localize(whole, seeds, rank, groups=parameter_groups(model))
-             for rank in range(whole.spec.world_size)]
+    groups = [local_groups(whole, seeds, parameter_groups(model), rank) for rank in range(whole.spec.world_size)]
+    ranks = [localize(whole, seeds, rank, groups=own) for rank, own in enumerate(groups)]
     tensors, _ = flatten(arguments)
     error = 0.0
-    for results in lockstep.run([r.main for r in ranks], [held(model, r, tensors) for r in ranks]):
+    given = [held(model, r, tensors, own) for r, own in zip(ranks, groups, strict=True)]
+    for results in lockstep.run([r.main for r in ranks], given):
         mine = copy.deepcopy(arguments)
         actual, _ = flatten((whole.output_spec.finish(mine, flatten(mine)[0], results), mine))
         assert len(actual) == len(expected)
@@ -85,10 +87,11 @@ def sharded(model: nn.Module, arguments: tuple[Any, Any], expected: list[torch.T
     return Found(error, ranks[0].notes, work)
 
 
-def held(model: nn.Module, local: Program, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """What a rank's program is given: its inputs, in order."""
+def held(model: nn.Module, local: Program, tensors: list[torch.Tensor],
+         groups: Sequence[ParameterGroup] = ()) -> list[torch.Tensor]:
+    """What a rank's program is given: its inputs, in order. ``groups``: those of its parameters, by default the model's."""
     state = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-    given, shares = iter(tensors), shares_of(model, local)
+    given, shares = iter(tensors), shares_of(model, local, groups)
     return [next(given) if i.kind == "argument" else part_of({
         "constant": local.constants, "parameter_share": shares}.get(i.kind, state)[i.name], i.part)
         for i in local.inputs]
@@ -102,11 +105,11 @@ def part_of(tensor: torch.Tensor, part: Any) -> torch.Tensor:
     return tensor
 
 
-def shares_of(model: nn.Module, local: Program) -> dict[str, torch.Tensor]:
+def shares_of(model: nn.Module, local: Program, groups: Sequence[ParameterGroup]) -> dict[str, torch.Tensor]:
     """What a rank holds of each group of the parameters that its program takes in shares."""
     if local.spec is None or local.position is None or not local.spec.parts:
         return {}
-    groups = {g.name: g for g in parameter_groups(model)}
+    groups = {g.name: g for g in groups or parameter_groups(model)}
     tensors = dict(model.named_parameters(remove_duplicate=False))
     made = {}
     for name in (i.name for i in local.inputs if i.kind == "parameter_share"):
@@ -115,7 +118,8 @@ def shares_of(model: nn.Module, local: Program) -> dict[str, torch.Tensor]:
         memory = torch.full((length,), torch.nan).to(group.dtype)
         for member in group.members:
             place = memory[member.offset : member.offset + member.size]
-            torch.as_strided(place, member.shape, member.stride, place.storage_offset()).copy_(tensors[member.name])
+            torch.as_strided(place, member.shape, member.stride, place.storage_offset()).copy_(
+                part_of(tensors[member.name], member.part))
         made[name] = memory.chunk(local.spec.shard_degree)[local.position["shard"]].clone()
     return made
 
