@@ -43,11 +43,12 @@ class ParameterStore(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._shares)
 
-    def take(self, model: nn.Module, names: Collection[str], read: Span | None, device: torch.device) -> None:
+    def take(self, model: nn.Module, names: Collection[str], files: Callable[[], Span] | None,
+             device: torch.device) -> None:
         """Make this rank's shares of the groups ``names``, which the model gives up one by one.
 
         Args:
-            read, device: what reads parameters that are on the meta device, and where they shall be.
+            files, device: opens what parameters that are on the meta device are read from, and where they shall be.
 
         Raises:
             XditError: some are on the meta device and nothing reads them.
@@ -57,18 +58,12 @@ class ParameterStore(Mapping[str, torch.Tensor]):
             held = dict(zip((m.name for m in group.members), ParameterReader(
                 model, [m.name for m in group.members]).read(), strict=True))
             absent = [n for n, t in held.items() if t.is_meta]
-            if absent and read is None:
+            if absent and files is None:
                 raise XditError(f"{absent[0]} and {len(absent) - 1} more that this rank needs are on the meta device: "
                                 "give parallelize weights=FOLDER")
-
-            def span(member: Member, first: int, last: int, held: Mapping[str, torch.Tensor] = held) -> torch.Tensor:
-                tensor = held[member.name]
-                if tensor.is_meta:
-                    assert read is not None
-                    return read(member, first, last)
-                return local_piece(tensor, member)[first:last]
-
             place = device if absent else device_of(next(iter(held.values())))
+            # Opened anew for each group: what was read of a file counts as this process's memory while it is open.
+            span = _Spans(held, files() if absent and files else None)
             self._shares[name] = share_of(group, self.rank, self.ranks, span, place, self.offload)
             del span, held
             names_of = [n for m in group.members for n in m.names]
@@ -96,6 +91,20 @@ class ParameterStore(Mapping[str, torch.Tensor]):
                             "the first call, when this rank kept its share of the parameters and gave up the rest "
                             "(shard or offload in the spec): the change cannot reach the shares. Load weights and "
                             "adapters before the first call, or parallelize the model anew")
+
+
+class _Spans:
+    """Reads parts of parameters where they are: in the model, or in files."""
+
+    def __init__(self, held: Mapping[str, torch.Tensor], read: Span | None) -> None:
+        self._held, self._read = held, read
+
+    def __call__(self, member: Member, first: int, last: int) -> torch.Tensor:
+        tensor = self._held[member.name]
+        if tensor.is_meta:
+            assert self._read is not None
+            return self._read(member, first, last)
+        return local_piece(tensor, member)[first:last]
 
 
 def local_piece(tensor: torch.Tensor, member: Member) -> torch.Tensor:
