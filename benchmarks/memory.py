@@ -3,10 +3,10 @@
     python benchmarks/memory.py
     python benchmarks/memory.py --spec ulysses=2,shard=2,offload=block --hidden 1536
 
-A random Flux is written as safetensors by a process of its own. Two others make it on the meta device, read their shares
-and call it. "Measured" is the peak of a process's resident memory (VmHWM) over what it was before the model was made,
-when PyTorch and gloo had been used once already. On the CPU the host's memory is the device's, and gloo (not NCCL) has
-a copy of its own of what it is gathering: the largest block is added to what `explain` says.
+A random Flux is written as safetensors by a process of its own. Two others make it on the meta device, read their
+shares and call it. "Measured" is the peak of a process's resident memory (VmHWM) over what it was before the model was
+made, when PyTorch and gloo had been used once already. On the CPU the host's memory is the device's, and gloo (not
+NCCL) has a copy of its own of what it is gathering: the largest block is added to what `explain` says.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def run(size: flux.Size, folder: str, spec: str) -> dict[str, int]:
         model(**given)
     largest = max(g.length * g.dtype.itemsize for g in parameter_groups(empty))
     copies = largest if ShardingSpec.parse(spec).shard_degree > 1 else 0
-    return {"said": said.device + said.host + copies, "copies of gloo": copies, "first call": loaded, "second call": resident("VmHWM") - before,
+    return {"said": said.device + said.host + copies, "copies of gloo": copies, "first call": loaded,
+            "second call": resident("VmHWM") - before,
             "weights": said.weights + said.host, "gathered": said.gathered, "activations": said.activations,
             "exchanged": said.exchanged, "model": sum(p.nbytes for p in empty.parameters())}
 
