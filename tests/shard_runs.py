@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import cases
+import emulation
 import torch
 import zoo
 from torch import Tensor, nn
@@ -46,6 +47,8 @@ def like_plain(name: str, spec: str) -> dict[str, Any]:
     return {"same": same, "held": sum(t.nbytes for t in store.values()),
             "left": sum(p.nbytes for p in model.parameters() if not p.is_meta),
             "all": sum(p.nbytes for p in whole.parameters()),
+            "functions": [sorted(ready.compiled.local.calls().values())
+                          for ready in shared.runners["forward"].programs.values()],
             "captures": [len(known) for known in _captures_of(model).programs.values()]}
 
 
@@ -96,17 +99,22 @@ def from_files(name: str, folder: str, spec: str) -> dict[str, Any]:
     """Whether a model on the meta device gives, with its weights in files, what it gives in memory; bytes that were
     read of its parameters, and all there are."""
     ranks = range(xdit_compile.ShardingSpec.parse(spec).world_size)
-    with torch.device("meta"):
-        empty = zoo.CASES[name].build().eval().requires_grad_(False)
-    model = cases.made(zoo.CASES[name])
-    for n, buffer in model.named_buffers():  # those that no file holds
-        path, _, leaf = n.rpartition(".")
-        empty.get_submodule(path)._buffers[leaf] = buffer.clone()
+    empty, model = on_meta(name), cases.made(zoo.CASES[name])
     read = counting_reads()
     parallel = xdit_compile.parallelize(empty, spec, ranks=ranks, timeout=60, weights=folder)
     whole = xdit_compile.parallelize(model, plain(spec), ranks=ranks, timeout=60)
     same = [all(map(torch.equal, results(parallel, name, *call), results(whole, name, *call))) for call in CALLS]
     return {"same": same, "read": sum(read), "all": sum(p.nbytes for p in model.parameters())}
+
+
+def on_meta(name: str) -> nn.Module:
+    """The model of a case without its parameters."""
+    with torch.device("meta"):
+        empty = zoo.CASES[name].build().eval().requires_grad_(False)
+    for n, buffer in cases.made(zoo.CASES[name]).named_buffers():  # those that no file holds
+        path, _, leaf = n.rpartition(".")
+        empty.get_submodule(path)._buffers[leaf] = buffer.clone()
+    return empty
 
 
 def counting_reads() -> list[int]:
@@ -149,3 +157,29 @@ def counting_reads() -> list[int]:
     return found
 
 
+
+
+def like_one_device(name: str, spec: str) -> dict[str, Any]:
+    """The largest differences from plain PyTorch over the largest value, of two calls of each shape; bytes held, left in
+    the model, and of the whole model."""
+    ranks = range(xdit_compile.ShardingSpec.parse(spec).world_size)
+    model, plainly = cases.made(zoo.CASES[name]), cases.made(zoo.CASES[name])
+    parallel = xdit_compile.parallelize(model, spec, ranks=ranks, timeout=100)
+    errors = [emulation.difference(a, b) for call in CALLS for _ in range(2) for a, b in zip(
+        results(parallel, name, *call), results(plainly, name, *call), strict=True)]
+    store = parallel.runners["forward"].store
+    stage = model if store is None else plainly
+    return {"errors": errors, "held": sum(t.nbytes for t in store.values()),
+            "left": sum(p.nbytes for p in model.parameters() if not p.is_meta),
+            "all": sum(p.nbytes for p in stage.parameters())}
+
+
+def parts_from_files(name: str, folder: str, spec: str) -> dict[str, Any]:
+    """As ``from_files``, of parts among tensor ranks, against plain PyTorch."""
+    ranks = range(xdit_compile.ShardingSpec.parse(spec).world_size)
+    empty, model = on_meta(name), cases.made(zoo.CASES[name])
+    read = counting_reads()
+    parallel = xdit_compile.parallelize(empty, spec, ranks=ranks, timeout=60, weights=folder)
+    errors = [emulation.difference(a, b) for call in CALLS for a, b in zip(
+        results(parallel, name, *call), results(model, name, *call), strict=True)]
+    return {"errors": errors, "read": sum(read), "all": sum(p.nbytes for p in model.parameters())}

@@ -14,11 +14,14 @@ import shard_runs
 import torch
 import zoo
 from marks import whole
-from pool import Pool
+from pool import Pool, RemoteError
 from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import xdit_compile
+from xdit_compile.diagnostics.explain import explain
 from xdit_compile.driver.compile_call import compile_program
-from xdit_compile.errors import SpecError
+from xdit_compile.errors import ArtifactError, SpecError
 from xdit_compile.frontend.capture import capture
 from xdit_compile.ir.call_arguments import call_arguments
 from xdit_compile.ir.host_copy import fetch
@@ -198,6 +201,8 @@ def test_processes_give_the_same_bits(pool: Pool, name: str, spec: str) -> None:
     for seen in pool.run(shard_runs.like_plain, name, spec, ranks=range(parsed.world_size), timeout=240):
         assert all(seen["same"]), seen
         assert seen["captures"] == [1, 1]
+        # Parameters that were given up leave blocks as alike as they were.
+        assert seen["functions"][0] == seen["functions"][1]
         if parsed.pipefusion_degree == 1:
             assert seen["left"] < 4096
             assert seen["all"] * 0.98 <= seen["held"] * parsed.shard_degree <= seen["all"] * 1.1
@@ -221,7 +226,75 @@ def test_each_rank_reads_its_share_alone(pool: Pool, tmp_path: Path, spec: str) 
 
 
 def test_guidance_in_turns_needs_all_parameters_in_each_group(pool: Pool) -> None:
-    from pool import RemoteError
-
     with pytest.raises(RemoteError, match="take turns in calls whose batch cannot be cut"):
         pool.run(shard_runs.like_plain, "dit", "cfg=2,ulysses=1,shard=2", ranks=range(2), timeout=120)
+
+
+# Memory that is said ahead
+
+
+class Live(TorchDispatchMode):
+    """The most bytes of parameters that had been fetched and were alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak, self._found = 0, list[tuple[int, int]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is fetch:
+            self._found.append((made.untyped_storage()._weak_ref(), made.untyped_storage().nbytes()))
+        self.peak = max(self.peak, sum(n for ref, n in self._found if not torch.UntypedStorage._expired(ref)))
+        return made
+
+
+def test_no_more_is_alive_than_explain_says() -> None:
+    case = zoo.CASES["flux"]
+    model, inputs = cases.made(case), case.inputs(1, True)
+    said = explain(model, "offload=block", inputs).memory
+    parallel = xdit_compile.parallelize(model, "offload=block")
+    parallel(**inputs)
+    (ready,) = parallel.runners["forward"].programs.values()
+    with Live() as live:
+        ready.executor(flatten(((), inputs))[0])
+    assert live.peak == said.gathered
+    sizes = sorted(g.length * g.dtype.itemsize for g in parameter_groups(model))
+    assert said.gathered <= 2 * sizes[-1] and said.weights < 4096 and sum(sizes) == said.host
+
+
+def test_a_rank_of_eight_takes_an_eighth_and_two_blocks() -> None:
+    from diffusers import Flux2Transformer2DModel
+
+    with torch.device("meta"):
+        model = Flux2Transformer2DModel().to(torch.bfloat16).eval()
+
+        def meta(*shape: int) -> torch.Tensor:
+            return torch.empty(*shape, dtype=torch.bfloat16)
+
+        inputs = {"hidden_states": meta(1, 4096, 128), "encoder_hidden_states": meta(1, 512, 15360),
+                  "timestep": meta(1), "guidance": meta(1), "img_ids": meta(1, 4096, 4), "txt_ids": meta(1, 512, 4)}
+    nbytes = sum(p.nbytes for p in model.parameters())
+    assert nbytes > 60e9
+    found = explain(model, "ulysses=8,shard=8", inputs, device_memory=8 * 10**9)
+    block = max(g.length * g.dtype.itemsize for g in parameter_groups(model))
+    assert found.memory.weights <= nbytes / 8 * 1.001
+    assert found.memory.weights + found.memory.gathered <= nbytes / 8 * 1.001 + 2 * block
+    assert found.fit is not None and not found.fit.fits
+    trials = {t.spec: t.memory for t in found.fit.trials}
+    both = trials["ulysses=8,shard=8,offload=block"]
+    assert both is not None and both.device < 8e9 < found.memory.device and both.host == found.memory.weights
+    assert "what other words would take" in str(found).lower() and "pipefusion=8" in trials
+
+
+def test_what_fits_needs_no_other_words() -> None:
+    case = zoo.CASES["dit"]
+    found = explain(cases.made(case), "ulysses=2", case.inputs(2, True), device_memory=10**9)
+    assert found.fit is not None and found.fit.fits and not found.fit.trials
+    assert "It fits a device of 1.00 GB" in str(found)
+    assert found.to_dict()["memory"]["device"] == found.memory.device
+
+
+def test_export_refuses_what_artifacts_do_not_hold(tmp_path: Path) -> None:
+    case = zoo.CASES["dit"]
+    with pytest.raises(ArtifactError, match="leave shard and offload out"):
+        xdit_compile.export(cases.made(case), "ulysses=2,shard=2", case.inputs(1, True), tmp_path / "a")

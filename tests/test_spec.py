@@ -44,6 +44,9 @@ specs = st.builds(
     pipefusion_degree=st.integers(2, 8),
     num_patches=st.integers(0, 16),
     warmup_steps=st.integers(1, 9) | st.just("all"),
+) | st.builds(
+    lambda n, shard, offload: ShardingSpec(ulysses_degree=n * shard, shard_degree=shard, offload=offload),
+    st.integers(1, 8), st.integers(1, 8), st.sampled_from(["none", "block"]),
 )
 
 
@@ -94,6 +97,8 @@ def test_world_is_the_product(spec: ShardingSpec) -> None:
         ("ulysses=2,kernel=torch", ShardingSpec(ulysses_degree=2, attention_kernel="torch")),
         ("ulysses=2,attention_kernel=torch", ShardingSpec(ulysses_degree=2, attention_kernel="torch")),
         ("cfg=2,data=3,ulysses=2", ShardingSpec(ulysses_degree=2, cfg_degree=2, data_degree=3)),
+        ("ulysses=4,shard=2", ShardingSpec(ulysses_degree=4, shard_degree=2)),
+        ("offload=block", ShardingSpec(offload="block")),
         ("", ShardingSpec()),
         ("ulysses=1", ShardingSpec()),
     ],

@@ -35,7 +35,8 @@ from xdit_compile.spec import ShardingSpec
 EXACT = 1e-5
 
 SPECS = ("ulysses=2", "ulysses=2", "ring=2", "ring=2", "ulysses=3", "ring=3", "ulysses=4", "ring=4", "ulysses=2,ring=2",
-         "cfg=2", "data=2", "data=3", "cfg=2,ulysses=2", "data=2,ulysses=2", "data=2,ring=2", "cfg=2,data=2")
+         "cfg=2", "data=2", "data=3", "cfg=2,ulysses=2", "data=2,ulysses=2", "data=2,ring=2", "cfg=2,data=2",
+         "tensor=2", "tensor=2", "tensor=3", "tensor=4", "tensor=2,ulysses=2", "tensor=2,ring=2", "tensor=2,cfg=2")
 
 
 @dataclass(frozen=True)

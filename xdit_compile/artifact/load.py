@@ -31,6 +31,7 @@ from xdit_compile.errors import ArtifactError, CaptureError, SpecError, XditErro
 from xdit_compile.ir.layout import BATCH, SEQUENCE, TENSOR
 from xdit_compile.ir.mesh import RING, STAGE, ULYSSES, axis_sizes, group_name, members, position_of
 from xdit_compile.ir.output_spec import OutputSpec
+from xdit_compile.ir.parameter_groups import ParameterGroup
 from xdit_compile.ir.program import Program
 from xdit_compile.ir.pytree import Structure, flatten, sharing
 from xdit_compile.passes import pass_digests
@@ -241,6 +242,10 @@ class StoredProgram:
     def parameters(self) -> set[str]:
         return self.stage.parameters if self.stage else parameters_of(self.body, self.invariant)
 
+    @property
+    def shares(self) -> set[str]:
+        return set()
+
     def digest(self) -> dict[str, str]:
         return {"artifact and call": self.name}
 
@@ -369,7 +374,8 @@ class _Calls:
         raise CaptureError(f"{self.folder.path} has no program for this call with tensors {given}: {why}. Export the "
                            "model with inputs like these as well")
 
-    def compiled(self, kind: _Call, spec: ShardingSpec, rank: int, stages: Mapping[str, int]) -> StoredProgram:
+    def compiled(self, kind: _Call, spec: ShardingSpec, rank: int, stages: Mapping[str, int],
+                 groups: Sequence[ParameterGroup]) -> StoredProgram:
         if spec != kind.spec:
             raise SpecError(f"this call was exported for {kind.spec}, not {spec}")
         return kind.of(rank)

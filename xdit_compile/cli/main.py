@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -133,7 +134,8 @@ def _explain(options: argparse.Namespace, spec: ShardingSpec) -> Explanation:
     with _progress(f"capturing {options.target}"):
         model, inputs = build(function)
         dump = PassDump(Path(options.dump)) if options.dump else None
-        made = explain(model, spec, inputs, rank=options.rank, dump=dump, method=options.method)
+        made = explain(model, spec, inputs, rank=options.rank, dump=dump, method=options.method,
+                       device_memory=options.device_memory)
     if options.timeline:
         if made.stages is None:
             raise SpecError(f"--timeline shows the stages of a pipeline, but {spec} has none; add pipefusion=2 or more")
@@ -177,6 +179,15 @@ def _export(options: argparse.Namespace) -> Inspection:
         export(model, spec, calls, options.artifact, weights=options.weights, native=options.native,
                overwrite=options.overwrite, progress=say)
     return inspect(options.artifact)
+
+
+def _bytes(text: str) -> int:
+    """A size as people write it: ``24GB``, ``80GiB``, a number of bytes."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(?:([kMGT]?)(i?)B?)", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"cannot read {text!r} as a size; write it as 24GB or 80GiB")
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
 
 
 def _show(report: Explanation | Verification | Run | Inspection, as_json: bool) -> None:
@@ -238,6 +249,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--rank", type=int, default=0, help="whose program is described (default 0)")
             command.add_argument("--method", default="forward", metavar="NAME",
                                  help="which of the model's methods is called, as an autoencoder's decode")
+            command.add_argument("--device-memory", metavar="SIZE", type=_bytes,
+                                 help="of a device, as 24GB: whether it fits, and what would")
             command.add_argument("--timeline", metavar="SVG", help="draw when the stages of a pipeline run")
             for flag, default, text in (("--steps", 8, "steps of denoising drawn"),
                                         ("--tflops", 100.0, "10^12 operations a second of each device"),

@@ -41,12 +41,12 @@ _TOGETHER = "all processes take part in everything; leave it out"
 _KERNEL = "kernels have other names here; use --spec attention_kernel=torch, flash_attn or yunchang"
 _TILES = "tiles keep the autoencoder's own size; use --enable_tiling alone"
 _REPEAT = "one call is timed and kept; calls before it are asked for with --warmup_calls"
-_OFFLOAD = "parallel models read their weights themselves; use --enable_model_cpu_offload"
+_OFFLOAD = "parallel models read their weights themselves; use --enable_model_cpu_offload, or --spec offload=block"
+_SHARD = "say over how many ranks parameters are cut with --fully_shard_degree N"
 
 VALUES: dict[str, tuple[tuple[str, ...], str]] = {
     "tensor_parallel_degree": (("1",), _WHOLE),
     "text_encoder_tp_degree": (("1",), _ENCODERS),
-    "fully_shard_degree": (("1",), _WHOLE),
     "split_scheme": (("row",), _WHOLE),
     "dit_parallel_size": (("0",), _TOGETHER),
     "vae_parallel_size": (("0",), f"{_TOGETHER}, and use --use_parallel_vae"),
@@ -74,7 +74,7 @@ SWITCHES: dict[str, str] = {
     **dict.fromkeys(("use_teacache", "use_fbcache", "use_fast_attn", "use_hybrid_attn_schedule"), _EXACT),
     **dict.fromkeys(("use_fp8_t5_encoder", "use_fp8_text_encoder", "use_fp8_gemms", "use_fp4_gemms", "use_int8_gemms",
                      "use_fp8_comms", "use_hybrid_gemm_schedule"), _PRECISION),
-    **dict.fromkeys(("shard_dit", "memory_efficient_sharding"), _WHOLE),
+    **dict.fromkeys(("shard_dit", "memory_efficient_sharding"), _SHARD),
     **dict.fromkeys(("enable_sequential_cpu_offload", "enable_group_cpu_offload"), _OFFLOAD),
     "shard_t5_encoder": _ENCODERS,
     "use_ray": "processes are started by torchrun, or by this command itself",
@@ -90,7 +90,7 @@ CALL: dict[str, tuple[type, str]] = {
 """Flags that are arguments of the pipeline's call by the same name."""
 
 DEGREES = {"ulysses_degree": "ulysses", "ring_degree": "ring", "data_parallel_degree": "data",
-           "pipefusion_parallel_degree": "pipefusion"}
+           "pipefusion_parallel_degree": "pipefusion", "fully_shard_degree": "shard"}
 """Flags that are words of the spec."""
 
 PIPEFUSION = {"num_pipeline_patch": "patches", "warmup_steps": "warmup"}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
 
 from xdit_compile.diagnostics.explanation import Explanation, Row, Traffic
+from xdit_compile.diagnostics.fitting import fits, memory_of, memory_of_stage
 from xdit_compile.diagnostics.origins import Piece, global_functions, pieces
 from xdit_compile.diagnostics.stage_costs import Stages, stages_of
 from xdit_compile.driver.compile_call import Dump, compile_program, split_invariant
@@ -21,11 +22,13 @@ from xdit_compile.frontend.program_cache import captured
 from xdit_compile.ir.call_arguments import Inputs, call_arguments
 from xdit_compile.ir.flops import FORMULAS
 from xdit_compile.ir.mesh import STAGE, position_of
+from xdit_compile.ir.parameter_groups import ParameterGroup, parameter_groups
 from xdit_compile.ir.program import Note, Program, module_of, source_of
 from xdit_compile.ir.step_inputs import step_inputs
 from xdit_compile.passes.pipefusion import plan_pipeline
 from xdit_compile.report.costs import Costs, costs_of
 from xdit_compile.report.loop_invariants import InvariantWork, invariant_work, with_invariants
+from xdit_compile.report.memory import RankMemory
 from xdit_compile.report.operations import contractions
 from xdit_compile.spec import ShardingSpec
 
@@ -34,7 +37,8 @@ MOST = 10
 
 
 def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, inputs: Inputs, *,
-            rank: int = 0, dump: Dump | None = None, method: str = "forward") -> Explanation:
+            rank: int = 0, dump: Dump | None = None, method: str = "forward",
+            device_memory: int | None = None) -> Explanation:
     """Capture one call of ``model``, make ``rank``'s program for ``spec``, and say what it does and costs.
 
     Nothing is computed, sent or started, and the model may be on the meta device.
@@ -46,6 +50,7 @@ def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, i
         rank: whose program is described. Where shares are uneven, ranks differ.
         dump: called with the name of each pass and the program it made.
         method: which of the model's methods is called; an autoencoder's ``decode``, say.
+        device_memory: bytes of a device. If the rank takes more, other specs are tried that would make it fit.
 
     Raises:
         SpecError: the spec does not fit the model, or has no such rank.
@@ -61,13 +66,15 @@ def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, i
     program = captured(model, args, kwargs)
     middle = time.perf_counter()
     changes, stages = step_inputs(model, args, kwargs), None
+    groups = parameter_groups(model)
     if spec.pipefusion_degree > 1:
-        whole, body, local, costs, kept, stages = _stage(program, spec, rank, dump, changes)
+        whole, body, local, costs, kept, stages, memory = _stage(program, spec, rank, dump, changes, groups)
     else:
-        compiled = compile_program(program, spec, rank, dump, changes)
+        compiled = compile_program(program, spec, rank, dump, changes, groups)
         whole, local = compiled.whole, compiled.local
         body, costs = whole, with_invariants(costs_of(local), compiled.invariant, compiled.body)
         kept = invariant_work(local, compiled.invariant, compiled.body, compiled.changes, costs.flops)
+        memory = memory_of(compiled)
     end = time.perf_counter()
     notes, calls = local.notes, local.calls()
     replicated = sorted(_replicated(local), key=lambda row: -row.flops) if spec.world_size > 1 else []
@@ -79,15 +86,17 @@ def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, i
         _traffic(costs),
         tuple(_row(n, calls) for n in notes if n.kind == "fallback"),
         tuple(replicated[:MOST]), sum(row.flops for row in replicated), costs, costs_of(whole), kept, stages,
-        local.history)
+        local.history, memory, None if device_memory is None else fits(
+            program, spec, rank, changes, groups, memory, device_memory))
 
 
 def _stage(program: Program, spec: ShardingSpec, rank: int, dump: Dump | None, changes: Mapping[int, str],
-           ) -> tuple[Program, Program, Program, Costs, InvariantWork | None, Stages]:
+           groups: Sequence[ParameterGroup]
+           ) -> tuple[Program, Program, Program, Costs, InvariantWork | None, Stages, RankMemory]:
     """The whole program, what ``rank``'s stage is of it, that rank's program for a patch, its costs of a step and what
-    it keeps, and all stages."""
+    it keeps, all stages, and what the rank takes."""
     pipeline = plan_pipeline(program, spec)
-    _, stage = staged(pipeline, rank, dump)
+    _, stage = staged(pipeline, rank, dump, groups=groups)
     found = stages_of(pipeline, stage.edges)
     units = [costs_of(stage.units[unit]) for unit in stage.patches]
     invariant, rest = split_invariant(program, stage.once, changes)
@@ -96,7 +105,8 @@ def _stage(program: Program, spec: ShardingSpec, rank: int, dump: Dump | None, c
                   tuple(c for u in (once, *units) for c in u.collectives))
     kept = invariant_work(stage.once, invariant, rest, tuple(changes.values()), costs.flops)
     index = position_of(rank, spec)[STAGE]
-    return pipeline.whole, pipeline.stages[index].body, stage.units[stage.patches[-1]], costs, kept, found
+    return (pipeline.whole, pipeline.stages[index].body, stage.units[stage.patches[-1]], costs, kept, found,
+            memory_of_stage(stage))
 
 
 def _operators(program: Program) -> dict[str, int]:

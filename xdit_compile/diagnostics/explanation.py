@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from xdit_compile.diagnostics.fit import Fit
 from xdit_compile.diagnostics.stage_costs import Stages
 from xdit_compile.ir.pass_record import PassRecord
 from xdit_compile.report.costs import Costs
 from xdit_compile.report.loop_invariants import InvariantWork
+from xdit_compile.report.memory import RankMemory
 from xdit_compile.report.tables import name, place, sections, table
 from xdit_compile.report.text import jsonable, plain
 from xdit_compile.report.units import plural, size, work
@@ -78,6 +80,7 @@ class Explanation:
         kept: what of ``local`` is computed at the first step only; None if nothing is.
         stages: of a pipeline, what each of them does; the rows above are then those of this rank's stage.
         passes: what each pass did, in order.
+        memory: what this rank takes; fit: whether that fits the device that was asked about.
     """
 
     model: str
@@ -99,6 +102,8 @@ class Explanation:
     kept: InvariantWork | None = None
     stages: Stages | None = None
     passes: tuple[PassRecord, ...] = ()
+    memory: RankMemory = field(default_factory=RankMemory)
+    fit: Fit | None = None
 
     @property
     def work_ratio(self) -> float:
@@ -115,6 +120,7 @@ class Explanation:
                  "peak_activation_bytes": local["activations"],
                  "peak_activation_bytes_single_device": whole["activations"]}
         fields["passes"] = [record.to_dict() for record in self.passes]
+        fields["memory"] |= {"device": self.memory.device}
         return fields | {"spec": str(self.spec), "world_size": self.spec.world_size, "costs": costs,
                          "collectives": local["collectives"]}
 
@@ -138,7 +144,7 @@ class Explanation:
         captured = Text(f"Captured {plural(nodes, 'node')} of {plural(len(self.operators), 'operator')} in "
                         f"{self.capture_seconds:.1f} s, passes {self.passes_seconds:.1f} s. Functions: {blocks}")
         return sections(
-            Group(head, captured), _costs(self), _kept(self), self.stages,
+            Group(head, captured), _costs(self), _memory(self), self.fit, _kept(self), self.stages,
             _rows("Where the token axes start", self.seeds, self),
             _rows("Attention", self.attentions, self, sent=True),
             _rows("Convolutions", self.convolutions, self, sent=True),
@@ -159,6 +165,18 @@ def _costs(e: Explanation) -> Table:
     if e.stages:
         made.add_row("bytes to later stages", "", size(e.stages.sent(e.rank)), "")
     made.add_row("collectives", "", f"{e.local.collective_count:,}", "")
+    return made
+
+
+def _memory(e: Explanation) -> Table:
+    made = table("Memory of this rank, at the worst moment", "", ">bytes")
+    for what, nbytes in (
+            ("weights", e.memory.weights), ("parameters of blocks in flight", e.memory.gathered),
+            ("activations", e.memory.activations), ("buffers of collectives", e.memory.exchanged),
+            ("kept from step to step, constants", e.memory.kept), ("arguments", e.memory.arguments),
+            ("all on the device", e.memory.device), ("weights in the host's memory", e.memory.host)):
+        if nbytes:
+            made.add_row(what, size(nbytes))
     return made
 
 

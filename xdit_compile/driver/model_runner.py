@@ -321,7 +321,7 @@ class ModelRunner:
             if self.store is None:
                 self.store = ParameterStore(compiled.groups, position_of(rank, spec)[SHARD], spec.shard_degree,
                                             spec.offload != "none")
-            self.store.take(self.model, compiled.shares, self.weights.spans() if self.weights else None, device)
+            self.store.take(self.model, compiled.shares, self.weights.spans if self.weights else None, device)
 
     def _executor(self, compiled: Runnable, group: ParallelGroup) -> Executor | StageExecutor:
         """What runs the program here. All ranks come to it together."""

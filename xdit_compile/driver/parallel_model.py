@@ -78,12 +78,17 @@ def instance_of_subclass(original: Any, mixin: type, members: Mapping[str, Any],
             how, what = copyreg._reconstructor, (cls, object, None)  # type: ignore[attr-defined]
         return how, what, *rest
 
+    def deep(self: Any, memo: dict[int, Any]) -> Any:
+        if isinstance(self, nn.Module):
+            check_whole(self, "copied with its parameters")
+        return copy.deepcopy(ordinary(self), memo)
+
     made = _like(type(cls))(  # type: ignore[arg-type]
         cls.__name__, (mixin, cls), {
         **members, "_stands_for": cls, "__module__": cls.__module__, "__doc__": cls.__doc__,
         "__qualname__": cls.__qualname__, "__new__": lambda _, *args, **kwargs: cls(*args, **kwargs),
         "__reduce_ex__": reduced, "__copy__": lambda self: copy.copy(ordinary(self)),
-        "__deepcopy__": lambda self, memo: copy.deepcopy(ordinary(self), memo),
+        "__deepcopy__": deep,
         "__class__": property(type, _exchanged)})
     return _made(made, state)
 

@@ -64,7 +64,7 @@ def _wrapper(module: nn.Module, path: str) -> str | None:
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or _instance(
             module, "torch.distributed.fsdp", "FullyShardedDataParallel"):
         return (f"{_at(path)} is wrapped in {_name(type(module))}, which shares calls out by itself; give parallelize "
-                "the model inside (its .module). pipefusion in the spec spreads weights over devices")
+                "the model inside (its .module). shard or pipefusion in the spec spread weights over devices")
     if isinstance(module, torch.jit.ScriptModule):
         return f"{_at(path)} is a module of torch.jit, which cannot be captured; use the model that it was made from"
     return None
@@ -85,7 +85,7 @@ def _tensors(module: nn.Module, path: str) -> str | None:
             where = f"{path}.{name}".lstrip(".")
             return (f"{where} is a {_name(type(tensor))}, a kind of tensor with operators of its own (weights that are "
                     "quantized, sharded or not made yet, say), which programs would pass over. Use plain weights; to "
-                    "spread them over devices give pipefusion in the spec, not fully_shard")
+                    "spread them over devices give shard or pipefusion in the spec, not fully_shard")
     return None
 
 
@@ -114,7 +114,7 @@ def _registered_hooks(module: nn.Module, path: str) -> str | None:
             return (f"the hook {name!r} ({_name(type(hook))}) on {_at(path)} acts before the module is called, as "
                     "group offloading, layerwise casting and diffusers' own context parallelism do; inside of a "
                     "program no module is called. Leave it out; offload or cast the model as a whole, or give "
-                    "pipefusion in the spec")
+                    "offload, shard or pipefusion in the spec")
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -10,6 +11,8 @@ from torch import nn
 from xdit_compile.errors import XditError
 
 _HOME = "_xdit_compile_home"
+LOOK = attrgetter("_version", "dtype", _HOME)
+"""Of a parameter that was given up: what changes when somebody writes into it, casts it or moves it."""
 
 
 def device_of(tensor: torch.Tensor) -> torch.device:
@@ -51,9 +54,10 @@ def _give_up(model: nn.Module, held: Iterable[_Held]) -> None:
         if id(tensor) in one:  # what is one tensor stays one
             store[leaf] = one[id(tensor)][1]
         elif not tensor.is_meta or not hasattr(tensor, _HOME):
-            gone = tensor.detach().to("meta")
-            made = nn.Parameter(gone, requires_grad=tensor.requires_grad) if isinstance(
-                tensor, nn.Parameter) else gone
+            with torch.inference_mode(False):  # where writes are counted
+                gone = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+                made = nn.Parameter(gone, requires_grad=tensor.requires_grad) if isinstance(
+                    tensor, nn.Parameter) else gone
             setattr(made, _HOME, device_of(tensor))
             store[leaf] = made
             one[id(tensor)] = tensor, made

@@ -147,7 +147,7 @@ class _Rewriter:
                 share = self._call(number, fetched, share)
             group = self.order[number].group
             size = (self.ranks - 1) * group.share(self.ranks) * group.dtype.itemsize
-            self.notes.append(Note("collective", f"arrival_{number}", f"all_gather: parameters, {group.name}",
+            self.notes.append(Note("collective", f"arrival_{number}", "all_gather: parameters, one block ahead",
                                    module=group.path, size=size))
             share = self._call(number, c10d.all_gather_into_tensor.default, share, self.ranks,
                                group_name(SHARD, self.emitter.sizes))

@@ -1,36 +1,87 @@
-"""The most memory that activations take at once, from how long each value of a graph lives.
+"""The most memory that a rank takes at once: what it holds, and the values of a graph, from how long each lives.
 
 A graph runs node after node and drops a value after its last use. Views hold on to the tensor they look at
 and cost nothing; a call of a block function costs what lives in the caller and, on top, its own peak. Left
-out: parameters, the call's inputs (the caller holds them) and the scratch memory of kernels.
+out is the scratch memory of kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import fx
 
-from xdit_compile.ir.program import Program
+from xdit_compile.ir.host_copy import fetched
+from xdit_compile.ir.program import Program, brings_parameters, is_collective
 
-WAIT = torch.ops._c10d_functional.wait_tensor.default
+WAITS = {torch.ops._c10d_functional.wait_tensor.default, fetched}
+Kind = Literal["gathered", "exchanged", "activations"]
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes that one rank takes, at the worst moment of a forward, by kind.
+
+    Attributes:
+        weights: parameters and buffers, or shares of them, that its programs use.
+        gathered: parameters of blocks that have come, or are about to.
+        activations: values that the model computes.
+        exchanged: what collectives left: buffers that hold values of several ranks.
+        kept: values of earlier steps, for one prompt and condition; constants too.
+        arguments: the call's inputs.
+        host: of weights that wait in the host's memory; these are not on the device.
+    """
+
+    weights: int = 0
+    gathered: int = 0
+    activations: int = 0
+    exchanged: int = 0
+    kept: int = 0
+    arguments: int = 0
+    host: int = 0
+
+    @property
+    def device(self) -> int:
+        """All that is on the device."""
+        return sum(asdict(self).values()) - self.host
+
+
+def rank_memory(programs: Sequence[Program], lasting: Sequence[Program] = ()) -> RankMemory:
+    """What a rank takes that runs ``programs`` by turns.
+
+    Args:
+        lasting: those of them whose results are kept while the others run.
+    """
+    held: dict[tuple[str, str], int] = {}
+    host: dict[tuple[str, str], int] = {}
+    for program in programs:
+        for node, given in zip(program.main.graph.find_nodes(op="placeholder"), program.inputs, strict=True):
+            offload = program.spec is not None and program.spec.offload != "none"
+            waits = given.kind == "parameter_share" and offload
+            (host if waits else held)[given.kind, given.name] = _size(node.meta["val"])
+    of = Counter[str]()
+    for (kind, _), nbytes in held.items():
+        of[kind] += nbytes
+    worst = max((_whole_footprint(p) for p in programs), key=lambda f: f.peak)
+    return RankMemory(
+        of["parameter"] + of["parameter_share"], **{k: worst.kinds.get(k, 0) for k in (  # type: ignore[arg-type]
+            "gathered", "activations", "exchanged")},
+        kept=of["cache"] + of["constant"] + sum(map(result_bytes, lasting)), arguments=of["argument"],
+        host=sum(host.values()))
 
 
 def peak_activations(program: Program) -> int:
     """Bytes at the worst moment of one forward."""
-    functions = dict(program.functions())
-    blocks = {name: _footprint(module.graph, {}) for name, module in functions.items() if name != "main"}
-    return _footprint(functions["main"].graph, blocks).peak
+    return _whole_footprint(program).peak
 
 
 def result_bytes(program: Program) -> int:
     """Bytes that the results of one forward hold on to; not those of the call's inputs."""
-    functions = dict(program.functions())
-    blocks = {name: _footprint(module.graph, {}) for name, module in functions.items() if name != "main"}
-    return sum(b.size for b in set(_footprint(functions["main"].graph, blocks).results))
+    return sum(b.size for b in set(_whole_footprint(program).results))
 
 
 @dataclass(eq=False)
@@ -38,6 +89,7 @@ class _Buffer:
     """A stretch of memory, in bytes. An argument's belongs to the caller and counts as nothing here."""
 
     size: int
+    kind: Kind = "activations"
     argument: int | None = None
     last: int = 0
     """The index of the last node that reads it."""
@@ -45,10 +97,17 @@ class _Buffer:
 
 @dataclass(frozen=True)
 class _Footprint:
-    """A function's peak in bytes, and the buffers in which its results lie."""
+    """A function's peak in bytes, what it is made of, and the buffers in which its results lie."""
 
     peak: int
+    kinds: Mapping[str, int]
     results: tuple[_Buffer, ...]
+
+
+def _whole_footprint(program: Program) -> _Footprint:
+    functions = dict(program.functions())
+    blocks = {name: _footprint(module.graph, {}) for name, module in functions.items() if name != "main"}
+    return _footprint(functions["main"].graph, blocks)
 
 
 def _footprint(graph: fx.Graph, blocks: Mapping[str, _Footprint]) -> _Footprint:
@@ -58,19 +117,30 @@ def _footprint(graph: fx.Graph, blocks: Mapping[str, _Footprint]) -> _Footprint:
         for used in (node, *node.all_input_nodes):
             for buffer in held[used]:
                 buffer.last = i
-    peak = live = 0
+    live, worst = Counter[str](), Counter[str]()
     alive: set[_Buffer] = set()
     for i, node in enumerate(nodes):
         if node.op == "call_module":
-            peak = max(peak, live + blocks[str(node.target)].peak)
+            worst = max(worst, live + Counter(blocks[str(node.target)].kinds), key=Counter.total)
         new = set(held[node]) - alive
-        live += sum(b.size for b in new)
-        peak = max(peak, live)
+        live.update(_by_kind(new))
+        worst = Counter(live) if live.total() > worst.total() else worst
         alive |= new
         dead = {b for b in alive if b.last == i}
-        live -= sum(b.size for b in dead)
+        live.subtract(_by_kind(dead))
         alive -= dead
-    return _Footprint(peak, held[graph.output_node()])
+    return _Footprint(worst.total(), worst, held[graph.output_node()])
+
+
+def _by_kind(buffers: set[_Buffer]) -> Counter[str]:
+    found = Counter[str]()
+    for buffer in buffers:
+        found[buffer.kind] += buffer.size
+    return found
+
+
+def _kind(node: fx.Node) -> Kind:
+    return "gathered" if brings_parameters(node) else "exchanged" if is_collective(node) else "activations"
 
 
 def _buffers(graph: fx.Graph, blocks: Mapping[str, _Footprint]) -> dict[fx.Node, tuple[_Buffer, ...]]:
@@ -85,7 +155,7 @@ def _buffers(graph: fx.Graph, blocks: Mapping[str, _Footprint]) -> dict[fx.Node,
             held[node] = tuple(held[n][0] for n in node.args[0])
         elif node.op == "call_module":
             results = blocks[str(node.target)].results
-            here = {b: _Buffer(b.size) if b.argument is None else held[node.args[b.argument]][0]
+            here = {b: _Buffer(b.size, b.kind) if b.argument is None else held[node.args[b.argument]][0]
                     for b in results}
             held[node] = tuple(here[b] for b in results)
         elif isinstance(node.meta["val"], (tuple, list)):
@@ -94,7 +164,8 @@ def _buffers(graph: fx.Graph, blocks: Mapping[str, _Footprint]) -> dict[fx.Node,
         elif _is_item(node):
             held[node] = (held[node.args[0]][node.args[1]],)
         else:
-            held[node] = held[node.args[0]] if _is_view(node) else (_Buffer(_size(node.meta["val"])),)
+            held[node] = held[node.args[0]] if _is_view(node) else (
+                _Buffer(_size(node.meta["val"]), _kind(node)),)
     return held
 
 
@@ -111,7 +182,7 @@ def _is_item(node: fx.Node) -> bool:
 def _is_view(node: fx.Node) -> bool:
     """Whether the result looks at the memory of the first argument. Operators such as reshape say only that
     they may; PyTorch's fake kernels know for these strides."""
-    if node.target is WAIT:
+    if node.target in WAITS:
         return True
     schema = getattr(node.target, "_schema", None)
     if schema is None or not any(r.alias_info for r in schema.returns):

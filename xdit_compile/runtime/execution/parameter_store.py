@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from operator import is_
 
 import torch
 from torch import nn
@@ -10,12 +12,11 @@ from torch import nn
 from xdit_compile.errors import XditError
 from xdit_compile.ir.parameter_groups import Member, ParameterGroup
 from xdit_compile.ir.program import Input, part_of
-from xdit_compile.ir.released_parameters import device_of, release_named
+from xdit_compile.ir.released_parameters import LOOK, device_of, release_named
 from xdit_compile.runtime.execution.executor import ParameterReader
 
 Span = Callable[[Member, int, int], torch.Tensor]
 """Reads a parameter's elements from one to another, in the order in which they lie in memory."""
-Look = tuple[int, int, torch.dtype, torch.device]
 
 
 class ParameterStore(Mapping[str, torch.Tensor]):
@@ -32,7 +33,8 @@ class ParameterStore(Mapping[str, torch.Tensor]):
         self.rank, self.ranks, self.offload = rank, ranks, offload
         self._shares: dict[str, torch.Tensor] = {}
         self._given_up: list[str] = []
-        self._left: list[Look] = []
+        self._left: list[torch.Tensor] = []
+        self._looks: list[tuple[int, torch.dtype, torch.device]] = []
         self._reader: ParameterReader | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -44,11 +46,12 @@ class ParameterStore(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._shares)
 
-    def take(self, model: nn.Module, names: Collection[str], read: Span | None, device: torch.device) -> None:
+    def take(self, model: nn.Module, names: Collection[str], files: Callable[[], Span] | None,
+             device: torch.device) -> None:
         """Make this rank's shares of the groups ``names``, which the model gives up one by one.
 
         Args:
-            read, device: what reads parameters that are on the meta device, and where they shall be.
+            files, device: opens what parameters that are on the meta device are read from, and where they shall be.
 
         Raises:
             XditError: some are on the meta device and nothing reads them.
@@ -58,25 +61,20 @@ class ParameterStore(Mapping[str, torch.Tensor]):
             held = dict(zip((m.name for m in group.members), _reader(
                 model, [m.name for m in group.members]).read(), strict=True))
             absent = [n for n, t in held.items() if t.is_meta]
-            if absent and read is None:
+            if absent and files is None:
                 raise XditError(f"{absent[0]} and {len(absent) - 1} more that this rank needs are on the meta device: "
                                 "give parallelize weights=FOLDER")
-
-            def span(member: Member, first: int, last: int, held: Mapping[str, torch.Tensor] = held) -> torch.Tensor:
-                tensor = held[member.name]
-                if tensor.is_meta:
-                    assert read is not None
-                    return read(member, first, last)
-                return local_piece(tensor, member)[first:last]
-
             place = device if absent else device_of(next(iter(held.values())))
+            # Opened anew for each group: what was read of a file counts as this process's memory while it is open.
+            span = _Spans(held, files() if absent and files else None)
             self._shares[name] = share_of(group, self.rank, self.ranks, span, place, self.offload)
             del span, held
             names_of = [n for m in group.members for n in m.names]
             release_named(model, names_of)
             self._given_up += names_of
         self._reader = _reader(model, self._given_up)
-        self._left = [_look(t) for t in self._reader.read()]
+        self._left = self._reader.read()
+        self._looks = list(map(LOOK, self._left))
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model whose parameters were changed after they were given up: no share knows of it.
@@ -86,17 +84,38 @@ class ParameterStore(Mapping[str, torch.Tensor]):
         """
         if self._reader is None:
             return
+        # Done before each call, where it would be felt: by functions in C, and without names.
+        with suppress(KeyError, AttributeError):
+            found = self._reader.read()
+            if all(map(is_, found, self._left)) and list(map(LOOK, found)) == self._looks:
+                return
+        raise XditError(f"{self._changed(self._reader)} of this {type(model).__name__} was replaced, written into, "
+                        "moved or cast after the first call, when this rank kept its share of the parameters and gave "
+                        "up the rest (shard or offload in the spec): the change cannot reach the shares. Load weights "
+                        "and adapters before the first call, or parallelize the model anew")
+
+    def _changed(self, reader: ParameterReader) -> str:
+        """What is not as it was left."""
         try:
-            looks = [_look(t) for t in self._reader.read()]
+            found = reader.read()
         except (KeyError, AttributeError):
-            looks = []
-        if looks != self._left:
-            pairs = zip(self._given_up, looks, self._left, strict=True) if looks else ()
-            which = next((name for name, a, b in pairs if a != b), "a module")
-            raise XditError(f"{which} of this {type(model).__name__} was replaced, written into, moved or cast after "
-                            "the first call, when this rank kept its share of the parameters and gave up the rest "
-                            "(shard or offload in the spec): the change cannot reach the shares. Load weights and "
-                            "adapters before the first call, or parallelize the model anew")
+            return "a module"
+        alike = (a is b and LOOK(a) == look for a, b, look in zip(found, self._left, self._looks, strict=True))
+        return next((name for name, same in zip(self._given_up, alike, strict=True) if not same), "a parameter")
+
+
+class _Spans:
+    """Reads parts of parameters where they are: in the model, or in files."""
+
+    def __init__(self, held: Mapping[str, torch.Tensor], read: Span | None) -> None:
+        self._held, self._read = held, read
+
+    def __call__(self, member: Member, first: int, last: int) -> torch.Tensor:
+        tensor = self._held[member.name]
+        if tensor.is_meta:
+            assert self._read is not None
+            return self._read(member, first, last)
+        return local_piece(tensor, member)[first:last]
 
 
 def _reader(model: nn.Module, names: Sequence[str]) -> ParameterReader:
@@ -122,7 +141,3 @@ def share_of(group: ParameterGroup, rank: int, ranks: int, span: Span, device: t
             share[first - begin : last - begin].copy_(span(member, first - member.offset, last - member.offset))
     return share
 
-
-def _look(tensor: torch.Tensor) -> Look:
-    """What tells a parameter as it was given up from another, or the same after it was changed."""
-    return id(tensor), -1 if tensor.is_inference() else tensor._version, tensor.dtype, device_of(tensor)

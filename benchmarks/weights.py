@@ -1,0 +1,77 @@
+"""How much of its speed does a model keep whose parameters come block by block? A random Flux, one thread per process.
+
+    python benchmarks/weights.py
+    python benchmarks/weights.py --rounds 9 --tokens 4096 --json weights.json
+    python benchmarks/weights.py --patience 600  # on a machine that has other work now and then
+
+`ulysses=2,shard=2` against `ulysses=2` on two processes, `offload=block` against nothing on one while the other waits,
+in turns. "Speed" is the median over rounds of how much longer the other takes in the same round; "by CPU" counts CPU
+seconds, those of gloo's threads too, of which there are no spare cores here. All results are the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flux
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from timing import time_undisturbed
+
+from xdit_compile import launch, parallelize
+
+PAIRS = (("ulysses=2", "ulysses=2,shard=2"), ("ulysses=1", "offload=block"))
+
+
+@torch.no_grad()
+def run(size: flux.Size, rounds: int, patience: int) -> dict[str, list[dict[str, float]]]:
+    """What each spec took in each round, the same on both ranks."""
+    given, forwards, results = flux.inputs(size), dict[str, Any](), dict[str, Any]()
+    taken: dict[str, list[dict[str, float]]] = {}
+    for spec in (spec for pair in PAIRS for spec in pair):
+        alone = "ulysses=2" not in spec
+        if not alone or dist.get_rank() == 0:
+            forwards[spec] = parallelize(flux.model(size), spec, ranks=[0] if alone else [0, 1])
+            (results[spec],) = forwards[spec](**given)
+        dist.barrier()
+    for plain, other in PAIRS:
+        assert other not in results or torch.equal(results[plain], results[other])
+    for number in range(rounds):
+        for pair in PAIRS:
+            for spec in pair if number % 2 else pair[::-1]:
+                work = partial(forwards[spec], **given) if spec in forwards else None
+                taken.setdefault(spec, []).append(time_undisturbed(work, patience)._asdict())
+    return taken
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("hidden", 512), ("double", 2), ("single", 6), ("tokens", 4096), ("text", 128),
+                          ("rounds", 5), ("patience", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    options = parser.parse_args()
+    size = flux.Size(options.tokens, options.text, options.hidden, options.double, options.single)
+    taken = launch(run, size, options.rounds, options.patience, world_size=2, device="cpu")[0]
+    made = Table("spec", "seconds", "speed", "by CPU", "others' share of the machine")
+    for plain, other in PAIRS:
+        for spec in (plain, other):
+            ratios = [[a[key] / b[key] for a, b in zip(taken[plain], taken[spec], strict=True)]
+                      for key in ("seconds", "cpu_seconds")]
+            made.add_row(spec, f"{statistics.median(t['seconds'] for t in taken[spec]):.2f}",
+                         *(f"{statistics.median(r):.3f}" for r in ratios),
+                         f"{statistics.median(t['others'] for t in taken[spec]):.0%}")
+    Console().print(made)
+    if options.json:
+        options.json.write_text(json.dumps(taken, indent=2))
+
+
+if __name__ == "__main__":
+    main()
