@@ -107,7 +107,7 @@ def test_pictures_adapters_and_where_things_are() -> None:
     ("--attn_layer_num_for_pp 10 9", "stage_blocks belong to pipefusion"),
     ("--warmup-steps 4", "--warmup_steps 4 belongs to PipeFusion; add --pipefusion_parallel_degree N"),
     ("--num_pipeline_patch 4", "--num_pipeline_patch 4 belongs to PipeFusion"),
-    ("--tensor_parallel_degree 2", "every rank holds all weights"),
+    ("--split_scheme column", "found by trying"),
     ("--shard_dit", "with --fully_shard_degree N"),
     ("--use_teacache", "--use_teacache: nothing is skipped or approximated here"),
     ("--use-fbcache", "--use_fbcache: "),

@@ -84,7 +84,7 @@ class Drawn(nn.Module):
         self.norm_q, self.norm_k = norm(inner), norm(keys)
         self.out = nn.Linear(inner, self.width, bias)
         self.up = nn.Linear(self.width, self.feed * (2 if self.gated == "chunk" else 1), bias)
-        self.gate = nn.Linear(self.width, self.feed)
+        self.gate = nn.Linear(self.width, self.feed) if self.gated == "apart" else None
         self.down = nn.Parameter(torch.randn(*((self.feed, self.width) if self.turned else (self.width, self.feed))) / 8)
         self.modulate = nn.Linear(self.width, 3 * self.width)
         self.norm = nn.LayerNorm(self.width, elementwise_affine=False)
@@ -221,9 +221,9 @@ def test_a_model_without_weights_to_share_is_refused() -> None:
 
 @pytest.mark.parametrize(("name", "spec"), [
     ("flux", "tensor=2"), ("wan", "tensor=2"), ("sd3", "tensor=2,pipefusion=2,warmup=all"),
-    ("pixart_alpha", "tensor=2,ulysses=2,shard=2"), whole(("hunyuan_dit", "tensor=3")), whole(("cogvideox", "tensor=2")),
-    whole(("mochi", "tensor=2,ring=2")), whole(("ltx", "tensor=2")), whole(("hunyuan_video", "tensor=2,cfg=2")),
-    whole(("qwen_image", "tensor=2,offload=block")), whole(("latte", "tensor=2")), whole(("dit", "tensor=4"))])
+    ("pixart_alpha", "tensor=2,ulysses=2,shard=2"), whole("hunyuan_dit", "tensor=3"), whole("cogvideox", "tensor=2"),
+    whole("mochi", "tensor=2,ring=2"), whole("ltx", "tensor=2"), whole("hunyuan_video", "tensor=2,cfg=2"),
+    whole("qwen_image", "tensor=2,offload=block"), whole("latte", "tensor=2"), whole("dit", "tensor=4")])
 def test_on_processes(pool: Pool, name: str, spec: str) -> None:
     """Two calls of each of two shapes: the second shape finds parameters shared out and given up."""
     count = ShardingSpec.parse(spec).world_size

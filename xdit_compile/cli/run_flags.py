@@ -32,8 +32,7 @@ examples:
 exit status: 0 if the files are written, 2 if not.
 """
 
-_WHOLE = ("every rank holds all weights; share the work with --ulysses_degree and --ring_degree, and where memory is "
-          "short use --enable_model_cpu_offload")
+_SCHEME = "how weights are cut is found by trying; leave it out"
 _ENCODERS = "encoders are not cut, but each can live on a rank of its own: use --spec encoders=spread"
 _EXACT = "nothing is skipped or approximated here; for faster steps use more devices, as in --ulysses_degree"
 _PRECISION = "weights and traffic keep the model's type; choose it with --dtype, or load a folder quantized before"
@@ -45,9 +44,8 @@ _OFFLOAD = "parallel models read their weights themselves; use --enable_model_cp
 _SHARD = "say over how many ranks parameters are cut with --fully_shard_degree N"
 
 VALUES: dict[str, tuple[tuple[str, ...], str]] = {
-    "tensor_parallel_degree": (("1",), _WHOLE),
     "text_encoder_tp_degree": (("1",), _ENCODERS),
-    "split_scheme": (("row",), _WHOLE),
+    "split_scheme": (("row",), _SCHEME),
     "dit_parallel_size": (("0",), _TOGETHER),
     "vae_parallel_size": (("0",), f"{_TOGETHER}, and use --use_parallel_vae"),
     "ray_world_size": (("1",), "processes are started by torchrun, or by this command itself"),
@@ -90,7 +88,7 @@ CALL: dict[str, tuple[type, str]] = {
 """Flags that are arguments of the pipeline's call by the same name."""
 
 DEGREES = {"ulysses_degree": "ulysses", "ring_degree": "ring", "data_parallel_degree": "data",
-           "pipefusion_parallel_degree": "pipefusion", "fully_shard_degree": "shard"}
+           "pipefusion_parallel_degree": "pipefusion", "tensor_parallel_degree": "tensor", "fully_shard_degree": "shard"}
 """Flags that are words of the spec."""
 
 PIPEFUSION = {"num_pipeline_patch": "patches", "warmup_steps": "warmup"}
