@@ -1,8 +1,8 @@
-"""What sequence parallelism of the published models costs: the table in docs/published.md.
+"""What sequence and tensor parallelism of the published models cost: the tables in docs/published.md.
 
 For every model of examples/published.py and every number of ranks: captured at full size on the meta device
 and explained; nothing is computed, no weights and no processes are needed. Ulysses as far as the attention
-heads go and are shared evenly, a ring of such groups beyond.
+heads go and are shared evenly, a ring of such groups beyond; and tensor ranks.
 
     python benchmarks/published.py --output docs/published.md
     python benchmarks/published.py --models flux_dev sd3_medium --degrees 2 4
@@ -30,9 +30,13 @@ import torch
 from tqdm import tqdm
 
 from xdit_compile.diagnostics.explain import explain
+from xdit_compile.driver.compile_call import compile_call
 from xdit_compile.diagnostics.explanation import Explanation
 from xdit_compile.errors import SpecError
+from xdit_compile.report.operations import program_flops
+from xdit_compile.report.traffic import collectives
 from xdit_compile.report.units import size, work
+from xdit_compile.spec import ShardingSpec
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
@@ -53,6 +57,8 @@ class Shape:
     text: int
     hidden: int
     layers: int
+    sums: int
+    """Halves of blocks (attention, cross attention, feed-forward; one where they run side by side), and long skips."""
     itemsize: int = 2
 
     def formula(self, ranks: int, sharded_text: bool) -> float:
@@ -62,17 +68,23 @@ class Shape:
         return 4 * (ranks - 1) / ranks**2 * tokens * self.hidden * self.layers * self.itemsize
 
 
+    def sums_formula(self, ranks: int) -> float:
+        """Bytes that one of so many tensor ranks sends in one forward: a sum of all features of all tokens per half of a
+        block goes around a ring twice (arXiv 1909.08053)."""
+        return 2 * (ranks - 1) / ranks * (self.image + self.text) * self.hidden * self.sums * self.itemsize
+
+
 SHAPES = {
-    "flux_dev": Shape(4096, 512, 3072, 57),
-    "sd3_medium": Shape(4096, 333, 1536, 24),
-    "pixart_sigma_1024": Shape(4096, 0, 1152, 28),
-    "hunyuan_dit_1024": Shape(4096, 0, 1408, 40),
-    "cogvideox_5b": Shape(17550, 226, 3072, 42),
-    "mochi_480p": Shape(44520, 256, 3072, 48),
-    "wan21_14b_720p": Shape(75600, 0, 5120, 40),
-    "hunyuan_video_720p": Shape(118800, 256, 3072, 60),
-    "qwen_image_1328": Shape(6889, 512, 3072, 60),
-    "ltx_video": Shape(6930, 0, 2048, 28),
+    "flux_dev": Shape(4096, 512, 3072, 57, 76),
+    "sd3_medium": Shape(4096, 333, 1536, 24, 48),
+    "pixart_sigma_1024": Shape(4096, 0, 1152, 28, 84),
+    "hunyuan_dit_1024": Shape(4096, 0, 1408, 40, 139),
+    "cogvideox_5b": Shape(17550, 226, 3072, 42, 84),
+    "mochi_480p": Shape(44520, 256, 3072, 48, 96),
+    "wan21_14b_720p": Shape(75600, 0, 5120, 40, 120),
+    "hunyuan_video_720p": Shape(118800, 256, 3072, 60, 80),
+    "qwen_image_1328": Shape(6889, 512, 3072, 60, 120),
+    "ltx_video": Shape(6930, 0, 2048, 28, 84),
 }
 
 
@@ -96,39 +108,72 @@ class Row:
     replicated_share: float = 0.0
 
 
+@dataclass(frozen=True)
+class TensorRow:
+    """One model on so many tensor ranks; ``held``: a rank's parameters, times the ranks, over all."""
+
+    model: str
+    ranks: int
+    problem: str = ""
+    work_ratio: float = 0.0
+    held: float = 0.0
+    sent: int = 0
+    formula: float = 0.0
+    collectives: int = 0
+
+
 def main() -> int:
     options = _options()
     rows: list[Row] = []
+    tensor_rows: list[TensorRow] = []
     # One process per model, for their memory; what is captured there serves all numbers of ranks.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         for name in tqdm(options.models, "models"):
-            rows += pool.submit(rows_of, name, options.degrees).result()
-    text = page(rows, _command(options))
+            found, tensor = pool.submit(rows_of, name, options.degrees).result()
+            rows += found
+            tensor_rows += tensor
+    text = page(rows, tensor_rows, _command(options))
     if options.output:
         options.output.write_text(text)
     else:
         print(text)
     if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-    bad = [row for row in rows if row.problem or row.gathers_in_blocks]
+        options.json.write_text(json.dumps([asdict(row) for row in (*rows, *tensor_rows)], indent=2) + "\n")
+    bad = [row for row in (*rows, *tensor_rows) if row.problem or getattr(row, "gathers_in_blocks", 0)]
     for row in bad:
-        reason = row.problem or f"{row.gathers_in_blocks} all-gathers inside blocks"
+        reason = row.problem or "all-gathers inside blocks"
         print(f"{row.model} on {row.ranks} ranks: {reason}", file=sys.stderr)
     return 1 if bad else 0
 
 
-def rows_of(name: str, degrees: Sequence[int]) -> list[Row]:
+def rows_of(name: str, degrees: Sequence[int]) -> tuple[list[Row], list[TensorRow]]:
     """All rows of one model."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     model, kwargs = PUBLISHED[name]()
-    rows = []
+    rows, tensor_rows = [], []
     for ranks in degrees:
         try:
             rows.append(row_of(name, explained(model, kwargs, ranks)))
         except Exception as error:  # reported, and the others are done
             rows.append(Row(name, ranks, problem=f"{type(error).__name__}: {error}"))
-    return rows
+        try:
+            tensor_rows.append(tensor_row_of(name, model, kwargs, ranks))
+        except Exception as error:
+            tensor_rows.append(TensorRow(name, ranks, f"{type(error).__name__}: {error}"))
+    return rows, tensor_rows
+
+
+def tensor_row_of(name: str, model: Any, kwargs: Any, ranks: int) -> TensorRow:
+    """The figures of a model on so many tensor ranks."""
+    found = compile_call(model, ShardingSpec(tensor_degree=ranks), (), kwargs)
+    local, sizes = found.local, {n: p.numel() for n, p in model.named_parameters()}
+    mine = {m.name: m.size for group in found.groups for m in group.members}
+    sent = list(collectives(local))
+    return TensorRow(
+        name, ranks, work_ratio=program_flops(local) * ranks / program_flops(found.whole),
+        held=sum(mine.get(n, size) for n, size in sizes.items()) * ranks / sum(sizes.values()),
+        sent=sum(c.sent for c in sent), formula=SHAPES[name].sums_formula(ranks), collectives=sum(c.times for c in sent))
 
 
 def explained(model: Any, kwargs: Any, ranks: int) -> Explanation:
@@ -176,7 +221,7 @@ def in_block(module: str) -> bool:
     return re.search(r"\.\d+(\.|$)", module) is not None
 
 
-def page(rows: Sequence[Row], command: str) -> str:
+def page(rows: Sequence[Row], tensor_rows: Sequence[TensorRow], command: str) -> str:
     """The whole document."""
     versions = f"torch {torch.__version__.partition('+')[0]}, diffusers {diffusers.__version__}"
     columns = {
@@ -212,7 +257,30 @@ planned for N ranks. Nothing was run.
 | {" | ".join(columns)} |
 |{"|".join(columns.values())}|
 """
-    return head + "\n".join(map(_line, rows)) + "\n"
+    return head + "\n".join(map(_line, rows)) + "\n" + TENSOR_HEAD + "\n".join(map(_tensor_line, tensor_rows)) + "\n"
+
+
+TENSOR_HEAD = """
+## Tensor parallelism
+
+`tensor=N`: how weights are shared out was found by trying.
+
+- *parameters*: those of one rank times N, over all. Buffers, which every rank has whole, are not counted.
+- *formula*: `2 (N-1)/N x tokens x hidden x sums x element size`; sums are the halves of blocks (attention, cross attention,
+  feed-forward; one where they run side by side) and long skips. More are modulations, embeddings and results.
+
+| model | N | FLOPs | parameters | sent | formula | sent / formula | collectives |
+|---|---:|---:|---:|---:|---:|---:|---:|
+"""
+
+
+def _tensor_line(row: TensorRow) -> str:
+    if row.problem:
+        first = row.problem.splitlines()[0].replace("|", "\\|")
+        return f"| {row.model} | {row.ranks} | {first} | | | | | |"
+    cells = (row.model, row.ranks, f"{row.work_ratio:.3f}", f"{row.held:.3f}", size(row.sent), size(int(row.formula)),
+             f"{row.sent / row.formula:.3f}", row.collectives)
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def _line(row: Row) -> str:

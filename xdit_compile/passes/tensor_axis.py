@@ -67,8 +67,10 @@ class _Candidate:
     """An input of a function that is a weight, and the node that multiplies with it."""
 
     place: int
-    dim: int
-    """Of the weight: its output features."""
+    outputs: int
+    """The dimension of the weight that holds its output features."""
+    inputs: int | None
+    """That of its input features; None of a table, which has none."""
     product: fx.Node
 
 
@@ -78,6 +80,11 @@ class _Measured:
 
     score: float
     wanted: Wanted
+
+    @property
+    def follow(self) -> set[int]:
+        """The weights that are cut because features before them are."""
+        return {i for i, wants in self.wanted.items() if (layout := _agreed(wants)) and len(layout.dims) > 1}
 
 
 _NOTHING = _Measured(0.0, {})
@@ -151,20 +158,39 @@ class _Search:
 
     def _chosen(self, candidates: Sequence[_Candidate], measure: Callable[[Mapping[int, Layout]], _Measured],
                 graph: fx.Graph) -> dict[int, Layout]:
+        """The cuts of least score, of two ways to find them."""
+        start = measure({}) if candidates else _NOTHING
+        tried = [self._descended(candidates, measure, graph, start, wary) for wary in (False, True)]
+        return min(tried, key=lambda t: t[0].score)[1]
+
+    def _descended(self, candidates: Sequence[_Candidate], measure: Callable[[Mapping[int, Layout]], _Measured],
+                   graph: fx.Graph, best: _Measured, wary: bool) -> tuple[_Measured, dict[int, Layout]]:
         """Cuts that each lower the score, found one after the other. A weight that follows from those before is let be:
-        to cut its output instead would send as much, and leave features cut for all that comes after."""
+        to cut its output instead would send as much, and leave features cut for all that comes after. Who is ``wary``
+        looks last at a cut that several weights follow, as those of queries, keys and values follow features that were
+        cut before them; to others they are the two outputs of joint attention. Cuts by input features come last."""
         choice: dict[int, Layout] = {}
-        best, heads = measure(choice) if candidates else _NOTHING, _heads(graph)
-        holders = graph.find_nodes(op="placeholder")
-        for candidate in candidates:
-            if _agreed(best.wanted.get(candidate.place, set())):
-                continue
-            shape = tuple(holders[candidate.place].meta["val"].shape)
-            for dim in _cuts(candidate, shape[candidate.dim], self.parts, heads):
-                trial = {**choice, candidate.place: Layout.replicated(shape).replace(candidate.dim, dim)}
-                if (found := measure(trial)).score < best.score - WORTH:
-                    best, choice = found, trial
-        return choice
+        heads, holders = _heads(graph), graph.find_nodes(op="placeholder")
+        for last in (False, True):
+            for candidate in candidates:
+                if candidate.place in choice or _agreed(best.wanted.get(candidate.place, set())):
+                    continue
+                shape, before = tuple(holders[candidate.place].meta["val"].shape), best
+                for dim, cut in self._ways(candidate, shape, heads, last):
+                    trial = {**choice, candidate.place: Layout.replicated(shape).replace(dim, cut)}
+                    found = measure(trial)
+                    if found.score < best.score - WORTH and (
+                            last or not wary or len(found.follow - before.follow) < 2):
+                        best, choice = found, trial
+        return best, choice
+
+    def _ways(self, candidate: _Candidate, shape: Sequence[int], heads: Sequence[int],
+              last: bool) -> Iterator[tuple[int, Dim]]:
+        """Dimensions of a weight, and how to cut them."""
+        for cut in _cuts(candidate, shape[candidate.outputs], self.parts, heads):
+            yield candidate.outputs, cut
+        if last and candidate.inputs is not None and shape[candidate.inputs] > 1:
+            yield candidate.inputs, Dim.even(shape[candidate.inputs], self.parts, TENSOR)
 
     def _score(self, cost: Cost, sizes: Sequence[int], choice: Mapping[int, Layout], wanted: Wanted) -> float:
         """What a rank does, sends and holds, as shares of what one device does, computes and holds."""
@@ -199,8 +225,12 @@ def _candidates(graph: fx.Graph, own: set[int]) -> Iterator[_Candidate]:
                 order = [before[i] for i in order]
                 origin = origin.args[0]
             if origin in places and places[origin] in own and len(order) > 1:
-                first = node.target is aten.linear.default or node.target in CONVOLUTIONS
-                yield _Candidate(places[origin], order[0 if first else -1], node)
+                if node.target is aten.embedding.default:
+                    yield _Candidate(places[origin], order[-1], None, node)
+                elif node.target is aten.linear.default or node.target in CONVOLUTIONS:
+                    yield _Candidate(places[origin], order[0], order[1], node)
+                else:
+                    yield _Candidate(places[origin], order[-1], order[-2], node)
 
 
 def _heads(graph: fx.Graph) -> list[int]:

@@ -31,7 +31,7 @@ def contract(s, a, b, at):
 @rule({aten.linear.default: lambda r: (r.tensor(2, 6, 4), r.tensor(3, 4), r.pick(None, r.tensor(3)))})
 def linear(s, x, weight, bias=None):
     """Features that tensor ranks share are contracted by each with its columns of the weight: a sum is pending."""
-    if x.dims[-1].axes == {TENSOR}:
+    if TENSOR in (x.dims[-1].axes | weight.dims[1].axes) and x.dims[-1].axes <= {TENSOR}:
         x, weight, partial = contract(s, x, weight, 1)
         if partial:
             weight = s.whole(weight, 0) if weight.dims[0].sharded else weight

@@ -46,6 +46,9 @@ def _channels(s, x, weight, bias, groups):
     inside, (made, per) = x.dims[1], weight.shape[:2]
     taken = {axis for i, d in enumerate(x.dims) if i != 1 for axis in d.axes}
     weight = s.whole(weight, *range(2, weight.ndim))
+    if groups == 1 and not inside.sharded and TENSOR not in taken and _of_tensor_ranks(s, weight.dims[1]):
+        inside = weight.dims[1]
+        x = s.lay(x, 1, inside)
     if _of_tensor_ranks(s, inside) and groups == 1:
         return x, s.lay(s.whole(weight, 0), 1, inside), bias and s.whole(bias), Dim.replicated(made), 1, TENSOR
     weight = s.whole(weight, 1)
