@@ -17,7 +17,8 @@ WORDS = {"`fully_shard`": "refused", "`DistributedDataParallel` inside": "refuse
          "saving after the first call of pipefusion": "refused",
          "`.to()` after the first call of pipefusion": "honoured"}
 SAYS = {"`fully_shard`": "DTensor", "`DistributedDataParallel` inside": "blocks.0 is wrapped in",
-        "`enable_parallelism`": "context parallelism", "saving after the first call of pipefusion": "holds one stage"}
+        "`enable_parallelism`": "context parallelism",
+        "saving after the first call of pipefusion": "holds a part of the model"}
 
 
 def raised(act: Callable[[], Any]) -> str:

@@ -47,7 +47,7 @@ def like_plain(name: str, spec: str) -> dict[str, Any]:
     return {"same": same, "held": sum(t.nbytes for t in store.values()),
             "left": sum(p.nbytes for p in model.parameters() if not p.is_meta),
             "all": sum(p.nbytes for p in whole.parameters()),
-            "functions": [sorted(ready.compiled.local.calls().values())
+            "functions": [sorted(ready.compiled.captured.calls().values())
                           for ready in shared.runners["forward"].programs.values()],
             "captures": [len(known) for known in _captures_of(model).programs.values()]}
 

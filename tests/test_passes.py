@@ -22,7 +22,7 @@ from xdit_compile.ir.pass_record import source_digest
 from xdit_compile.passes import pass_digests
 
 ANALYSES = ["canonicalize", "batch_axis", "token_axis"]
-REWRITES = ["shard", "lower_attention", "simplify", "overlap_communication"]
+REWRITES = ["shard", "lower_attention", "simplify", "shard_parameters", "overlap_communication"]
 
 
 def test_every_pass_leaves_a_record(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import xdit_compile
+from xdit_compile.cli.main import _bytes as size_of
 from xdit_compile.diagnostics.explain import explain
 from xdit_compile.driver.compile_call import compile_program
 from xdit_compile.errors import ArtifactError, SpecError
@@ -298,3 +300,11 @@ def test_export_refuses_what_artifacts_do_not_hold(tmp_path: Path) -> None:
     case = zoo.CASES["dit"]
     with pytest.raises(ArtifactError, match="leave shard and offload out"):
         xdit_compile.export(cases.made(case), "ulysses=2,shard=2", case.inputs(1, True), tmp_path / "a")
+
+
+@pytest.mark.parametrize(("text", "nbytes"), [("24GB", 24 * 10**9), ("80 GiB", 80 * 2**30), ("1.5tb", 1500 * 10**9),
+                                              ("512", 512)])
+def test_sizes_as_people_write_them(text: str, nbytes: int) -> None:
+    assert size_of(text) == nbytes
+    with pytest.raises(argparse.ArgumentTypeError, match="as 24GB"):
+        size_of(f"about {text}")

@@ -62,14 +62,18 @@ class _Schedule:
         return self.new
 
     def _one_ahead(self, graph: fx.Graph) -> None:
-        """Parameters come when what came two arrivals before has been read: memory holds no more than two of them."""
+        """Parameters come when what came two arrivals before has been read and the arrival before is here: memory
+        holds no more than two of them."""
         readers: dict[int, list[fx.Node]] = {}
+        waits = {n.meta[ARRIVAL]: n for n in graph.nodes if n.target in WAITS and brings_parameters(n)}
         for node in (n for n in graph.nodes if not brings_parameters(n)):
             for number in {n.meta[ARRIVAL] for n in node.all_input_nodes if brings_parameters(n)}:
                 readers.setdefault(number, []).append(node)
         for start in self.starts:
-            before = readers.get(start.meta.get(ARRIVAL, 0) - 2, ())
-            self.inputs[start] = [*self.inputs[start], *(n for n in before if self.place[n] < self.place[start])]
+            if brings_parameters(start):
+                number = start.meta[ARRIVAL]
+                before = [*readers.get(number - 2, ()), *([waits[number - 1]] if number - 1 in waits else ())]
+                self.inputs[start] = [*self.inputs[start], *(n for n in before if self.place[n] < self.place[start])]
 
     def _towards(self, goal: fx.Node, end: fx.Node, share: float) -> None:
         """Emit ``goal`` and what it needs; before its first wait also ``share`` of the work before ``end`` that could

@@ -135,7 +135,10 @@ class _Rewriter:
         node.meta["device"] = device
 
     def _start(self, number: int) -> None:
-        """Let an arrival begin. With both, a share is copied from the host one arrival ahead of being gathered."""
+        """Let an arrival begin, once the one before has come: two under way would take more memory and come no sooner.
+        With both, a share is copied from the host one arrival ahead of being gathered."""
+        if number:
+            self._arrived(number - 1)
         if self.offload:
             ahead = range(number, min(number + (2 if self.ranks > 1 else 1), len(self.order)))
             for copy in (n for n in ahead if n not in self.copies):
