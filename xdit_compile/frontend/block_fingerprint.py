@@ -18,6 +18,7 @@ import torch
 from xdit_compile.frontend.looks import attributes_of
 from xdit_compile.frontend.objects import CAPTURES, content, slot, slots
 from xdit_compile.ir.containers import CONSTANTS
+from xdit_compile.ir.packed_tensors import is_packed, metadata, parts
 from xdit_compile.ir.released_parameters import device_of
 
 Attribute = tuple[type, str]
@@ -99,7 +100,11 @@ class _Description:
         """A parameter or a buffer: all but its values, and which others it is."""
         number = self._seen.setdefault(id(tensor), (len(self._seen), tensor))[0]
         own = attributes_of(tensor)
-        return meta(tensor), type(tensor), number, self.of(own) if own else None
+        looks = (meta(tensor), type(tensor), number)
+        if is_packed(tensor):
+            inner = tuple((name, meta(part)) for name, part in parts(tensor).items())
+            return looks, inner, self.of({k: v for k, v in metadata(tensor).items() if not k.startswith("_")})
+        return *looks, self.of(own) if own else None
 
     def _attributes(self, value: Any, without: tuple[str, ...] = ()) -> Hashable:
         found: list[tuple[str, Hashable]] = []

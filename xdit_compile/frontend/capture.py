@@ -42,6 +42,7 @@ from xdit_compile.frontend.own_errors import not_of_capture
 from xdit_compile.frontend.reads import Reads
 from xdit_compile.frontend.repeated_blocks import BLOCK, BlockKind, Outliner
 from xdit_compile.frontend.results import check_results, copied_results
+from xdit_compile.frontend.stand_ins import subclasses_made
 from xdit_compile.frontend.side_effects import Before, Change, Key, readable
 from xdit_compile.frontend.tracing import StateWritten, Traced, as_fake, export_conventions, fake_state, traced
 from xdit_compile.frontend.unguarded import check_reads
@@ -114,7 +115,7 @@ def recorded(model: nn.Module, args: Sequence[Any] = (),
     filled, kept, start = False, True, time.perf_counter()
     while True:
         try:
-            with gc_paused(), undisturbed(), observed_hooks(model), leaving_in_python(model, left):
+            with gc_paused(), undisturbed(), observed_hooks(model), subclasses_made(), leaving_in_python(model, left):
                 # What a forward sets in the context of its thread is gone with the copy.
                 program, reads, effects = copy_context().run(_Capture(model, args, kwargs, kept).program)
             check_left(model, reads.made, program)

@@ -15,7 +15,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from torch.nn.parameter import is_lazy
+
 from xdit_compile.errors import CaptureError
+from xdit_compile.ir.packed_tensors import is_packed, parts
 
 PLAIN = (torch.Tensor, nn.Parameter, FakeTensor)
 """Types of tensors that hold what operators compute with, and do nothing of their own."""
@@ -79,13 +82,31 @@ def _call(module: nn.Module, path: str) -> str | None:
 
 def _tensors(module: nn.Module, path: str) -> str | None:
     state = vars(module)
-    held = [*state["_parameters"].items(), *state["_buffers"].items(), *state.items()]
-    for name, tensor in held:
-        if isinstance(tensor, torch.Tensor) and type(tensor) not in PLAIN:
-            where = f"{path}.{name}".lstrip(".")
-            return (f"{where} is a {_name(type(tensor))}, a kind of tensor with operators of its own (weights that are "
-                    "quantized, sharded or not made yet, say), which programs would pass over. Use plain weights; to "
-                    "spread them over devices give pipefusion in the spec, not fully_shard")
+    for group in (state["_parameters"], state["_buffers"], state):
+        for name, tensor in group.items():
+            if isinstance(tensor, torch.Tensor) and type(tensor) not in PLAIN and (
+                    why := _unreadable(tensor, group is not state)):
+                where = f"{path}.{name}".lstrip(".")
+                return f"{where} is a {_name(type(tensor))}, {why}"
+    return None
+
+
+def _unreadable(tensor: torch.Tensor, is_state: bool) -> str | None:
+    """Why a program cannot take a tensor apart into plain ones that it reads at each call."""
+    if _instance(tensor, "torch.distributed.tensor", "DTensor"):
+        return ("of which this rank has a part, as under fully_shard: its own hooks would gather it around modules, "
+                "and inside of a program no module is called. Give parallelize the model as it was before; to spread "
+                "weights over devices give shard=N, or pipefusion=N, in the spec")
+    if is_lazy(tensor):
+        return "which is not made yet: call the model once as it is first"
+    if not is_state:
+        return ("a kind of tensor with operators of its own, as an attribute: make it a parameter or a buffer, of which "
+                "programs read the parts")
+    if not is_packed(tensor):
+        return ("a kind of tensor with operators of its own, which does not say what it consists of "
+                "(__tensor_flatten__), so that programs would pass over them. Use weights of another kind, or plain ones")
+    if tensor.layout is not torch.strided or any(p.layout is not torch.strided for p in parts(tensor).values()):
+        return f"of the layout {tensor.layout}, which no program reads. Use weights of another kind, or plain ones"
     return None
 
 

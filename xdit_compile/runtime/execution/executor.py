@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from xdit_compile.ir.packed_tensors import OF, part, whole_name
 from xdit_compile.ir.program import Program
 from xdit_compile.runtime.compilation.cuda_graphs import GraphedFunction, check_groups
 from xdit_compile.runtime.compilation.inductor_backend import asks_for_graphs
@@ -122,7 +123,9 @@ class ParameterReader:
         self._steps: list[tuple[int, str]] = []
         """How to come by every module that is needed: a child, by name, of the model (0) or of the n-th step's."""
         places = {"": 0}
-        split = [name.rpartition(".") for name in names]
+        split = [whole_name(name).rpartition(".") for name in names]
+        self._parts = [(i, name.partition(OF)[2]) for i, name in enumerate(names) if OF in name]
+        """Of packed tensors, which part, by place."""
         self._leaves = [(self._place(path, places), leaf) for path, _, leaf in split]
 
     def _place(self, path: str, places: dict[str, int]) -> int:
@@ -136,5 +139,8 @@ class ParameterReader:
         modules: list[Any] = [self._model]
         for parent, child in self._steps:
             modules.append(modules[parent]._modules[child])
-        return [m._parameters[leaf] if leaf in (m := modules[place])._parameters else m._buffers[leaf]
-                for place, leaf in self._leaves]
+        found = [m._parameters[leaf] if leaf in (m := modules[place])._parameters else m._buffers[leaf]
+                 for place, leaf in self._leaves]
+        for i, name in self._parts:
+            found[i] = part(found[i], name)
+        return found
