@@ -10,6 +10,7 @@ block's own place, may be left out too: what a block then does tells whether the
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
@@ -72,7 +73,9 @@ class _Description:
         if isinstance(value, (torch.Tensor, type, FunctionType, BuiltinFunctionType)):
             return type(value), id(value)
         if isinstance(value, MethodType):
-            return value.__func__, self.of(value.__self__)
+            return self.of(value.__func__), self.of(value.__self__)
+        if isinstance(value, partial):
+            return self.of(value.func), self.of(value.args), self.of(value.keywords)
         if id(value) in self._seen:
             return "seen", self._seen[id(value)][0]
         # The object is kept with its number: once freed, another could have its id.

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from xdit_compile.errors import CaptureError
 from xdit_compile.frontend.caller import autocast_as, undisturbed
+from xdit_compile.frontend.casts import casts_noted
 from xdit_compile.frontend.concrete_values import ConcreteValueMode, Value, of_inputs
 from xdit_compile.frontend.flex_attention import FLEX, dense_mask, is_open, is_plain, modified_attention
 from xdit_compile.frontend.gc_pause import gc_paused
@@ -42,8 +43,8 @@ from xdit_compile.frontend.own_errors import not_of_capture
 from xdit_compile.frontend.reads import Reads
 from xdit_compile.frontend.repeated_blocks import BLOCK, BlockKind, Outliner
 from xdit_compile.frontend.results import check_results, copied_results
-from xdit_compile.frontend.stand_ins import subclasses_made
 from xdit_compile.frontend.side_effects import Before, Change, Key, readable
+from xdit_compile.frontend.stand_ins import subclasses_made
 from xdit_compile.frontend.tracing import StateWritten, Traced, as_fake, export_conventions, fake_state, traced
 from xdit_compile.frontend.unguarded import check_reads
 from xdit_compile.frontend.watchers import observed_hooks
@@ -115,7 +116,8 @@ def recorded(model: nn.Module, args: Sequence[Any] = (),
     filled, kept, start = False, True, time.perf_counter()
     while True:
         try:
-            with gc_paused(), undisturbed(), observed_hooks(model), subclasses_made(), leaving_in_python(model, left):
+            with gc_paused(), undisturbed(), observed_hooks(model), subclasses_made(), casts_noted(), \
+                    leaving_in_python(model, left):
                 # What a forward sets in the context of its thread is gone with the copy.
                 program, reads, effects = copy_context().run(_Capture(model, args, kwargs, kept).program)
             check_left(model, reads.made, program)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-
 from torch.nn.parameter import is_lazy
 
 from xdit_compile.errors import CaptureError
@@ -100,11 +99,12 @@ def _unreadable(tensor: torch.Tensor, is_state: bool) -> str | None:
     if is_lazy(tensor):
         return "which is not made yet: call the model once as it is first"
     if not is_state:
-        return ("a kind of tensor with operators of its own, as an attribute: make it a parameter or a buffer, of which "
-                "programs read the parts")
+        return ("a kind of tensor with operators of its own, as an attribute: make it a parameter or a buffer, of "
+                "which programs read the parts")
     if not is_packed(tensor):
         return ("a kind of tensor with operators of its own, which does not say what it consists of "
-                "(__tensor_flatten__), so that programs would pass over them. Use weights of another kind, or plain ones")
+                "(__tensor_flatten__), so that programs would pass over them. Use weights of another kind, or plain "
+                "ones")
     if tensor.layout is not torch.strided or any(p.layout is not torch.strided for p in parts(tensor).values()):
         return f"of the layout {tensor.layout}, which no program reads. Use weights of another kind, or plain ones"
     return None
@@ -131,11 +131,28 @@ def _registered_hooks(module: nn.Module, path: str) -> str | None:
         if getattr(hook, "_is_stateful", False):
             return (f"the hook {name!r} ({_name(type(hook))}) on {_at(path)} keeps values from step to step, as caches "
                     "of steps do; a program would repeat its first step. Take it off (model.disable_cache())")
-        if _overrides(hook, "pre_forward"):
-            return (f"the hook {name!r} ({_name(type(hook))}) on {_at(path)} acts before the module is called, as "
-                    "group offloading, layerwise casting and diffusers' own context parallelism do; inside of a "
-                    "program no module is called. Leave it out; offload or cast the model as a whole, or give "
-                    "pipefusion in the spec")
+        # One that only casts weights, or changes arguments, is captured with the module.
+        if _overrides(hook, "pre_forward") and (held := _place_held(hook, 2)):
+            return (f"the hook {name!r} ({_name(type(hook))}) on {_at(path)} acts before the module is called, and "
+                    f"holds {held}, as group offloading and diffusers' own context parallelism do: they move weights "
+                    "or shares of tensors between devices when a module is called, and inside of a program none is. "
+                    "Leave it out. In its place give offload=block in the spec, which keeps weights on the CPU and "
+                    "brings them to the device block by block; shard=N or pipefusion=N, which spread them over "
+                    "devices; ulysses=N or ring=N for context parallelism")
+    return None
+
+
+def _place_held(value: Any, depth: int) -> str | None:
+    """What a hook knows of places: a device, or a group of ranks; with the attribute that holds it."""
+    for name, held in (getattr(value, "__dict__", None) or {}).items():
+        if isinstance(held, torch.device):
+            return f"a device ({name} = {held})"
+        if _instance(held, "torch.distributed.device_mesh", "DeviceMesh") or _instance(
+                held, "torch.distributed", "ProcessGroup"):
+            return f"a group of ranks ({name})"
+        if depth > 1 and not isinstance(held, (type, nn.Module, torch.Tensor)) and (
+                found := _place_held(held, depth - 1)):
+            return found
     return None
 
 

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor

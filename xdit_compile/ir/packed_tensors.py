@@ -1,5 +1,5 @@
-"""Tensors that are not what they look like: a weight that is packed (quantized, say) is *parts*, plain tensors that hold
-what is in memory, and metadata, in one object with operators of its own.
+"""Tensors that are not what they look like: a weight that is packed (quantized, say) is *parts*, plain tensors that
+hold what is in memory, and metadata, in one object with operators of its own.
 
 Programs know parts only, by the name of the whole and theirs: ``proj.weight::qdata``. There are two kinds of packed
 tensors: those that wrap others, which PyTorch takes apart and puts together (``__tensor_flatten__``), and those that
@@ -122,7 +122,7 @@ def metadata(tensor: Tensor) -> dict[str, Any]:
     if not is_wrapper(tensor):
         return dict(vars(tensor))
     names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-    inner = {name: metadata(getattr(tensor, name)) for name in names if type(getattr(tensor, name)) not in PLAIN}
+    inner = {name: metadata(getattr(tensor, name)) for name in names if is_packed(getattr(tensor, name))}
     return {**{k: v for k, v in vars(tensor).items() if k not in names}, "": (context, inner)}
 
 
