@@ -15,6 +15,7 @@ from torch import nn
 
 from xdit_compile.frontend.capture import capture
 from xdit_compile.ir.call_arguments import call_arguments
+from xdit_compile.ir.packed_tensors import named_parts
 from xdit_compile.ir.program import Note, Program
 from xdit_compile.ir.pytree import flatten
 from xdit_compile.passes import localize, plan
@@ -85,7 +86,8 @@ def sharded(model: nn.Module, arguments: tuple[Any, Any], expected: list[torch.T
 
 def held(model: nn.Module, local: Program, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """What a rank's program is given: its inputs, in order."""
-    state = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    state = named_parts(dict([*model.named_parameters(remove_duplicate=False),
+                              *model.named_buffers(remove_duplicate=False)]))
     given = iter(tensors)
     return [next(given) if i.kind == "argument" else (local.constants if i.kind == "constant" else state)[i.name]
             for i in local.inputs]

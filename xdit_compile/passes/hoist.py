@@ -156,6 +156,28 @@ def _spared(node: fx.Node, asked: Collection[fx.Node]) -> bool:
     return bare or (node not in asked and any(_is_weight(node, u) for u in node.users))
 
 
+def unpacked(node: fx.Node, asked: Collection[fx.Node]) -> bool:
+    """Whether a value is a weight that was smaller as parameters, packed or of a smaller type: it is made each time
+    that it is used, so that there is one of them at a time."""
+    if node in asked or not any(_is_weight(node, u) for u in node.users):
+        return False
+    roots, queue = set[fx.Node](), [node]
+    seen = {node}
+    while queue:
+        for before in queue.pop().all_input_nodes:
+            if before.op == "placeholder":
+                roots.add(before)
+            elif before not in seen:
+                seen.add(before)
+                queue.append(before)
+    return all(isinstance(n.meta["val"], torch.Tensor) for n in (node, *roots)) and _nbytes(node) > sum(
+        map(_nbytes, roots))
+
+
+def _nbytes(node: fx.Node) -> int:
+    return int(node.meta["val"].numel() * node.meta["val"].element_size())
+
+
 def _may_be_view(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and any(r.alias_info for r in schema.returns)

@@ -18,7 +18,7 @@ from xdit_compile.ir.program import Program
 from xdit_compile.passes import localize
 from xdit_compile.passes.batch_axis import batch_seeds, merge_seeds
 from xdit_compile.passes.canonicalize import canonicalize
-from xdit_compile.passes.hoist import hoist
+from xdit_compile.passes.hoist import hoist, unpacked
 from xdit_compile.passes.interpreter import Cost, FunctionInterpreter, Leave, ProgramInterpreter, Seeds
 from xdit_compile.passes.patch_axis import cut_by_patches, patch_seeds
 from xdit_compile.passes.recorded import analysed, count_of_seeds, rewritten
@@ -88,7 +88,7 @@ def plan_pipeline(program: Program, spec: ShardingSpec,
                                    count_of_seeds)
         seeds = merge_seeds(batch, tokens)
         begin = _flowing_from(program, sizes, batch)
-    program, (hoisted, flowing) = analysed("hoist", hoist, program, lambda p: hoist(p, begin),
+    program, (hoisted, flowing) = analysed("hoist", hoist, program, lambda p: hoist(p, begin, unpacked),
                                            lambda found: {"flowing": len(found[1])})
     given = [int(n) for n in spec.stage_blocks.split("+")] if spec.stage_blocks else []
     program, made = analysed("stage_partition", stages, program,

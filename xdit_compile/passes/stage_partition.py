@@ -19,7 +19,7 @@ from torch import fx
 from xdit_compile.errors import SpecError
 from xdit_compile.ir.flops import flops
 from xdit_compile.ir.program import Input, Program, module_of, output_args
-from xdit_compile.passes.hoist import extract, needed, part_of
+from xdit_compile.passes.hoist import extract, needed, part_of, unpacked
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def stages(program: Program, flowing: Collection[str], count: int, given: Sequen
         before = max((stage[n] for n in node.all_input_nodes if n in stage), default=0)
         stage[node] = before if node.target is operator.getitem else max(before, stage_of_block.get(_block(node), 0))
     outputs = output_args(graph)
+    asked = _asked(program)
     made = []
     for index in range(count):
         mine = [n for n in flow if stage[n] == index]
@@ -80,7 +81,8 @@ def stages(program: Program, flowing: Collection[str], count: int, given: Sequen
         sends = {n: to for n, to in sends.items() if to}
         results = [i for i, n in enumerate(outputs) if n in stage] if end else []
         fixed = [i for i, n in enumerate(outputs) if n not in stage] if end else []
-        body, taken = extract(graph, mine, [*sends, *(outputs[i] for i in results)])
+        body, taken = extract(graph, _with_weights(graph, mine, flowing, asked),
+                              [*sends, *(outputs[i] for i in results)])
         held = [n for n in taken if n.name not in flowing and n.op != "placeholder"]
         wanted = [*held, *(outputs[i] for i in fixed)]
         made_once = needed(wanted)
@@ -90,6 +92,24 @@ def stages(program: Program, flowing: Collection[str], count: int, given: Sequen
             tuple(b for b, s in stage_of_block.items() if s == index), {n.name: to for n, to in sends.items()},
             tuple(results), tuple(fixed)))
     return tuple(made)
+
+
+def _with_weights(graph: fx.Graph, nodes: Collection[fx.Node], flowing: Collection[str],
+                  asked: Collection[fx.Node]) -> list[fx.Node]:
+    """These, and before them what unpacks weights that they use."""
+    again = needed([w for n in nodes for w in n.all_input_nodes if w.name not in flowing and unpacked(w, asked)])
+    every = again | set(nodes)
+    return [n for n in graph.nodes if n in every]
+
+
+def _asked(program: Program) -> set[fx.Node]:
+    """What depends on arguments."""
+    graph = program.main.graph
+    found = {n for n, i in zip(graph.find_nodes(op="placeholder"), program.inputs, strict=True) if i.kind == "argument"}
+    for node in graph.nodes:
+        if any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _program(program: Program, main: fx.Graph, taken: Sequence[fx.Node], held: Collection[fx.Node]) -> Program:

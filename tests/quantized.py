@@ -1,0 +1,85 @@
+"""Weights as libraries pack them, put into test models: each kind is a function that changes a model in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+Change = Callable[[nn.Module], Any]
+
+
+def linears(model: nn.Module, multiple: int) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """Each linear layer whose rows can be packed in groups of so many, with its parent and name."""
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is nn.Linear and layer.in_features % multiple == 0:
+                yield parent, name, layer
+
+
+def torchao(config: str, **options: Any) -> Change:
+    def change(model: nn.Module) -> None:
+        from torchao import quantization
+
+        quantization.quantize_(model, getattr(quantization, config)(**options))
+
+    return change
+
+
+def gguf(kind: str) -> Change:
+    """As diffusers reads them from a file."""
+    def change(model: nn.Module) -> None:
+        from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+        from gguf.quants import quantize
+
+        packed = GGMLQuantizationType[kind]
+        for parent, name, layer in linears(model, GGML_QUANT_SIZES[packed][0]):
+            made = GGUFLinear(layer.in_features, layer.out_features, layer.bias is not None, torch.float32)
+            made.weight = GGUFParameter(torch.from_numpy(quantize(layer.weight.detach().numpy(), packed)),
+                                        quant_type=packed)
+            made.bias = layer.bias
+            setattr(parent, name, made.eval().requires_grad_(False))
+
+    return change
+
+
+def bitsandbytes(kind: str) -> Change:
+    """``Linear8bitLt`` or ``Linear4bit``."""
+    def change(model: nn.Module) -> None:
+        import bitsandbytes
+
+        for parent, name, layer in linears(model, 1):
+            if kind == "int8":
+                made = bitsandbytes.nn.Linear8bitLt(layer.in_features, layer.out_features, layer.bias is not None,
+                                                    has_fp16_weights=False)
+                made.weight = bitsandbytes.nn.Int8Params(layer.weight.data, requires_grad=False)
+            else:
+                made = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None,
+                                                  compute_dtype=torch.float32, quant_type=kind)
+                made.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type=kind)
+            made.bias = layer.bias
+            setattr(parent, name, made.to("cpu").eval().requires_grad_(False))
+
+    return change
+
+
+def layerwise(storage: torch.dtype = torch.float8_e4m3fn, compute: torch.dtype = torch.float32) -> Change:
+    def change(model: nn.Module) -> None:
+        from diffusers.hooks import apply_layerwise_casting
+
+        apply_layerwise_casting(model, storage, compute, skip_modules_pattern=("norm",))
+
+    return change
+
+
+KINDS: dict[str, Change] = {
+    "int8": torchao("Int8WeightOnlyConfig"),
+    "int8_dynamic": torchao("Int8DynamicActivationInt8WeightConfig"),
+    "q8_0": gguf("Q8_0"),
+    "q4_0": gguf("Q4_0"),
+    "q5_1": gguf("Q5_1"),
+    "layerwise": layerwise(),
+}
