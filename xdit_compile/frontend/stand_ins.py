@@ -60,12 +60,12 @@ class _HeldParameter(_Unwrapping, nn.Parameter):  # type: ignore[misc]
 
 
 @cache
-def _class(cls: type) -> Any:
+def _class(cls: Any) -> Any:
     """Between a class of tensors and PyTorch's own: its functions call those of ``_Unwrapping`` as their parent's."""
     base = _HeldParameter if issubclass(cls, nn.Parameter) else _Held
     made = type(cls)(cls.__name__, (cls, base), {
         "__module__": cls.__module__, "__qualname__": cls.__qualname__,
-        "__torch_dispatch__": classmethod(_Unwrapping.__torch_dispatch__.__func__)})
+        "__torch_dispatch__": vars(_Unwrapping)["__torch_dispatch__"]})
     return made
 
 

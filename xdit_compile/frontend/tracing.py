@@ -134,7 +134,7 @@ def traced(function: Callable[..., tuple[Tensor, ...]], model: nn.Module, tensor
         dressed = [dict(vars(t)) for t in held]
         named: dict[Input, Any] = {i: t for i, t in zip(inputs, held, strict=True) if i.kind != "argument"}
         given = held[len(named):]
-        by_id = {id(t): s for t, s in zip(values, held, strict=True)}
+        by_id: dict[int, Tensor] = {id(t): s for t, s in zip(values, held, strict=True)}
         own = {i: t for i, t in named.items() if whole_name(i.name) not in packed}
         for name, tensor in packed.items():
             if id(tensor) not in by_id:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from xdit_compile.errors import XditError
+from xdit_compile.ir.packed_tensors import is_packed, parts, whole_name, with_parts
 
 _HOME = "_xdit_compile_home"
 
@@ -21,7 +22,7 @@ def device_of(tensor: torch.Tensor) -> torch.device:
 def release_parameters(model: nn.Module, within: Collection[str], names: Collection[str]) -> None:
     """Give up all parameters and buffers of the submodules at the paths ``within`` but these, and those that are one
     with them."""
-    inside = tuple(f"{path}." for path in within)
+    inside, names = tuple(f"{path}." for path in within), {*names, *map(whole_name, names)}
     held = [(store, leaf, f"{path}.{leaf}") for path, module in model.named_modules()
             for store in (module._parameters, module._buffers) for leaf, t in store.items() if t is not None]
     kept = {id(store[leaf]) for store, leaf, name in held if name in names or not name.startswith(inside)}
@@ -31,9 +32,7 @@ def release_parameters(model: nn.Module, within: Collection[str], names: Collect
         if id(tensor) in one:  # what is one tensor stays one
             store[leaf] = one[id(tensor)][1]
         elif id(tensor) not in kept and not tensor.is_meta:
-            gone = tensor.detach().to("meta")
-            made = nn.Parameter(gone, requires_grad=tensor.requires_grad) if isinstance(
-                tensor, nn.Parameter) else gone
+            made = with_parts(tensor, _gone) if is_packed(tensor) else _gone(tensor)
             setattr(made, _HOME, tensor.device)
             store[leaf] = made
             one[id(tensor)] = tensor, made
@@ -41,9 +40,17 @@ def release_parameters(model: nn.Module, within: Collection[str], names: Collect
         model.register_state_dict_pre_hook(_refused_state)
 
 
+def _gone(tensor: torch.Tensor) -> torch.Tensor:
+    gone = tensor.detach().to("meta")
+    made = nn.Parameter(gone, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else gone
+    setattr(made, _HOME, tensor.device)
+    return made
+
+
 def missing_parameters(model: nn.Module, names: Collection[str]) -> list[str]:
     """Which of these parameters and buffers have no values."""
     held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    names = {*names, *map(whole_name, names)}
     return [name for name, tensor in held if tensor.is_meta and name in names]
 
 
@@ -79,7 +86,7 @@ def moving(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.
             return function(tensor)
         like = function(torch.empty(0, dtype=tensor.dtype, device=getattr(tensor, _HOME)))
         made = tensor.detach().to(like.dtype)
-        for known in (tensor, made):
+        for known in (tensor, made, *parts(tensor).values(), *parts(made).values()):
             setattr(known, _HOME, like.device)
         return made
 

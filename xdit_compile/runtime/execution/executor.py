@@ -123,9 +123,12 @@ class ParameterReader:
         self._steps: list[tuple[int, str]] = []
         """How to come by every module that is needed: a child, by name, of the model (0) or of the n-th step's."""
         places = {"": 0}
-        split = [whole_name(name).rpartition(".") for name in names]
-        self._parts = [(i, name.partition(OF)[2]) for i, name in enumerate(names) if OF in name]
+        # In an artifact's model, parts are there by themselves.
+        packed = [(i, name) for i, name in enumerate(names) if OF in name and not _holds(model, name)]
+        self._parts = [(i, name.partition(OF)[2]) for i, name in packed]
         """Of packed tensors, which part, by place."""
+        wholes = {i: whole_name(name) for i, name in packed}
+        split = [wholes.get(i, name).rpartition(".") for i, name in enumerate(names)]
         self._leaves = [(self._place(path, places), leaf) for path, _, leaf in split]
 
     def _place(self, path: str, places: dict[str, int]) -> int:
@@ -144,3 +147,10 @@ class ParameterReader:
         for i, name in self._parts:
             found[i] = part(found[i], name)
         return found
+
+
+def _holds(model: nn.Module, name: str) -> bool:
+    """Whether a parameter or a buffer has this name."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    return leaf in module._parameters or leaf in module._buffers
