@@ -36,10 +36,15 @@ def gguf(kind: str) -> Change:
         from gguf.quants import quantize
 
         packed = GGMLQuantizationType[kind]
-        for parent, name, layer in linears(model, GGML_QUANT_SIZES[packed][0]):
+        size, nbytes = GGML_QUANT_SIZES[packed]
+        for parent, name, layer in linears(model, size):
             made = GGUFLinear(layer.in_features, layer.out_features, layer.bias is not None, torch.float32)
-            made.weight = GGUFParameter(torch.from_numpy(quantize(layer.weight.detach().numpy(), packed)),
-                                        quant_type=packed)
+            try:
+                raw = torch.from_numpy(quantize(layer.weight.detach().numpy(), packed))
+            except NotImplementedError:  # by that library; bytes of which half precision numbers are small
+                raw = torch.randint(32, (layer.out_features, layer.in_features // size * nbytes), dtype=torch.uint8,
+                                    generator=torch.Generator().manual_seed(0))
+            made.weight = GGUFParameter(raw, quant_type=packed)
             made.bias = layer.bias
             setattr(parent, name, made.eval().requires_grad_(False))
 
@@ -80,6 +85,15 @@ KINDS: dict[str, Change] = {
     "int8_dynamic": torchao("Int8DynamicActivationInt8WeightConfig"),
     "q8_0": gguf("Q8_0"),
     "q4_0": gguf("Q4_0"),
+    "q4_1": gguf("Q4_1"),
+    "q5_0": gguf("Q5_0"),
     "q5_1": gguf("Q5_1"),
+    "q2_k": gguf("Q2_K"),
+    "q3_k": gguf("Q3_K"),
+    "q4_k": gguf("Q4_K"),
+    "q5_k": gguf("Q5_K"),
+    "q6_k": gguf("Q6_K"),
+    "iq4_nl": gguf("IQ4_NL"),
+    "bf16": gguf("BF16"),
     "layerwise": layerwise(),
 }
