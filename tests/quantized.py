@@ -56,7 +56,9 @@ def bitsandbytes(kind: str) -> Change:
     def change(model: nn.Module) -> None:
         import bitsandbytes
 
-        for parent, name, layer in linears(model, 1):
+        for parent, name, layer in linears(model, 64):
+            if layer.out_features % 32:  # some CPUs' kernels want
+                continue
             if kind == "int8":
                 made = bitsandbytes.nn.Linear8bitLt(layer.in_features, layer.out_features, layer.bias is not None,
                                                     has_fp16_weights=False)
@@ -73,9 +75,7 @@ def bitsandbytes(kind: str) -> Change:
 
 def layerwise(storage: torch.dtype = torch.float8_e4m3fn, compute: torch.dtype = torch.float32) -> Change:
     def change(model: nn.Module) -> None:
-        from diffusers.hooks import apply_layerwise_casting
-
-        apply_layerwise_casting(model, storage, compute, skip_modules_pattern=("norm",))
+        model.enable_layerwise_casting(storage_dtype=storage, compute_dtype=compute)  # type: ignore[operator]
 
     return change
 
@@ -83,6 +83,11 @@ def layerwise(storage: torch.dtype = torch.float8_e4m3fn, compute: torch.dtype =
 KINDS: dict[str, Change] = {
     "int8": torchao("Int8WeightOnlyConfig"),
     "int8_dynamic": torchao("Int8DynamicActivationInt8WeightConfig"),
+    "fp8": torchao("Float8WeightOnlyConfig"),
+    "intx": torchao("IntxWeightOnlyConfig"),
+    "int8_intx_dynamic": torchao("Int8DynamicActivationIntxWeightConfig"),
+    "nf4": bitsandbytes("nf4"),
+    "fp4": bitsandbytes("fp4"),
     "q8_0": gguf("Q8_0"),
     "q4_0": gguf("Q4_0"),
     "q4_1": gguf("Q4_1"),

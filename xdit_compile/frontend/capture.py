@@ -49,6 +49,7 @@ from xdit_compile.frontend.tracing import StateWritten, Traced, as_fake, export_
 from xdit_compile.frontend.unguarded import check_reads
 from xdit_compile.frontend.watchers import observed_hooks
 from xdit_compile.frontend.writes import fill, has_values, refuse, settle
+from xdit_compile.ir.packed_tensors import is_packed
 from xdit_compile.ir.program import Input, Program, drop_unused, graph_module, output_args, source_of
 from xdit_compile.ir.pytree import Structure, differ, flatten, sharing
 
@@ -84,6 +85,11 @@ class _Call:
         if left and self.inputs.kept:
             raise _Refills
         made, self.outputs = flatten((result, left), self._older)
+        if (packed := next(filter(is_packed, made), None)) is not None:
+            cls = type(packed)
+            raise CaptureError(f"{type(self.module).__name__} returns a {cls.__module__}.{cls.__qualname__}, a kind of "
+                               "tensor with operators of its own; programs return plain tensors. If its weights are of "
+                               "this kind, use a kind whose linear layers give plain tensors")
         if self._older:
             check_results(self.module, tensors, made, self.outputs.constants, self._older)
         return tuple(made)

@@ -54,6 +54,11 @@ def dress(stand_in: Tensor, original: Tensor) -> None:
         state[_ORIGIN] = original
 
 
+def original_of(stand_in: Tensor) -> Tensor:
+    """What a stand-in stands for, if it is one."""
+    return vars(stand_in).get(_ORIGIN, stand_in)
+
+
 def _is_of_fakes(name: str) -> bool:
     """Whether it is an attribute that fake tensors have for themselves, in this version of PyTorch."""
     return name in _names_of_fakes() or "_memo" in name

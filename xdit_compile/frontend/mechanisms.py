@@ -117,9 +117,10 @@ def _device_hooks(module: nn.Module, path: str) -> str | None:
     if hook is None or "forward" not in vars(module):
         return None
     return (f"the hook {_name(type(hook))} around the forward of {_at(path)} moves or casts weights when the module is "
-            "called, as offloading does; inside of a program no module is. Remove the hook first "
-            "(accelerate.hooks.remove_hook_from_module(model, recurse=True)), and put offloading on the parallel model "
-            "or pipeline, as a whole")
+            "called, as sequential offloading and device maps do; inside of a program no module is. Remove the hook "
+            "first (accelerate.hooks.remove_hook_from_module(model, recurse=True)). Then offload the parallel model or "
+            "pipeline as a whole (enable_model_cpu_offload), give offload=block in the spec, which brings weights to "
+            "the device block by block, or shard=N or pipefusion=N, which spread them over devices")
 
 
 def _registered_hooks(module: nn.Module, path: str) -> str | None:

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from xdit_compile.errors import CaptureError
 from xdit_compile.frontend.composite_operators import composites_kept
-from xdit_compile.frontend.looks import check_dress, dress
+from xdit_compile.frontend.looks import check_dress, dress, original_of
 from xdit_compile.frontend.stand_ins import stand_in
 from xdit_compile.ir.packed_tensors import is_packed, named_parts, whole_name
 from xdit_compile.ir.program import Input, drop_unused
@@ -190,8 +190,11 @@ class _Respelled(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == _SET_DATA and not _moved_to_its_place(*args):
-            raise CaptureError("the forward gives a tensor other memory (x.data = ...), which no graph can hold; write "
-                               "into it in place, x.copy_(...), or use the new value itself")
+            cls = type(original_of(args[0]))
+            raise CaptureError(f"the forward gives a tensor ({cls.__module__}.{cls.__qualname__}) other memory "
+                               "(x.data = ...), which no graph can hold; write into it in place, x.copy_(...), or use "
+                               "the new value itself. If it does so at its first call alone, as some quantized layers "
+                               "pack their weights, call the model once as it is before")
         if func is Tensor.fill_diagonal_ and len(args) == 2 and args[0].ndim == 2 and not kwargs:
             return args[0].masked_fill_(torch.eye(*args[0].shape, dtype=torch.bool, device=args[0].device), args[1])
         if func is torch.einsum and isinstance(args[0], str):
