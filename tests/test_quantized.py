@@ -37,6 +37,8 @@ FAMILIES = ("flux", "sd3", "pixart_alpha", "wan", "hunyuan_video")
 MAIN = ("int8", "int8_dynamic", "layerwise", "q8_0")
 SPECS = ("ulysses=2", "ring=2", "cfg=2")
 TOLERANCE = 1e-5
+WHOLE = ("nf4", "fp4")
+"""Kinds with an operator of their own on some CPUs, which has no rule: it is computed whole, and reported."""
 
 
 def drawn() -> list[Any]:
@@ -99,12 +101,16 @@ def test_ranks_together_give_the_numbers_of_one(name: str, kind: str) -> None:
     for spec in SPECS:
         found = emulation.together(model, arguments, expected, program, spec)
         assert found.error <= tolerance(name, kind), spec
+        if kind in WHOLE:
+            continue
         assert found.work < 1.25 and (spec == "cfg=2" or found.methods == {spec.partition("=")[0]})
         assert not any("_int_mm" in note.text and note.kind == "fallback" for note in found.notes)
 
 
 @pytest.mark.parametrize(("name", "kind"), drawn())
 def test_stages_give_the_numbers_of_one(name: str, kind: str) -> None:
+    if kind in WHOLE:
+        pytest.skip("not cut")
     found = stagewise.emulate(zoo.CASES[name], 1, True, "pipefusion=2,patches=2", quantized.KINDS[kind])
     limit = tolerance(name, kind)
     assert found.exact <= limit and found.patched <= limit
@@ -131,7 +137,7 @@ def test_unpacked_weights_are_not_kept(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["int8", "layerwise", "q8_0", whole("int8_dynamic"), whole("nf4"), whole("fp8")])
 def test_weights_that_are_written_or_replaced_are_read(kind: str) -> None:
     model, inputs = changed("dit", kind), zoo.CASES["dit"].inputs(1, True)
-    parallel = xdit_compile.parallelize(model, "ulysses=1,keep=1")
+    parallel = xdit_compile.parallelize(model, "ulysses=1")
     first = answer(model, inputs)
     assert max(map(difference, answer(parallel, inputs), first)) < TOLERANCE
     path = "transformer_blocks.0.ff.net.2"
@@ -187,7 +193,7 @@ def test_artifacts_hold_what_is_packed(kind: str, tmp_path: Path) -> None:
 def test_explain_counts_what_is_packed() -> None:
     plain, packed = made(zoo.CASES["flux"]), changed("flux", "int8")
     inputs = zoo.CASES["flux"].inputs(1, False)
-    both = [xdit_compile.explain(m, "pipefusion=2,patches=2", inputs).stages for m in (plain, packed)]
+    both = [xdit_compile.explain(m, "pipefusion=2,patches=2", inputs).stages.stages for m in (plain, packed)]
     for one, other in zip(*both, strict=True):
         assert other.parameters < 0.5 * one.parameters
 

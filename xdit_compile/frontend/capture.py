@@ -537,5 +537,10 @@ def _explained(error: Exception, model: nn.Module) -> CaptureError:
         "in a graph: compute that value outside and pass it as a Python number."
         if reads else "Does the model itself run with these inputs? If so, its forward does what fake tensors refuse."
     )
+    kinds = dict.fromkeys(type(p) for p in (*model.parameters(), *model.buffers()) if is_packed(p))
+    if kinds:
+        named = ", ".join(f"{k.__module__}.{k.__qualname__}" for k in kinds)
+        advice += (f" Weights of the model are of the type {named}, whose own code is captured with it; where that "
+                   "does what no graph can hold, use weights of another kind.")
     return CaptureError(
         f"{type(model).__name__} cannot be captured as one graph{where}\n  {type(error).__name__}: {first}\n  {advice}")

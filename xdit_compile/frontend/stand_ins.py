@@ -75,7 +75,7 @@ def _around(original: Tensor, memory: Tensor) -> Tensor:
     return made
 
 
-def _wrapped(cls: type, memory: Tensor) -> Tensor:
+def _wrapped(cls: Any, memory: Tensor) -> Tensor:
     cls = cls if issubclass(cls, (_Held, _HeldParameter)) else _class(cls)
     made = Tensor._make_wrapper_subclass(
         cls, memory.shape, memory.stride(), memory.storage_offset(), dtype=memory.dtype, device=memory.device)

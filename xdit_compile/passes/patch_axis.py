@@ -17,8 +17,9 @@ from xdit_compile.errors import SpecError
 from xdit_compile.ir.layout import EVERY, PATCH, SEQUENCE, Dim, Layout, Segment, even_offsets
 from xdit_compile.ir.mesh import position_of
 from xdit_compile.ir.program import Program
+from xdit_compile.ir.weights_in_graphs import unpacked
 from xdit_compile.passes.batch_axis import merge_seeds
-from xdit_compile.passes.hoist import hoist, unpacked
+from xdit_compile.passes.hoist import hoist
 from xdit_compile.passes.interpreter import ProgramInterpreter, Seeds
 from xdit_compile.passes.stage_partition import work
 from xdit_compile.passes.token_axis import arguments, candidates

@@ -15,10 +15,11 @@ from xdit_compile.errors import PlanError, SpecError
 from xdit_compile.ir.layout import BATCH, EVERY, PATCH, SEQUENCE, Dim, Layout
 from xdit_compile.ir.mesh import STAGE, axis_sizes, position_of
 from xdit_compile.ir.program import Program
+from xdit_compile.ir.weights_in_graphs import unpacked
 from xdit_compile.passes import localize
 from xdit_compile.passes.batch_axis import batch_seeds, merge_seeds
 from xdit_compile.passes.canonicalize import canonicalize
-from xdit_compile.passes.hoist import hoist, unpacked
+from xdit_compile.passes.hoist import hoist
 from xdit_compile.passes.interpreter import Cost, FunctionInterpreter, Leave, ProgramInterpreter, Seeds
 from xdit_compile.passes.patch_axis import cut_by_patches, patch_seeds
 from xdit_compile.passes.recorded import analysed, count_of_seeds, rewritten

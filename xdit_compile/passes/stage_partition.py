@@ -19,7 +19,9 @@ from torch import fx
 from xdit_compile.errors import SpecError
 from xdit_compile.ir.flops import flops
 from xdit_compile.ir.program import Input, Program, module_of, output_args
-from xdit_compile.passes.hoist import extract, needed, part_of, unpacked
+from xdit_compile.ir.weights_in_graphs import unpacked
+from xdit_compile.passes.hoist import extract, following, needed, part_of
+from xdit_compile.passes.token_axis import arguments
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def stages(program: Program, flowing: Collection[str], count: int, given: Sequen
         before = max((stage[n] for n in node.all_input_nodes if n in stage), default=0)
         stage[node] = before if node.target is operator.getitem else max(before, stage_of_block.get(_block(node), 0))
     outputs = output_args(graph)
-    asked = _asked(program)
+    asked = following(graph, arguments(program))
     made = []
     for index in range(count):
         mine = [n for n in flow if stage[n] == index]
@@ -100,16 +102,6 @@ def _with_weights(graph: fx.Graph, nodes: Collection[fx.Node], flowing: Collecti
     again = needed([w for n in nodes for w in n.all_input_nodes if w.name not in flowing and unpacked(w, asked)])
     every = again | set(nodes)
     return [n for n in graph.nodes if n in every]
-
-
-def _asked(program: Program) -> set[fx.Node]:
-    """What depends on arguments."""
-    graph = program.main.graph
-    found = {n for n, i in zip(graph.find_nodes(op="placeholder"), program.inputs, strict=True) if i.kind == "argument"}
-    for node in graph.nodes:
-        if any(n in found for n in node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _program(program: Program, main: fx.Graph, taken: Sequence[fx.Node], held: Collection[fx.Node]) -> Program:
