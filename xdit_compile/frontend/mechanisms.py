@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from xdit_compile.errors import CaptureError
+from xdit_compile.ir.containers import CONSTANTS
 from xdit_compile.ir.packed_tensors import is_packed, parts
 
 PLAIN = (torch.Tensor, nn.Parameter, FakeTensor)
@@ -133,7 +134,7 @@ def _registered_hooks(module: nn.Module, path: str) -> str | None:
             return (f"the hook {name!r} ({_name(type(hook))}) on {_at(path)} keeps values from step to step, as caches "
                     "of steps do; a program would repeat its first step. Take it off (model.disable_cache())")
         # One that only casts weights, or changes arguments, is captured with the module.
-        if _overrides(hook, "pre_forward") and (held := _place_held(hook, 2)):
+        if _overrides(hook, "pre_forward") and (held := _held_beside_constants(hook)):
             return (f"the hook {name!r} ({_name(type(hook))}) on {_at(path)} acts before the module is called, and "
                     f"holds {held}, as group offloading and diffusers' own context parallelism do: they move weights "
                     "or shares of tensors between devices when a module is called, and inside of a program none is. "
@@ -143,18 +144,11 @@ def _registered_hooks(module: nn.Module, path: str) -> str | None:
     return None
 
 
-def _place_held(value: Any, depth: int) -> str | None:
-    """What a hook knows of places: a device, or a group of ranks; with the attribute that holds it."""
-    for name, held in (getattr(value, "__dict__", None) or {}).items():
-        if isinstance(held, torch.device):
-            return f"a device ({name} = {held})"
-        if _instance(held, "torch.distributed.device_mesh", "DeviceMesh") or _instance(
-                held, "torch.distributed", "ProcessGroup"):
-            return f"a group of ranks ({name})"
-        if depth > 1 and not isinstance(held, (type, nn.Module, torch.Tensor)) and (
-                found := _place_held(held, depth - 1)):
-            return found
-    return None
+def _held_beside_constants(hook: Any) -> str | None:
+    """The attribute of a hook that is no constant, if there is one: what it leads to may be devices, groups of weights
+    or of ranks, also those that are made later."""
+    return next((f"{name}, a {_name(type(held))}" for name, held in vars(hook).items()
+                 if name != "fn_ref" and not isinstance(held, CONSTANTS)), None)
 
 
 def _overrides(hook: Any, name: str) -> bool:
