@@ -33,6 +33,7 @@ from xdit_compile.spec import ShardingSpec
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import cases
+import quantized
 import zoo
 
 SPECS = ("ulysses=1", "ulysses=2", "ring=2", "cfg=2", "pipefusion=2,patches=2")
@@ -41,11 +42,13 @@ LEFT_OUT = {"xdit_compile.python.default"}
 """Runs a module that no graph can hold, which is in no file."""
 
 
-def programs(name: str, specs: Sequence[str]) -> Iterator[Program]:
-    """What ranks run of a test model. Those of the first and the last differ from all between in nothing that matters
-    here: they hold borders."""
+def programs(name: str, specs: Sequence[str], kind: str = "") -> Iterator[Program]:
+    """What ranks run of a test model, whose weights may be packed. Those of the first and the last differ from all
+    between in nothing that matters here: they hold borders."""
     case = zoo.CASES[name]
     model = cases.made(case)
+    if kind:
+        quantized.KINDS[kind](model)
     source = CapturedPrograms(model)
     yield from compiled(name, source, case.inputs(1, False), specs[:1])
     yield from compiled(name, source, case.inputs(2, True), specs)
@@ -71,10 +74,11 @@ def compiled(name: str, source: CapturedPrograms, inputs: Any, specs: Sequence[s
 def called(names: list[str], specs: Sequence[str]) -> Counter[Any]:
     """How many of the test models call each operator."""
     found: Counter[Any] = Counter()
-    for name in tqdm(names, desc="test models", mininterval=10):
+    for name, kind in tqdm([*((n, "") for n in names), *((names[0], k) for k in quantized.KINDS)],
+                           desc="test models", mininterval=10):
         own: set[Any] = set()
         try:
-            for program in programs(name, specs):
+            for program in programs(name, specs, kind):
                 for _, module in program.functions():
                     own |= operators_of(module)
         except Exception as error:

@@ -16,6 +16,7 @@ from torch import nn
 
 from xdit_compile.frontend.capture import capture
 from xdit_compile.ir.call_arguments import call_arguments
+from xdit_compile.ir.packed_tensors import named_parts
 from xdit_compile.ir.parameter_groups import ParameterGroup, parameter_groups
 from xdit_compile.ir.program import Note, Program
 from xdit_compile.ir.pytree import flatten
@@ -90,7 +91,8 @@ def sharded(model: nn.Module, arguments: tuple[Any, Any], expected: list[torch.T
 def held(model: nn.Module, local: Program, tensors: list[torch.Tensor],
          groups: Sequence[ParameterGroup] = ()) -> list[torch.Tensor]:
     """What a rank's program is given: its inputs, in order. ``groups``: those of its parameters, by default the model's."""
-    state = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    state = named_parts(dict([*model.named_parameters(remove_duplicate=False),
+                              *model.named_buffers(remove_duplicate=False)]))
     given, shares = iter(tensors), shares_of(model, local, groups)
     return [next(given) if i.kind == "argument" else part_of({
         "constant": local.constants, "parameter_share": shares}.get(i.kind, state)[i.name], i.part)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import quantized
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
@@ -398,17 +399,74 @@ def parametrize_cached() -> float:
         return difference(answer(made), answer(model))
 
 
-@row("weights of other tensor types (torchao, GGUF, bitsandbytes, DTensor)", "refused",
-     "blocks.0.out.weight is a torch.testing._internal.two_tensor.TwoTensor")
-def tensor_subclasses() -> None:
+def pair_of_tensors(model: Model) -> None:
     from torch.testing._internal.two_tensor import TwoTensor
+
+    out = model.blocks[0].out
+    out.weight = nn.Parameter(TwoTensor(out.weight.clone(), out.weight.clone()), requires_grad=False)
+
+
+@row("weights of torchao", "honoured")
+def packed_weights() -> float:
+    def int8(model: Model) -> None:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(model, Int8WeightOnlyConfig())
+
+    return max(both(int8), before(int8, flux))
+
+
+@row("bitsandbytes in 4 bits", "honoured")
+def four_bits() -> float:
+    def change(model: Model) -> None:
+        quantized.bitsandbytes("nf4")(model)
+        answer(model)  # some CPUs' kernels have their weights packed anew at the first call
+
+    return before(change, wide)
+
+
+def wide() -> Model:
+    """With a layer of a width that kernels of bitsandbytes take."""
+    model = tiny()
+    torch.manual_seed(1)
+    model.drop = nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 64), nn.Linear(64, 16)).requires_grad_(False)
+    return model
+
+
+@row("GGUF weights, as diffusers loads them", "honoured")
+def gguf_weights() -> float:
+    return both(quantized.gguf("Q4_0"), flux)
+
+
+@row("weights whose results are of their type too", "refused",
+     "Tiny returns a torch.testing._internal.two_tensor.TwoTensor")
+def tensor_subclasses() -> None:
+    model = tiny()
+    made = parallel(model)
+    answer(made)
+    pair_of_tensors(model)
+    answer(made)
+
+
+@row("weights of a type that does not say what it consists of", "refused",
+     "blocks.0.out.weight is a mechanisms.opaque_weight.<locals>.Opaque")
+def opaque_weight() -> None:
+    class Opaque(Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
 
     model = tiny()
     out = model.blocks[0].out
-    made = parallel(model)
-    answer(made)
-    out.weight = nn.Parameter(TwoTensor(out.weight.clone(), out.weight.clone()), requires_grad=False)
-    answer(made)
+    out._parameters["weight"] = Tensor._make_wrapper_subclass(Opaque, out.weight.shape)  # type: ignore[assignment]
+    parallel(model)
+
+
+@row("bitsandbytes in 8 bits", "refused", "bitsandbytes.nn.modules.Int8Params")
+def eight_bits() -> None:
+    model = wide()
+    quantized.bitsandbytes("int8")(model)
+    answer(parallel(model))
 
 
 @row("parameters of lazy modules", "refused", "blocks.0.out.weight is a torch.nn.parameter.UninitializedParameter")
@@ -726,11 +784,21 @@ def layer_skip() -> float:
     return both(lambda m: HookRegistry.check_if_exists_or_initialize(m.blocks[0]).register_hook(Skip(), "skip"))
 
 
-@row("`enable_layerwise_casting`", "refused", "the hook 'layerwise_casting'")
-def layerwise_casting() -> None:
+@row("`enable_layerwise_casting`", "honoured")
+def layerwise_casting() -> float:
+    def change(model: Model) -> None:
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+    return both(change, flux)
+
+
+@row("layerwise casting that loses numbers at each call", "refused", "writes into")
+def lossy_casting() -> None:
+    from diffusers.hooks import apply_layerwise_casting
+
     model = flux()
-    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-    parallel(model)
+    apply_layerwise_casting(model, torch.float32, torch.bfloat16, skip_modules_pattern=("norm",))
+    answer(parallel(model))
 
 
 @row("`enable_group_offload`", "refused", "the hook 'group_offloading'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,9 +32,12 @@ class Staged:
 
 
 @torch.no_grad()
-def emulate(case: Case, batch: int, odd: bool, spec: str) -> Staged:
-    """``case`` under ``spec``, stage after stage and patch after patch, against one call of the model."""
+def emulate(case: Case, batch: int, odd: bool, spec: str,
+            change: Callable[[torch.nn.Module], None] = lambda model: None) -> Staged:
+    """``case`` under ``spec``, stage after stage and patch after patch, against one call of the model; which was
+    changed before."""
     model = made(case)
+    change(model)
     arguments = call_arguments(model, case.inputs(batch, odd))
     args, kwargs = copy.deepcopy(arguments)
     expected, _ = flatten(model(*args, **kwargs))

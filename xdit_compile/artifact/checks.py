@@ -45,6 +45,8 @@ def before(kind: str, name: str, args: Sequence[Any], kwargs: Mapping[str, Any],
         raise ArtifactError(f"it makes {results} results")
     if kind == "several" and (found := _count(name, args)) != results:
         raise ArtifactError(f"it makes {found} results, but {results} are taken")
+    if kind == "bits" and args[1] is torch.bool:
+        raise ArtifactError("it takes bytes for truth values")
     if kind == "attention":
         _attention(name, *args, **kwargs)
     elif kind == "window":

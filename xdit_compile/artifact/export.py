@@ -32,6 +32,7 @@ from xdit_compile.driver.compile_call import Compiled
 from xdit_compile.errors import ArtifactError, SpecError, XditError
 from xdit_compile.ir.call_arguments import Inputs, call_arguments
 from xdit_compile.ir.guards import Guards
+from xdit_compile.ir.packed_tensors import named_parts
 from xdit_compile.ir.program import Program
 from xdit_compile.ir.pytree import flatten, sharing
 from xdit_compile.ir.released_parameters import device_of_model
@@ -180,8 +181,9 @@ class _Writer:
 
     def tensors(self, included: bool) -> tuple[Json, Json]:
         """What is known of each parameter and buffer that some rank uses; and the files that hold them here."""
-        everything = {**dict(self.model.named_parameters(remove_duplicate=False)),
-                      **dict(self.model.named_buffers(remove_duplicate=False))}
+        # Of packed tensors the parts, which no file of the model's has: they are always included.
+        everything = named_parts({**dict(self.model.named_parameters(remove_duplicate=False)),
+                                  **dict(self.model.named_buffers(remove_duplicate=False))})
         saved, names = self.model.state_dict().keys(), sorted(set().union(*self.used.values()))
         first: dict[int, str] = {}
         made: dict[str, Any] = {}

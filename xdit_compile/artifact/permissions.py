@@ -22,6 +22,8 @@ KINDS: Mapping[str, str] = {
     "element-wise": "one result, by broadcasting; shapes are all that kernels rely on, and they compare them",
     "view": "the first argument's values, or some of them, as a view or a copy",
     "several": "views, as many as sizes and numbers say: counted before they are made",
+    "bits": "the bytes of the first argument as numbers of another type, as packed weights are read; but as no truth "
+            "values, which kernels believe to be 0 or 1",
     "move": "values of tensors, moved or repeated; sizes follow from shapes and numbers",
     "factory": "a value made of numbers; its size is that of the numbers",
     "reduction": "sums, largest values and the like along dimensions",

@@ -17,6 +17,7 @@ from xdit_compile.driver.compile_call import Compiled
 from xdit_compile.driver.model_runner import ModelRunner, ReadyProgram
 from xdit_compile.errors import XditError
 from xdit_compile.ir.call_arguments import Inputs, call_arguments
+from xdit_compile.ir.packed_tensors import named_parts
 from xdit_compile.ir.pytree import flatten
 from xdit_compile.runtime.deferred.deferred_tensor import materialize
 from xdit_compile.spec import ShardingSpec
@@ -70,8 +71,8 @@ def verify(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, in
         if compiled.stage is not None:
             return replace(result, cause="stages")
         tensors, _ = flatten((args, kwargs))
-        state = {**dict(model.named_parameters(remove_duplicate=False)),
-                 **dict(model.named_buffers(remove_duplicate=False))}
+        state = named_parts({**dict(model.named_parameters(remove_duplicate=False)),
+                             **dict(model.named_buffers(remove_duplicate=False))})
         whole, local = compiled.whole, compiled.local
         main = Pair("main", whole.main, local.main,
                     arguments_of(whole, state, tensors), arguments_of(local, state, tensors))

@@ -15,6 +15,7 @@ from torch import nn
 
 from xdit_compile.errors import XditError
 from xdit_compile.ir.layout import length
+from xdit_compile.ir.packed_tensors import is_packed, whole_name
 from xdit_compile.ir.parameter_groups import Member
 from xdit_compile.ir.program import Part, part_of
 
@@ -59,7 +60,12 @@ class Checkpoint:
         Raises:
             XditError: one is missing, or of another shape.
         """
+        names = {*names, *map(whole_name, names)}
         wanted = {name: place for name, place in _places(model).items() if name in names and place.tensor.is_meta}
+        if packed := [name for name, place in wanted.items() if is_packed(place.tensor)]:
+            raise XditError(f"{packed[0]} is a {type(wanted[packed[0]].tensor).__qualname__}: weights= reads plain "
+                            "tensors from safetensors, none that are packed or quantized. Load the model with its "
+                            "weights first, on every rank")
         missing = [name for name in wanted if name not in self.files]
         if missing:
             shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")

@@ -10,14 +10,16 @@ block's own place, may be left out too: what a block then does tells whether the
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
 
 from xdit_compile.frontend.looks import attributes_of
-from xdit_compile.frontend.objects import CAPTURES, content, slot, slots
+from xdit_compile.frontend.objects import CAPTURES, cell_content, content, slot, slots
 from xdit_compile.ir.containers import CONSTANTS
+from xdit_compile.ir.packed_tensors import is_packed, metadata, parts
 from xdit_compile.ir.released_parameters import device_of
 
 Attribute = tuple[type, str]
@@ -68,14 +70,21 @@ class _Description:
     def of(self, value: Any) -> Hashable:
         if isinstance(value, CONSTANTS):
             return type(value), value
-        if isinstance(value, (torch.Tensor, type, FunctionType, BuiltinFunctionType)):
+        if isinstance(value, (torch.Tensor, type, BuiltinFunctionType)) or (
+                isinstance(value, FunctionType) and not value.__closure__):
             return type(value), id(value)
         if isinstance(value, MethodType):
-            return value.__func__, self.of(value.__self__)
+            return self.of(value.__func__), self.of(value.__self__)
+        if isinstance(value, partial):
+            return self.of(value.func), self.of(value.args), self.of(value.keywords), self.of(vars(value))
         if id(value) in self._seen:
             return "seen", self._seen[id(value)][0]
         # The object is kept with its number: once freed, another could have its id.
         self._seen[id(value)] = len(self._seen), value
+        if isinstance(value, FunctionType):  # made anew for each module, around what it is made for
+            around = tuple(self.of(cell_content(cell)) for cell in value.__closure__ or ())
+            return id(value.__code__), id(value.__globals__), around, self.of(
+                [value.__defaults__, value.__kwdefaults__, vars(value)])
         if isinstance(value, torch.nn.Module):
             state = [(n, None if t is None else self._tensor(t)) for group in (value._parameters, value._buffers)
                      for n, t in group.items()]
@@ -99,7 +108,11 @@ class _Description:
         """A parameter or a buffer: all but its values, and which others it is."""
         number = self._seen.setdefault(id(tensor), (len(self._seen), tensor))[0]
         own = attributes_of(tensor)
-        return meta(tensor), type(tensor), number, self.of(own) if own else None
+        looks = (meta(tensor), type(tensor), number)
+        if is_packed(tensor):
+            inner = tuple((name, meta(part)) for name, part in parts(tensor).items())
+            return looks, inner, self.of({k: v for k, v in metadata(tensor).items() if not k.startswith("_")})
+        return *looks, self.of(own) if own else None
 
     def _attributes(self, value: Any, without: tuple[str, ...] = ()) -> Hashable:
         found: list[tuple[str, Hashable]] = []

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from xdit_compile.errors import CaptureError
 from xdit_compile.frontend.caller import autocast_as, undisturbed
+from xdit_compile.frontend.casts import casts_noted
 from xdit_compile.frontend.concrete_values import ConcreteValueMode, Value, of_inputs
 from xdit_compile.frontend.flex_attention import FLEX, dense_mask, is_open, is_plain, modified_attention
 from xdit_compile.frontend.gc_pause import gc_paused
@@ -43,10 +44,12 @@ from xdit_compile.frontend.reads import Reads
 from xdit_compile.frontend.repeated_blocks import BLOCK, BlockKind, Outliner
 from xdit_compile.frontend.results import check_results, copied_results
 from xdit_compile.frontend.side_effects import Before, Change, Key, readable
+from xdit_compile.frontend.stand_ins import subclasses_made
 from xdit_compile.frontend.tracing import StateWritten, Traced, as_fake, export_conventions, fake_state, traced
 from xdit_compile.frontend.unguarded import check_reads
 from xdit_compile.frontend.watchers import observed_hooks
 from xdit_compile.frontend.writes import fill, has_values, refuse, settle
+from xdit_compile.ir.packed_tensors import is_packed
 from xdit_compile.ir.program import Input, Program, drop_unused, graph_module, output_args, source_of
 from xdit_compile.ir.pytree import Structure, differ, flatten, sharing
 
@@ -82,6 +85,11 @@ class _Call:
         if left and self.inputs.kept:
             raise _Refills
         made, self.outputs = flatten((result, left), self._older)
+        if (packed := next(filter(is_packed, made), None)) is not None:
+            cls = type(packed)
+            raise CaptureError(f"{type(self.module).__name__} returns a {cls.__module__}.{cls.__qualname__}, a kind of "
+                               "tensor with operators of its own; programs return plain tensors. If its weights are of "
+                               "this kind, use a kind whose linear layers give plain tensors")
         if self._older:
             check_results(self.module, tensors, made, self.outputs.constants, self._older)
         return tuple(made)
@@ -114,7 +122,8 @@ def recorded(model: nn.Module, args: Sequence[Any] = (),
     filled, kept, start = False, True, time.perf_counter()
     while True:
         try:
-            with gc_paused(), undisturbed(), observed_hooks(model), leaving_in_python(model, left):
+            with gc_paused(), undisturbed(), observed_hooks(model), subclasses_made(), casts_noted(), \
+                    leaving_in_python(model, left):
                 # What a forward sets in the context of its thread is gone with the copy.
                 program, reads, effects = copy_context().run(_Capture(model, args, kwargs, kept).program)
             check_left(model, reads.made, program)
@@ -528,5 +537,10 @@ def _explained(error: Exception, model: nn.Module) -> CaptureError:
         "in a graph: compute that value outside and pass it as a Python number."
         if reads else "Does the model itself run with these inputs? If so, its forward does what fake tensors refuse."
     )
+    kinds = dict.fromkeys(type(p) for p in (*model.parameters(), *model.buffers()) if is_packed(p))
+    if kinds:
+        named = ", ".join(f"{k.__module__}.{k.__qualname__}" for k in kinds)
+        advice += (f" Weights of the model are of the type {named}, whose own code is captured with it; where that "
+                   "does what no graph can hold, use weights of another kind.")
     return CaptureError(
         f"{type(model).__name__} cannot be captured as one graph{where}\n  {type(error).__name__}: {first}\n  {advice}")

@@ -22,6 +22,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from xdit_compile.errors import CaptureError
 from xdit_compile.frontend.objects import MISSING, constants
+from xdit_compile.ir.packed_tensors import is_packed
 from xdit_compile.ir.pytree import CONSTANTS
 
 _ORIGIN = "_xdit_compile_origin"
@@ -53,6 +54,11 @@ def dress(stand_in: Tensor, original: Tensor) -> None:
         state[_ORIGIN] = original
 
 
+def original_of(stand_in: Tensor) -> Tensor:
+    """What a stand-in stands for, if it is one."""
+    return vars(stand_in).get(_ORIGIN, stand_in)
+
+
 def _is_of_fakes(name: str) -> bool:
     """Whether it is an attribute that fake tensors have for themselves, in this version of PyTorch."""
     return name in _names_of_fakes() or "_memo" in name
@@ -80,7 +86,7 @@ def check_dress(stand_in: Tensor, name: str, before: Mapping[str, Any]) -> None:
 def attributes_of(tensor: Tensor, named: Collection[str] | None = None) -> dict[str, Any]:
     """Python attributes of a tensor, all or those with these names, but for ours. What is promised, or fake, has
     attributes of its own."""
-    if type(tensor) not in (Tensor, nn.Parameter):
+    if type(tensor) not in (Tensor, nn.Parameter) and not is_packed(tensor):
         return {}
     return {k: v for k, v in vars(tensor).items() if (named is None or k in named) and not k.startswith(_OURS)}
 

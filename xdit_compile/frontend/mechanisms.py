@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 
 from xdit_compile.errors import CaptureError
+from xdit_compile.ir.containers import CONSTANTS
+from xdit_compile.ir.packed_tensors import is_packed, parts
 
 PLAIN = (torch.Tensor, nn.Parameter, FakeTensor)
 """Types of tensors that hold what operators compute with, and do nothing of their own."""
@@ -79,13 +82,32 @@ def _call(module: nn.Module, path: str) -> str | None:
 
 def _tensors(module: nn.Module, path: str) -> str | None:
     state = vars(module)
-    held = [*state["_parameters"].items(), *state["_buffers"].items(), *state.items()]
-    for name, tensor in held:
-        if isinstance(tensor, torch.Tensor) and type(tensor) not in PLAIN:
-            where = f"{path}.{name}".lstrip(".")
-            return (f"{where} is a {_name(type(tensor))}, a kind of tensor with operators of its own (weights that are "
-                    "quantized, sharded or not made yet, say), which programs would pass over. Use plain weights; to "
-                    "spread them over devices give shard or pipefusion in the spec, not fully_shard")
+    for group in (state["_parameters"], state["_buffers"], state):
+        for name, tensor in group.items():
+            if isinstance(tensor, torch.Tensor) and type(tensor) not in PLAIN and (
+                    why := _unreadable(tensor, group is not state)):
+                where = f"{path}.{name}".lstrip(".")
+                return f"{where} is a {_name(type(tensor))}, {why}"
+    return None
+
+
+def _unreadable(tensor: torch.Tensor, is_state: bool) -> str | None:
+    """Why a program cannot take a tensor apart into plain ones that it reads at each call."""
+    if _instance(tensor, "torch.distributed.tensor", "DTensor"):
+        return ("of which this rank has a part, as under fully_shard: its own hooks would gather it around modules, "
+                "and inside of a program no module is called. Give parallelize the model as it was before; to spread "
+                "weights over devices give shard=N, or pipefusion=N, in the spec")
+    if is_lazy(tensor):
+        return "which is not made yet: call the model once as it is first"
+    if not is_state:
+        return ("a kind of tensor with operators of its own, as an attribute: make it a parameter or a buffer, of "
+                "which programs read the parts")
+    if not is_packed(tensor):
+        return ("a kind of tensor with operators of its own, which does not say what it consists of "
+                "(__tensor_flatten__), so that programs would pass over them. Use weights of another kind, or plain "
+                "ones")
+    if tensor.layout is not torch.strided or any(p.layout is not torch.strided for p in parts(tensor).values()):
+        return f"of the layout {tensor.layout}, which no program reads. Use weights of another kind, or plain ones"
     return None
 
 
@@ -96,9 +118,10 @@ def _device_hooks(module: nn.Module, path: str) -> str | None:
     if hook is None or "forward" not in vars(module):
         return None
     return (f"the hook {_name(type(hook))} around the forward of {_at(path)} moves or casts weights when the module is "
-            "called, as offloading does; inside of a program no module is. Remove the hook first "
-            "(accelerate.hooks.remove_hook_from_module(model, recurse=True)), and put offloading on the parallel model "
-            "or pipeline, as a whole")
+            "called, as sequential offloading and device maps do; inside of a program no module is. Remove the hook "
+            "first (accelerate.hooks.remove_hook_from_module(model, recurse=True)). Then offload the parallel model or "
+            "pipeline as a whole (enable_model_cpu_offload), give offload=block in the spec, which brings weights to "
+            "the device block by block, or shard=N or pipefusion=N, which spread them over devices")
 
 
 def _registered_hooks(module: nn.Module, path: str) -> str | None:
@@ -110,12 +133,22 @@ def _registered_hooks(module: nn.Module, path: str) -> str | None:
         if getattr(hook, "_is_stateful", False):
             return (f"the hook {name!r} ({_name(type(hook))}) on {_at(path)} keeps values from step to step, as caches "
                     "of steps do; a program would repeat its first step. Take it off (model.disable_cache())")
-        if _overrides(hook, "pre_forward"):
-            return (f"the hook {name!r} ({_name(type(hook))}) on {_at(path)} acts before the module is called, as "
-                    "group offloading, layerwise casting and diffusers' own context parallelism do; inside of a "
-                    "program no module is called. Leave it out; offload or cast the model as a whole, or give "
-                    "offload, shard or pipefusion in the spec")
+        # One that only casts weights, or changes arguments, is captured with the module.
+        if _overrides(hook, "pre_forward") and (held := _held_beside_constants(hook)):
+            return (f"the hook {name!r} ({_name(type(hook))}) on {_at(path)} acts before the module is called, and "
+                    f"holds {held}, as group offloading and diffusers' own context parallelism do: they move weights "
+                    "or shares of tensors between devices when a module is called, and inside of a program none is. "
+                    "Leave it out. In its place give offload=block in the spec, which keeps weights on the CPU and "
+                    "brings them to the device block by block; shard=N or pipefusion=N, which spread them over "
+                    "devices; ulysses=N or ring=N for context parallelism")
     return None
+
+
+def _held_beside_constants(hook: Any) -> str | None:
+    """The attribute of a hook that is no constant, if there is one: what it leads to may be devices, groups of weights
+    or of ranks, also those that are made later."""
+    return next((f"{name}, a {_name(type(held))}" for name, held in vars(hook).items()
+                 if name != "fn_ref" and not isinstance(held, CONSTANTS)), None)
 
 
 def _overrides(hook: Any, name: str) -> bool:

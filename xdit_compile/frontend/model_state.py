@@ -48,6 +48,7 @@ from xdit_compile.frontend.objects import (
 from xdit_compile.frontend.reads import Ran, Reads, resolve
 from xdit_compile.frontend.state_watch import LookedInto, Watch, layout, values
 from xdit_compile.ir.containers import CONSTANTS
+from xdit_compile.ir.packed_tensors import is_packed, is_wrapper, metadata, parts
 from xdit_compile.ir.released_parameters import device_of
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {CAPTURES}
@@ -139,7 +140,7 @@ class _Walk:
                 for t in group.values():
                     if t is not None:
                         self.own.setdefault(id(t), len(self.own))
-                        self.into.tensors.append(t)
+                        self.into.tensors += [t] if not is_wrapper(t) else parts(t).values()
         found: list[Hashable] = [self._module(m, f"attribute {p}.") for p, m in zip(
             _paths(self.modules), self.modules, strict=True)]
         found += [(name, self.of(t, name)) for name, t in extra.items()]
@@ -169,10 +170,14 @@ class _Walk:
         return type(module), tuple(tensors), tuple(children), tuple(described), tuple(inside), tuple(hooks)
 
     def _named(self, tensor: torch.Tensor, path: str) -> Hashable:
-        """Attributes of a tensor that code names."""
+        """Attributes of a tensor that code names; of a packed one all that it holds, and what its parts look like."""
         if not (state := vars(tensor)):
             return ()
         self.into.mappings[id(state)] = state
+        if is_packed(tensor):
+            held = {k: v for k, v in metadata(tensor).items() if not k.startswith("_")}
+            return tuple((n, _look(p)) for n, p in parts(tensor).items()), tuple(
+                (k, self.of(v, f"{path}.{k}")) for k, v in sorted(held.items()))
         return tuple((k, self.of(v, f"{path}.{k}")) for k, v in sorted(attributes_of(tensor, self.named).items()))
 
     def identity(self, value: Any) -> int:

@@ -158,9 +158,10 @@ def slots(cls: Any) -> list[tuple[str, MemberDescriptorType]]:
 
 @_of_class
 def _slots(cls: Any) -> list[tuple[int, str]]:
-    """Which of its classes has which; a slot itself leads to its class."""
+    """Which of its classes has which; a slot itself leads to its class. Where in memory something lies, as classes
+    written in C tell, is no slot, and would be another number each time."""
     return [(i, name) for i, c in enumerate(cls.__mro__) if is_python(c) for name, member in vars(c).items()
-            if isinstance(member, MemberDescriptorType)]
+            if isinstance(member, MemberDescriptorType) and not name.endswith("offset__")]
 
 
 def slot(member: MemberDescriptorType, value: Any) -> Any:

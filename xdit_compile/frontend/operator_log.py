@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from xdit_compile.frontend.caller import autocast_now
 from xdit_compile.frontend.concrete_values import writes
 from xdit_compile.frontend.objects import content, package
+from xdit_compile.ir.packed_tensors import OF, named_parts
 
 Origins = Mapping[int, tuple[Tensor, Hashable]]
 """Where tensors come from, by identity."""
@@ -282,7 +283,8 @@ class Replay(OperatorLog):
 def state_origins(module: nn.Module, tensors: Iterable[Tensor] = ()) -> dict[int, tuple[Tensor, Hashable]]:
     """Where the tensors that a module is given, and those it holds, come from."""
     held = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return {id(t): (t, name) for name, t in reversed([*enumerate(tensors), *held])}
+    inner = [(name, t) for name, t in named_parts(dict(held)).items() if OF in name]
+    return {id(t): (t, name) for name, t in reversed([*enumerate(tensors), *held, *inner])}
 
 
 def memory(tensor: Tensor) -> int:

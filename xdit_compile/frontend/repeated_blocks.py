@@ -31,8 +31,10 @@ from xdit_compile.frontend.concrete_values import ConcreteValueMode, Value, plai
 from xdit_compile.frontend.looks import marked
 from xdit_compile.frontend.operator_log import AroundLog, OperatorLog, Replay, Unlike, memory, state_origins, untold
 from xdit_compile.frontend.side_effects import Change
+from xdit_compile.frontend.stand_ins import stand_in
 from xdit_compile.frontend.tracing import fake_state
 from xdit_compile.ir.containers import CONSTANTS
+from xdit_compile.ir.packed_tensors import is_packed
 from xdit_compile.ir.pytree import TENSOR, Structure, differ, flatten, sharing
 
 _library = torch.library.Library("xdit_compile", "FRAGMENT")
@@ -264,11 +266,15 @@ class Outliner:
 
     def _fresh(self, tensor: torch.Tensor) -> torch.Tensor:
         """One that looks like it, and has its value if that is known."""
+        if is_packed(tensor):
+            return stand_in(tensor, self._fresh)
         return self._valued(tensor, torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype,
                                                         device=tensor.device))
 
     def _shown(self, tensor: torch.Tensor) -> torch.Tensor:
         """As ``_fresh``, but for no more than to be looked at: many lie in the same memory, which is made sooner."""
+        if is_packed(tensor):
+            return stand_in(tensor, self._shown)
         key = meta(tensor)
         if key not in self._memory:
             with plain():

@@ -25,7 +25,9 @@ from torch.overrides import TorchFunctionMode
 
 from xdit_compile.errors import CaptureError
 from xdit_compile.frontend.composite_operators import composites_kept
-from xdit_compile.frontend.looks import check_dress, dress
+from xdit_compile.frontend.looks import check_dress, dress, original_of
+from xdit_compile.frontend.stand_ins import stand_in
+from xdit_compile.ir.packed_tensors import is_packed, named_parts, whole_name
 from xdit_compile.ir.program import Input, drop_unused
 from xdit_compile.ir.pytree import sharing
 from xdit_compile.ir.released_parameters import device_of
@@ -58,7 +60,11 @@ class StateWritten(CaptureError):
 
 def as_fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
     """A fake tensor that looks like this one; instead of the meta device, which some operations (autocast, masks that
-    are read) refuse, on the CPU, or where it was before it was given up."""
+    are read) refuse, on the CPU, or where it was before it was given up. Of one that is packed, one of fake parts."""
+    return stand_in(tensor, lambda part: _fake(part, mode)) if is_packed(tensor) else _fake(tensor, mode)
+
+
+def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
     if isinstance(tensor, FakeTensor):
         return tensor
     if tensor.is_meta:
@@ -110,7 +116,9 @@ def traced(function: Callable[..., tuple[Tensor, ...]], model: nn.Module, tensor
     """
     constants = {f"{p}.{n}".lstrip("."): t for p, m in model.named_modules() for n, t in vars(m).items()
                  if isinstance(t, Tensor)}
-    state = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    whole = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    state = named_parts(whole)
+    packed = {n: t for n, t in whole.items() if is_packed(t)}
     inputs = [*(Input("parameter", n) for n in state), *(Input("constant", n) for n in constants),
               *(Input("argument", f"arg_{i}") for i in range(len(tensors)))]
     written: list[int] = []
@@ -121,18 +129,24 @@ def traced(function: Callable[..., tuple[Tensor, ...]], model: nn.Module, tensor
         apart = [FunctionalTensor.to_functional(t) for t in flat]
         # Two that are one tensor stay one: code may ask whether they are.
         held = [apart[i] for i in sharing(values)]
-        for original, stand_in in zip(values, held, strict=True):
-            dress(stand_in, original)
+        for original, made in zip(values, held, strict=True):
+            dress(made, original)
         dressed = [dict(vars(t)) for t in held]
         named: dict[Input, Any] = {i: t for i, t in zip(inputs, held, strict=True) if i.kind != "argument"}
         given = held[len(named):]
-        by_id = {id(t): s for t, s in zip(values, held, strict=True)}
-        with _in_containers(model, by_id), _holding(model, named), _stamped(model):
+        by_id: dict[int, Tensor] = {id(t): s for t, s in zip(values, held, strict=True)}
+        own = {i: t for i, t in named.items() if whole_name(i.name) not in packed}
+        for name, tensor in packed.items():
+            if id(tensor) not in by_id:
+                by_id[id(tensor)] = stand_in(tensor, lambda part: by_id[id(part)])
+                dress(by_id[id(tensor)], tensor)
+            own[Input("parameter", name)] = by_id[id(tensor)]
+        with _in_containers(model, by_id), _holding(model, own), _stamped(model):
             results = function(*given)
-            for what, stand_in, before in zip(inputs, held, dressed, strict=True):
-                check_dress(stand_in, what.name, before)
+            for what, tensor, before in zip(inputs, held, dressed, strict=True):
+                check_dress(tensor, what.name, before)
             changed.extend(i.name for i, t in named.items() if _written(t))
-            exchanged.extend(_exchanged(model, named))
+            exchanged.extend(_exchanged(model, own))
         if resized := [i for i, t in enumerate(given) if t.shape != tensors[i].shape]:
             raise CaptureError(f"the forward resizes tensor {resized[0]} of its arguments; give it one of the size "
                                "that it ends up with, or return the result")
@@ -154,7 +168,7 @@ def traced(function: Callable[..., tuple[Tensor, ...]], model: nn.Module, tensor
                        record_stack_traces=True)(*_fakes(values, mode))
     drop_unused(made.graph)
     # What is put in the place of a buffer before anyone reads that may be no state, if the next call does it again.
-    read = {i.name for i, n in zip(inputs, made.graph.find_nodes(op="placeholder"), strict=True) if n.users}
+    read = {whole_name(i.name) for i, n in zip(inputs, made.graph.find_nodes(op="placeholder"), strict=True) if n.users}
     if lost := sorted({*changed, *(read & set(exchanged))}):
         raise StateWritten(lost)
     return Traced(made, tuple(inputs), constants, tuple(written), tuple(exchanged))
@@ -176,8 +190,11 @@ class _Respelled(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == _SET_DATA and not _moved_to_its_place(*args):
-            raise CaptureError("the forward gives a tensor other memory (x.data = ...), which no graph can hold; write "
-                               "into it in place, x.copy_(...), or use the new value itself")
+            cls = type(original_of(args[0]))
+            raise CaptureError(f"the forward gives a tensor ({cls.__module__}.{cls.__qualname__}) other memory "
+                               "(x.data = ...), which no graph can hold; write into it in place, x.copy_(...), or use "
+                               "the new value itself. If it does so at its first call alone, as some quantized layers "
+                               "pack their weights, call the model once as it is before")
         if func is Tensor.fill_diagonal_ and len(args) == 2 and args[0].ndim == 2 and not kwargs:
             return args[0].masked_fill_(torch.eye(*args[0].shape, dtype=torch.bool, device=args[0].device), args[1])
         if func is torch.einsum and isinstance(args[0], str):

@@ -33,6 +33,7 @@ def attention_flops(q: Shape, k: Shape, v: Shape) -> int:
 FORMULAS = {
     aten.linear.default: _contracting,
     aten.mm.default: _contracting,
+    aten._int_mm.default: _contracting,
     aten.bmm.default: _contracting,
     aten.matmul.default: _contracting,
     aten.addmm.default: lambda args, out: _contracting(args, out, 1),

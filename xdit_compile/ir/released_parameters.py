@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from xdit_compile.errors import XditError
+from xdit_compile.ir.packed_tensors import is_packed, parts, whole_name, with_parts
 
 _HOME = "_xdit_compile_home"
 LOOK = attrgetter("_version", "dtype", _HOME)
@@ -24,7 +25,7 @@ def device_of(tensor: torch.Tensor) -> torch.device:
 def release_parameters(model: nn.Module, within: Collection[str], names: Collection[str]) -> None:
     """Give up all parameters and buffers of the submodules at the paths ``within`` but these, and those that are one
     with them."""
-    inside = tuple(f"{path}." for path in within)
+    inside, names = tuple(f"{path}." for path in within), {*names, *map(whole_name, names)}
     held = _held(model)
     kept = {id(store[leaf]) for store, leaf, name in held if name in names or not name.startswith(inside)}
     _give_up(model, [entry for entry in held if id(entry[0][entry[1]]) not in kept])
@@ -54,10 +55,7 @@ def _give_up(model: nn.Module, held: Iterable[_Held]) -> None:
         if id(tensor) in one:  # what is one tensor stays one
             store[leaf] = one[id(tensor)][1]
         elif not tensor.is_meta or not hasattr(tensor, _HOME):
-            with torch.inference_mode(False):  # where writes are counted
-                gone = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-                made = nn.Parameter(gone, requires_grad=tensor.requires_grad) if isinstance(
-                    tensor, nn.Parameter) else gone
+            made = with_parts(tensor, _gone) if is_packed(tensor) else _gone(tensor)
             setattr(made, _HOME, device_of(tensor))
             store[leaf] = made
             one[id(tensor)] = tensor, made
@@ -67,9 +65,18 @@ def _give_up(model: nn.Module, held: Iterable[_Held]) -> None:
         model.register_load_state_dict_pre_hook(_refused_load)
 
 
+def _gone(tensor: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode(False):  # where writes are counted
+        gone = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        made = nn.Parameter(gone, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else gone
+    setattr(made, _HOME, device_of(tensor))
+    return made
+
+
 def missing_parameters(model: nn.Module, names: Collection[str]) -> list[str]:
     """Which of these parameters and buffers have no values."""
     held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    names = {*names, *map(whole_name, names)}
     return [name for name, tensor in held if tensor.is_meta and name in names]
 
 
@@ -111,7 +118,7 @@ def moving(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.
             return function(tensor)
         like = function(torch.empty(0, dtype=tensor.dtype, device=getattr(tensor, _HOME)))
         made = tensor.detach().to(like.dtype)
-        for known in (tensor, made):
+        for known in (tensor, made, *parts(tensor).values(), *parts(made).values()):
             setattr(known, _HOME, like.device)
         return made
 

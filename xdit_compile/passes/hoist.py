@@ -16,15 +16,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from xdit_compile.ir.flops import FORMULAS, aten
+from xdit_compile.ir.flops import aten
 from xdit_compile.ir.host_copy import is_fetch
 from xdit_compile.ir.program import Input, Program, graph_module, is_collective, is_write, output_args
+from xdit_compile.ir.weights_in_graphs import is_weight
 
 COPIES = {aten._to_copy.default, aten.clone.default, operator.getitem}
 """Operators that are no views and cost as little."""
-WEIGHED = FORMULAS.keys() - {aten.scaled_dot_product_attention.default}
-"""Operators whose operands after the first may be weights."""
-
 Spared = Callable[[fx.Node, Collection[fx.Node]], bool]
 """Of a value that does not flow, and those that depend on arguments: whether to compute it with the rest all the
 same."""
@@ -44,7 +42,7 @@ def split_loop_invariant(program: Program, begin: Collection[str]) -> tuple[Prog
     holders = graph.find_nodes(op="placeholder")
     inputs = dict(zip(holders, program.inputs, strict=True))
     parts = _parted(graph, {n for n in graph.nodes if n.name in flowing},
-                    _following(graph, [n for n in holders if inputs[n].kind == "argument"]), _spared)
+                    following(graph, [n for n in holders if inputs[n].kind == "argument"]), _spared)
     if not parts.held:
         return None, program
     invariant = part_of(parted, parts.once, [inputs[n] for n in parts.once_takes], part=True)
@@ -70,7 +68,7 @@ def hoist(program: Program, begin: Collection[str],
     flowing: set[fx.Node] = set()
     given = {n: i.kind == "argument" for n, i in zip(
         program.main.graph.find_nodes(op="placeholder"), program.inputs, strict=True)}
-    asked = _following(program.main.graph, [n for n, argument in given.items() if argument])
+    asked = following(program.main.graph, [n for n, argument in given.items() if argument])
     starts = {name for name, module in functions.items() if any(map(_starts, module.graph.nodes))}
     for node in program.main.graph.nodes:
         flows = (given.get(node, False) and node.name in begin) or any(
@@ -82,8 +80,8 @@ def hoist(program: Program, begin: Collection[str],
             if key not in parted:
                 inside = functions[key[0]].graph
                 pairs = list(zip(inside.find_nodes(op="placeholder"), mask, strict=True))
-                parted[key] = _parted(inside, _following(inside, [n for n, (f, _) in pairs if f], _starts),
-                                      _following(inside, [n for n, (_, a) in pairs if a]), spared)
+                parted[key] = _parted(inside, following(inside, [n for n, (f, _) in pairs if f], _starts),
+                                      following(inside, [n for n, (_, a) in pairs if a]), spared)
                 parts, name = parted[key], f"{key[0]}{'_' * sum(k[0] == key[0] for k in list(parted)[:-1])}"
                 graphs |= {f"{name}_once": parts.once, f"{name}_flow": parts.rest}
                 parts.names += [f"{name}_once", f"{name}_flow"]
@@ -137,7 +135,7 @@ def _starts(node: fx.Node) -> bool:
     return is_collective(node) or is_write(node) or is_fetch(node)
 
 
-def _following(graph: fx.Graph, begin: Collection[fx.Node],
+def following(graph: fx.Graph, begin: Collection[fx.Node],
                starts: Callable[[fx.Node], bool] = lambda _: False) -> set[fx.Node]:
     """These nodes, those that start by themselves, and all that depends on any of them."""
     found = set(begin)
@@ -154,17 +152,12 @@ def _spared(node: fx.Node, asked: Collection[fx.Node]) -> bool:
             origin.target in COPIES or _may_be_view(origin)):
         origin = origin.all_input_nodes[0]
     bare = origin.op != "call_module" and not origin.all_input_nodes
-    return bare or (node not in asked and any(_is_weight(node, u) for u in node.users))
+    return bare or (node not in asked and is_weight(node))
 
 
 def _may_be_view(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and any(r.alias_info for r in schema.returns)
-
-
-def _is_weight(node: fx.Node, user: fx.Node) -> bool:
-    return (user.target in WEIGHED and node in user.args[1:]) or (
-        user.target is aten.embedding.default and node is user.args[0])
 
 
 def needed(nodes: Sequence[fx.Node], known: Collection[fx.Node] = ()) -> set[fx.Node]:

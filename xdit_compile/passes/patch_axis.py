@@ -17,6 +17,7 @@ from xdit_compile.errors import SpecError
 from xdit_compile.ir.layout import EVERY, PATCH, SEQUENCE, Dim, Layout, Segment, even_offsets
 from xdit_compile.ir.mesh import position_of
 from xdit_compile.ir.program import Program
+from xdit_compile.ir.weights_in_graphs import unpacked
 from xdit_compile.passes.batch_axis import merge_seeds
 from xdit_compile.passes.hoist import hoist
 from xdit_compile.passes.interpreter import ProgramInterpreter, Seeds
@@ -101,7 +102,7 @@ class _Measure:
         self._whole = ProgramInterpreter(program, batch, {**self._here, PATCH: EVERY}, sizes).main().cost
 
     def __call__(self, seeds: Seeds) -> PatchCandidate:
-        hoisted, flowing = hoist(self.program, cut_by_patches(seeds))
+        hoisted, flowing = hoist(self.program, cut_by_patches(seeds), unpacked)
         once = work(hoisted, flowing)
         both = merge_seeds(self.batch, seeds)
         walks = [(ProgramInterpreter(hoisted, both, {**self._here, PATCH: patch}, self.sizes).main().cost, n)

@@ -16,6 +16,7 @@ from xdit_compile.ir.layout import BATCH, EVERY, PATCH, SEQUENCE, TENSOR, Dim, L
 from xdit_compile.ir.mesh import STAGE, axis_sizes, position_of
 from xdit_compile.ir.parameter_groups import ParameterGroup
 from xdit_compile.ir.program import Program
+from xdit_compile.ir.weights_in_graphs import unpacked
 from xdit_compile.passes import localize
 from xdit_compile.passes.batch_axis import batch_seeds, merge_seeds
 from xdit_compile.passes.canonicalize import canonicalize
@@ -99,7 +100,7 @@ def plan_pipeline(program: Program, spec: ShardingSpec,
                                    count_of_seeds)
         seeds = merge_seeds(still, tokens)
         begin = _flowing_from(program, sizes, still)
-    program, (hoisted, flowing) = analysed("hoist", hoist, program, lambda p: hoist(p, begin),
+    program, (hoisted, flowing) = analysed("hoist", hoist, program, lambda p: hoist(p, begin, unpacked),
                                            lambda found: {"flowing": len(found[1])})
     given = [int(n) for n in spec.stage_blocks.split("+")] if spec.stage_blocks else []
     program, made = analysed("stage_partition", stages, program,

@@ -19,7 +19,9 @@ from torch import fx
 from xdit_compile.errors import SpecError
 from xdit_compile.ir.flops import flops
 from xdit_compile.ir.program import Input, Program, module_of, output_args
-from xdit_compile.passes.hoist import extract, needed, part_of
+from xdit_compile.ir.weights_in_graphs import unpacked
+from xdit_compile.passes.hoist import extract, following, needed, part_of
+from xdit_compile.passes.token_axis import arguments
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def stages(program: Program, flowing: Collection[str], count: int, given: Sequen
         before = max((stage[n] for n in node.all_input_nodes if n in stage), default=0)
         stage[node] = before if node.target is operator.getitem else max(before, stage_of_block.get(_block(node), 0))
     outputs = output_args(graph)
+    asked = following(graph, arguments(program))
     made = []
     for index in range(count):
         mine = [n for n in flow if stage[n] == index]
@@ -80,7 +83,8 @@ def stages(program: Program, flowing: Collection[str], count: int, given: Sequen
         sends = {n: to for n, to in sends.items() if to}
         results = [i for i, n in enumerate(outputs) if n in stage] if end else []
         fixed = [i for i, n in enumerate(outputs) if n not in stage] if end else []
-        body, taken = extract(graph, mine, [*sends, *(outputs[i] for i in results)])
+        body, taken = extract(graph, _with_weights(graph, mine, flowing, asked),
+                              [*sends, *(outputs[i] for i in results)])
         held = [n for n in taken if n.name not in flowing and n.op != "placeholder"]
         wanted = [*held, *(outputs[i] for i in fixed)]
         made_once = needed(wanted)
@@ -90,6 +94,14 @@ def stages(program: Program, flowing: Collection[str], count: int, given: Sequen
             tuple(b for b, s in stage_of_block.items() if s == index), {n.name: to for n, to in sends.items()},
             tuple(results), tuple(fixed)))
     return tuple(made)
+
+
+def _with_weights(graph: fx.Graph, nodes: Collection[fx.Node], flowing: Collection[str],
+                  asked: Collection[fx.Node]) -> list[fx.Node]:
+    """These, and before them what unpacks weights that they use."""
+    again = needed([w for n in nodes for w in n.all_input_nodes if w.name not in flowing and unpacked(w, asked)])
+    every = again | set(nodes)
+    return [n for n in graph.nodes if n in every]
 
 
 def _program(program: Program, main: fx.Graph, taken: Sequence[fx.Node], held: Collection[fx.Node]) -> Program:

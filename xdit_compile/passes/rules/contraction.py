@@ -64,6 +64,7 @@ def addmm(s, bias, a, b, **kwargs):
 
 
 @rule({aten.mm.default: lambda r: (r.tensor(6, 4), r.tensor(4, 3)),
+       aten._int_mm.default: lambda r: (r.tensor(6, 4).to(torch.int8), r.tensor(4, 3).to(torch.int8)),
        aten.bmm.default: lambda r: (r.tensor(2, 6, 4), r.tensor(2, 4, 3)),
        aten.matmul.default: lambda r: (r.tensor(2, 5, 6, 4), r.pick(r.tensor(4, 3), r.tensor(2, 5, 4, 3)))})
 def matmul(s, a, b):

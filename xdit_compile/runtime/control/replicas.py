@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from xdit_compile.errors import RankMismatch
+from xdit_compile.ir.packed_tensors import OF, PLAIN, is_packed, parts
 from xdit_compile.runtime.control.agreement_channel import Gather, Resolve
 from xdit_compile.runtime.control.control_plane import ControlPlane
 from xdit_compile.runtime.control.tensor_digest import bulk_digest
@@ -134,12 +135,15 @@ def _difference(name: str, ranks: Sequence[int], texts: Sequence[str]) -> str:
 
 def _marks(modules: Mapping[str, nn.Module]) -> list[Mark]:
     """Of all parameters and buffers. Walked by hand, without names: done before calls, where it would be felt."""
-    stack, found = list(modules.values()), []
+    found: list[Mark] = []
+    stack = list(modules.values())
     while stack:
         state = stack.pop().__dict__
         for store in (state["_parameters"], state["_buffers"]):
             if store:
-                found += [_mark(t) for t in store.values() if t is not None]
+                for t in store.values():
+                    if t is not None:
+                        found += [_mark(t)] if type(t) in PLAIN else map(_mark, parts(t).values())
         if state["_modules"]:
             stack += [m for m in state["_modules"].values() if m is not None]
     return found
@@ -152,8 +156,10 @@ def _tensors(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, torch.Tens
         path, module = stack.pop()
         for store in (module._parameters, module._buffers):
             for leaf, tensor in store.items():
-                if tensor is not None:
+                if tensor is not None and not is_packed(tensor):
                     yield path + leaf, tensor
+                elif tensor is not None:
+                    yield from ((f"{path}{leaf}{OF}{name}", part) for name, part in parts(tensor).items())
         stack += [(f"{path}{n}.", m) for n, m in reversed(list(module._modules.items())) if m is not None]
 
 

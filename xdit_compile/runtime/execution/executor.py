@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from xdit_compile.ir.packed_tensors import OF, part, whole_name
 from xdit_compile.ir.program import Input, Program, part_of
 from xdit_compile.runtime.compilation.cuda_graphs import GraphedFunction, check_groups
 from xdit_compile.runtime.compilation.inductor_backend import asks_for_graphs
@@ -123,11 +124,16 @@ class ParameterReader:
 
     def __init__(self, model: nn.Module, inputs: Sequence[Input]) -> None:
         self._model, names = model, [i.name for i in inputs]
-        self._parts = [(place, i.part) for place, i in enumerate(inputs) if i.part is not None]
+        self._pieces = [(place, i.part) for place, i in enumerate(inputs) if i.part is not None]
         self._steps: list[tuple[int, str]] = []
         """How to come by every module that is needed: a child, by name, of the model (0) or of the n-th step's."""
         places = {"": 0}
-        split = [name.rpartition(".") for name in names]
+        # In an artifact's model, parts are there by themselves.
+        packed = [(i, name) for i, name in enumerate(names) if OF in name and not _holds(model, name)]
+        self._packed = [(i, name.partition(OF)[2]) for i, name in packed]
+        """Of packed tensors, which part, by place."""
+        wholes = {i: whole_name(name) for i, name in packed}
+        split = [wholes.get(i, name).rpartition(".") for i, name in enumerate(names)]
         self._leaves = [(self._place(path, places), leaf) for path, _, leaf in split]
 
     def _place(self, path: str, places: dict[str, int]) -> int:
@@ -141,8 +147,17 @@ class ParameterReader:
         modules: list[Any] = [self._model]
         for parent, child in self._steps:
             modules.append(modules[parent]._modules[child])
-        held = [m._parameters[leaf] if leaf in (m := modules[place])._parameters else m._buffers[leaf]
-                for place, leaf in self._leaves]
-        for place, part in self._parts:
-            held[place] = part_of(held[place], part)
-        return held
+        found = [m._parameters[leaf] if leaf in (m := modules[place])._parameters else m._buffers[leaf]
+                 for place, leaf in self._leaves]
+        for i, name in self._packed:
+            found[i] = part(found[i], name)
+        for i, piece in self._pieces:
+            found[i] = part_of(found[i], piece)
+        return found
+
+
+def _holds(model: nn.Module, name: str) -> bool:
+    """Whether a parameter or a buffer has this name."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    return leaf in module._parameters or leaf in module._buffers
