@@ -65,6 +65,25 @@ def test_nothing_to_overlap_leaves_the_order() -> None:
     assert order(overlap(program)) == order(program)
 
 
+@settings(max_examples=20, deadline=None)
+@given(exchanges=st.integers(1, 4), each=st.integers(1, 3), views=st.integers(0, 5))
+def test_work_is_shared_out_by_what_it_costs(exchanges: int, each: int, views: int) -> None:
+    """Elements count, also where nothing is multiplied; views are free, and so move nothing else."""
+    def block(call, x):
+        side = x
+        for _ in range(exchanges * each):
+            side = call(aten.relu.default, side)
+        for _ in range(views):
+            side = call(aten.t.default, side)
+        for _ in range(exchanges):
+            x = exchanged(call, x)
+        return call(aten.add.Tensor, x, side)
+
+    found = order(overlap(program_with(block)))
+    assert [name for name in found if name != "t"] == [
+        *(["all_to_all_single", *["relu"] * each, "wait_tensor"] * exchanges), "add"]
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_random_programs_mean_the_same(seed: int) -> None:
