@@ -33,6 +33,8 @@ MASKS: dict[str, tuple[Step, bool]] = {
     "hidden": (lambda s: s.masked_fill(torch.ones(5, 7).triu(1).bool(), -torch.inf), True),
     "low": (lambda s: s.masked_fill(torch.ones(5, 7).triu(1).bool(), torch.finfo(s.dtype).min), True),
     "not_low": (lambda s: s.masked_fill(torch.ones(5, 7).triu(1).bool(), -4.0), False),
+    "half": (lambda s: s + torch.linspace(-1, 1, 35).view(5, 7).half(), False),
+    "whole": (lambda s: s + torch.arange(35).view(5, 7), False),
     "two": (lambda s: (s + torch.linspace(-1, 1, 7)) + torch.linspace(-1, 1, 35).view(5, 7), False)}
 SOFTMAXES: dict[str, tuple[Step, bool]] = {
     "softmax": (lambda s: s.softmax(-1), True), "by_place": (lambda s: s.softmax(s.ndim - 1), True),

@@ -178,7 +178,10 @@ def test_what_is_sent_is_copied_once(ranks: int, kv_heads: int, group: int, batc
     program, _ = program_of(SDPA, (*tensors, None, 0.0, False, {"enable_gqa": True}))
     program = replace(program, spec=ShardingSpec(ulysses_degree=ranks))
     layouts = [Layout.replicated(x.shape).replace(2, Dim.even(12, ranks)) for x in tensors]
-    local, _ = local_program(program, layouts, 0)
+    local, *others = (local_program(program, layouts, rank)[0] for rank in range(ranks))
+    for made in (local, *others):
+        (attends,) = made.main.graph.find_nodes(op="call_function", target=SDPA)
+        assert attends.args[1].meta["val"].shape[1] == kv_heads // ranks, "no key is there once for each that reads it"
     nodes = [n for n in local.main.graph.nodes if n.op == "call_function"]
     before = nodes[: next(i for i, n in enumerate(nodes) if is_collective(n))]
 
@@ -186,3 +189,17 @@ def test_what_is_sent_is_copied_once(ranks: int, kv_heads: int, group: int, batc
         return node.meta["val"].untyped_storage()._cdata
 
     assert sum(all(memory(n) != memory(x) for x in n.all_input_nodes) for n in before) == 1
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_keys_come_to_a_mask_that_is_larger_than_they_are(large: bool) -> None:
+    """Of which each rank has the rows of its queries."""
+    width = 2 if large else 32
+    q, k, v = (torch.randn(1, 4, 12, width) for _ in range(3))
+    mask = torch.randn(1, 4, 12, 12)
+    program, _ = program_of(SDPA, (q, k, v, mask))
+    layouts = [Layout.replicated(x.shape).replace(2, Dim.even(12, 2)) for x in (q, k, v, mask)]
+    program = replace(program, spec=ShardingSpec(ring_degree=2))
+    local, _ = local_program(program, layouts, 0)
+    assert bool(local.main.graph.find_nodes(op="call_function", target=SDPA)) is large, "else it is a ring"
+    assert_exact(SDPA, (q, k, v, mask), layouts, program.spec)

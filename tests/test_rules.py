@@ -29,6 +29,7 @@ from xdit_compile.passes.lower_attention import lower_attention
 from xdit_compile.passes.rules import RULES
 from xdit_compile.passes.sharded_value import Value
 from xdit_compile.passes.verifier import check
+from xdit_compile.report.costs import costs_of
 from xdit_compile.spec import ShardingSpec
 
 
@@ -170,7 +171,7 @@ def local_program(program: Program, layouts: list[Layout], rank: int, patch: int
     out = emitter.graph.output(tuple(v.node for v in results))
     out.meta["val"] = tuple(v.node.meta["val"] for v in results)
     made = Program(fx.GraphModule({}, emitter.graph), (), {}, program.outputs, frozenset({"captured"}), program.spec,
-                   position)
+                   position, notes=tuple(interpreter.cost.notes))
     made = lower_attention(made, sizes, mode)
     check(made)
     return made, [v.layout for v in results]
@@ -244,15 +245,20 @@ def broadcast_product(r: Drawn) -> tuple[Any, ...]:
 
 
 def any_average(n: int) -> Callable[[Drawn], tuple[Any, ...]]:
-    return lambda r: (r.tensor(3, 2, *[9, 6, 5][:n]), [r.pick(2, 3)] * n, [r.pick(1, 2)] * n, [r.pick(0, 1)] * n,
-                      r.pick(False, True), r.pick(False, True), *([r.pick(None, 3)] if n > 1 else []))
+    return lambda r: (r.tensor(*r.pick((3,), (3,), ()), 2, *[9, 6, 5][:n]), [r.pick(2, 3)] * n, [r.pick(1, 2)] * n,
+                      [r.pick(0, 1)] * n, r.pick(False, True), r.pick(False, True),
+                      *([r.pick(None, 3)] if n > 1 else []))
 
 
 aten = torch.ops.aten
 WIDER: dict[Any, Callable[[Drawn], tuple[Any, ...]]] = {
     aten.matmul.default: broadcast_product,
     aten.avg_pool1d.default: any_average(1), aten.avg_pool2d.default: any_average(2),
-    aten.avg_pool3d.default: any_average(3)}
+    aten.avg_pool3d.default: any_average(3),
+    aten.conv2d.default: lambda r: (r.tensor(2, 9, 6), r.tensor(4, 2, 3, 3), None, [1, 1], [1, 1]),
+    aten.max_pool2d.default: lambda r: (r.tensor(2, 9, 6), [2, 2], [2, 2], [0, 0], [1, 1], r.pick(False, True)),
+    aten.conv_transpose2d.input: lambda r: (r.tensor(2, 9, 6), r.tensor(2, 4, 2, 2)),
+    aten.im2col.default: lambda r: (r.tensor(2, 9, 6), [3, 2], [1, 1], [1, 0], [2, 1])}
 """Calls beside those that rules give as examples."""
 
 
@@ -280,7 +286,8 @@ def mixed_layout(rng: random.Random, shape: tuple[int, ...], spec: ShardingSpec)
     dims: list[Dim] = []
     for size in shape:
         drawn = mixed_dim(rng, size, spec)
-        dims.append(Dim.replicated(size) if any(drawn.axes & d.axes for d in dims) else drawn)
+        # What only one rank holds of a dimension of one is given to all at once.
+        dims.append(Dim.replicated(size) if size == 1 or any(drawn.axes & d.axes for d in dims) else drawn)
     return Layout(tuple(dims))
 
 
@@ -294,6 +301,7 @@ def test_any_layout_becomes_any_other(seed: int) -> None:
     program, seeds = replace(program, spec=spec), {program.main.graph.output_node().args[0][0].name: wanted}
     positions = [position_of(rank, spec) for rank in range(spec.world_size)]
     made = [local_program(program, [given], rank, seeds=seeds) for rank in range(spec.world_size)]
+    assert all(len(n.args[0]) > 1 for p, _ in made for n in p.main.graph.nodes if n.target is aten.cat.default)
     results = lockstep.run([p.main for p, _ in made], [[piece(x, given, position)] for position in positions])
     for position, (_, (layout,)), (got,) in zip(positions, made, results, strict=True):
         for had, found, asked in zip(given.dims, layout.dims, wanted.dims, strict=True):
@@ -301,6 +309,39 @@ def test_any_layout_becomes_any_other(seed: int) -> None:
             assert found == asked or (found == had and had.axes == {BATCH} and not asked.sharded)
         assert torch.equal(got, piece(x.relu(), layout, position))
         assert Value(None, layout, got.dtype).local_bytes(position) == got.nbytes
+
+
+PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.mm.default, aten.scaled_dot_product_attention.default}
+
+
+@pytest.mark.parametrize("op", list(RULES), ids=str)
+def test_rule_on_pieces_of_batch_and_tokens(op: Any) -> None:
+    """Where one dimension holds shares of both, one after the other."""
+    for seed in range(30 if op in PRODUCTS else 3):
+        rng = random.Random(f"{op} {seed}")
+        args, spec = RULES[op].example(Drawn(rng)), ShardingSpec(ulysses_degree=2, cfg_degree=2)
+        layouts = [mixed_layout(rng, tuple(t.shape), spec) for t in flatten(args)[0]]
+        assert_exact(op, args, layouts, spec)
+
+
+def halved(rng: random.Random, shape: tuple[int, ...]) -> Layout:
+    """One dimension, if any is even, is cut in two halves."""
+    even = [i for i, n in enumerate(shape) if n and n % 2 == 0]
+    layout = Layout.replicated(shape)
+    return layout.replace(i, Dim.even(shape[i], 2)) if even and (i := rng.choice(even)) >= 0 else layout
+
+
+@pytest.mark.parametrize("op", [op for op in RULES if op is not aten.select.int], ids=str)
+def test_what_is_counted_is_what_is_sent(op: Any) -> None:
+    """Of even shares: others are padded here and there, as is the one slice of ``select``, which lies on one rank."""
+    for seed in range(4):
+        rng = random.Random(f"{op} {seed}")
+        program, tensors = program_of(op, RULES[op].example(Drawn(rng)))
+        spec, layouts = SPECS[seed % 2], [halved(rng, tuple(t.shape)) for t in tensors]
+        for rank in range(2):
+            local, _ = local_program(replace(program, spec=spec), layouts, rank)
+            sent = sum(c.size * c.times for c in costs_of(local).collectives)
+            assert sent == sum(n.size for n in local.notes), (seed, rank, *layouts, local.notes)
 
 
 def served(op: Any, seed: int) -> bool:
