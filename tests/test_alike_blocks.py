@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -426,3 +427,17 @@ def test_what_is_common_stays_one_kind() -> None:
     model.blocks[1].requires_grad_(False)
     with torch.no_grad():
         assert capture(model, (torch.randn(2, 4),)).calls() == {"main": 1, "blocks": 3}
+
+
+def test_an_error_of_the_model_is_raised_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    """It is not traced once more without looking for blocks, which would take as long again."""
+    def fails(model: Any, x: Tensor) -> Tensor:
+        raise ValueError("mine")
+
+    caplog.set_level(logging.INFO, "xdit_compile")
+    with torch.no_grad(), pytest.raises(ValueError, match="mine"):
+        capture(Stack(plain, nothing, None, fails).eval(), (torch.randn(2, 4),))
+    assert "again" not in caplog.text
+    with torch.no_grad():
+        capture(Stack(*ROWS["a counter"]).eval(), (torch.randn(2, 4),))
+    assert "again" in caplog.text
