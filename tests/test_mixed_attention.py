@@ -115,7 +115,7 @@ def tokens(rng: random.Random, size: int, parts: int) -> Dim:
 def drawn_attention(rng: random.Random) -> tuple[tuple[Any, ...], list[Layout], ShardingSpec]:
     """Queries, keys, values and perhaps a mask, each cut in a way of its own or like the others."""
     spec = ShardingSpec(**dict(zip(("ulysses_degree", "ring_degree", "cfg_degree"), rng.choice(DEGREES), strict=True)))
-    batch = rng.choice([(2,), (2, 3)] if spec.batch_degree > 1 else [(2,), (2,), (1,), (2, 3), ()])
+    batch = rng.choice([(2,), (2, 3)] if spec.batch_degree > 1 else [(2,), (1,), (2, 3), (2, 3), ()])
     kv_heads = rng.choice([1, 2, 3, 4])
     heads, width, value = kv_heads * rng.choice([1, 1, 2, 3]), rng.choice([2, 4]), rng.choice([2, 4, 6])
     rows = tokens(rng, rng.randint(12, 18), spec.sequence_degree)
@@ -125,7 +125,7 @@ def drawn_attention(rng: random.Random) -> tuple[tuple[Any, ...], list[Layout], 
               (*batch, kv_heads, columns.size, value)]
     whole = (*batch, heads, rows.size, columns.size)
     if rng.random() < 0.6:
-        some = rng.choice([0.0, 0.0, 0.5])
+        some = rng.choice([0.0, 0.5])
         shapes.append(tuple(1 if rng.random() < some else n for n in whole)[-rng.choice([2, 3, 4, 5, 5]):])
     draw = Drawn(rng)
     q, k, v, *masks = (draw.tensor(*shape) for shape in shapes)
