@@ -203,3 +203,15 @@ def test_keys_come_to_a_mask_that_is_larger_than_they_are(large: bool) -> None:
     local, _ = local_program(program, layouts, 0)
     assert bool(local.main.graph.find_nodes(op="call_function", target=SDPA)) is large, "else it is a ring"
     assert_exact(SDPA, (q, k, v, mask), layouts, program.spec)
+
+
+@pytest.mark.parametrize("dim", range(4))
+def test_queries_that_attend_to_whole_keys_are_said_to(dim: int) -> None:
+    """And none are where it is the batch, the heads or nothing that is cut."""
+    q, k, v = (torch.randn(2, 4, 6, 4) for _ in range(3))
+    program, _ = program_of(SDPA, (q, k, v))
+    layouts = [Layout.replicated(x.shape) for x in (q, k, v)]
+    layouts[0] = layouts[0].replace(dim, Dim.even(q.shape[dim], 2))
+    local, _ = local_program(replace(program, spec=ShardingSpec(ulysses_degree=2)), layouts, 0)
+    assert [n.text for n in local.notes if n.kind == "attention"] == (
+        ["local: queries [6/2] attend to whole keys [6]"] if dim == 2 else [])

@@ -100,4 +100,12 @@ EQUIVALENTS: dict[tuple[str, str, str], str] = {
      "x, space, padding, finish = _slid(s, s.filled(x, (0, 1)), kernel, stride, padding)",
      "x, space, padding, finish = _slid(s, s.filled(x, ( 1, 1)), kernel, stride, padding)"):
         "PyTorch pools a batch of none",
+    ("passes/batch_axis.py",
+     "flops, best = min(((estimate(o).flops, i) for i, o in enumerate(options)), default=(0, -1))",
+     "flops, best = min(((estimate(o).flops, i) for i, o in enumerate(options)), default=( -1, -1))"):
+        "where there is no option, nobody asks what it costs",
+    ("runtime/execution/loop_invariant_cache.py",
+     "flat = tensor[torch.unravel_index(torch.arange(0, count, count // PROBE), tensor.shape)]",
+     "flat = tensor[torch.unravel_index(torch.arange( 1, count, count // PROBE), tensor.shape)]"):
+        "another sample of the elements is as good",
 }
