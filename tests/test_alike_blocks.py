@@ -441,3 +441,24 @@ def test_an_error_of_the_model_is_raised_at_once(caplog: pytest.LogCaptureFixtur
     with torch.no_grad():
         capture(Stack(*ROWS["a counter"]).eval(), (torch.randn(2, 4),))
     assert "again" in caplog.text
+
+
+@pytest.mark.parametrize("inside", range(3))
+@pytest.mark.parametrize("around", range(6))
+def test_what_was_made_inside_is_taken_for_nothing_around(inside: int, around: int) -> None:
+    """The model takes what the first block has left, if it has run, or else one of its own."""
+    def leaves(block: Any, x: Tensor) -> Tensor:
+        for i in range(3):
+            x = x + 0.5 * i
+            if vars(block)["held"] == 0:
+                HERE.features.append(x)
+        return x
+
+    def takes(model: Any, x: Tensor) -> Tensor:
+        made = [x * (2.0 + i) for i in range(6)]
+        return x + (HERE.features[inside] if HERE.features else made[around])
+
+    torch.manual_seed(0)
+    model, x = Stack(leaves, holding(int), None, takes).requires_grad_(False).eval(), torch.randn(2, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(run(capture(model, (x,)), model, x), model(x))

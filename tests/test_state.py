@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from xdit_compile.driver.compile_call import compile_program
-from xdit_compile.frontend.model_state import describe
+from xdit_compile.frontend.model_state import DEPTH, describe
 from xdit_compile.frontend.objects import MISSING
 from xdit_compile.frontend.program_cache import captured
 from xdit_compile.frontend.state_watch import LookedInto, Watch
@@ -99,6 +99,19 @@ def test_program_reads_the_layers_that_are_there_and_keeps_none() -> None:
     torch.testing.assert_close(run([x])[0], m(x))
     gc.collect()
     assert old() is None
+
+
+@pytest.mark.parametrize("depth", [1, DEPTH // 2, DEPTH - 3])
+def test_what_lies_deep_is_followed(depth: int) -> None:
+    m, inner = model(), {"gain": 1.0}
+    held = inner
+    for _ in range(depth):
+        held = {"held": held}
+    m.held = held
+    before = describe(m).value
+    assert describe(m).value == before
+    inner["gain"] = 2.0
+    assert describe(m).value != before
 
 
 class Thing:
