@@ -19,6 +19,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from xdit_compile.errors import PlanError
 from xdit_compile.ir.layout import BATCH, EVERY, PATCH, SEQUENCE, Dim, Layout, Segment, concatenate, even_offsets
 from xdit_compile.ir.mesh import STAGE, axis_sizes, position_of
 from xdit_compile.ir.program import Program, is_collective
@@ -255,6 +256,7 @@ WIDER: dict[Any, Callable[[Drawn], tuple[Any, ...]]] = {
     aten.matmul.default: broadcast_product,
     aten.avg_pool1d.default: any_average(1), aten.avg_pool2d.default: any_average(2),
     aten.avg_pool3d.default: any_average(3),
+    aten.roll.default: lambda r: (r.tensor(2, 6, 4), [r.pick(1, -3, 8)]),
     aten.conv2d.default: lambda r: (r.tensor(2, 9, 6), r.tensor(4, 2, 3, 3), None, [1, 1], [1, 1]),
     aten.max_pool2d.default: lambda r: (r.tensor(2, 9, 6), [2, 2], [2, 2], [0, 0], [1, 1], r.pick(False, True)),
     aten.conv_transpose2d.input: lambda r: (r.tensor(2, 9, 6), r.tensor(2, 4, 2, 2)),
@@ -690,3 +692,25 @@ def test_no_row_is_sent_that_is_not_read(op: Any) -> None:
             assert sum(sum(n.args[1]) for n in got) == sum(not c <= r < d for r in read), (seed, args[1:], cut, rank)
             tried += 1
     assert tried > 10
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_a_sum_over_text_and_image(seed: int) -> None:
+    """Of which all hold the text, and each a share of the image."""
+    rng = random.Random(seed)
+    mixed, spec = concatenate(rng.sample([Dim.replicated(3), Dim.even(6, 2)], 2)), SPECS[seed % 2]
+    layouts = [Layout.replicated((2, 5, 9)), Layout.replicated((2, 9, 4))]
+    for i, at in rng.choice([[(0, 2)], [(1, 1)], [(0, 2), (1, 1)]]):
+        layouts[i] = layouts[i].replace(at, mixed)
+    assert_exact(aten.bmm.default, (Drawn(rng).tensor(2, 5, 9), Drawn(rng).tensor(2, 9, 4)), layouts, spec)
+
+
+def test_a_piece_that_is_not_what_its_layout_says_is_found() -> None:
+    program, _ = program_of(aten.relu.default, (torch.randn(4, 6),))
+    cut = Layout.replicated((4, 6)).replace(0, Dim.even(4, 2))
+    local, _ = local_program(replace(program, spec=SPECS[0]), [cut], 0)
+    (node,) = local.main.graph.find_nodes(op="call_function", target=aten.relu.default)
+    for wrong in (Layout.replicated((4, 6)), Layout.replicated((4, 6)).replace(1, Dim.even(6, 2))):
+        node.meta["layout"] = wrong
+        with pytest.raises(PlanError):
+            check(local)
