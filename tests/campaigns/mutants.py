@@ -59,6 +59,7 @@ TARGETS = {
     "xdit_compile/ir/layout.py": ["tests/test_layout.py", "tests/test_rules.py"],
     "xdit_compile/ir/guards.py": ["tests/test_state_read.py", "tests/test_capture.py"],
     "xdit_compile/ir/containers.py": ["tests/test_values_in_and_out.py"],
+    "xdit_compile/passes/rules/attention.py": ["tests/test_mixed_attention.py", "tests/test_rules.py"],
     "xdit_compile/passes/rules/*.py": ["tests/test_rules.py"],
     "xdit_compile/passes/shard.py": ["tests/test_rules.py", "tests/test_seeds.py", "tests/test_batch.py"],
     "xdit_compile/passes/emitter.py": ["tests/test_rules.py"],
