@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -330,14 +331,23 @@ def test_numbers_that_make_two_kinds() -> None:
     torch.testing.assert_close(run(program, model, x), model(x))
 
 
+class Pair(nn.Module):
+    """A block with two results."""
+
+    def __init__(self, results: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.inner, self.results = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), results
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.results(self.inner(x))
+
+
 class Two(nn.Module):
     """Blocks with two results, into the first of which the model writes."""
 
     def __init__(self, results: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)) for _ in range(3))
-        for block in self.blocks:
-            block.forward = lambda x, inner=block.forward: results(inner(x))  # type: ignore[method-assign]
+        self.blocks = nn.ModuleList(Pair(results) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -357,9 +367,98 @@ def test_results_that_share_memory(results: Any) -> None:
         torch.testing.assert_close(run(program, model, x), model(x))
 
 
+ALIKE: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any, Tensor], Tensor]]] = {
+    "getters that give tensors": (lambda b, x: x.mT.mT.real + x.T.T.data.detach(), at_the_end),
+    "keywords": (lambda b, x: torch.clamp(x, min=-3.0, max=2.5), at_the_end),
+    "conversions to what it is": (lambda b, x: x.to(x.dtype).float(), at_the_end),
+    "conversions around them": (plain, lambda m, x: x.to(x.dtype).float().contiguous() * 2),
+    "conversions by keyword": (lambda b, x: x.to(dtype=x.dtype), lambda m, x: x.to(dtype=x.dtype) + 1),
+    "conversions and back": (lambda b, x: x.double().float(), lambda m, x: x.half().float()),
+    "what is given back": (lambda b, x: torch.dropout(x.type_as(x).resolve_conj(), 0.5, False),
+                           lambda m, x: torch.dropout(x.type_as(x).resolve_conj(), 0.5, False).expand_as(x) + 1),
+    "shapes": (lambda b, x: x.view(x.shape[0], -1) * x.size(-1), lambda m, x: x.reshape(x.shape) / len(x)),
+    "splits": (lambda b, x: torch.cat(x.chunk(2, -1)[::-1], -1), lambda m, x: torch.stack(x.unbind(0))),
+    "a dictionary": (lambda b, x: {"a": x, "b": [x]}["b"][0], at_the_end),
+    "factories": (lambda b, x: x + torch.arange(4, dtype=x.dtype, device=x.device), lambda m, x: x + torch.ones(4)),
+    "in place": (lambda b, x: x.clone().mul_(2).add_(1, alpha=2), lambda m, x: x.clone().add_(1)),
+    "numbers and texts": (lambda b, x: torch.einsum("ab,ab->ab", x, x) * 0.5 * 3, at_the_end)}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_what_blocks_ask_alike_stays_one_kind(name: str) -> None:
+    torch.manual_seed(0)
+    use, after = ALIKE[name]
+    model, x = Stack(use, nothing, None, after).requires_grad_(False).eval(), torch.randn(2, 4)
+    with torch.no_grad():
+        program = capture(model, (x,))
+        assert program.calls() == {"main": 1, "blocks": 3}
+        torch.testing.assert_close(run(program, model, x), model(x))
+
+
+class Asks(Two):
+    """Asks what the first result of a block is, beside its values."""
+
+    def __init__(self, results: Callable[[Tensor], tuple[Tensor, Tensor]], ask: Callable[[Tensor], Any]) -> None:
+        super().__init__(results)
+        self.ask = ask
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            first, x = block(x)
+            x = x * (2 if self.ask(first) else 1)
+        return x
+
+
+@pytest.mark.parametrize("ask", [lambda t: t._is_view(), lambda t: t._base is None, lambda t: t._version,
+                                 lambda t: t.requires_grad, lambda t: t.is_leaf])
+@pytest.mark.parametrize("results", [lambda h: (h.view(h.shape), h), lambda h: (h[:, :2], h), lambda h: (h + 1, h),
+                                     lambda h: ((h * 2).add_(1), h)])
+def test_what_a_result_is(ask: Any, results: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Asks(results, ask).requires_grad_(False).eval(), torch.randn(2, 4)
+    with torch.no_grad():
+        program = capture(model, (x,))
+        torch.testing.assert_close(run(program, model, x), model(x))
+
+
 def test_what_is_common_stays_one_kind() -> None:
     """Numbers of numpy, and whether weights are frozen, make no two kinds of what is one."""
     model = Stack(lambda b, x: x / np.sqrt(x.shape[-1]) * np.float32(2), nothing, None, at_the_end).eval()
     model.blocks[1].requires_grad_(False)
     with torch.no_grad():
         assert capture(model, (torch.randn(2, 4),)).calls() == {"main": 1, "blocks": 3}
+
+
+def test_an_error_of_the_model_is_raised_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    """It is not traced once more without looking for blocks, which would take as long again."""
+    def fails(model: Any, x: Tensor) -> Tensor:
+        raise ValueError("mine")
+
+    caplog.set_level(logging.INFO, "xdit_compile")
+    with torch.no_grad(), pytest.raises(ValueError, match="mine"):
+        capture(Stack(plain, nothing, None, fails).eval(), (torch.randn(2, 4),))
+    assert "again" not in caplog.text
+    with torch.no_grad():
+        capture(Stack(*ROWS["a counter"]).eval(), (torch.randn(2, 4),))
+    assert "again" in caplog.text
+
+
+@pytest.mark.parametrize("inside", range(3))
+@pytest.mark.parametrize("around", range(6))
+def test_what_was_made_inside_is_taken_for_nothing_around(inside: int, around: int) -> None:
+    """The model takes what the first block has left, if it has run, or else one of its own."""
+    def leaves(block: Any, x: Tensor) -> Tensor:
+        for i in range(3):
+            x = x + 0.5 * i
+            if vars(block)["held"] == 0:
+                HERE.features.append(x)
+        return x
+
+    def takes(model: Any, x: Tensor) -> Tensor:
+        made = [x * (2.0 + i) for i in range(6)]
+        return x + (HERE.features[inside] if HERE.features else made[around])
+
+    torch.manual_seed(0)
+    model, x = Stack(leaves, holding(int), None, takes).requires_grad_(False).eval(), torch.randn(2, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(run(capture(model, (x,)), model, x), model(x))

@@ -120,6 +120,24 @@ def test_memory_with_gaps_is_refused() -> None:
     assert val(next(iter(captured.main.graph.nodes))).shape == (4, 3)
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_memory_that_is_the_tensors_own_is_read_by_strides_and_no_other(seed: int) -> None:
+    """The tensor lies at the beginning of more memory, of which it has nothing."""
+    rng = random.Random(seed)
+    x = torch.randn(30)[:12].view(rng.choice([(12,), (3, 4), (2, 6)]))
+    x = x.t() if x.ndim > 1 and rng.random() < 0.5 else x
+    size = [rng.randint(1, 4) for _ in range(rng.randint(1, 3))]
+    call = x, size, [rng.randint(0, 5) for _ in size], rng.choice([0, 0, 1, 3])
+    last = call[3] + sum((n - 1) * s for n, s in zip(size, call[2], strict=True))
+    if last >= 30:
+        return
+    if last < 12:
+        test_spelled_otherwise_it_is_the_same(aten.as_strided.default, call)
+    else:
+        with pytest.raises(PlanError, match="a view of a larger one"):
+            canonicalize(program_of(aten.as_strided.default, call)[0])
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_random_writes_become_concatenations(seed: int) -> None:
     rng = random.Random(seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, fields
+from dataclasses import FrozenInstanceError, dataclass, fields, is_dataclass
 from typing import Any
 
 import pytest
@@ -83,6 +83,29 @@ def test_values_that_are_read_are_guarded(name: str) -> None:
     assert program.guards.hold([X + 1, alike]), "other values of what is not read"
     with torch.no_grad():
         assert torch.equal(run(program, model, X + 1, alike), model(X + 1, alike))
+
+
+def test_what_a_program_is_made_of_does_not_change() -> None:
+    """All values in it are immutable."""
+    found: dict[int, Any] = {}
+
+    def walk(value: Any) -> None:
+        if id(value) in found or isinstance(value, (type, Tensor, torch.fx.GraphModule)):
+            return
+        found[id(value)] = value
+        if is_dataclass(value):
+            with pytest.raises(FrozenInstanceError):
+                setattr(value, fields(value)[0].name, None)
+            for f in fields(value):
+                walk(getattr(value, f.name))
+        elif isinstance(value, dict):
+            walk([*value, *value.values()])
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            for v in value:
+                walk(v)
+
+    walk(capture(Function(READS["boolean index"][0]), (X, MASK)))
+    assert len({type(v) for v in found.values() if is_dataclass(v)}) > 6
 
 
 def test_what_is_not_read_is_not_guarded() -> None:

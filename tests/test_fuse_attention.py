@@ -33,6 +33,8 @@ MASKS: dict[str, tuple[Step, bool]] = {
     "hidden": (lambda s: s.masked_fill(torch.ones(5, 7).triu(1).bool(), -torch.inf), True),
     "low": (lambda s: s.masked_fill(torch.ones(5, 7).triu(1).bool(), torch.finfo(s.dtype).min), True),
     "not_low": (lambda s: s.masked_fill(torch.ones(5, 7).triu(1).bool(), -4.0), False),
+    "half": (lambda s: s + torch.linspace(-1, 1, 35).view(5, 7).half(), False),
+    "whole": (lambda s: s + torch.arange(35).view(5, 7), False),
     "two": (lambda s: (s + torch.linspace(-1, 1, 7)) + torch.linspace(-1, 1, 35).view(5, 7), False)}
 SOFTMAXES: dict[str, tuple[Step, bool]] = {
     "softmax": (lambda s: s.softmax(-1), True), "by_place": (lambda s: s.softmax(s.ndim - 1), True),
@@ -101,12 +103,14 @@ def test_weights_that_are_used_otherwise_stay() -> None:
     assert not check(Attends([lambda s: s.softmax(-1), lambda s: s.relu()]), operands(2, 4))
 
 
-@pytest.mark.parametrize(("beta", "alpha", "fused"), [
-    (0.0, 0.5, True), (1.0, 1.0, True), (1.0, 0.5, True), (0.5, 1.0, False)])
-def test_products_that_are_added_to_something(beta: float, alpha: float, fused: bool) -> None:
+@pytest.mark.parametrize("beta", [None, 0.0, 1.0, 0.5])
+@pytest.mark.parametrize("alpha", [None, 1.0, 0.5])
+def test_products_that_are_added_to_something(beta: float | None, alpha: float | None) -> None:
+    named = {name: value for name, value in (("beta", beta), ("alpha", alpha)) if value is not None}
+
     class Added(nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             bias = torch.linspace(-1, 1, 35).view(5, 7).expand(4, 5, 7)
-            return torch.baddbmm(bias, q, k.transpose(1, 2), beta=beta, alpha=alpha).softmax(-1) @ v
+            return torch.baddbmm(bias, q, k.transpose(1, 2), **named).softmax(-1) @ v
 
-    assert check(Added(), operands(4)) is fused
+    assert check(Added(), operands(4)) is (beta != 0.5)

@@ -4,6 +4,8 @@ of several dimensions, under random splits: its numbers, and the bytes that its 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from typing import Any
 
 import lockstep
 import pytest
@@ -12,10 +14,12 @@ import torch.nn.functional as F
 from emulation import difference, held
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from test_rules import Drawn, assert_exact, local_program, program_of, random_dim
+from torch import Tensor, fx, nn
 
 from xdit_compile.frontend.capture import capture
-from xdit_compile.ir.layout import SEQUENCE, Dim
+from xdit_compile.ir.layout import BATCH, SEQUENCE, Dim, Layout, concatenate
+from xdit_compile.ir.program import Program, is_collective
 from xdit_compile.passes import localize, plan
 from xdit_compile.passes.attention_plan import AttentionPlan
 from xdit_compile.report.costs import costs_of
@@ -30,7 +34,7 @@ class Mixed(nn.Module):
     def __init__(self, rng: random.Random) -> None:
         super().__init__()
         self.kv_heads = rng.choice([2, 3, 4, 5])
-        self.heads, width, value = self.kv_heads * rng.choice([1, 1, 2]), rng.choice([4, 8]), rng.choice([4, 8, 12])
+        self.heads, width, value = self.kv_heads * rng.choice([1, 1, 2, 3]), rng.choice([4, 8]), rng.choice([4, 8, 12])
         self.joint, self.text_first, self.mask = rng.random() < 0.6, rng.random() < 0.5, rng.choice(
             ["", "", "keys", "pairs", "heads", "causal"])
         self.enter, self.out = nn.Linear(5, 16), nn.Linear(self.heads * value, 5)
@@ -60,15 +64,18 @@ class Mixed(nn.Module):
         return self.out(mixed[..., -n:, :] if self.joint and self.text_first else mixed[..., :n, :])
 
 
-@pytest.mark.parametrize("seed", range(24))
+SPECS = ("ulysses=2", "ulysses=3", "ulysses=4", "ulysses=5", "ring=2", "ring=3", "ring=4", "ulysses=2,ring=2",
+         "ulysses=3,ring=2")
+
+
+@pytest.mark.parametrize("seed", range(40))
 def test_numbers_and_bytes(seed: int) -> None:
     rng = random.Random(seed)
     torch.manual_seed(seed)
     model = Mixed(rng).requires_grad_(False).eval()
     batch = rng.choice([(2,), (2,), (1,), (2, 3)])
     tensors = [torch.randn(*batch, rng.randint(16, 25), 5), torch.randn(*batch, rng.choice([1, 3, 8]), 16)]
-    spec = ShardingSpec.parse(rng.choice(["ulysses=2", "ring=2", "ring=3", "ulysses=2,ring=2", "ring=4",
-                                          *(["ulysses=4"] if model.kv_heads > 3 else [])]))
+    spec = rng.choice([s for s in map(ShardingSpec.parse, SPECS) if s.ulysses_degree <= model.heads])
     with torch.no_grad():
         whole, seeds = plan(capture(model, tensors), spec)
         ranks = [localize(whole, seeds, rank) for rank in range(spec.world_size)]
@@ -93,3 +100,118 @@ def test_a_rank_gets_the_key_heads_that_its_query_heads_read(kv_heads: int, grou
     for u in range(ulysses):
         read = {head // group for head in range(*cuts[u : u + 2])}
         assert not read or plan.kv_range(u) == (min(read), max(read) + 1)
+
+
+DEGREES = ((2, 1, 1), (3, 1, 1), (4, 1, 1), (1, 2, 1), (1, 3, 1), (2, 2, 1), (3, 2, 1), (2, 1, 2), (1, 2, 2), (2, 1, 2))
+
+
+def tokens(rng: random.Random, size: int, parts: int) -> Dim:
+    """As models lay them out: all cut, or text before or after that every rank holds."""
+    text = rng.choice([0, 0, 1, 3, 8])
+    image = random_dim(rng, size - text, parts, cut=rng.choice(["even", "uneven", "empty shares"]))
+    return concatenate(rng.sample([Dim.replicated(text), image], 2))
+
+
+def drawn_attention(rng: random.Random) -> tuple[tuple[Any, ...], list[Layout], ShardingSpec]:
+    """Queries, keys, values and perhaps a mask, each cut in a way of its own or like the others."""
+    spec = ShardingSpec(**dict(zip(("ulysses_degree", "ring_degree", "cfg_degree"), rng.choice(DEGREES), strict=True)))
+    batch = rng.choice([(2,), (2, 3)] if spec.batch_degree > 1 else [(2,), (1,), (2, 3), (2, 3), ()])
+    kv_heads = rng.choice([1, 2, 3, 4])
+    heads, width, value = kv_heads * rng.choice([1, 1, 2, 3]), rng.choice([2, 4]), rng.choice([2, 4, 6])
+    rows = tokens(rng, rng.randint(12, 18), spec.sequence_degree)
+    rows = Dim.replicated(rng.randint(1, 3)) if rng.random() < 0.15 else rows  # fewer than ranks, perhaps
+    columns = rows if rng.random() < 0.5 else tokens(rng, rng.randint(12, 18), spec.sequence_degree)
+    shapes = [(*batch, heads, rows.size, width), (*batch, kv_heads, columns.size, width),
+              (*batch, kv_heads, columns.size, value)]
+    whole = (*batch, heads, rows.size, columns.size)
+    if rng.random() < 0.6:
+        some = rng.choice([0.0, 0.5])
+        shapes.append(tuple(1 if rng.random() < some else n for n in whole)[-rng.choice([2, 3, 4, 5, 5]):])
+    draw = Drawn(rng)
+    q, k, v, *masks = (draw.tensor(*shape) for shape in shapes)
+    masks = [m > -1 if rng.random() < 0.3 else m for m in masks]
+    causal = not masks and rng.random() < 0.3
+    layouts = [Layout.replicated(shape) for shape in shapes]
+    for i, dim in enumerate((rows, columns, columns, rows)[: len(shapes)]):
+        if shapes[i][-2] == dim.size and rng.random() < (0.9 if i < 3 else 0.5):
+            layouts[i] = layouts[i].replace(-2, dim)
+        if spec.batch_degree > 1 and len(shapes[i]) > 3 and shapes[i][0] == 2 and rng.random() < 0.9:
+            layouts[i] = layouts[i].replace(0, Dim.even(2, 2, BATCH))
+    named = {"scale": rng.choice([None, 0.3]), "enable_gqa": heads != kv_heads}
+    return (q, k, v, *(masks or [None]), 0.0, causal, named), layouts, spec
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_any_layout(seed: int) -> None:
+    args, layouts, spec = drawn_attention(random.Random(seed))
+    assert_exact(SDPA, args, layouts, spec)
+
+
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+
+
+def sent(local: Program) -> list[tuple[str, torch.Size]]:
+    return [(str(n.target), n.meta["val"].shape) for n in local.main.graph.nodes if is_collective(n)]
+
+
+@pytest.mark.parametrize("spec", ["ulysses=2", "ring=2"])
+@pytest.mark.parametrize("held", ["keys", "values"])
+def test_keys_or_values_that_are_whole_are_sliced(spec: str, held: str) -> None:
+    """To what is cut, and no less is distributed than where both are."""
+    q, k, v = (torch.randn(2, 4, n, 4) for n in (8, 6, 6))
+    program, _ = program_of(SDPA, (q, k, v))
+    program = replace(program, spec=ShardingSpec.parse(spec))
+    cut = [Layout.replicated(x.shape).replace(2, Dim.even(x.shape[2], 2)) for x in (q, k, v)]
+    some = list(cut)
+    some[1 if held == "keys" else 2] = Layout.replicated(k.shape)
+    assert_exact(SDPA, (q, k, v), some, program.spec)
+    for rank in range(2):
+        assert sent(local_program(program, some, rank)[0]) == sent(local_program(program, cut, rank)[0])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
+def test_what_is_sent_is_copied_once(ranks: int, kv_heads: int, group: int, batch: int) -> None:
+    """Where heads divide evenly, and values are as wide as keys."""
+    kv_heads *= ranks
+    tensors = [torch.randn(batch, h, 12, 4) for h in (kv_heads * group, kv_heads, kv_heads)]
+    program, _ = program_of(SDPA, (*tensors, None, 0.0, False, {"enable_gqa": True}))
+    program = replace(program, spec=ShardingSpec(ulysses_degree=ranks))
+    layouts = [Layout.replicated(x.shape).replace(2, Dim.even(12, ranks)) for x in tensors]
+    local, *others = (local_program(program, layouts, rank)[0] for rank in range(ranks))
+    for made in (local, *others):
+        (attends,) = made.main.graph.find_nodes(op="call_function", target=SDPA)
+        assert attends.args[1].meta["val"].shape[1] == kv_heads // ranks, "no key is there once for each that reads it"
+    nodes = [n for n in local.main.graph.nodes if n.op == "call_function"]
+    before = nodes[: next(i for i, n in enumerate(nodes) if is_collective(n))]
+
+    def memory(node: fx.Node) -> int:
+        return node.meta["val"].untyped_storage()._cdata
+
+    assert sum(all(memory(n) != memory(x) for x in n.all_input_nodes) for n in before) == 1
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_keys_come_to_a_mask_that_is_larger_than_they_are(large: bool) -> None:
+    """Of which each rank has the rows of its queries."""
+    width = 2 if large else 32
+    q, k, v = (torch.randn(1, 4, 12, width) for _ in range(3))
+    mask = torch.randn(1, 4, 12, 12)
+    program, _ = program_of(SDPA, (q, k, v, mask))
+    layouts = [Layout.replicated(x.shape).replace(2, Dim.even(12, 2)) for x in (q, k, v, mask)]
+    program = replace(program, spec=ShardingSpec(ring_degree=2))
+    local, _ = local_program(program, layouts, 0)
+    assert bool(local.main.graph.find_nodes(op="call_function", target=SDPA)) is large, "else it is a ring"
+    assert_exact(SDPA, (q, k, v, mask), layouts, program.spec)
+
+
+@pytest.mark.parametrize("dim", range(4))
+def test_queries_that_attend_to_whole_keys_are_said_to(dim: int) -> None:
+    """And none are where it is the batch, the heads or nothing that is cut."""
+    q, k, v = (torch.randn(2, 4, 6, 4) for _ in range(3))
+    program, _ = program_of(SDPA, (q, k, v))
+    layouts = [Layout.replicated(x.shape) for x in (q, k, v)]
+    layouts[0] = layouts[0].replace(dim, Dim.even(q.shape[dim], 2))
+    local, _ = local_program(replace(program, spec=ShardingSpec(ulysses_degree=2)), layouts, 0)
+    assert [n.text for n in local.notes if n.kind == "attention"] == (
+        ["local: queries [6/2] attend to whole keys [6]"] if dim == 2 else [])

@@ -65,6 +65,34 @@ def test_nothing_to_overlap_leaves_the_order() -> None:
     assert order(overlap(program)) == order(program)
 
 
+@settings(max_examples=30, deadline=None)
+@given(groups=st.lists(st.booleans(), min_size=1, max_size=4), many=st.integers(1, 3), before=st.integers(0, 5),
+       after=st.integers(0, 5))
+def test_work_is_shared_out_by_what_it_costs(groups: list[bool], many: int, before: int, after: int) -> None:
+    """Elements count, also where nothing is multiplied; views are free, and so move nothing else."""
+    def block(call, x):
+        out = x
+        for _ in range(len(groups)):
+            out = exchanged(call, out)
+        end = x
+        for _ in range(before):
+            end = call(aten.t.default, end)
+        for small in groups:
+            # Eight on one row are as much as one on all eight.
+            end = call(aten.slice.Tensor, end, 0, 0, 1) if small else end
+            made = end
+            for _ in range(many * (8 if small else 1)):
+                made = call(aten.relu.default, made)
+            out, end = call(aten.add.Tensor, out, made), x
+        for _ in range(after):
+            end = call(aten.t.default, end)
+        return call(aten.add.Tensor, out, end)
+
+    found = [name for name in order(overlap(program_with(block))) if name not in ("t", "slice", "add")]
+    assert found == [name for small in groups for name in (
+        "all_to_all_single", *["relu"] * many * (8 if small else 1), "wait_tensor")]
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_random_programs_mean_the_same(seed: int) -> None:

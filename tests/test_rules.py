@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import operator
 import random
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import lockstep
@@ -16,7 +19,19 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from xdit_compile.ir.layout import BATCH, EVERY, PATCH, SEQUENCE, TENSOR, Dim, Layout, Segment, even_offsets
+from xdit_compile.errors import PlanError
+from xdit_compile.ir.layout import (
+    BATCH,
+    EVERY,
+    PATCH,
+    SEQUENCE,
+    TENSOR,
+    Dim,
+    Layout,
+    Segment,
+    concatenate,
+    even_offsets,
+)
 from xdit_compile.ir.mesh import STAGE, axis_sizes, position_of
 from xdit_compile.ir.program import Program, is_collective
 from xdit_compile.ir.pytree import flatten
@@ -26,6 +41,7 @@ from xdit_compile.passes.lower_attention import lower_attention
 from xdit_compile.passes.rules import RULES
 from xdit_compile.passes.sharded_value import Value
 from xdit_compile.passes.verifier import check
+from xdit_compile.report.costs import costs_of
 from xdit_compile.spec import ShardingSpec
 
 
@@ -150,9 +166,10 @@ def program_of(op: Any, args: tuple[Any, ...]) -> tuple[Program, list[torch.Tens
     return Program(fx.GraphModule({}, graph), (), {}, outputs), tensors
 
 
-def local_program(program: Program, layouts: list[Layout], rank: int,
-                  patch: int = EVERY) -> tuple[Program, list[Layout]]:
-    """What ``rank`` runs for arguments laid out like this, and how its results are laid out."""
+def local_program(program: Program, layouts: list[Layout], rank: int, patch: int = EVERY,
+                  seeds: Mapping[str, Layout] = MappingProxyType({})) -> tuple[Program, list[Layout]]:
+    """What ``rank`` runs for arguments laid out like this, and how its results are laid out; ``seeds`` says of nodes
+    how they are to be."""
     assert program.spec is not None
     position, sizes = {**position_of(rank, program.spec), PATCH: patch}, axis_sizes(program.spec)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -162,11 +179,11 @@ def local_program(program: Program, layouts: list[Layout], rank: int,
     for node, layout in zip(program.main.graph.find_nodes(op="placeholder"), layouts, strict=True):
         holder = emitter.placeholder(node.name, node.meta["val"], layout.local_shape(position))
         values.append(Value(holder, layout, node.meta["val"].dtype))
-    results = interpreter.run(program.main.graph, values, {})
+    results = interpreter.run(program.main.graph, values, seeds)
     out = emitter.graph.output(tuple(v.node for v in results))
     out.meta["val"] = tuple(v.node.meta["val"] for v in results)
     made = Program(fx.GraphModule({}, emitter.graph), (), {}, program.outputs, frozenset({"captured"}), program.spec,
-                   position)
+                   position, notes=tuple(interpreter.cost.notes))
     made = lower_attention(made, sizes, mode)
     check(made)
     return made, [v.layout for v in results]
@@ -215,18 +232,130 @@ def cases(op: Any) -> int:
 @pytest.mark.parametrize("op", list(RULES), ids=str)
 def test_rule_on_pieces_equals_operator_on_whole(op: Any) -> None:
     for seed in range(cases(op)):
+        pieces_once(op, RULES[op].example, seed)
+
+
+def pieces_once(op: Any, example: Callable[[Drawn], tuple[Any, ...]], seed: int) -> None:
+    rng = random.Random(f"{op} {seed}")
+    args, spec = example(Drawn(rng)), SPECS[seed % len(SPECS)]
+    tensors, _ = flatten(args)
+    # One of the tensors, in turn, is cut in a way that is next; the others anyhow.
+    chosen = seed % len(tensors)
+    layouts = [random_layout(rng, tuple(t.shape), spec, seed // len(tensors) if i == chosen else -1)
+               for i, t in enumerate(tensors)]
+    try:
+        assert_exact(op, args, layouts, spec)
+    except Exception as error:
+        shown = [tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in args]
+        raise AssertionError(f"case {seed}: {spec}, {[str(lay) for lay in layouts]}, {shown}") from error
+
+
+def broadcast_product(r: Drawn) -> tuple[Any, ...]:
+    """Matrices of batches that have fewer dimensions, or ones, where the other has more."""
+    batch = r.pick((2,), (2, 5), (3, 2))
+    a, b = (tuple(n if r.pick(True, True, False) else 1 for n in batch)[r.pick(0, 0, 1, 2):] for _ in range(2))
+    return r.tensor(*a, 6, 4), r.tensor(*b, 4, 3)
+
+
+def any_average(n: int) -> Callable[[Drawn], tuple[Any, ...]]:
+    return lambda r: (r.tensor(*r.pick((3,), (3,), ()), 2, *[9, 6, 5][:n]), [r.pick(2, 3)] * n, [r.pick(1, 2)] * n,
+                      [r.pick(0, 1)] * n, r.pick(False, True), r.pick(False, True),
+                      *([r.pick(None, 3)] if n > 1 else []))
+
+
+aten = torch.ops.aten
+WIDER: dict[Any, Callable[[Drawn], tuple[Any, ...]]] = {
+    aten.matmul.default: broadcast_product,
+    aten.avg_pool1d.default: any_average(1), aten.avg_pool2d.default: any_average(2),
+    aten.avg_pool3d.default: any_average(3),
+    aten.roll.default: lambda r: (r.tensor(2, 6, 4), [r.pick(1, -3, 8)]),
+    aten.conv2d.default: lambda r: (r.tensor(2, 9, 6), r.tensor(4, 2, 3, 3), None, [1, 1], [1, 1]),
+    aten.max_pool2d.default: lambda r: (r.tensor(2, 9, 6), [2, 2], [2, 2], [0, 0], [1, 1], r.pick(False, True)),
+    aten.conv_transpose2d.input: lambda r: (r.tensor(2, 9, 6), r.tensor(2, 4, 2, 2)),
+    aten.im2col.default: lambda r: (r.tensor(2, 9, 6), [3, 2], [1, 1], [1, 0], [2, 1])}
+"""Calls beside those that rules give as examples."""
+
+
+@pytest.mark.parametrize("op", list(WIDER), ids=str)
+def test_wider_calls(op: Any) -> None:
+    for seed in range(40):
+        pieces_once(op, WIDER[op], seed)
+
+
+def mixed_dim(rng: random.Random, size: int, spec: ShardingSpec) -> Dim:
+    """Of which segments may be cut along different axes."""
+    kinds = [(SEQUENCE, spec.sequence_degree), (BATCH, spec.batch_degree)]
+    at = rng.randint(0, size)
+
+    def cut(n: int) -> Dim:
+        axis, parts = rng.choice(kinds)
+        return random_dim(rng, n, parts, axis, rng.choice(CUTS)) if parts > 1 and n and rng.random() < 0.8 else (
+            Dim.replicated(n))
+
+    return concatenate(cut(n) for n in rng.choice([(size,), (at, size - at)]))
+
+
+def mixed_layout(rng: random.Random, shape: tuple[int, ...], spec: ShardingSpec) -> Layout:
+    """No axis cuts two dimensions; what only one rank holds of a dimension of one is given to all at once."""
+    layout, taken = Layout.replicated(shape), set[str]()
+    for i in rng.sample(range(len(shape)), len(shape)):
+        drawn = mixed_dim(rng, shape[i], spec)
+        if shape[i] > 1 and not drawn.axes & taken and rng.random() < 0.6:
+            layout, taken = layout.replace(i, drawn), taken | drawn.axes
+    return layout
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_any_layout_becomes_any_other(seed: int) -> None:
+    """Of a result that is to be laid out anew, a rank holds its piece, and as many bytes as its layout says."""
+    rng = random.Random(seed)
+    spec, shape = rng.choice(SPECS), (rng.randint(1, 9), rng.randint(1, 9), 2)
+    given, wanted = (mixed_layout(rng, shape, spec) for _ in range(2))
+    program, (x,) = program_of(aten.relu.default, (Drawn(rng).tensor(*shape),))
+    program, seeds = replace(program, spec=spec), {program.main.graph.output_node().args[0][0].name: wanted}
+    positions = [position_of(rank, spec) for rank in range(spec.world_size)]
+    made = [local_program(program, [given], rank, seeds=seeds) for rank in range(spec.world_size)]
+    assert all(len(n.args[0]) > 1 for p, _ in made for n in p.main.graph.nodes if n.target is aten.cat.default)
+    results = lockstep.run([p.main for p, _ in made], [[piece(x, given, position)] for position in positions])
+    for position, (_, (layout,)), (got,) in zip(positions, made, results, strict=True):
+        for had, found, asked in zip(given.dims, layout.dims, wanted.dims, strict=True):
+            # Where nothing is said of it, a batch stays as it was.
+            assert found == asked or (found == had and had.axes == {BATCH} and not asked.sharded)
+        assert torch.equal(got, piece(x.relu(), layout, position))
+        assert Value(None, layout, got.dtype).local_bytes(position) == got.nbytes
+
+
+PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.mm.default, aten.scaled_dot_product_attention.default}
+
+
+@pytest.mark.parametrize("op", list(RULES), ids=str)
+def test_rule_on_pieces_of_batch_and_tokens(op: Any) -> None:
+    """Where one dimension holds shares of both, one after the other."""
+    for seed in range(30 if op in PRODUCTS else 3):
         rng = random.Random(f"{op} {seed}")
-        args, spec = RULES[op].example(Drawn(rng)), SPECS[seed % len(SPECS)]
-        tensors, _ = flatten(args)
-        # One of the tensors, in turn, is cut in a way that is next; the others anyhow.
-        chosen = seed % len(tensors)
-        layouts = [random_layout(rng, tuple(t.shape), spec, seed // len(tensors) if i == chosen else -1)
-                   for i, t in enumerate(tensors)]
-        try:
-            assert_exact(op, args, layouts, spec)
-        except Exception as error:
-            shown = [tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in args]
-            raise AssertionError(f"case {seed}: {spec}, {[str(lay) for lay in layouts]}, {shown}") from error
+        args, spec = RULES[op].example(Drawn(rng)), ShardingSpec(ulysses_degree=2, cfg_degree=2)
+        layouts = [mixed_layout(rng, tuple(t.shape), spec) for t in flatten(args)[0]]
+        assert_exact(op, args, layouts, spec)
+
+
+def halved(rng: random.Random, shape: tuple[int, ...]) -> Layout:
+    """One dimension, if any is even, is cut in two halves."""
+    even = [i for i, n in enumerate(shape) if n and n % 2 == 0]
+    layout = Layout.replicated(shape)
+    return layout.replace(i, Dim.even(shape[i], 2)) if even and (i := rng.choice(even)) >= 0 else layout
+
+
+@pytest.mark.parametrize("op", [op for op in RULES if op is not aten.select.int], ids=str)
+def test_what_is_counted_is_what_is_sent(op: Any) -> None:
+    """Of even shares: others are padded here and there, as is the one slice of ``select``, which lies on one rank."""
+    for seed in range(4):
+        rng = random.Random(f"{op} {seed}")
+        program, tensors = program_of(op, RULES[op].example(Drawn(rng)))
+        spec, layouts = SPECS[seed % 2], [halved(rng, tuple(t.shape)) for t in tensors]
+        for rank in range(2):
+            local, _ = local_program(replace(program, spec=spec), layouts, rank)
+            sent = sum(c.size * c.times for c in costs_of(local).collectives)
+            assert sent == sum(n.size for n in local.notes), (seed, rank, *layouts, local.notes)
 
 
 def served(op: Any, seed: int) -> bool:
@@ -239,6 +368,47 @@ def served(op: Any, seed: int) -> bool:
                Layout.replicated(t.shape) for i, t in enumerate(tensors)]
     _, results = local_program(replace(program, spec=spec), layouts, 0)
     return any(r.sharded for r in results)
+
+
+def per_sample(op: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the first dimension of all tensors is a batch: of a sample alone comes what comes of it among others."""
+    tensors, structure = flatten(args)
+    n = tensors[0].shape[0] if all(t.ndim for t in tensors) else 0
+    if n < 2 or any(t.shape[:1] != (n,) for t in tensors):
+        return False
+
+    def results(*given: Any) -> list[torch.Tensor]:
+        given, named = (given[:-1], given[-1]) if isinstance(given[-1], dict) else (given, {})
+        return flatten(op(*given, **named))[0]
+
+    whole = results(*args)
+    try:
+        parts = [results(*structure.build([t[i : i + 1] for t in tensors])) for i in range(n)]
+    except (RuntimeError, IndexError):
+        return False
+    return all(w.ndim and all(p[i].shape == (1, *w.shape[1:]) for p in parts) and w.shape[0] == n and torch.allclose(
+        w, torch.cat([p[i] for p in parts]), equal_nan=True) for i, w in enumerate(whole))
+
+
+NOT_FOLLOWED = {(aten.baddbmm.default, 0), (aten.scaled_dot_product_attention.default, 3), (aten.roll.default, 0)}
+"""What is added to a product is laid out as that is; and a roll of all samples around is one, though it moves none."""
+
+
+def test_a_batch_that_one_tensor_has_cut_is_not_gathered() -> None:
+    """What the others hold whole is sliced, and nothing is sent."""
+    spec, tried = ShardingSpec(ulysses_degree=2), 0
+    for op, seed in itertools.product(RULES, range(4)):
+        args = RULES[op].example(Drawn(random.Random(f"{op} {seed}")))
+        program, tensors = program_of(op, args)
+        chosen = [i for i, t in enumerate(tensors) if (op, i) not in NOT_FOLLOWED and t.is_floating_point()]
+        for i in chosen if tensors and per_sample(op, args) else ():
+            layouts = [Layout.replicated(t.shape) for t in tensors]
+            layouts[i] = layouts[i].replace(0, Dim.even(len(tensors[i]), 2))
+            local, results = local_program(replace(program, spec=spec), layouts, 0)
+            assert not any(is_collective(n) for n in local.main.graph.nodes), (op, i, args)
+            assert all(r.dims[0] == layouts[i].dims[0] for r in results), (op, i, args)
+            tried += 1
+    assert tried > 300
 
 
 WHOLE = {f"aten.{name}.default" for name in ("new_zeros", "new_ones", "new_full", "max", "min", "any", "all")}
@@ -506,3 +676,53 @@ def test_windows_send_only_what_others_need(op: Any, args: Any, pieces: tuple[in
         local, _ = local_program(program, layouts, rank)
         sent = [n for n in local.main.graph.nodes if is_collective(n) and n.target is not WAIT]
         assert len(sent) == exchanges, (rank, local.main.code)
+
+
+@pytest.mark.parametrize("op", [
+    aten.conv1d.default, aten.conv2d.default, aten.avg_pool1d.default, aten.avg_pool2d.default, aten.max_pool1d.default,
+    aten.max_pool2d.default, aten.conv_transpose1d.default, aten.conv_transpose2d.input], ids=str)
+def test_no_row_is_sent_that_is_not_read(op: Any) -> None:
+    """Of each row by itself it is tried which rows of the result it changes."""
+    spec, tried = ShardingSpec(ulysses_degree=2), 0
+    for seed in range(24):
+        rng = random.Random(f"{op} {seed}")
+        args = RULES[op].example(Drawn(rng))
+        program, (x, *others) = program_of(op, args)
+        if "transpose" in str(op) and others[0].shape[2] < args[3][0]:
+            continue  # some rows of the result are of no row, and are made with one that is near
+        cut = Dim.of([Segment((0, rng.randint(3, x.shape[2] - 3), x.shape[2]), SEQUENCE)])
+        layouts = [Layout.replicated(x.shape).replace(2, cut), *(Layout.replicated(t.shape) for t in others)]
+        made = [local_program(replace(program, spec=spec), layouts, rank) for rank in range(2)]
+        whole = program.main(x, *others)[0]
+        for rank, (local, (layout,)) in enumerate(made):
+            if not layout.dims[2].sharded:
+                continue
+            ((a, b),), ((c, d),) = (lay.dims[2].spans({SEQUENCE: rank}) for lay in (layout, layouts[0]))
+            read = [r for r in range(x.shape[2]) if not torch.equal(program.main(
+                x.index_fill(2, torch.tensor([r]), 9.0), *others)[0][:, :, a:b], whole[:, :, a:b])]
+            got = [n for n in local.main.graph.nodes if is_collective(n) and n.target is not WAIT]
+            assert sum(sum(n.args[1]) for n in got) == sum(not c <= r < d for r in read), (seed, args[1:], cut, rank)
+            tried += 1
+    assert tried > 10
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_a_sum_over_text_and_image(seed: int) -> None:
+    """Of which all hold the text, and each a share of the image."""
+    rng = random.Random(seed)
+    mixed, spec = concatenate(rng.sample([Dim.replicated(3), Dim.even(6, 2)], 2)), SPECS[seed % 2]
+    layouts = [Layout.replicated((2, 5, 9)), Layout.replicated((2, 9, 4))]
+    for i, at in rng.choice([[(0, 2)], [(1, 1)], [(0, 2), (1, 1)]]):
+        layouts[i] = layouts[i].replace(at, mixed)
+    assert_exact(aten.bmm.default, (Drawn(rng).tensor(2, 5, 9), Drawn(rng).tensor(2, 9, 4)), layouts, spec)
+
+
+def test_a_piece_that_is_not_what_its_layout_says_is_found() -> None:
+    program, _ = program_of(aten.relu.default, (torch.randn(4, 6),))
+    cut = Layout.replicated((4, 6)).replace(0, Dim.even(4, 2))
+    local, _ = local_program(replace(program, spec=SPECS[0]), [cut], 0)
+    (node,) = local.main.graph.find_nodes(op="call_function", target=aten.relu.default)
+    for wrong in (Layout.replicated((4, 6)), Layout.replicated((4, 6)).replace(1, Dim.even(6, 2))):
+        node.meta["layout"] = wrong
+        with pytest.raises(PlanError):
+            check(local)

@@ -445,6 +445,10 @@ def test_shares_count_what_ran_in_the_window() -> None:
     with pytest.raises(ScheduleError, match="no stage ran from step 0 to step 0"):
         Timeline((), 2).bubble(0, 0)
     assert Timeline((), 2).seconds == 0.0
+    for start in (-1.5, 0.0, 10.0):
+        told = Timeline(tuple(b.since(start) for b in bars), 2)
+        assert [(b.start + start, b.end + start) for b in told.bars] == [(b.start, b.end) for b in bars]
+        assert told.busy(1) == made.busy(1) and told.seconds == made.seconds
 
 
 def two() -> dict[str, Timeline]:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
+import random
 import weakref
+from collections import OrderedDict, UserDict
 from collections.abc import Callable
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from xdit_compile.driver.compile_call import compile_program
-from xdit_compile.frontend.model_state import describe
+from xdit_compile.frontend.model_state import DEPTH, describe
+from xdit_compile.frontend.objects import MISSING
 from xdit_compile.frontend.program_cache import captured
+from xdit_compile.frontend.state_watch import LookedInto, Watch
 from xdit_compile.runtime.execution.executor import Executor
 from xdit_compile.spec import ShardingSpec
 
@@ -92,3 +99,57 @@ def test_program_reads_the_layers_that_are_there_and_keeps_none() -> None:
     torch.testing.assert_close(run([x])[0], m(x))
     gc.collect()
     assert old() is None
+
+
+@pytest.mark.parametrize("depth", [1, DEPTH // 2, DEPTH - 3])
+def test_what_lies_deep_is_followed(depth: int) -> None:
+    m, inner = model(), {"gain": 1.0}
+    held = inner
+    for _ in range(depth):
+        held = {"held": held}
+    m.held = held
+    before = describe(m).value
+    assert describe(m).value == before
+    inner["gain"] = 2.0
+    assert describe(m).value != before
+
+
+class Thing:
+    """Any object."""
+
+
+def watched(rng: random.Random) -> tuple[Watch, list[Callable[[], None]]]:
+    """A watch of some places, and edits of what it watches, or of nothing of it."""
+    things, edits = [Thing() for _ in range(rng.randint(1, 3))], list[Callable[[], None]]()
+    into = LookedInto([])
+    for thing, name in itertools.product(things, "abc"):
+        if rng.random() < 0.8:
+            setattr(thing, name, Thing())
+            edits += [partial(setattr, thing, name, Thing()), partial(delattr, thing, name)]
+        into.getters.append(partial(getattr, thing, name, MISSING))
+        if hasattr(thing, name) and rng.random() < 0.5:
+            into.getters.append(partial(getattr, thing, "__dict__"))
+    for kind in (dict, OrderedDict, UserDict):
+        held = kind({i: Thing() for i in range(rng.randint(0, 3))})
+        into.mappings[id(held)] = held
+        edits += [partial(held.update, {9: Thing()}), held.clear] if held else [partial(held.update, {9: Thing()})]
+    items, space = [Thing() for _ in range(rng.randint(1, 3))], {name: Thing() for name in "xyz"}
+    into.sequences[id(items)] = items
+    chosen = rng.sample("xyz", rng.randint(1, 3))
+    into.names[id(space)] = space, dict.fromkeys(chosen)
+    array = np.zeros(rng.choice([1, 1 << 15]))
+    into.memory.append(array)
+    edits += [items.pop, items.clear, partial(items.append, 1), partial(items.__setitem__, 0, Thing()),
+              *(partial(space.__setitem__, n, Thing()) for n in chosen), partial(space.pop, chosen[0]),
+              partial(array.fill, 2.0)]
+    return Watch(into), edits
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_watch_tells_any_edit_and_no_other(seed: int) -> None:
+    rng = random.Random(seed)
+    for number in range(len(watched(random.Random(seed))[1])):
+        watch, edits = watched(random.Random(seed))
+        assert watch.holds() and watch.holds(fresh=rng.random() < 0.5)
+        edits[number]()
+        assert not watch.holds(fresh=True), edits[number]

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from xdit_compile.errors import XditError
 from xdit_compile.frontend.capture import capture
+from xdit_compile.frontend.objects import constants
 from xdit_compile.frontend.program_cache import captured, find
+from xdit_compile.frontend.reads import Ran, Reads
+from xdit_compile.ir.containers import CONSTANTS
 from xdit_compile.ir.pytree import flatten
 
 N, D = 12, 32
@@ -236,3 +239,40 @@ def test_settings_of_pytorch_that_forward_asks_for(name: str) -> None:
     finally:
         put(BEFORE.get(name, False))
     assert find(model, (x,), {}) is program
+
+
+def test_code_that_is_gone_hides_none_that_comes_to_lie_where_it_was() -> None:
+    """What PyTorch and the like make for a moment, and models too."""
+    def ran(name: str, i: int) -> Any:
+        space: dict[str, Any] = {"__name__": name}
+        exec(f"def made(): return {i}", space)
+        space["made"]()
+        return space.pop("made").__code__
+
+    reads = Reads()
+    with reads.recording():
+        theirs = [(ran("torch.made", i), ran("model", i))[1] for i in range(100)]
+    assert {id(code) for code in theirs} <= reads.codes.keys()
+
+
+@pytest.mark.parametrize("name", ["torch", "torch.nn.modules.linear", "torchvision", "transformers", "zoo", "a",
+                                  "model", "tor", None])
+def test_layers_are_those_of_pytorch(name: str | None) -> None:
+    code = (lambda: 0).__code__
+    assert Ran(code, {"__name__": name}).is_layer is (name is not None and name.partition(".")[0] == "torch")
+
+
+@pytest.mark.parametrize("cls", CONSTANTS)
+def test_what_is_of_a_class_of_its_own_is_no_constant(cls: type) -> None:
+    """It may hold more than its value, and that may change."""
+    given = {torch.dtype: torch.float32, torch.device: "cpu", torch.layout: torch.strided}.get(cls)
+    try:
+        value = cls() if given is None else given if isinstance(given, cls) else cls(given)
+    except TypeError:  # such that have fixed instances
+        return
+    assert constants(value)
+    try:
+        own = type("Own", (cls,), {})
+    except TypeError:  # such that have no heirs
+        return
+    assert not constants(own())

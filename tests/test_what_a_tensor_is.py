@@ -111,6 +111,7 @@ CASES: dict[str, tuple[Ask, list[Step]]] = {
     "strides": (lambda m, x, t: x.stride(-1) == 0, given(sample, lambda: sample(1)[..., :1].expand(1, 6, 8))),
     "where it begins": (lambda m, x, t: x.storage_offset() > 0, given(
         sample, lambda: torch.cat([sample(1), sample(2)], 1)[:, 6:])),
+    "how many bytes": (lambda m, x, t: x.nbytes > 100 and m.a.weight.nbytes > 250, TWO),
     "is a view": (lambda m, x, t: x._is_view(), given(sample, lambda: sample(1)[:])),
     "an attribute of an argument": (lambda m, x, t: getattr(x, "gain", 1.0) > 1, given(
         lambda: marked(sample(), 1.0), lambda: marked(sample(1), 2.0), sample)),
@@ -150,10 +151,11 @@ def check(got: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_answers_are_those_of_one_device(name: str) -> None:
+    """There and back: an answer may be less than before, or more."""
     ask, steps = CASES[name]
     plain, inside = made(ask), made(ask)
     parallel = xdit_compile.parallelize(inside, "ulysses=1")
-    for i, step in enumerate(steps):
+    for i, step in enumerate([*steps, *steps[::-1]]):
         check(parallel(step(inside), time(i)), plain(step(plain), time(i)))
 
 
@@ -170,8 +172,12 @@ def test_what_has_no_answer_is_refused(name: str) -> None:
     check(model.forward(sample(), time()), expected)
 
 
-def test_what_nobody_asks_makes_no_difference() -> None:
-    model = made()
+@pytest.mark.parametrize("ask", [lambda m, x, t: False, lambda m, x, t: x.nbytes * 1000 < 7 + m.table.nbytes,
+                                 lambda m, x, t: str(m.a.weight.device) + str(x.dtype) == "",
+                                 lambda m, x, t: x.size() == m.table.size() and x.dim() + x.numel() == 0])
+def test_what_nobody_asks_makes_no_difference(ask: Ask) -> None:
+    """Nor what is answered alike."""
+    model = made(ask)
     parallel = xdit_compile.parallelize(model, "ulysses=1")
     for x in (sample(), turned(1), marked(sample(2), 1.0), sample(3).requires_grad_()):
         parallel(x, time())

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import tempfile
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -57,17 +59,15 @@ class LineCoverage:
     def all(self) -> list[str]:
         return [*self._seconds]
 
-    def tests(self, file: Path, lines: Iterable[int], most: float) -> list[str]:
-        """Those that run one of these lines, quick ones first, as many as take ``most`` seconds."""
+    def tests(self, file: Path, lines: Iterable[int]) -> list[str]:
+        """Those that run one of these lines, quick ones first."""
         held = self._lines.get(str(file.relative_to(ROOT)), {})
         running = {t for line in lines for t in held.get(str(line), ()) if t in self._seconds}
-        chosen, spent = list[str](), 0.0
-        for test in sorted(running, key=self._seconds.__getitem__):
-            spent += self._seconds[test]
-            if spent > most:
-                break
-            chosen.append(test)
-        return chosen
+        return sorted(running, key=self._seconds.__getitem__)
+
+    def within(self, tests: Sequence[str], most: float) -> int:
+        """How many of these, from the first, take ``most`` seconds."""
+        return bisect_right([*accumulate(map(self._seconds.__getitem__, tests))], most)
 
 
 def _as_reported(test: str) -> str:

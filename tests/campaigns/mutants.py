@@ -2,11 +2,13 @@
 
     python tests/campaigns/mutants.py --count 40 --seed 0
     python tests/campaigns/mutants.py --count 400 --seed 0 --only passes/rules
+    python tests/campaigns/mutants.py --count 400 --seed 0 --numbers 17 203       # of the 400, these two
 
 First all these tests run once, under coverage, which takes some minutes (kept with ``--map FILE``). Changes are
 cosmic-ray's, and one more: an assigned value becomes 0. Each is made in a copy of the package; tests that run the
 changed line come first, quick ones before slow ones, then those that are named here for the file. A test that fails, or
-takes ten minutes, has caught it. Survivors are listed as diffs. Exit code 1 if there are any.
+takes ten minutes, has caught it. Changes that change nothing (``equivalents.py``) are not tried. Survivors are listed
+as diffs. Exit code 1 if there are any.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.operators.operator import Example, Operator
 from cosmic_ray.plugins import get_operator, operator_names
+from equivalents import EQUIVALENTS
 from line_coverage import LineCoverage
 from tqdm import tqdm
 
@@ -49,11 +52,14 @@ TIMEOUT = 600
 NOTHING = "nothing"
 MOST = 60
 """Seconds of tests that run a line, of which many are run by nearly all."""
+PROCESSES = re.compile(r"\bPool\b|subprocess")
+"""In a file whose tests start processes, of which coverage sees nothing."""
 
 TARGETS = {
     "xdit_compile/ir/layout.py": ["tests/test_layout.py", "tests/test_rules.py"],
     "xdit_compile/ir/guards.py": ["tests/test_state_read.py", "tests/test_capture.py"],
     "xdit_compile/ir/containers.py": ["tests/test_values_in_and_out.py"],
+    "xdit_compile/passes/rules/attention.py": ["tests/test_mixed_attention.py", "tests/test_rules.py"],
     "xdit_compile/passes/rules/*.py": ["tests/test_rules.py"],
     "xdit_compile/passes/shard.py": ["tests/test_rules.py", "tests/test_seeds.py", "tests/test_batch.py"],
     "xdit_compile/passes/emitter.py": ["tests/test_rules.py"],
@@ -135,6 +141,12 @@ class Mutant:
         lines = difflib.unified_diff(self.file.read_text().splitlines(), self.changed.splitlines(), lineterm="", n=0)
         return "\n".join(line for line in lines if not line.startswith(("---", "+++")))
 
+    def changes_nothing(self) -> str | None:
+        """The reason, where it is known to."""
+        changes = [line for line in self.diff().splitlines() if not line.startswith("@@")]
+        old, new = ("\n".join(c[1:].strip() for c in changes if c[0] == sign) for sign in "-+")
+        return EQUIVALENTS.get((str(self.file.relative_to(ROOT / "xdit_compile")), old, new))
+
     def lines(self) -> list[int]:
         """Numbers of the lines that it changes."""
         old, new = self.file.read_text().splitlines(), self.changed.splitlines()
@@ -206,8 +218,13 @@ def named_for(file: Path) -> list[str]:
 
 
 def tests_of(mutant: Mutant, covered: LineCoverage) -> list[str]:
-    """What is most likely to catch it comes first."""
-    return [*covered.tests(mutant.file, mutant.lines(), MOST), *named_for(mutant.file)]
+    """What is most likely to catch it comes first. Of files that start no processes, tests that are known not to run
+    its line are left out, unless none is known to."""
+    running = covered.tests(mutant.file, mutant.lines())
+    likely, named = running[: covered.within(running, MOST)], named_for(mutant.file)
+    alone = {f for f in named if f.startswith("tests/") and not PROCESSES.search((ROOT / f).read_text())}
+    idle = [t for t in covered.all() if t.partition("::")[0] in alone and t not in {*running}] if running else []
+    return [*likely, *named, *(f"--deselect={t}" for t in idle)]
 
 
 class Trial:
@@ -280,6 +297,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="files whose path holds this")
+    parser.add_argument("--numbers", type=int, nargs="+", help="of all drawn, only these")
     parser.add_argument("--jobs", type=int, default=2, help="how many are tried at once")
     parser.add_argument("--map", type=Path, help="where to keep which tests run a line; read if it is there")
     given = parser.parse_args()
@@ -290,14 +308,22 @@ def main() -> int:
     unchanged = Mutant(files[0], NOTHING, files[0].read_text())
     for found in outcomes([unchanged], covered, 1, ["--collect-only", *covered.all(), *named]):
         assert not found[2], "tests cannot be collected"
-    tried = outcomes((drawn(files, rng) for _ in range(given.count)), covered, given.jobs)
-    for number, mutant, caught, seconds in tqdm(tried, total=given.count, unit="mutant"):
+    drawn_ones = {n: drawn(files, rng) for n in range(given.count)}
+    chosen = {n: m for n, m in drawn_ones.items() if not given.numbers or n in given.numbers}
+    for number, mutant in chosen.items():
+        if reason := mutant.changes_nothing():
+            counts["equivalent"] += 1
+            print(f"{number}: {mutant.file.relative_to(ROOT)} {mutant.operator} equivalent: {reason}", flush=True)
+    numbers = [n for n, m in chosen.items() if not m.changes_nothing()]
+    tried = outcomes((chosen[n] for n in numbers), covered, given.jobs)
+    for place, mutant, caught, seconds in tqdm(tried, total=len(numbers), unit="mutant"):
         counts["caught" if caught else "survived"] += 1
         verdict = "caught" if caught else "SURVIVED"
-        print(f"{number}: {mutant.file.relative_to(ROOT)} {mutant.operator} {verdict} {seconds:.0f} s", flush=True)
+        what = f"{mutant.file.relative_to(ROOT)} {mutant.operator}"
+        print(f"{numbers[place]}: {what} {verdict} {seconds:.0f} s", flush=True)
         if not caught:
             print("    " + mutant.diff().replace("\n", "\n    "), flush=True)
-    print(f"{given.count} mutants of {len(files)} files, seed {given.seed}: {dict(counts)}")
+    print(f"{len(chosen)} mutants of {len(files)} files, seed {given.seed}: {dict(counts)}")
     return int(counts["survived"] > 0)
 
 

@@ -214,7 +214,7 @@ def _candidates(graph: fx.Graph, own: set[int]) -> Iterator[_Candidate]:
     for node in graph.nodes:
         if node.target not in PRODUCTS and node.target not in CONVOLUTIONS:
             continue
-        for at, operand in enumerate(node.args[:3]):
+        for operand in node.args[:3]:
             if not isinstance(operand, fx.Node):
                 continue
             order = list(range(operand.meta["val"].ndim))
@@ -320,7 +320,8 @@ def _sliced(node: fx.Node, axis: int, size: int) -> tuple[int, ...]:
     """The parts between all borders at which dimension ``axis`` of ``node`` is sliced."""
     borders = {0, size}
     for user in node.users:
-        if user.target is aten.slice.Tensor and (user.args[1] if len(user.args) > 1 else 0) % node.meta["val"].ndim == axis:
+        dim = user.args[1] if user.target is aten.slice.Tensor and len(user.args) > 1 else 0
+        if user.target is aten.slice.Tensor and dim % node.meta["val"].ndim == axis:
             start, stop, _ = slice(*(*user.args[2:5], None, None)[:2]).indices(size)
             borders |= {start, max(start, stop)}
     return tuple(b - a for a, b in pairwise(sorted(borders)))

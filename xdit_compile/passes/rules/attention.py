@@ -97,7 +97,8 @@ def _within_reach(s, q, k, v, mask):
     tokens = k.dims[-2]
     if not tokens.sharded:
         return q, k, v
-    heads = min(local_heads(q, p) for p in (s.positions(q.dims[-3]) if q.ndim > 2 else [s.position]))
+    # Of ranks that hold other samples too: all of them decide alike.
+    heads = min(local_heads(q, position) for position in s.positions(q.dims[-3])) if q.ndim > 2 else 1
     parts = max(len(seg.offsets) - 1 for seg in tokens.segments if seg.cut)
     if PATCH in tokens.axes and SEQUENCE not in tokens.axes & q.dims[-2].axes:
         # Of this step what has come already, of the step before what has not: all of it is here.

@@ -74,8 +74,8 @@ def _pooled(n):
 
 @rule({aten.avg_pool1d.default: _pooled(1), aten.avg_pool2d.default: _pooled(2), aten.avg_pool3d.default: _pooled(3)})
 def average(s, x, kernel, stride=(), padding=(0,), ceil_mode=False, count_padding=True, divisor=None):
-    kernel, stride, padding = (list(v) * (x.ndim - 2) if len(v) == 1 else list(v)
-                               for v in (kernel, stride or kernel, padding))
+    n = _spatial(s, x)
+    kernel, stride, padding = (list(v) * n if len(v) == 1 else list(v) for v in (kernel, stride or kernel, padding))
     rest = () if divisor is None else (divisor,)
     if ceil_mode or (not count_padding and any(padding)):
         # A mean over fewer values at the border.
@@ -86,6 +86,14 @@ def average(s, x, kernel, stride=(), padding=(0,), ceil_mode=False, count_paddin
     return finish(s.emit(Layout((*x.dims[:2], *space)), x, kernel, stride, padding, ceil_mode, count_padding, *rest))
 
 
+def _spatial(s, x):
+    """How many dimensions a pool slides over, for each of which one number may stand."""
+    n = int(str(s.node.target).partition("_pool")[2][0])
+    if x.ndim != n + 2:
+        raise NoRule("a pool without a batch dimension")
+    return n
+
+
 def _largest(n):
     return lambda r: (r.tensor(2, 2, *[9, 6, 5][:n]), [r.pick(2, 3)] * n, [r.pick(1, 2)] * n, [r.pick(0, 1)] * n,
                       [1] * n, r.pick(False, False, True))
@@ -94,7 +102,8 @@ def _largest(n):
 @rule({aten.max_pool1d.default: _largest(1), aten.max_pool2d.default: _largest(2),
        aten.max_pool3d.default: _largest(3)})
 def largest(s, x, kernel, stride=(), padding=(0,), dilation=(1,), ceil_mode=False):
-    kernel, stride, padding, dilation = (list(v) * (x.ndim - 2) if len(v) == 1 else list(v)
+    n = _spatial(s, x)
+    kernel, stride, padding, dilation = (list(v) * n if len(v) == 1 else list(v)
                                          for v in (kernel, stride or kernel, padding, dilation))
     x = s.filled(x, (0, 1))
     if ceil_mode:
