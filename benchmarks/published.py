@@ -30,8 +30,8 @@ import torch
 from tqdm import tqdm
 
 from xdit_compile.diagnostics.explain import explain
-from xdit_compile.driver.compile_call import compile_call
 from xdit_compile.diagnostics.explanation import Explanation
+from xdit_compile.driver.compile_call import compile_call
 from xdit_compile.errors import SpecError
 from xdit_compile.report.operations import program_flops
 from xdit_compile.report.traffic import collectives

@@ -23,7 +23,6 @@ from xdit_compile.ir.pytree import Structure
 from xdit_compile.ir.stale_cache import update_and_read
 from xdit_compile.spec import ShardingSpec
 
-
 Part = tuple[tuple[tuple[int, int], ...], ...]
 """Index ranges of each dimension."""
 

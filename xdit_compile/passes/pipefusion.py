@@ -30,7 +30,6 @@ from xdit_compile.passes.tensor_axis import tensor_seeds
 from xdit_compile.passes.token_axis import arguments, check_heads, choose_seeds
 from xdit_compile.spec import ShardingSpec
 
-
 _STILL = {BATCH, TENSOR}
 """Axes that cut the same at all times."""
 
