@@ -69,8 +69,8 @@ class Shape:
 
 
     def sums_formula(self, ranks: int) -> float:
-        """Bytes that one of so many tensor ranks sends in one forward: a sum of all features of all tokens per half of a
-        block goes around a ring twice (arXiv 1909.08053)."""
+        """Bytes that one of so many tensor ranks sends in one forward: a sum of all features of all tokens, per half of
+        a block, goes around a ring twice (arXiv 1909.08053)."""
         return 2 * (ranks - 1) / ranks * (self.image + self.text) * self.hidden * self.sums * self.itemsize
 
 
@@ -173,7 +173,8 @@ def tensor_row_of(name: str, model: Any, kwargs: Any, ranks: int) -> TensorRow:
     return TensorRow(
         name, ranks, work_ratio=program_flops(local) * ranks / program_flops(found.whole),
         held=sum(mine.get(n, size) for n, size in sizes.items()) * ranks / sum(sizes.values()),
-        sent=sum(c.sent for c in sent), formula=SHAPES[name].sums_formula(ranks), collectives=sum(c.times for c in sent))
+        sent=sum(c.sent for c in sent), formula=SHAPES[name].sums_formula(ranks),
+        collectives=sum(c.times for c in sent))
 
 
 def explained(model: Any, kwargs: Any, ranks: int) -> Explanation:
@@ -266,8 +267,8 @@ TENSOR_HEAD = """
 `tensor=N`: how weights are shared out was found by trying.
 
 - *parameters*: those of one rank times N, over all. Buffers, which every rank has whole, are not counted.
-- *formula*: `2 (N-1)/N x tokens x hidden x sums x element size`; sums are the halves of blocks (attention, cross attention,
-  feed-forward; one where they run side by side) and long skips. More are modulations, embeddings and results.
+- *formula*: `2 (N-1)/N x tokens x hidden x sums x element size`; sums are the halves of blocks (attention, cross
+  attention, feed-forward; one where they run side by side) and long skips. More are modulations and embeddings.
 
 | model | N | FLOPs | parameters | sent | formula | sent / formula | collectives |
 |---|---:|---:|---:|---:|---:|---:|---:|

@@ -90,7 +90,7 @@ def sharded(model: nn.Module, arguments: tuple[Any, Any], expected: list[torch.T
 
 def held(model: nn.Module, local: Program, tensors: list[torch.Tensor],
          groups: Sequence[ParameterGroup] = ()) -> list[torch.Tensor]:
-    """What a rank's program is given: its inputs, in order. ``groups``: those of its parameters, by default the model's."""
+    """What a rank's program is given: its inputs, in order. ``groups``: of its parameters, by default the model's."""
     state = named_parts(dict([*model.named_parameters(remove_duplicate=False),
                               *model.named_buffers(remove_duplicate=False)]))
     given, shares = iter(tensors), shares_of(model, local, groups)

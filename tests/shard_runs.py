@@ -160,8 +160,8 @@ def counting_reads() -> list[int]:
 
 
 def like_one_device(name: str, spec: str) -> dict[str, Any]:
-    """The largest differences from plain PyTorch over the largest value, of two calls of each shape; bytes held, left in
-    the model, and of the whole model."""
+    """The largest differences from plain PyTorch over the largest value, of two calls of each shape; bytes held, left
+    in the model, and of the whole model."""
     ranks = range(xdit_compile.ShardingSpec.parse(spec).world_size)
     model, plainly = cases.made(zoo.CASES[name]), cases.made(zoo.CASES[name])
     parallel = xdit_compile.parallelize(model, spec, ranks=ranks, timeout=100)

@@ -103,7 +103,8 @@ def random_dim(rng: random.Random, size: int, parts: int, axis: str = SEQUENCE, 
 
 def random_layout(rng: random.Random, shape: tuple[int, ...], spec: ShardingSpec, number: int = -1) -> Layout:
     """One dimension, if any is longer than one, is cut by the sequence axis, and others by those of the batch and of
-    features, where there are ranks along them; sometimes none is. ``number`` goes through the dimensions and the ways to cut them."""
+    features, where there are ranks along them; sometimes none is. ``number`` goes through the dimensions and the ways
+    to cut them."""
     dims = [Dim.replicated(n) for n in shape]
     wide = [i for i, n in enumerate(shape) if n > 1]
     degrees = (SEQUENCE, spec.sequence_degree), (BATCH, spec.batch_degree), (TENSOR, spec.tensor_degree)

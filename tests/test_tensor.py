@@ -57,8 +57,8 @@ def held(model: nn.Module, layouts: dict[str, Layout], rank: int = 0) -> float:
 
 
 class Drawn(nn.Module):
-    """A block of attention and feed-forward, of which it is drawn how projections are fused, how many heads of keys there
-    are, what is normalized, and what modulates."""
+    """A block of attention and feed-forward, of which it is drawn how projections are fused, how many heads of keys
+    there are, what is normalized, and what modulates."""
 
     def __init__(self, rng: random.Random) -> None:
         super().__init__()
@@ -85,7 +85,8 @@ class Drawn(nn.Module):
         self.out = nn.Linear(inner, self.width, bias)
         self.up = nn.Linear(self.width, self.feed * (2 if self.gated == "chunk" else 1), bias)
         self.gate = nn.Linear(self.width, self.feed) if self.gated == "apart" else None
-        self.down = nn.Parameter(torch.randn(*((self.feed, self.width) if self.turned else (self.width, self.feed))) / 8)
+        down = torch.randn(self.feed, self.width) / 8
+        self.down = nn.Parameter(down if self.turned else down.T.contiguous())
         self.modulate = nn.Linear(self.width, 3 * self.width)
         self.norm = nn.LayerNorm(self.width, elementwise_affine=False)
 

@@ -129,8 +129,8 @@ class ArtifactLoader:
         """For programs under ``spec``, each file of which is read once."""
         if spec not in self._readers:
             sizes = axis_sizes(spec)
-            self._readers[spec] = self._make_reader(
-                {group_name(axis, sizes): sizes[axis] for axis in (BATCH, SEQUENCE, TENSOR, ULYSSES, RING) if sizes[axis] > 1})
+            self._readers[spec] = self._make_reader({group_name(axis, sizes): sizes[axis] for axis in (
+                BATCH, SEQUENCE, TENSOR, ULYSSES, RING) if sizes[axis] > 1})
         return self._readers[spec]
 
     def memory(self, rank: int) -> Memory:

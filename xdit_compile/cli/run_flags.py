@@ -88,7 +88,8 @@ CALL: dict[str, tuple[type, str]] = {
 """Flags that are arguments of the pipeline's call by the same name."""
 
 DEGREES = {"ulysses_degree": "ulysses", "ring_degree": "ring", "data_parallel_degree": "data",
-           "pipefusion_parallel_degree": "pipefusion", "tensor_parallel_degree": "tensor", "fully_shard_degree": "shard"}
+           "pipefusion_parallel_degree": "pipefusion", "tensor_parallel_degree": "tensor",
+           "fully_shard_degree": "shard"}
 """Flags that are words of the spec."""
 
 PIPEFUSION = {"num_pipeline_patch": "patches", "warmup_steps": "warmup"}

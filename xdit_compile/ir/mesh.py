@@ -14,8 +14,8 @@ def axis_sizes(spec: ShardingSpec) -> dict[str, int]:
     """Ranks along each axis. ``sequence`` is the whole of ``ring`` x ``ulysses``, Ulysses varying fastest, so that
     its all-to-alls stay between neighbours; ``batch`` is that of ``data`` x ``cfg``, and varies slowest; between them
     are the stages of a pipeline. ``tensor``, along which most is sent, varies fastest of all. Patches are no ranks but
-    times. ``shard`` is no axis of its own either: it groups ranks of the others, neighbours that hold shares of the same
-    parameters."""
+    times. ``shard`` is no axis of its own either: it groups ranks of the others, neighbours that hold shares of the
+    same parameters."""
     return {BATCH: spec.batch_degree, STAGE: spec.pipefusion_degree, SEQUENCE: spec.sequence_degree,
             TENSOR: spec.tensor_degree, ULYSSES: spec.ulysses_degree, RING: spec.ring_degree, PATCH: spec.patches,
             SHARD: spec.shard_degree}

@@ -30,8 +30,8 @@ class Member:
 
     Attributes:
         names: all names that it goes by, that of its first module first.
-        shape, stride: as the model has it, or of the part that this rank has among tensor ranks; offset: where it begins
-            in the group's memory, in elements.
+        shape, stride: as the model has it, or of the part that this rank has among tensor ranks; offset: where it
+            begins in the group's memory, in elements.
         layout: how tensor ranks share it out, once that is known, and part: which part this rank has; None for all.
     """
 
@@ -110,7 +110,7 @@ def groups_of(parameters: Iterable[tuple[str, torch.Tensor]]) -> tuple[Parameter
 
 def cut_groups(groups: Sequence[ParameterGroup], layouts: Mapping[str, Layout],
                position: Position) -> tuple[ParameterGroup, ...]:
-    """These groups with of each parameter the part that the rank at ``position`` has, where ``layouts`` has its name; those
+    """These groups, of each parameter that ``layouts`` names with the part that the rank at ``position`` has; those
     that were cut before stay as they are."""
     made = []
     for group in groups:

@@ -2,8 +2,8 @@
 
 A weight that is cut by its output features (tensor parallelism, arXiv 1909.08053) is where a cut begins: heads of
 attention, hidden features of a feed-forward, parts of a modulation. What follows is the rules' affair: the next weight
-is cut by its input features, and a sum is pending after it. Weights that are only ever used as what a rule has laid them
-out are given to ranks like that, so that none holds more. The block functions of a program are looked at one at a time:
+is cut by its input features, and a sum is pending after it. Weights that are only ever used as a rule has laid them out
+are given to ranks like that, so that none holds more. The block functions of a program are looked at one at a time:
 what enters and leaves them is whole.
 """
 
