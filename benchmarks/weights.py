@@ -1,12 +1,13 @@
-"""How much of its speed does a model keep whose parameters come block by block? A random Flux, one thread per process.
+"""How fast is a model whose parameters come block by block, or are shared out? A random Flux, one thread per process.
 
     python benchmarks/weights.py
     python benchmarks/weights.py --rounds 9 --tokens 4096 --json weights.json
     python benchmarks/weights.py --patience 600  # on a machine that has other work now and then
 
 `ulysses=2,shard=2` against `ulysses=2` on two processes, `offload=block` against nothing on one while the other waits,
-in turns. "Speed" is the median over rounds of how much longer the other takes in the same round; "by CPU" counts CPU
-seconds, those of gloo's threads too, of which there are no spare cores here. All results are the same bits.
+and `tensor=2` and `ulysses=2` on two against nothing on one, in turns. "Speed" is the median over rounds of how much
+longer the other takes in the same round; "by CPU" counts CPU seconds, those of gloo's threads too, of which there are
+no spare cores here. Of the first two pairs results are the same bits.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from rich.console import Console
 from rich.table import Table
 from timing import time_undisturbed
 
-from xdit_compile import launch, parallelize
+from xdit_compile import ShardingSpec, launch, parallelize
 
-PAIRS = (("ulysses=2", "ulysses=2,shard=2"), ("ulysses=1", "offload=block"))
+PAIRS = (("ulysses=2", "ulysses=2,shard=2"), ("ulysses=1", "offload=block"), ("ulysses=1", "tensor=2"),
+         ("ulysses=1", "ulysses=2"))
 
 
 @torch.no_grad()
@@ -35,19 +37,19 @@ def run(size: flux.Size, rounds: int, patience: int) -> dict[str, list[dict[str,
     """What each spec took in each round, the same on both ranks."""
     given, forwards, results = flux.inputs(size), dict[str, Any](), dict[str, Any]()
     taken: dict[str, list[dict[str, float]]] = {}
-    for spec in (spec for pair in PAIRS for spec in pair):
-        alone = "ulysses=2" not in spec
+    for spec in dict.fromkeys(spec for pair in PAIRS for spec in pair):
+        alone = ShardingSpec.parse(spec).world_size == 1
         if not alone or dist.get_rank() == 0:
             forwards[spec] = parallelize(flux.model(size), spec, ranks=[0] if alone else [0, 1])
             (results[spec],) = forwards[spec](**given)
         dist.barrier()
-    for plain, other in PAIRS:
+    for plain, other in PAIRS[:2]:
         assert other not in results or torch.equal(results[plain], results[other])
     for number in range(rounds):
-        for pair in PAIRS:
+        for turn, pair in enumerate(PAIRS):
             for spec in pair if number % 2 else pair[::-1]:
                 work = partial(forwards[spec], **given) if spec in forwards else None
-                taken.setdefault(spec, []).append(time_undisturbed(work, patience)._asdict())
+                taken.setdefault(f"{turn} {spec}", []).append(time_undisturbed(work, patience)._asdict())
     return taken
 
 
@@ -61,13 +63,13 @@ def main() -> None:
     size = flux.Size(options.tokens, options.text, options.hidden, options.double, options.single)
     taken = launch(run, size, options.rounds, options.patience, world_size=2, device="cpu")[0]
     made = Table("spec", "seconds", "speed", "by CPU", "others' share of the machine")
-    for plain, other in PAIRS:
+    for turn, (plain, other) in enumerate(PAIRS):
         for spec in (plain, other):
-            ratios = [[a[key] / b[key] for a, b in zip(taken[plain], taken[spec], strict=True)]
-                      for key in ("seconds", "cpu_seconds")]
-            made.add_row(spec, f"{statistics.median(t['seconds'] for t in taken[spec]):.2f}",
+            before, now = taken[f"{turn} {plain}"], taken[f"{turn} {spec}"]
+            ratios = [[a[key] / b[key] for a, b in zip(before, now, strict=True)] for key in ("seconds", "cpu_seconds")]
+            made.add_row(spec, f"{statistics.median(t['seconds'] for t in now):.2f}",
                          *(f"{statistics.median(r):.3f}" for r in ratios),
-                         f"{statistics.median(t['others'] for t in taken[spec]):.0%}")
+                         f"{statistics.median(t['others'] for t in now):.0%}")
     Console().print(made)
     if options.json:
         options.json.write_text(json.dumps(taken, indent=2))
