@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import xdit_compile
+from xdit_compile.diagnostics.explain import explain
+from xdit_compile.diagnostics.explanation import WeightCut
 from xdit_compile.errors import SpecError
 from xdit_compile.frontend.capture import capture
 from xdit_compile.ir.call_arguments import call_arguments
@@ -203,6 +205,15 @@ def test_modulations_are_gathered_once() -> None:
     assert sorted((c.kind, c.module.rpartition(".")[2]) for c in found) == [
         ("all_gather", "norm1"), ("all_gather", "norm1_context"), ("all_reduce", "0"), ("all_reduce", "2"),
         ("all_reduce", "2"), ("all_reduce", "to_add_out")]
+
+
+def test_explain_says_how_weights_are_shared_out() -> None:
+    torch.manual_seed(0)
+    model, given = Model(3).eval(), {"x": torch.randn(2, 12, 8), "time": torch.randn(2, 16)}
+    found = explain(model, "tensor=2", given)
+    width = model.blocks[0].width
+    assert WeightCut("blocks.*.modulate.weight", f"[{3 * width}/2, {width}]", len(model.blocks)) in found.weights
+    assert "Weights that tensor ranks share out" in str(found) and not explain(model, "ulysses=2", given).weights
 
 
 def test_a_model_without_weights_to_share_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from xdit_compile.diagnostics.explanation import Explanation, Row, Traffic
+from xdit_compile.diagnostics.explanation import Explanation, Row, Traffic, WeightCut
 from xdit_compile.diagnostics.fitting import fits, memory_of, memory_of_stage
 from xdit_compile.diagnostics.origins import Piece, global_functions, pieces
 from xdit_compile.diagnostics.stage_costs import Stages, stages_of
@@ -25,6 +26,7 @@ from xdit_compile.ir.mesh import STAGE, position_of
 from xdit_compile.ir.parameter_groups import ParameterGroup, parameter_groups
 from xdit_compile.ir.program import Note, Program, module_of, source_of
 from xdit_compile.ir.step_inputs import step_inputs
+from xdit_compile.passes import local_groups
 from xdit_compile.passes.pipefusion import plan_pipeline
 from xdit_compile.report.costs import Costs, costs_of
 from xdit_compile.report.loop_invariants import InvariantWork, invariant_work, with_invariants
@@ -68,13 +70,13 @@ def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, i
     changes, stages = step_inputs(model, args, kwargs), None
     groups = parameter_groups(model)
     if spec.pipefusion_degree > 1:
-        whole, body, local, costs, kept, stages, memory = _stage(program, spec, rank, dump, changes, groups)
+        whole, body, local, costs, kept, stages, memory, own = _stage(program, spec, rank, dump, changes, groups)
     else:
         compiled = compile_program(program, spec, rank, dump, changes, groups)
         whole, local = compiled.whole, compiled.local
         body, costs = whole, with_invariants(costs_of(local), compiled.invariant, compiled.body)
         kept = invariant_work(local, compiled.invariant, compiled.body, compiled.changes, costs.flops)
-        memory = memory_of(compiled)
+        memory, own = memory_of(compiled), compiled.groups
     end = time.perf_counter()
     notes, calls = local.notes, local.calls()
     replicated = sorted(_replicated(local), key=lambda row: -row.flops) if spec.world_size > 1 else []
@@ -87,14 +89,15 @@ def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, i
         tuple(_row(n, calls) for n in notes if n.kind == "fallback"),
         tuple(replicated[:MOST]), sum(row.flops for row in replicated), costs, costs_of(whole), kept, stages,
         local.history, memory, None if device_memory is None else fits(
-            program, spec, rank, changes, groups, memory, device_memory))
+            program, spec, rank, changes, groups, memory, device_memory), _weight_cuts(own))
 
 
 def _stage(program: Program, spec: ShardingSpec, rank: int, dump: Dump | None, changes: Mapping[int, str],
            groups: Sequence[ParameterGroup]
-           ) -> tuple[Program, Program, Program, Costs, InvariantWork | None, Stages, RankMemory]:
+           ) -> tuple[Program, Program, Program, Costs, InvariantWork | None, Stages, RankMemory,
+                      tuple[ParameterGroup, ...]]:
     """The whole program, what ``rank``'s stage is of it, that rank's program for a patch, its costs of a step and what
-    it keeps, all stages, and what the rank takes."""
+    it keeps, all stages, what the rank takes, and what it has of the model's parameters."""
     pipeline = plan_pipeline(program, spec)
     _, stage = staged(pipeline, rank, dump, groups=groups)
     found = stages_of(pipeline, stage.edges)
@@ -106,7 +109,7 @@ def _stage(program: Program, spec: ShardingSpec, rank: int, dump: Dump | None, c
     kept = invariant_work(stage.once, invariant, rest, tuple(changes.values()), costs.flops)
     index = position_of(rank, spec)[STAGE]
     return (pipeline.whole, pipeline.stages[index].body, stage.units[stage.patches[-1]], costs, kept, found,
-            memory_of_stage(stage))
+            memory_of_stage(stage), local_groups(pipeline.whole, pipeline.seeds, groups, rank))
 
 
 def _operators(program: Program) -> dict[str, int]:
@@ -144,6 +147,13 @@ def _standing(node: fx.Node, held: Mapping[fx.Node, Piece], local: Program) -> s
     if piece is None:
         return "equal to another"
     return f"local: gives {piece.layout}" if piece.layout.sharded else "whole on every rank"
+
+
+def _weight_cuts(groups: Sequence[ParameterGroup]) -> tuple[WeightCut, ...]:
+    """Parameters that ranks share out, those of like blocks together."""
+    counts = Counter((re.sub(r"(?<=\.)\d+(?=\.)", "*", m.name), str(m.layout)) for group in groups
+                     for m in group.members if m.layout is not None and m.layout.sharded)
+    return tuple(WeightCut(name, layout, count) for (name, layout), count in counts.items())
 
 
 def _traffic(costs: Costs) -> tuple[Traffic, ...]:

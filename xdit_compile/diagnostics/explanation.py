@@ -23,6 +23,15 @@ from xdit_compile.spec import ShardingSpec
 
 
 @dataclass(frozen=True)
+class WeightCut:
+    """Parameters that tensor ranks share out alike: their name, ``*`` for the numbers of blocks, how many there are."""
+
+    name: str
+    layout: str
+    count: int
+
+
+@dataclass(frozen=True)
 class Row:
     """One operator, or one decision about it.
 
@@ -81,6 +90,7 @@ class Explanation:
         stages: of a pipeline, what each of them does; the rows above are then those of this rank's stage.
         passes: what each pass did, in order.
         memory: what this rank takes; fit: whether that fits the device that was asked about.
+        weights: which parameters tensor ranks share out, and how.
     """
 
     model: str
@@ -104,6 +114,7 @@ class Explanation:
     passes: tuple[PassRecord, ...] = ()
     memory: RankMemory = field(default_factory=RankMemory)
     fit: Fit | None = None
+    weights: tuple[WeightCut, ...] = ()
 
     @property
     def work_ratio(self) -> float:
@@ -148,7 +159,7 @@ class Explanation:
             _rows("Where the token axes start", self.seeds, self),
             _rows("Attention", self.attentions, self, sent=True),
             _rows("Convolutions", self.convolutions, self, sent=True),
-            _collectives(self),
+            _collectives(self), _weights(self),
             _rows("Computed whole, for want of a rule", self.fallbacks, self),
             _replicated(self), _passes(self))
 
@@ -200,6 +211,13 @@ def _collectives(e: Explanation) -> Table | None:
     for t in e.traffic:
         made.add_row(t.kind, f"{t.axis} of {t.ranks}", place(t.module or t.function, t.source), t.why,
                      f"{t.count:,}", size(t.sent))
+    return made if made.row_count else None
+
+
+def _weights(e: Explanation) -> Table | None:
+    made = table("Weights that tensor ranks share out", "weight", "layout", ">count")
+    for w in e.weights:
+        made.add_row(w.name, w.layout, str(w.count))
     return made if made.row_count else None
 
 
