@@ -209,7 +209,7 @@ def test_modulations_are_gathered_once() -> None:
 
 def test_explain_says_how_weights_are_shared_out() -> None:
     torch.manual_seed(0)
-    model, given = Model(3).eval(), {"x": torch.randn(2, 12, 8), "time": torch.randn(2, 16)}
+    model, given = Model(5).eval(), {"x": torch.randn(2, 12, 8), "time": torch.randn(2, 16)}
     found = explain(model, "tensor=2", given)
     width = model.blocks[0].width
     assert WeightCut("blocks.*.modulate.weight", f"[{3 * width}/2, {width}]", len(model.blocks)) in found.weights
