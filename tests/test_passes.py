@@ -21,7 +21,7 @@ from xdit_compile.ir import pass_record
 from xdit_compile.ir.pass_record import source_digest
 from xdit_compile.passes import pass_digests
 
-ANALYSES = ["canonicalize", "batch_axis", "token_axis"]
+ANALYSES = ["canonicalize", "batch_axis", "tensor_axis", "token_axis"]
 REWRITES = ["shard", "lower_attention", "simplify", "shard_parameters", "overlap_communication"]
 
 
@@ -48,11 +48,11 @@ def test_stages_leave_records_too() -> None:
     case = zoo.CASES["dit"]
     explained = xdit_compile.explain(cases.made(case), "pipefusion=2,patches=2", case.inputs(1, False))
     assert [p.name for p in explained.passes] == [
-        "canonicalize", "batch_axis", "patch_axis", "hoist", "stage_partition", *REWRITES]
+        "canonicalize", "batch_axis", "tensor_axis", "patch_axis", "hoist", "stage_partition", *REWRITES]
 
 
 @pytest.mark.parametrize(("edited", "changed"), [
-    ("xdit_compile.passes.rules.shape", {"canonicalize", "shard", "batch_axis", "token_axis"}),
+    ("xdit_compile.passes.rules.shape", {"canonicalize", "shard", "batch_axis", "tensor_axis", "token_axis"}),
     ("xdit_compile.passes.overlap_communication", {"overlap_communication"}),
     ("xdit_compile.ir.program", set(pass_digests())),
 ])
