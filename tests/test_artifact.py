@@ -419,7 +419,7 @@ def test_the_list_of_permissions() -> None:
                  "aten.max_pool2d_with_indices_backward.default", "aten.segment_reduce.default",
                  "aten.set_.source_Tensor", "aten._sparse_csr_tensor_unsafe.default", "aten.manual_seed.default",
                  "aten._print.default", "aten.ljust.default", "aten.rand.default", "aten.as_strided.default",
-                 "aten.from_file.default", "aten.empty.memory_format", "aten.view.dtype", "aten.add_.Tensor",
+                 "aten.from_file.default", "aten.empty.memory_format", "aten.add_.Tensor",
                  "aten._unsafe_index.Tensor"):
         with pytest.raises(ArtifactError, match="not on the list"):
             operator_named(f"torch.ops.{name}")

@@ -17,7 +17,7 @@ from xdit_compile.passes.overlap_communication import overlap
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
-GROUP = group_name("ulysses", {"ulysses": 2, "ring": 1, "batch": 1})
+GROUP = group_name("ulysses", {"ulysses": 2, "ring": 1, "batch": 1, "tensor": 1})
 
 
 def program_with(build):

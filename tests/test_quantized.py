@@ -98,7 +98,8 @@ def test_ranks_together_give_the_numbers_of_one(name: str, kind: str) -> None:
     for node, what in zip(program.main.graph.find_nodes(op="placeholder"), program.inputs, strict=True):
         if what.kind == "parameter" and what.name in packed:
             assert node.meta["val"].dtype == packed[what.name].dtype
-    for spec in SPECS:
+    # Where layers are computed whole, there may be nothing left of a batch to share out.
+    for spec in (s for s in SPECS if s != "cfg=2" or kind not in WHOLE):
         found = emulation.together(model, arguments, expected, program, spec)
         assert found.error <= tolerance(name, kind), spec
         if kind in WHOLE:

@@ -216,7 +216,7 @@ def assert_exact(op: Any, args: tuple[Any, ...], layouts: list[Layout], spec: Sh
 
 
 SPECS = [ShardingSpec(ulysses_degree=u, ring_degree=r, cfg_degree=c, tensor_degree=t) for u, r, c, t in (
-    (2, 1, 1, 1), (1, 1, 1, 2), (1, 2, 1, 1), (3, 1, 1, 1), (2, 1, 1, 2), (2, 2, 1, 1), (1, 3, 1, 1), (1, 1, 2, 1),
+    (2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 1, 2), (3, 1, 1, 1), (2, 1, 1, 2), (2, 2, 1, 1), (1, 3, 1, 1), (1, 1, 2, 1),
     (1, 1, 1, 3), (2, 1, 2, 1), (4, 1, 1, 1), (1, 2, 1, 2), (1, 2, 2, 1))]
 
 SHARED = Counter(rule.apply for rule in RULES.values())
@@ -285,7 +285,7 @@ def test_wider_calls(op: Any) -> None:
 
 def mixed_dim(rng: random.Random, size: int, spec: ShardingSpec) -> Dim:
     """Of which segments may be cut along different axes."""
-    kinds = [(SEQUENCE, spec.sequence_degree), (BATCH, spec.batch_degree)]
+    kinds = [(SEQUENCE, spec.sequence_degree), (BATCH, spec.batch_degree), (TENSOR, spec.tensor_degree)]
     at = rng.randint(0, size)
 
     def cut(n: int) -> Dim:

@@ -298,7 +298,7 @@ def test_what_fits_needs_no_other_words() -> None:
 
 def test_export_refuses_what_artifacts_do_not_hold(tmp_path: Path) -> None:
     case = zoo.CASES["dit"]
-    with pytest.raises(ArtifactError, match="leave shard and offload out"):
+    with pytest.raises(ArtifactError, match="leave tensor, shard and offload out"):
         xdit_compile.export(cases.made(case), "ulysses=2,shard=2", case.inputs(1, True), tmp_path / "a")
 
 

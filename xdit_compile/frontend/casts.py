@@ -49,8 +49,8 @@ def casts_noted() -> Iterator[None]:
 
 def _after(tensor: Tensor, made: Tensor) -> Any:
     """What is in the place of ``tensor`` once it was cast."""
-    if made is tensor:
-        return tensor
+    if made is tensor or (made.dtype, made.device.type) == (tensor.dtype, tensor.device.type):
+        return tensor  # moved to where it is, by another spelling of the device, as hooks of offloading do
     kept = vars(tensor).get(_KEPT, tensor)
     if (made.dtype, made.device) == (kept.dtype, kept.device) and holds_all(tensor.dtype, kept.dtype):
         return kept

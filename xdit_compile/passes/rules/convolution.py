@@ -26,6 +26,8 @@ def _examples(n):
 @rule({aten.conv1d.default: _examples(1), aten.conv2d.default: _examples(2), aten.conv3d.default: _examples(3)})
 def convolution(s, x, weight, bias=None, stride=(1,), padding=(0,), dilation=(1,), groups=1):
     n = weight.ndim - 2
+    if x.ndim != n + 2:
+        raise NoRule("a convolution without a batch dimension")
     stride, padding, dilation = (list(v) * n if len(v) == 1 else list(v) for v in (stride, padding, dilation))
     x, weight, bias, channels, groups, pending = _channels(s, x, weight, bias, groups)
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True)]
