@@ -91,8 +91,8 @@ class ParameterStore(Mapping[str, torch.Tensor]):
                 return
         raise XditError(f"{self._changed(self._reader)} of this {type(model).__name__} was replaced, written into, "
                         "moved or cast after the first call, when this rank kept its share of the parameters and gave "
-                        "up the rest (shard or offload in the spec): the change cannot reach the shares. Load weights "
-                        "and adapters before the first call, or parallelize the model anew")
+                        "up the rest (tensor, shard or offload in the spec): the change cannot reach the shares. Load "
+                        "weights and adapters before the first call, or parallelize the model anew")
 
     def _changed(self, reader: ParameterReader) -> str:
         """What is not as it was left."""
