@@ -96,8 +96,8 @@ def check_whole(model: nn.Module, what: str) -> None:
     if gone := [name for name, tensor in held if tensor.is_meta and hasattr(tensor, _HOME)]:
         raise XditError(f"this {type(model).__name__} cannot be {what}: this rank holds a part of the model, a stage "
                         f"under pipefusion or a share under tensor, shard and offload, and gave up {len(gone)} of "
-                        f"{len(held)} parameters and buffers at the first call ({gone[0]}, for one). Do it before the first call, "
-                        "or with the model as it was loaded")
+                        f"{len(held)} parameters and buffers at the first call ({gone[0]}, for one). Do it before the "
+                        "first call, or with the model as it was loaded")
 
 
 def _refused_state(model: nn.Module, prefix: str, keep_vars: bool) -> None:
