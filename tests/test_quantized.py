@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import xdit_compile
 from xdit_compile.driver.compile_stage import staged
+from xdit_compile.errors import SpecError
 from xdit_compile.frontend.capture import capture
 from xdit_compile.ir.call_arguments import call_arguments
 from xdit_compile.ir.packed_tensors import named_parts, parts
@@ -88,6 +89,18 @@ def tolerance(name: str, kind: str) -> float:
             other = flatten((model(*args, **kwargs), (args, kwargs)))[0]
         found = max([found, *map(difference, other[:1], expected[:1])])
     return 3 * found
+
+
+@pytest.mark.parametrize(("name", "kind"), [("flux", "int8"), ("sd3", "layerwise"), ("pixart_alpha", "int8")])
+@pytest.mark.parametrize("spec", ["tensor=2", "shard=2,ulysses=2", "offload=block"])
+def test_weights_in_parts(name: str, kind: str, spec: str) -> None:
+    found = emulation.together(*captured(name, kind), spec)
+    assert found.error <= TOLERANCE and found.work < 1.25
+
+
+def test_weights_that_cannot_be_cut_are_refused() -> None:
+    with pytest.raises(SpecError, match="packed in blocks of numbers"):
+        emulation.together(*captured("sd3", "q8_0"), "tensor=2")
 
 
 @pytest.mark.parametrize(("name", "kind"), drawn())

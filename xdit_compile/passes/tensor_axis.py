@@ -34,6 +34,9 @@ whose weights are next to nothing."""
 WORTH = 1e-7
 """By how much of all there is a cut must lower what a rank has to do and to hold."""
 
+MOST_LEFT = 0.99
+"""Of a model's operations: where each rank has more than so much left, nothing is gained."""
+
 PRODUCTS = (aten.linear.default, aten.mm.default, aten.bmm.default, aten.matmul.default, aten.addmm.default,
             aten.baddbmm.default, aten.embedding.default)
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
@@ -58,7 +61,8 @@ def tensor_seeds(program: Program, sizes: Mapping[str, int], base: Seeds,
     found = search.seeds()
     if not found:
         raise SpecError(f"{program.spec} shares out weights among {parts} ranks, but no cut of any weight of the model "
-                        "leaves each with less to do; use ulysses or ring")
+                        "leaves each with less to do (weights that are packed in blocks of numbers, as GGUF's, are not "
+                        "cut); use ulysses or ring, and pipefusion to spread weights")
     return found
 
 
@@ -114,9 +118,10 @@ class _Search:
             chosen = self._of_function(name, calls)
             seeds |= {call.args[i].name: layout for call in calls for i, layout in chosen.items()}
         seeds |= self._of_main(seeds)
-        if not seeds:
+        found = self._interpreter({**self.base, **seeds}).main()
+        if found.cost.flops > MOST_LEFT * self.whole.flops:
             return {}
-        wanted = self._interpreter({**self.base, **seeds}).main().wanted
+        wanted = found.wanted
         holders = self.graphs["main"].find_nodes(op="placeholder")
         return seeds | {n.name: layout for i, n in enumerate(holders) if n in self.parameters and n.name not in seeds
                         and (layout := _agreed(wanted.get(i, set())))}
