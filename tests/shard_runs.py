@@ -168,10 +168,9 @@ def like_one_device(name: str, spec: str) -> dict[str, Any]:
     errors = [emulation.difference(a, b) for call in CALLS for _ in range(2) for a, b in zip(
         results(parallel, name, *call), results(plainly, name, *call), strict=True)]
     store = parallel.runners["forward"].store
-    stage = model if store is None else plainly
     return {"errors": errors, "held": sum(t.nbytes for t in store.values()),
             "left": sum(p.nbytes for p in model.parameters() if not p.is_meta),
-            "all": sum(p.nbytes for p in stage.parameters())}
+            "all": sum(p.nbytes for p in plainly.parameters())}
 
 
 def parts_from_files(name: str, folder: str, spec: str) -> dict[str, Any]:

@@ -121,10 +121,9 @@ def test_ranks_together_give_the_numbers_of_one(name: str, kind: str) -> None:
         assert not any("_int_mm" in note.text and note.kind == "fallback" for note in found.notes)
 
 
-@pytest.mark.parametrize(("name", "kind"), drawn())
+@pytest.mark.parametrize(("name", "kind"), [
+    p for p in drawn() if getattr(p, "values", p)[1] not in WHOLE])
 def test_stages_give_the_numbers_of_one(name: str, kind: str) -> None:
-    if kind in WHOLE:
-        pytest.skip("not cut")
     found = stagewise.emulate(zoo.CASES[name], 1, True, "pipefusion=2,patches=2", quantized.KINDS[kind])
     limit = tolerance(name, kind)
     assert found.exact <= limit and found.patched <= limit

@@ -718,6 +718,19 @@ def test_a_sum_over_text_and_image(seed: int) -> None:
     assert_exact(aten.bmm.default, (Drawn(rng).tensor(2, 5, 9), Drawn(rng).tensor(2, 9, 4)), layouts, spec)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("op", [aten.rms_norm.default, aten.layer_norm.default], ids=str)
+def test_norms_of_features_that_ranks_share_have_the_defaults_of_pytorch(op: Any, dtype: torch.dtype) -> None:
+    """Of values so small that the default of epsilon decides."""
+    x = (1e-3 * torch.randn(3, 8, generator=torch.Generator().manual_seed(0))).to(dtype)
+    program, _ = program_of(op, (x, [8]))
+    spec, layout = ShardingSpec(tensor_degree=2), Layout((Dim.replicated(3), Dim.even(8, 2, TENSOR)))
+    program = replace(program, spec=spec)
+    found = lockstep.run([local_program(program, [layout], r)[0].main for r in range(2)],
+                         [[piece(x, layout, position_of(r, spec))] for r in range(2)])
+    torch.testing.assert_close(torch.cat([r[0] for r in found], -1), op(x, [8]), rtol=1e-2, atol=1e-6)
+
+
 def test_a_piece_that_is_not_what_its_layout_says_is_found() -> None:
     program, _ = program_of(aten.relu.default, (torch.randn(4, 6),))
     cut = Layout.replicated((4, 6)).replace(0, Dim.even(4, 2))

@@ -33,7 +33,7 @@ Result = Value | tuple[Any, ...] | None
 Leave = Callable[["FunctionInterpreter", int, Value], Value]
 Seeds = Mapping[str, Layout]
 """Where to begin: how values of ``main``, by the names of their nodes, are laid out. Parameters come so."""
-Wanted = Mapping[int, set[Layout | None]]
+LaidOut = Mapping[int, set[Layout | None]]
 
 TURNS: Mapping[Any, Callable[..., list[int]]] = MappingProxyType({
     torch.ops.aten.t.default: lambda dims: dims[::-1],
@@ -73,7 +73,7 @@ class CostMemo:
     """What walks of one program that only count, for one rank, need do but once: block functions by the layouts of
     their inputs, and nodes of which nothing is sharded."""
 
-    functions: dict[tuple[str, tuple[Layout, ...]], tuple[str, tuple[Layout, ...], Cost, Wanted]] = field(
+    functions: dict[tuple[str, tuple[Layout, ...]], tuple[str, tuple[Layout, ...], Cost, LaidOut]] = field(
         default_factory=dict)
     whole: dict[fx.Node, tuple[Result, Cost]] = field(default_factory=dict)
 
@@ -463,7 +463,7 @@ class Interpretation:
 
     cost: Cost
     layouts: tuple[Layout, ...]
-    wanted: Wanted
+    wanted: LaidOut
 
 
 class ProgramInterpreter:
@@ -496,7 +496,7 @@ class ProgramInterpreter:
         left, cost, wanted = self._interpret("main", "main", layouts, self.seeds)
         return Interpretation(cost, left, wanted)
 
-    def function(self, name: str, layouts: tuple[Layout, ...]) -> tuple[str, tuple[Layout, ...], Cost, Wanted]:
+    def function(self, name: str, layouts: tuple[Layout, ...]) -> tuple[str, tuple[Layout, ...], Cost, LaidOut]:
         """The local form of block function ``name`` for inputs laid out like this, made once."""
         key = (name, layouts)
         done = self.memo.functions
@@ -507,7 +507,7 @@ class ProgramInterpreter:
         return done[key]
 
     def _interpret(self, name: str, local: str, layouts: Sequence[Layout],
-                   seeds: Seeds) -> tuple[tuple[Layout, ...], Cost, Wanted]:
+                   seeds: Seeds) -> tuple[tuple[Layout, ...], Cost, LaidOut]:
         graph = self._graphs[name].graph
         emitter = Emitter(self.mode, self.position, self.sizes) if self.mode is not None else None
         interpreter = FunctionInterpreter(self, emitter, local)

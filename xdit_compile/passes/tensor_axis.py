@@ -22,7 +22,7 @@ from xdit_compile.ir.layout import TENSOR, Dim, Layout, concatenate
 from xdit_compile.ir.mesh import position_of
 from xdit_compile.ir.parameter_groups import ParameterGroup
 from xdit_compile.ir.program import Program
-from xdit_compile.passes.interpreter import TURNS, Cost, CostMemo, ProgramInterpreter, Seeds, Wanted
+from xdit_compile.passes.interpreter import TURNS, Cost, CostMemo, LaidOut, ProgramInterpreter, Seeds
 
 aten = torch.ops.aten
 
@@ -83,7 +83,7 @@ class _Measured:
     """What a choice of cuts comes to, and how it lays out weights that it leaves whole."""
 
     score: float
-    wanted: Wanted
+    wanted: LaidOut
 
     @property
     def follow(self) -> set[int]:
@@ -197,7 +197,7 @@ class _Search:
         if last and candidate.inputs is not None and shape[candidate.inputs] > 1:
             yield candidate.inputs, Dim.even(shape[candidate.inputs], self.parts, TENSOR)
 
-    def _score(self, cost: Cost, sizes: Sequence[int], choice: Mapping[int, Layout], wanted: Wanted) -> float:
+    def _score(self, cost: Cost, sizes: Sequence[int], choice: Mapping[int, Layout], wanted: LaidOut) -> float:
         """What a rank does, sends and holds, as shares of what one device does, computes and holds."""
         held = 0
         for i, size in enumerate(sizes):

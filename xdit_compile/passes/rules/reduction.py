@@ -182,8 +182,8 @@ def _norm_of_shares(s, x, weight=None, *given):
     centred = s.node.target is aten.layer_norm.default
     bias, eps = (*given, None, None)[:2] if centred else (None, *given, None)[:2]
     if eps is None:
-        # As PyTorch's own defaults: 1e-5 of layer_norm, the type's own for rms_norm.
-        eps = 1e-5 if centred else torch.finfo(x.dtype).eps
+        # As PyTorch's own defaults: 1e-5 of layer_norm; for rms_norm that of the type in which the norm is computed.
+        eps = 1e-5 if centred else torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
     weight, bias = (p and s.lay(p, 0, x.dims[-1]) for p in (weight, bias))
     wide = x if x.dtype == torch.promote_types(x.dtype, torch.float32) else s.emit(
         x.layout, x, dtype=torch.float32, target=aten._to_copy.default)
