@@ -35,7 +35,7 @@ exit status: 0 if the files are written, 2 if not.
 """
 
 _SCHEME = "how weights are cut is found by trying; leave it out"
-_ENCODERS = "encoders are not cut, but each can live on a rank of its own: use --spec encoders=spread"
+_ENCODERS = "encoders' work is not cut, but their parameters can be: use --shard_t5_encoder (--spec encoders=shard)"
 _EXACT = "nothing is skipped or approximated here; for faster steps use more devices, as in --ulysses_degree"
 _PRECISION = "weights and traffic keep the model's type; choose it with --dtype, or load a folder quantized before"
 _TOGETHER = "all processes take part in everything; leave it out"
@@ -76,7 +76,6 @@ SWITCHES: dict[str, str] = {
                      "use_fp8_comms", "use_hybrid_gemm_schedule"), _PRECISION),
     **dict.fromkeys(("shard_dit", "memory_efficient_sharding"), _SHARD),
     **dict.fromkeys(("enable_sequential_cpu_offload", "enable_group_cpu_offload"), _OFFLOAD),
-    "shard_t5_encoder": _ENCODERS,
     "use_ray": "processes are started by torchrun, or by this command itself",
     "resize_input_images": "give pictures of the size wanted",
 }
@@ -158,6 +157,7 @@ def _add_xdit(group: Any) -> None:
     for name, text in {
         "use_cfg_parallel": "the spec's cfg=2",
         "use_parallel_vae": "the spec's vae=N, N being all processes",
+        "shard_t5_encoder": "the spec's encoders=shard",
         "use_torch_compile": "the spec's backend=inductor",
         "use_onediff": "the spec's backend=onediff",
         "no_use_resolution_binning": "take height and width as they are",
@@ -222,6 +222,8 @@ def _spec(options: argparse.Namespace) -> ShardingSpec:
                                 "--pipefusion_parallel_degree N")
     if options.use_cfg_parallel:
         words["cfg"] = "2"
+    if options.shard_t5_encoder:
+        words["encoders"] = "shard"
     if options.use_torch_compile and options.use_onediff:
         raise SpecError("--use_torch_compile and --use_onediff name two compilers; give one of them")
     if options.use_torch_compile or options.use_onediff:

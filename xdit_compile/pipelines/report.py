@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import RenderableType
+from rich.table import Table
 from rich.text import Text
 
 from xdit_compile.driver.compile_call import Compiled
+from xdit_compile.pipelines.memory import together
 from xdit_compile.report.costs import costs_of
 from xdit_compile.report.loop_invariants import with_invariants
-from xdit_compile.report.memory import result_bytes
+from xdit_compile.report.memory import RankMemory, by_kind, result_bytes
 from xdit_compile.report.operations import program_flops
 from xdit_compile.report.tables import sections, table
 from xdit_compile.report.text import jsonable, plain
@@ -46,6 +48,14 @@ class ComponentReport:
 
 
 @dataclass(frozen=True)
+class ComponentMemory:
+    """What a component takes on this rank: its weights as they are, all else as its programs say."""
+
+    component: str
+    memory: RankMemory
+
+
+@dataclass(frozen=True)
 class PipelineReport:
     """What a parallel pipeline has run so far, as this rank sees it.
 
@@ -53,6 +63,7 @@ class PipelineReport:
         kept: calls that used what was kept of a step before.
         fetched: how often results of calls that groups take turns in were exchanged, by how many calls each exchange
             served; with one, groups waited for each other and nothing was gained.
+        memory: what each component takes on this rank; peak: the most bytes that PyTorch held on the GPU so far.
         sent: bytes this rank sent in those exchanges; stages_sent, results_sent: as a stage of a pipeline, to later
             stages, and of results to all.
     """
@@ -66,10 +77,18 @@ class PipelineReport:
     stages_sent: int = 0
     results_sent: int = 0
     kept: int = 0
+    memory: tuple[ComponentMemory, ...] = ()
+    peak: int = 0
+
+    @property
+    def memory_of_all(self) -> RankMemory:
+        """What all components take that run one after the other."""
+        return together(m.memory for m in self.memory)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as what JSON can say."""
-        return jsonable(self) | {"spec": str(self.spec)}
+        return jsonable(self) | {"spec": str(self.spec), "memory_of_all": jsonable(self.memory_of_all) | {
+            "device": self.memory_of_all.device}}
 
     def __rich__(self) -> RenderableType:
         rows = table("Components", "component", "class", "how", ">operations", ">x ranks", ">sent", ">activations",
@@ -87,7 +106,16 @@ class PipelineReport:
         staged = Text(f"{size(self.stages_sent)} sent to later stages, {size(self.results_sent)} of results"
                       ) if self.spec.pipefusion_degree > 1 else None
         kept = Text(f"{plural(self.kept, 'call')} used what was kept of a step before")
-        return sections(head, rows, kept, turns if self.fetched else None, sent, staged)
+        return sections(head, rows, kept, turns if self.fetched else None, sent, staged, self._memory())
+
+    def _memory(self) -> Table:
+        found = {m.component: by_kind(m.memory) for m in self.memory} | {"all": by_kind(self.memory_of_all)}
+        kinds = [kind for kind in found["all"] if any(of[kind] for of in found.values())]
+        peak = f"; PyTorch held {size(self.peak)} at most" if self.peak else ""
+        made = table(f"Memory of this rank, at the worst moment so far{peak}", "component", *(f">{k}" for k in kinds))
+        for name, of in found.items():
+            made.add_row(name, *(size(of[kind]) if of[kind] else "" for kind in kinds))
+        return made
 
     def __str__(self) -> str:
         return plain(self)
