@@ -22,6 +22,7 @@ class Call(Future[Any]):
         answers: whether the result of a method is sent.
         stopped: it was cancelled while it ran, or before.
         steps: how many were done.
+        timing: seconds of the ``call`` on rank 0, of which ``telling`` of its steps took so many; when it is done.
     """
 
     def __init__(self, do: Literal["call", "invoke"], method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any],
@@ -31,6 +32,7 @@ class Call(Future[Any]):
         self.on_step, self.time_limit, self.answers = on_step, time_limit, answers
         self.seed = int(torch.randint(2**62, ()))
         self.steps = 0
+        self.timing: Mapping[str, float] = {}
         self.stopped = threading.Event()
         self.tell_ranks: Callable[[], None] | None = None
         """Set while it runs."""

@@ -35,6 +35,8 @@ class Dispatcher:
         self.started: Future[Mapping[str, Any]] = Future()
         self._recipe, self._starter = recipe, starter
         self._ranks: Ranks | None = None
+        self._torn = False
+        """Whether ranks live, but cannot go on together as they are."""
         self._number = 0
         self._waiting: deque[Call] = deque()
         self._running: Call | None = None
@@ -108,12 +110,15 @@ class Dispatcher:
                     return call
 
     def _made(self, call: Call) -> Any:
+        if self._torn:
+            self._mend()
         if self._ranks is None or not self._all_there(self._ranks):
             self._end(0)
             self._start()
         if call.stopped.is_set():
             raise CancelledError
         event = self._together(call.message(), f"a call of {self._recipe.source}", call)
+        call.timing = event.get("timing", {})
         if call.do == "invoke" and not call.answers:
             self._repeated.append(call)
         for ours, state in zip(generators((call.args, call.kwargs)), event.get("generators", ()), strict=False):
@@ -144,6 +149,15 @@ class Dispatcher:
         if not self.started.done():
             self.started.set_result(made["value"])
 
+    def _mend(self) -> None:
+        """Have ranks that live begin anew together with what they have loaded; where they cannot, end them."""
+        self._torn = False
+        try:
+            self._together({"do": "mend"}, "mending", None)
+        except Exception as error:
+            log.info("ranks are started anew: %s", error)
+            self._end(0)
+
     def _together(self, message: dict[str, Any], during: str, call: Call | None) -> Mapping[str, Any]:
         """Have all ranks do something; the event of rank 0. Where they cannot go on afterwards, they are ended. What
         cannot be sent is an error before any rank has begun."""
@@ -161,7 +175,9 @@ class Dispatcher:
                 raise error
             return ended[0]
         fine = len(ended) == ranks.size and alike(ended)
-        if not fine:
+        if not fine and len(ended) == ranks.size and not any(e["event"] == "gone" for e in ended.values()):
+            self._torn = True
+        elif not fine:
             self._end(0)
         if error is None:
             error = blamed(ended, during)
@@ -231,3 +247,4 @@ class Dispatcher:
         if self._ranks is not None:
             self._ranks.end(seconds)
             self._ranks = None
+        self._torn = False

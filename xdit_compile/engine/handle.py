@@ -13,6 +13,7 @@ from xdit_compile.engine.call import Call, OnStep
 from xdit_compile.engine.dispatcher import Dispatcher
 from xdit_compile.engine.process_ranks import ProcessRanks
 from xdit_compile.engine.ranks import Start
+from xdit_compile.engine.ray_ranks import RayRanks, ray_library
 from xdit_compile.engine.recipe import Recipe, named, size_of
 from xdit_compile.errors import LaunchError, XditError
 from xdit_compile.pipelines.call_signature import CallSignature
@@ -73,6 +74,9 @@ def start(source: str | Path | Callable[..., Any], spec: str = "", *, world_size
 def _starter(executor: str, size: int, device: str, threads: int, timeout: float) -> Start:
     if executor == "processes":
         return lambda: ProcessRanks(size, device, threads)
+    if executor == "ray":
+        ray_library()
+        return lambda: RayRanks(size, device, threads, timeout)
     raise XditError(f"there is no executor {executor!r}; there are processes and ray")
 
 

@@ -33,10 +33,11 @@ class Served:
 
     Args:
         target: a pipeline, a model, or anything else that can be called.
+        original: what it is the parallel form of, if it is one.
     """
 
-    def __init__(self, target: Any) -> None:
-        self.target = target
+    def __init__(self, target: Any, original: Any = None) -> None:
+        self.target, self._original = target, original
         cls = type(target)
         self.is_pipeline = is_pipeline(target)
         if isinstance(target, nn.Module):
@@ -70,6 +71,19 @@ class Served:
             raise XditError(f"{type(self.target).__name__} has no method {method!r}")
         return found(*args, **kwargs)
 
+    def mend(self, recipe: Recipe) -> None:
+        """Parallelize the original anew, after ranks have failed together and all of them live. Weights, adapters and
+        programs are kept with it.
+
+        Raises:
+            XditError: there is none, or it has given up weights.
+        """
+        original = self._original
+        modules = (original.components.values() if self.is_pipeline else [original]) if original is not None else ()
+        if original is None or any(p.is_meta for m in modules if isinstance(m, nn.Module) for p in m.parameters()):
+            raise XditError("it has to be made anew")
+        self.target = parallelize(original, recipe.spec, timeout=recipe.timeout)
+
     @property
     def broken(self) -> bool:
         """Whether its ranks have failed, so that no later call of theirs can succeed."""
@@ -87,7 +101,7 @@ def made(recipe: Recipe, place: torch.device, first: bool) -> Served:
     if recipe.kind == "artifact":
         return Served(load_artifact(recipe.source, recipe.weights, timeout=recipe.timeout, device=place))
     if recipe.kind == "function":
-        return Served(_of_function(recipe, place))
+        return _of_function(recipe, place)
     dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
     dtype = dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     replaced = {component_of(recipe.pipeline, name, _class_in(path)): path for name, path in recipe.artifacts.items()}
@@ -101,10 +115,14 @@ def made(recipe: Recipe, place: torch.device, first: bool) -> Served:
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module) and name not in replaced:
             part.to(place)
-    return Served(pipe if replaced else parallelize(pipe, recipe.spec, timeout=recipe.timeout))
+    return Served(pipe) if replaced else _parallel(pipe, recipe)
 
 
-def _of_function(recipe: Recipe, place: torch.device) -> Any:
+def _parallel(original: Any, recipe: Recipe) -> Served:
+    return Served(parallelize(original, recipe.spec, timeout=recipe.timeout), original)
+
+
+def _of_function(recipe: Recipe, place: torch.device) -> Served:
     function = function_named(recipe.source)
     given = dict(recipe.arguments)
     with suppress(TypeError, ValueError):  # of a builtin
@@ -115,13 +133,13 @@ def _of_function(recipe: Recipe, place: torch.device) -> Any:
         target = target[0]  # with example inputs, as `explain` and `verify` take it
     if is_pipeline(target) and not isinstance(target, ParallelPipeline):
         target.set_progress_bar_config(disable=True)
-        return parallelize(target.to(place), recipe.spec, timeout=recipe.timeout)
+        return _parallel(target.to(place), recipe)
     if isinstance(target, nn.Module) and not isinstance(target, Parallel):
-        return parallelize(target.to(place).eval(), recipe.spec, timeout=recipe.timeout)
+        return _parallel(target.to(place).eval(), recipe)
     if not callable(target):
         raise XditError(f"{recipe.source} must return a pipeline, a model or something that can be called; it returned "
                         f"a {type(target).__name__}")
-    return target
+    return Served(target)
 
 
 def _class_in(path: str) -> str:
