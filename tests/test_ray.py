@@ -39,8 +39,8 @@ def test_ranks_are_actors_on_two_nodes() -> None:
     x, steps = torch.tensor([1.0, 2.0]), list[tuple[int, int]]()
     with xdit_compile.start(engine_makers.toy, "ulysses=2", executor="ray", device="cpu",
                             arguments={"factor": 0.5}) as engine:
-        nodes = {a.node_id for a in ray.util.state.list_actors() if a.state == "ALIVE"}
-        assert len(nodes) == 2
+        actors = engine._dispatcher._ranks._actors
+        assert len({ray.get(actor.place.remote())[0] for actor in actors}) == 2
         answer = engine(x, steps=2, on_step=lambda done, total: steps.append((done, total)))
         assert torch.equal(answer["x"], 4 * 0.5 * x) and steps == [(1, 2), (2, 2)]
         with pytest.raises(TypeError):

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
@@ -213,6 +213,9 @@ class Dispatcher:
             elif said.event["event"] == "step":
                 heard = now
                 stopped = stopped or self._told(call, said.event["done"], said.event["total"])
+            elif said.event["event"] == "preview":
+                heard = now
+                stopped = stopped or self._shown(call, said.event["done"], said.event["latents"])
             else:
                 heard, ended[said.rank] = now, said.event
                 if said.event["event"] == "error":
@@ -235,16 +238,27 @@ class Dispatcher:
         if call is None:
             return None
         call.steps = done
-        if call.on_step is not None and not call.stopped.is_set():
-            try:
-                call.on_step(done, total)
-            except Exception as error:
-                call.cancel()
-                return error
-        return None
+        return _caught(call, call.on_step, done, total)
+
+    @staticmethod
+    def _shown(call: Call | None, done: int, latents: Any) -> Exception | None:
+        """The same of a preview."""
+        return None if call is None else _caught(call, call.on_preview, done, latents)
 
     def _end(self, seconds: float) -> None:
         if self._ranks is not None:
             self._ranks.end(seconds)
             self._ranks = None
         self._torn = False
+
+
+def _caught(call: Call, told: Callable[[Any, Any], None] | None, *what: Any) -> Exception | None:
+    """Call a function of the user's, unless the call is cancelled; what it raises cancels the call."""
+    if told is None or call.stopped.is_set():
+        return None
+    try:
+        told(*what)
+    except Exception as error:
+        call.cancel()
+        return error
+    return None

@@ -17,13 +17,16 @@ from xdit_compile.artifact.load import load as load_artifact
 from xdit_compile.driver.parallel_model import Parallel
 from xdit_compile.engine.recipe import Recipe
 from xdit_compile.engine.target import load as function_named
-from xdit_compile.errors import XditError
+from xdit_compile.errors import ArgumentError, XditError
 from xdit_compile.pipelines.call_signature import CallSignature, refusals_told
 from xdit_compile.pipelines.loading import component_of, load, only_one_speaks
 from xdit_compile.pipelines.parallel_pipeline import ParallelPipeline, is_pipeline
 
 OnStep = Callable[[int, int], None]
 """Told how many steps are done, of how many (0 where that is not known)."""
+OnPreview = Callable[[int, torch.Tensor], None]
+"""Told how many steps are done, and the latents then."""
+CALLBACK = "callback_on_step_end"
 ON_STEP = "on_step"
 """The argument by which own functions are told of progress."""
 
@@ -48,17 +51,32 @@ class Served:
             self.signature = CallSignature.of(cls.__name__, cls.__call__)
         self._tells = not self.is_pipeline and ON_STEP in self.signature.kinds
 
-    def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], on_step: OnStep) -> Any:
-        """One call. ``on_step`` may raise, on all ranks alike.
+    def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], on_step: OnStep,
+             on_preview: OnPreview | None = None) -> Any:
+        """One call. ``on_step`` may raise, on all ranks alike; so does ``on_preview`` have to be given on all.
 
         Raises:
-            ArgumentError: a pipeline refuses its arguments.
+            ArgumentError: a pipeline refuses its arguments, or shows no latents.
         """
+        if on_preview is not None:
+            kwargs = {**kwargs, CALLBACK: self._previewing(on_preview)}
         with torch.no_grad(), refusals_told(self.signature.name):
             if self.is_pipeline:
                 with _steps_told(self.target, on_step):
                     return self.target(*args, **kwargs)
             return self.target(*args, **kwargs, **({ON_STEP: on_step} if self._tells else {}))
+
+    def _previewing(self, on_preview: OnPreview) -> Callable[..., dict[str, Any]]:
+        """A callback of diffusers that shows latents."""
+        if not self.is_pipeline or CALLBACK not in self.signature.kinds:
+            raise ArgumentError(f"{self.signature.name} takes no {CALLBACK}, and so shows nothing before it is done; "
+                                "leave on_preview out")
+
+        def shown(pipe: Any, step: int, time: Any, held: dict[str, Any]) -> dict[str, Any]:
+            on_preview(step + 1, held["latents"])
+            return held
+
+        return shown
 
     def invoke(self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call a method by its name.

@@ -87,7 +87,7 @@ class Worker:
             result = self._served.invoke(message["method"], args, kwargs)
             return {"event": "result", "value": result if self._first and message["answers"] else None}
         self._telling, started = 0.0, time.perf_counter()
-        result = self._served.call(args, kwargs, self._step)
+        result = self._served.call(args, kwargs, self._step, self._preview if message["previews"] else None)
         if self._place.type == "cuda":
             torch.cuda.synchronize(self._place)
         seconds = time.perf_counter() - started
@@ -107,6 +107,10 @@ class Worker:
         if self._control.to_stop(self._cancelled == self._number):
             raise CallCancelled(f"the call was cancelled after step {done}")
         self._telling += time.perf_counter() - started
+
+    def _preview(self, done: int, latents: torch.Tensor) -> None:
+        if self._first:
+            self._say({"event": "preview", "number": self._number, "done": done, "latents": latents})
 
     @property
     def _broken(self) -> bool:
