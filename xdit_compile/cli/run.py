@@ -17,9 +17,10 @@ import torch
 
 from xdit_compile.api import parallelize
 from xdit_compile.cli.run_result import Run
-from xdit_compile.errors import XditError
+from xdit_compile.errors import XditError, did_you_mean
 from xdit_compile.pipelines.loading import PipelineSource, load, only_one_speaks, pictures, pipeline_class
-from xdit_compile.pipelines.output_files import save
+from xdit_compile.pipelines.output_files import kept_apart, save
+from xdit_compile.progress import speaks
 from xdit_compile.runtime.launch import launch, place_of
 from xdit_compile.spec import ShardingSpec
 
@@ -40,6 +41,7 @@ class Request:
         offload: keep each component on the CPU until it is called.
         warmup_calls: whole calls before the one that is timed and kept.
         frame_rate: frames a second of a video that is written.
+        overwrite: whether results of an earlier run may be replaced.
     """
 
     source: PipelineSource
@@ -54,6 +56,7 @@ class Request:
     offload: bool = False
     warmup_calls: int = 0
     frame_rate: int | None = None
+    overwrite: bool = False
 
 
 def run(request: Request) -> Run:
@@ -74,7 +77,7 @@ def run_rank(request: Request) -> Run:
     """What one rank does. All have the same request; rank 0 writes the files."""
     check(request)
     place = place_of(request.spec.world_size, request.device)
-    first = os.environ.get("RANK", "0") == "0"
+    first = speaks()
     only_one_speaks(first)
     started = time.perf_counter()
     with _told() as notes:
@@ -95,7 +98,8 @@ def run_rank(request: Request) -> Run:
         if place.type == "cuda":
             torch.cuda.synchronize(place)
         seconds = time.perf_counter() - started
-        peaks = parallel.parallel_group.gather(torch.cuda.max_memory_allocated(place)) if place.type == "cuda" else ()
+        peaks = parallel.parallel_group.gather("the peaks of memory", torch.cuda.max_memory_allocated(place)) if (
+            place.type == "cuda") else ()
         files: list[Path] = []
         if first:
             rate = request.frame_rate or int(_value(parallel, arguments, "frame_rate") or FRAME_RATE)
@@ -126,7 +130,8 @@ def check(request: Request) -> None:
         raise XditError("--enable_model_cpu_offload moves components between a GPU and the CPU, but the pipeline runs "
                         "on the CPU; leave it out")
     try:
-        if os.environ.get("RANK", "0") == "0":
+        if speaks():
+            kept_apart(request.output, request.overwrite)
             request.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise XditError(f"cannot write to {request.output}: {error.strerror}; choose another --output") from error
@@ -139,7 +144,8 @@ def agreed(cls: type, request: Request) -> dict[str, Any]:
     kinds = {p.kind for p in taken.values()}
     given = {**request.arguments, **request.pictures}
     if inspect.Parameter.VAR_KEYWORD not in kinds and (unknown := given.keys() - taken.keys()):
-        raise XditError(f"{cls.__name__} takes no {', '.join(sorted(unknown))}; it takes {', '.join(taken)}")
+        hint = did_you_mean(sorted(unknown)[0], taken)
+        raise XditError(f"{cls.__name__} takes no {', '.join(sorted(unknown))}{hint}; it takes {', '.join(taken)}")
     missing = [n for n, p in taken.items() if p.default is p.empty and n not in given
                and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     if missing:

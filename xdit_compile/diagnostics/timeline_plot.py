@@ -26,9 +26,14 @@ FONT = 7.0
 
 GREY = "#b8b8b8"
 
+NO_DATE: dict[str, dict[str, None]] = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None},
+                                       "pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
+"""Of each kind of picture, what would make two of the same timelines differ."""
+
 
 def draw(timelines: Mapping[str, Timeline], path: str | os.PathLike[str]) -> None:
-    """Write an SVG picture: below each other the timelines, each moved to start at zero, with a lane for each stage.
+    """Write a picture, SVG, PNG or PDF by the name of the file: below each other the timelines, each moved to start at
+    zero, with a lane for each stage.
 
     Bars are runs, coloured by patch, with the number of their step; blank is waiting. The file is there whole or not
     at all, and the same for the same timelines.
@@ -36,10 +41,12 @@ def draw(timelines: Mapping[str, Timeline], path: str | os.PathLike[str]) -> Non
     Raises:
         XditError: there is nothing to draw, matplotlib cannot be imported, or the file cannot be written.
     """
+    if (kind := Path(path).suffix.lower().removeprefix(".")) not in NO_DATE:
+        raise XditError(f"a timeline is drawn as {', '.join(NO_DATE)}, by the end of the file's name; {path} ends in "
+                        f"{kind or 'none'}")
     try:
         import matplotlib
         from matplotlib import style
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
     except ImportError as error:
@@ -58,7 +65,6 @@ def draw(timelines: Mapping[str, Timeline], path: str | os.PathLike[str]) -> Non
     heights = [HEAD + LANE * t.stages for t in timelines.values()]
     with style.context("default"), matplotlib.rc_context({"svg.hashsalt": "timeline", "svg.fonttype": "none"}):
         figure = Figure(figsize=(width, sum(heights) + 2 * HEAD), layout="constrained")
-        FigureCanvasSVG(figure)
         parts = figure.subplots(len(timelines), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
         for at, (axes, (name, timeline)) in enumerate(zip(parts, timelines.items(), strict=True)):
             _lanes(axes, timeline, colours, factor, at, FONT * 0.65 / 72 * (longest * factor) / width)
@@ -102,12 +108,13 @@ def _ink(colour: str) -> str:
 
 
 def _write(figure: Any, path: Path) -> None:
+    kind = path.suffix.lower().removeprefix(".")
     if not path.parent.is_dir():
         raise XditError(f"the timeline cannot be written to {path}: there is no folder {path.parent}")
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as drafts:
-            draft = Path(drafts) / "timeline.svg"
-            figure.savefig(draft, format="svg", metadata={"Date": None, "Creator": None})
+            draft = Path(drafts) / f"timeline.{kind}"
+            figure.savefig(draft, format=kind, dpi=150, metadata=NO_DATE[kind])
             draft.replace(path)
     except OSError as error:
         raise XditError(f"the timeline cannot be written to {path}: {error}") from error

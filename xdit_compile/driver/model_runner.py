@@ -24,6 +24,7 @@ from xdit_compile.ir.pytree import flatten
 from xdit_compile.ir.released_parameters import missing_parameters, release_parameters
 from xdit_compile.ir.step_inputs import condition_among, timestep_inputs
 from xdit_compile.passes import NOTHING
+from xdit_compile.progress import progress
 from xdit_compile.runtime.control.one_call_at_a_time import alone
 from xdit_compile.runtime.control.replicas import FACT, Replicas
 from xdit_compile.runtime.control.tensor_digest import Fingerprint, digests
@@ -254,7 +255,8 @@ class ModelRunner:
             with unwatched():
                 kind = self.source.make(args, kwargs)
                 middle = time.perf_counter()
-                compiled, group = self._compiled(kind)
+                with progress(f"planning {type(self.model).__name__} under {self.group.spec}"):
+                    compiled, group = self._compiled(kind)
         except Exception as error:
             # Told to the others, who else would wait for this rank's plan. All failing alike, the group lives on.
             self.group.control.agree("the plan", {"error": f"{type(error).__name__}: {error}"})
@@ -263,7 +265,8 @@ class ModelRunner:
                  type(self.model).__name__, group.spec, middle - start, time.perf_counter() - middle)
         self.group.control.agree("the plan", compiled.digest())
         try:
-            self._get_weights(compiled, group.spec, group.rank)
+            with progress(f"getting the weights of {type(self.model).__name__}"):
+                self._get_weights(compiled, group.spec, group.rank)
         except Exception as error:
             self.group.control.agree("getting ready", {"error": f"{type(error).__name__}: {error}"})
             raise

@@ -52,6 +52,7 @@ from xdit_compile.frontend.writes import fill, has_values, refuse, settle
 from xdit_compile.ir.packed_tensors import is_packed
 from xdit_compile.ir.program import Input, Program, drop_unused, graph_module, output_args, source_of
 from xdit_compile.ir.pytree import Structure, differ, flatten, sharing
+from xdit_compile.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -122,8 +123,8 @@ def recorded(model: nn.Module, args: Sequence[Any] = (),
     filled, kept, start = False, True, time.perf_counter()
     while True:
         try:
-            with gc_paused(), undisturbed(), observed_hooks(model), subclasses_made(), casts_noted(), \
-                    leaving_in_python(model, left):
+            with progress(f"capturing {type(model).__name__}"), gc_paused(), undisturbed(), observed_hooks(model), \
+                    subclasses_made(), casts_noted(), leaving_in_python(model, left):
                 # What a forward sets in the context of its thread is gone with the copy.
                 program, reads, effects = copy_context().run(_Capture(model, args, kwargs, kept).program)
             check_left(model, reads.made, program)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from xdit_compile.errors import XditError
+from xdit_compile.progress import progress
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def load(source: PipelineSource, dtype: torch.dtype) -> Any:
     """
     library = _diffusers()
     cls = _class_named(source.pipeline, "DiffusionPipeline") if source.pipeline else library.DiffusionPipeline
-    with _reading(f"a pipeline from {source.model}"):
-        pipe = cls.from_pretrained(source.model, torch_dtype=dtype, **source.further)
+    with progress(f"loading {source.model}"), _reading(f"a pipeline from {source.model}"):
+        pipe = cls.from_pretrained(source.model, dtype=dtype, **source.further)
     if source.scheduler:
         chosen = _class_named(source.scheduler, "SchedulerMixin")
         if getattr(pipe, "scheduler", None) is None:
@@ -119,6 +120,8 @@ def _class_named(name: str, base: str) -> Any:
 def _adapt(pipe: Any, adapters: Sequence[tuple[str, float]]) -> None:
     if not hasattr(pipe, "load_lora_weights"):
         raise XditError(f"{type(pipe).__name__} takes no adapters; leave --lora out")
+    if find_spec("peft") is None:
+        raise XditError("adapters need peft, which is not installed; pip install 'xdit-compile[lora]'")
     names = [f"lora{i}" for i in range(len(adapters))]
     for name, (path, _) in zip(names, adapters, strict=True):
         with _reading(f"the adapter {path}"):
