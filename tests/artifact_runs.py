@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pipelines
 import torch
 
 import xdit_compile
@@ -23,3 +25,11 @@ def called(path: str, inputs: dict[str, Any]) -> torch.Tensor:
     """What a call of a loaded artifact gives."""
     with torch.no_grad():
         return materialize(xdit_compile.load(path, ranks=range(2), timeout=120)(**inputs))
+
+
+def in_a_pipeline(folder: str, name: str, artifact: str) -> torch.Tensor:
+    """What a pipeline gives whose transformer was exported, on two ranks."""
+    pipe = pipelines.load(Path(folder) / name)
+    pipe.transformer = xdit_compile.load(
+        artifact, weights=Path(folder) / name / "transformer", ranks=range(2), timeout=120)
+    return pipelines.run(pipe, pipelines.PIPELINES[name], num_inference_steps=2)

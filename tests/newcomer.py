@@ -8,11 +8,13 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
 
+import calls
+import cases
+import displaced
+import pipefusion_runs
 import torch
 import torch.distributed as dist
-from models import TinyDiT
 
 import xdit_compile
 from xdit_compile.errors import RankFailure, SpecError
@@ -59,32 +61,31 @@ def _raise(kind: str) -> None:
 
 
 def late(seconds: float) -> str:
-    """What rank 0 says while it waits for rank 1, which comes late to the second call of a model."""
-    model, inputs = TinyDiT().eval(), {"x": torch.ones(1, 8, 16)}
+    """What this rank says while rank 1 comes late to the second call of a model."""
+    model, inputs = calls.Tiny().eval(), {"x": torch.ones(1, 8, 6), "step": torch.ones(1)}
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
     parallel = xdit_compile.parallelize(model, "ulysses=2", ranks=[0, 1])
     with torch.no_grad():
         parallel(**inputs)
         with heard("0.4") as text:
             if dist.get_rank() == 1:
                 time.sleep(seconds)
-            parallel(**inputs)
-            parallel.parallel_group.settle_comparisons() if hasattr(parallel, "parallel_group") else None
+            parallel(**inputs | {"shift": torch.ones(1, 8, 6)})
     return text.getvalue()
 
 
-def timeline_of_one(seconds: float) -> Any:
-    """Rank 0 alone asks for the timeline; rank 1 goes away."""
-    torch.manual_seed(0)
-    model = TinyDiT().eval()
-    parallel = xdit_compile.parallelize(model, "pipefusion=2,patches=2", ranks=[0, 1])
-    with torch.no_grad():
-        for step in range(3):
-            torch.as_tensor(parallel(x=torch.ones(1, 8, 16) * (1 + step)))
+def timeline_of_one() -> tuple[str, str] | None:
+    """Rank 0 alone asks for the timeline, and rank 1 goes away."""
+    entry = displaced.MODELS["dit"]
+    parallel = xdit_compile.parallelize(cases.made(entry.case), "pipefusion=2,patches=2", ranks=[0, 1])
+    pipefusion_runs.materialize(pipefusion_runs.loop(parallel, entry, entry.case.inputs(1, False), 3))
     group = parallel.runners["forward"].group
     if dist.get_rank() == 1:
-        time.sleep(seconds)
+        time.sleep(1.5)
         group.control.close()
-        return ""
+        return None
     try:
         with heard("0.4") as text:
             xdit_compile.timeline(parallel)

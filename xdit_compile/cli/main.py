@@ -32,7 +32,6 @@ from xdit_compile.cli.run_result import Run
 from xdit_compile.cli.target import build, load
 from xdit_compile.diagnostics.explain import explain
 from xdit_compile.diagnostics.explanation import Explanation
-from xdit_compile.diagnostics.html_page import write_page
 from xdit_compile.diagnostics.verification import Verification
 from xdit_compile.diagnostics.verify import verify
 from xdit_compile.errors import LaunchError, SpecError, XditError
@@ -178,8 +177,8 @@ def _explain(options: argparse.Namespace) -> Explanation:
             raise SpecError(f"--timeline shows the stages of a pipeline, but {spec} has none; add pipefusion=2 or more")
         made.stages.draw(options.timeline, options.steps, options.tflops * 1e12, options.gbytes * 1e9)
     if options.html:
-        write_page(made, options.html, flops_per_second=options.tflops * 1e12, bytes_per_second=options.gbytes * 1e9,
-                   steps=options.steps)
+        made.write_page(options.html, flops_per_second=options.tflops * 1e12, bytes_per_second=options.gbytes * 1e9,
+                        steps=options.steps)
     return made
 
 

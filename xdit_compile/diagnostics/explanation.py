@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -12,6 +13,7 @@ from rich.text import Text
 
 from xdit_compile.diagnostics.block_boxes import BlockBox
 from xdit_compile.diagnostics.fit import Fit
+from xdit_compile.diagnostics.html_page import write_page
 from xdit_compile.diagnostics.stage_costs import Stages
 from xdit_compile.ir.pass_record import PassRecord
 from xdit_compile.report.costs import Costs
@@ -162,15 +164,33 @@ class Explanation:
                 f"{size(self.local.sent)}; {staged}activations {size(self.local.activations)} of "
                 f"{size(self.whole.activations)}; {kept}{missing}")
 
+    @property
+    def figures(self) -> RankFigures:
+        """Those of the rank that is described."""
+        sent = self.local.sent + (self.stages.sent(self.rank) if self.stages else 0)
+        return RankFigures(self.rank, self.local.flops, sent, self.memory)
+
+    def write_page(self, path: str | Path, *, flops_per_second: float = 100e12, bytes_per_second: float = 10e9,
+                   steps: int = 8) -> None:
+        """Write all of it as one page for a browser, with pictures; the file is there whole or not at all.
+
+        Args:
+            flops_per_second, bytes_per_second: of each device, for the bars of time.
+            steps: of denoising, in the picture of stages.
+
+        Raises:
+            XditError: the file cannot be written.
+        """
+        write_page(self, path, flops_per_second, bytes_per_second, steps)
+
     def verdict(self) -> str:
         """The one line to read first: what the spec would give."""
         ranks = self.spec.world_size
         if ranks == 1:
             return f"{self.model} on one device: {work(self.whole.flops)}, {size(self.memory.device)}"
         share = self.local.flops / max(self.whole.flops, 1)
-        sent = self.local.sent + (self.stages.sent(self.rank) if self.stages else 0)
         parts = [f"{share:.1%} of the work on each of {ranks} devices (ideal {1 / ranks:.1%})",
-                 f"{size(self.memory.device)} of memory", f"{size(sent)} sent"]
+                 f"{size(self.memory.device)} of memory", f"{size(self.figures.sent)} sent"]
         if self.fallbacks:
             parts.append(f"{plural(len(self.fallbacks), 'operator')} computed whole")
         if self.fit is not None:

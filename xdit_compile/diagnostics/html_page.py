@@ -7,12 +7,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from xdit_compile.diagnostics.block_boxes import OUTSIDE, BlockBox
-from xdit_compile.diagnostics.explanation import Explanation, RankFigures, Row
 from xdit_compile.diagnostics.html_timeline import timeline_svg
 from xdit_compile.errors import XditError
 from xdit_compile.report.units import size, work
+
+if TYPE_CHECKING:
+    from xdit_compile.diagnostics.explanation import Explanation, Row
 
 KINDS = {"weights": ("weights", "#4c78a8"), "gathered": ("weights of blocks in flight", "#9ecae9"),
          "activations": ("values being computed", "#f58518"), "exchanged": ("buffers of exchanges", "#ffbf79"),
@@ -50,13 +53,9 @@ svg text { font: 11px system-ui, sans-serif; }
 """
 
 
-def write_page(explained: Explanation, path: str | Path, *, flops_per_second: float = 100e12,
-               bytes_per_second: float = 10e9, steps: int = 8) -> None:
+def write_page(explained: Explanation, path: str | Path, flops_per_second: float, bytes_per_second: float,
+               steps: int) -> None:
     """Write ``explained`` as a page. The file is there whole or not at all.
-
-    Args:
-        flops_per_second, bytes_per_second: of each device, for the bars of time.
-        steps: of denoising, in the picture of stages.
 
     Raises:
         XditError: the file cannot be written.
@@ -102,7 +101,7 @@ def _reading(e: Explanation) -> str:
 
 
 def _ranks(e: Explanation, flops_per_second: float, bytes_per_second: float) -> Iterator[str]:
-    ranks = e.ranks or (RankFigures(e.rank, e.local.flops, e.local.sent, e.memory),)
+    ranks = e.ranks or (e.figures,)
     most = max(r.memory.device for r in ranks) or 1
     yield "<h2>Memory of each device, at the worst moment</h2><div class='card'>"
     for r in ranks:

@@ -17,6 +17,9 @@ from xdit_compile.progress import say, speaks
 
 HERE = str(Path(__file__).parents[1])
 
+_plain: Any = None
+"""How exceptions were printed before ours; PyTorch puts a hook of its own around that."""
+
 
 def told_once() -> None:
     """From now on, of an exception that ends this process: what all ranks raise alike is printed by one of them, and
@@ -24,7 +27,8 @@ def told_once() -> None:
     Python's own way."""
     if os.environ.get("XDIT_COMPILE_LOG", "").upper() == "DEBUG" or getattr(sys.excepthook, "tells_once", False):
         return
-    before = sys.excepthook
+    global _plain
+    _plain = before = _plain or sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> Any:
         if isinstance(error, KeyboardInterrupt):
@@ -49,6 +53,11 @@ def is_mine(error: BaseException) -> bool:
     key = hashlib.blake2b(f"{type(error).__name__}: {error}".encode(), digest_size=16).hexdigest()
     try:
         store: Any = dist.distributed_c10d._get_default_store()
+        if isinstance(error, RankFailure):
+            if error.rank >= 0 and store.check([f"xdit/tells/{error.rank}"]):
+                return False
+        else:
+            store.set(f"xdit/tells/{dist.get_rank()}", "")
         return store.add(f"xdit/told/{key}", 1) == 1
     except RuntimeError:  # its host is gone
         return True
