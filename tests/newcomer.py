@@ -8,11 +8,13 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import calls
 import cases
 import displaced
 import pipefusion_runs
+import pipelines
 import torch
 import torch.distributed as dist
 
@@ -92,3 +94,11 @@ def timeline_of_one() -> tuple[str, str] | None:
     except RankFailure as error:
         return text.getvalue(), str(error)
     return None
+
+
+def in_a_pipeline(folder: str, name: str, artifact: str) -> torch.Tensor:
+    """What a pipeline gives whose transformer was exported, on two ranks."""
+    pipe = pipelines.load(Path(folder) / name)
+    pipe.transformer = xdit_compile.load(
+        artifact, weights=Path(folder) / name / "transformer", ranks=range(2), timeout=120)
+    return pipelines.run(pipe, pipelines.PIPELINES[name], num_inference_steps=2)

@@ -11,7 +11,6 @@ import time
 import tomllib
 from pathlib import Path
 
-import artifact_runs
 import calls
 import newcomer
 import pipelines
@@ -198,16 +197,15 @@ def test_an_artifact_in_the_place_of_a_pipeline_s_model(
     their model inside of its ``cache_context``."""
     path, case = pipelines.folder(name, Path(folders)), pipelines.PIPELINES[name]
     expected = pipelines.run(pipelines.load(path), case, num_inference_steps=2)
-    given = {n: v for n, v in case.call().items() if n not in ("num_inference_steps", "output_type")}
-    words = [f"{n}={json.dumps(v)}" for n, v in given.items() if not n.endswith("prompt")]
-    for prompt in ("prompt", "negative_prompt"):
-        if given.get(prompt) is not None:
-            texts = given[prompt] if isinstance(given[prompt], list) else [given[prompt]]
-            words += [] if not texts else [f"--{prompt}", *texts, "--arg"]
-    status, _, err = command(capsys, "export", "--model", path, "--spec", "ulysses=2", "-o", tmp_path / "made", "--arg",
-                             *words)
+    words: list[str] = []
+    for argument, value in case.call().items():
+        if argument in ("prompt", "negative_prompt"):
+            words += [f"--{argument}", *([value] if isinstance(value, str) else value)]
+        elif argument not in ("num_inference_steps", "output_type"):
+            words += ["--arg", f"{argument}={json.dumps(value)}"]
+    status, _, err = command(capsys, "export", "--model", path, "--spec", "ulysses=2", "-o", tmp_path / "made", *words)
     assert status == 0, err
-    for made in pool.run(artifact_runs.in_a_pipeline, folders, name, str(tmp_path / "made"), ranks=range(2)):
+    for made in pool.run(newcomer.in_a_pipeline, folders, name, str(tmp_path / "made"), ranks=range(2)):
         torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-4)
 
 

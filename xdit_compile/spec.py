@@ -237,8 +237,8 @@ class ShardingSpec:
         return ",".join(words) or "ulysses=1"
 
 
-SHORTEST = tuple({f.name: f.name.removesuffix("_degree") for f in fields(ShardingSpec)} | {
-    name: word for word, name in SHORT.items()})
+SHORTEST = tuple(({f.name: f.name.removesuffix("_degree") for f in fields(ShardingSpec)} | {
+    name: word for word, name in SHORT.items()}).values())
 """The words of a spec as they are printed."""
 
 
