@@ -89,7 +89,7 @@ def test_a_video(two: Pool, folders: str, tmp_path: Path) -> None:  # noqa: F811
 
 
 def test_the_notebook_and_a_model_of_one_s_own(tmp_path: Path) -> None:
-    """Its cells, one after the other, as a script beside the examples."""
+    """Its cells, which use ``own_model.py``, one after the other, as a script beside the examples."""
     cells = json.loads((EXAMPLES / "notebook.ipynb").read_text())["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     script = tmp_path / "cells.py"
