@@ -165,6 +165,8 @@ def _run(options: argparse.Namespace) -> Run:
 
 
 def _export(options: argparse.Namespace) -> Inspection:
+    if options.artifacts:
+        raise SpecError("--artifact is for what was exported before; the folder to write is given as -o")
     if (options.target is None) == (options.model is None):
         raise SpecError("export takes either a target, as in model.py:example, or --model with a pipeline's folder")
     with _progress(f"exporting {options.target or options.model}") as say:

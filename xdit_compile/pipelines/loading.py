@@ -37,19 +37,28 @@ class PipelineSource:
     further: Mapping[str, Any] = field(default_factory=dict)
 
 
+def pipeline_config(source: PipelineSource) -> dict[str, Any]:
+    """What the folder says of its pipeline: its class, and library and class of each component.
+
+    Raises:
+        XditError: there is no such pipeline, or no diffusers.
+    """
+    library = _diffusers()
+    with _reading(f"a pipeline from {source.model}"):
+        found = library.DiffusionPipeline.load_config(source.model, cache_dir=source.further.get("cache_dir"))
+    return dict(found)
+
+
 def pipeline_class(source: PipelineSource) -> Any:
     """The class that will be called; None if it is code of its own, which is known only once it is loaded.
 
     Raises:
         XditError: there is no such pipeline, or no diffusers.
     """
-    library = _diffusers()
     if source.pipeline:
         return _class_named(source.pipeline, "DiffusionPipeline")
-    with _reading(f"a pipeline from {source.model}"):
-        config = library.DiffusionPipeline.load_config(source.model, cache_dir=source.further.get("cache_dir"))
-    name = config.get("_class_name")
-    return getattr(library, name, None) if isinstance(name, str) else None
+    name = pipeline_config(source).get("_class_name")
+    return getattr(_diffusers(), name, None) if isinstance(name, str) else None
 
 
 def load(source: PipelineSource, dtype: torch.dtype) -> Any:
