@@ -45,7 +45,10 @@ ARROWS: dict[str, set[str]] = {
     "decorator": {"spec", "api", "driver", "pipelines", "runtime.deferred"},
     "diagnostics": {"errors", "spec", "ir", "frontend", "passes", "report", "driver", "pipelines", "api",
                     "runtime.deferred", "runtime.pipefusion", "progress"},
-    "cli": {"errors", "spec", "ir", "report", "runtime", "pipelines", "artifact", "api", "diagnostics", "progress"},
+    "engine": {"errors", "spec", "ir", "driver", "artifact", "pipelines", "api", "runtime", "runtime.control"},
+    "serve": {"errors", "engine", "pipelines"},
+    "cli": {"errors", "spec", "ir", "report", "runtime", "pipelines", "artifact", "api", "diagnostics", "engine",
+            "serve", "progress"},
     "compat": {"errors", "spec", "runtime", "pipelines", "api", "cli"},
     "__main__": {"cli"},
 }  # fmt: skip

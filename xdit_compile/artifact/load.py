@@ -84,6 +84,16 @@ def load(path: str | Path, weights: str | Path | None = None, *, ranks: Sequence
         return loading.model(weights, ranks, timeout, check_inputs)
 
 
+def spec_and_class(path: str | Path) -> tuple[ShardingSpec, str]:
+    """What an artifact was exported for, and the class of its model.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    manifest = ArtifactFolder.at(path).manifest
+    return needed(manifest["spec"]), manifest["model"]["class"].text()
+
+
 class ArtifactLoader:
     """What a manifest says, and where it shall run.
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from xdit_compile.cli.artifact_components import spec_of
 from xdit_compile.cli.run import DTYPES, Request
 from xdit_compile.errors import SpecError, XditError
 from xdit_compile.pipelines.loading import PipelineSource
@@ -26,6 +27,7 @@ examples:
   xdit-compile run --model DIR_OR_ID --spec cfg=2,ulysses=2 --prompt "a red circle" --output images/
   xdit-compile run --model DIR --spec ulysses=4 --prompt "a cat" "a dog" --seed 7 --output_type latent --json
   xdit-compile run --model DIR --spec cfg=2 --arg class_labels=[1,2] --num_inference_steps 20
+  xdit-compile run --model DIR --artifact model-u4.xdit --prompt "a cat"
   xdit-compile run --model DIR --pipeline NAME --image photo.png --image mask_image=mask.png --arg strength=0.6
   torchrun --nproc-per-node 8 -m xdit_compile.cli run --model DIR --use_cfg_parallel --ulysses_degree 4 --prompt "a cat"
 
@@ -152,6 +154,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pipeline", metavar="CLASS", help="a pipeline of diffusers in place of the one that the folder names")
     add("--scheduler", metavar="CLASS", help="a scheduler of diffusers in place of the pipeline's own")
     add("--lora", metavar="PATH[:SCALE]", nargs="+", action="extend", default=[], help="adapters to load")
+    add("--artifact", dest="artifacts", metavar="[NAME=]FOLDER", nargs="+", action="extend", default=[],
+        help="an exported model in the place of the component; the spec is the artifact's")
     add("--warmup_calls", type=_count, default=0, metavar="N", help="calls before the one that is timed and kept")
     add("--fps", type=_count, metavar="N", help="of videos written (default: the call's frame_rate, or 8)")
     _add_call(parser.add_argument_group("the pipeline's call", "what is not given is left to the pipeline"))
@@ -216,11 +220,13 @@ def request(options: argparse.Namespace) -> Request:
     arguments, pictures = _arguments(options), _pictures(options.image)
     if both := arguments.keys() & pictures.keys():
         raise XditError(f"{both.pop()} is given twice, as --arg and as --image")
+    artifacts = _artifacts(options.artifacts)
     habits: dict[str, Any] = {} if options.output_type else {"output_type": "pil"}
     if options.no_use_resolution_binning:
         habits["use_resolution_binning"] = False
     return Request(
-        source=_source(options), spec=_spec(options), output=options.output, arguments=arguments, habits=habits,
+        source=_source(options), spec=spec_of(artifacts, _spec(options)) if artifacts else _spec(options),
+        artifacts=artifacts, output=options.output, arguments=arguments, habits=habits,
         pictures=pictures, seed=options.seed, dtype=options.dtype,
         device=options.device, offload=options.enable_model_cpu_offload, warmup_calls=options.warmup_calls,
         frame_rate=options.fps, overwrite=options.overwrite)
@@ -228,7 +234,7 @@ def request(options: argparse.Namespace) -> Request:
 
 def _source(options: argparse.Namespace) -> PipelineSource:
     further = {"cache_dir": options.download_dir, "trust_remote_code": options.trust_remote_code or None}
-    return PipelineSource(options.model, options.pipeline, options.scheduler, tuple(map(_adapter, options.lora)),
+    return PipelineSource(options.model, options.pipeline, options.scheduler, tuple(map(adapter, options.lora)),
                   tuple(n for n in ("enable_tiling", "enable_slicing") if vars(options)[n]),
                   {name: value for name, value in further.items() if value is not None})
 
@@ -301,7 +307,19 @@ def _pictures(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return made
 
 
-def _adapter(text: str) -> tuple[str, float]:
+def _artifacts(texts: Sequence[str]) -> dict[str, str]:
+    """Folders by the names of components; of the one that has none, by the empty name."""
+    made: dict[str, str] = {}
+    for text in texts:
+        name, folder = found.groups() if (found := re.fullmatch(r"([A-Za-z_]\w*)=(.+)", text)) else ("", text)
+        if name in made:
+            raise XditError(f"--artifact {text}: there is one before it {f'for {name}' if name else 'without a name'}; "
+                            "write NAME=FOLDER, with the name of each component")
+        made[name] = folder
+    return made
+
+
+def adapter(text: str) -> tuple[str, float]:
     """A path, and what follows its last colon if that is a number."""
     path, _, scale = text.rpartition(":")
     try:

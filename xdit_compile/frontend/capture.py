@@ -261,6 +261,8 @@ class _Capture:
         call = self._call(known)
         with self._unchanged(), fake_state(self.model, self.mode), self.mode:
             filled, kept = settle(self.model, lambda shown: call(*shown), self._fresh, self.before, self.reads)
+        # What is kept by types of tensors (a registry of backends) has an entry for stand-ins, which no other call meets.
+        kept = {k: c for k, c in kept.items() if not _is_stand_in(k[1])}
         tables = {k: _real(c.after, known) for k, c in kept.items()}
         self.tables = {k: made for k, made in tables.items() if made is not MISSING}
         unknown = [str(c) for k, c in kept.items() if k not in self.tables and c.after is not MISSING]
@@ -311,6 +313,11 @@ class _Capture:
             found = _trace(call, kind.examples, self.mode)
         self.exchanged |= {*found.exchanged}
         return _function_of(kind, found, constants)
+
+
+def _is_stand_in(key: Any) -> bool:
+    """Whether it is the type of a tensor that tracing alone makes."""
+    return isinstance(key, type) and issubclass(key, (FakeTensor, FunctionalTensor))
 
 
 def _any(_: object) -> bool:

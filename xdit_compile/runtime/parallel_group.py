@@ -49,6 +49,7 @@ class ParallelGroup:
         audience: the ranks that are told what this one's pipeline computes; empty for those of the pipeline itself.
         epoch: counts a pipeline's calls: what was kept in one is of another picture.
         running: whether a pipeline's call is under way.
+        late: what looks at values that were not waited for, by the identity of the model's runner.
         counts: how many ``calls`` of parallel models its ranks have made, and how many were ``shared`` by all of
             them, and how many used values ``kept`` from a step before.
     """
@@ -64,6 +65,7 @@ class ParallelGroup:
         self.data_if_possible = self.running = False
         self.epoch = 0
         self.audience: tuple[int, ...] = ()
+        self.late: dict[int, Callable[[], None]] = {}
 
     @cached_property
     def process_groups(self) -> ProcessGroups:
@@ -93,11 +95,15 @@ class ParallelGroup:
             one()
 
     def settle_comparisons(self) -> None:
-        """Wait until all that ranks have compared meanwhile is known to be equal.
+        """Wait until all that ranks have compared meanwhile is known to be equal, and what was not waited for is
+        looked at.
 
         Raises:
             RankMismatch: something is not.
+            XditError: a call was not what it was taken for.
         """
+        for look in self.late.values():
+            look()
         for group in (vars(self).get("subgroup"), vars(self).get("vae"), self):
             if group is not None:
                 group.control.settle()
