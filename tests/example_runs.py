@@ -43,7 +43,7 @@ def command(folder: str, *words: str) -> tuple[int, str]:
 
 def block(code: str, folder: str, prepare: Any) -> dict[str, str]:
     """Run a block of Python with what ``prepare`` says is there; the types of what it made."""
-    before = os.getcwd()
+    before, path = os.getcwd(), [*sys.path]
     os.chdir(folder)
     try:
         names: dict[str, Any] = prepare()
@@ -51,3 +51,4 @@ def block(code: str, folder: str, prepare: Any) -> dict[str, str]:
         return {name: type(value).__name__ for name, value in names.items() if not name.startswith("__")}
     finally:
         os.chdir(before)
+        sys.path[:] = path

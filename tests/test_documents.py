@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
 import sys
 from collections.abc import Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +20,13 @@ import pipelines
 import pytest
 import torch
 from pool import Pool
+from safetensors.torch import save_file
 from test_pipelines import folders  # noqa: F401
 
+import xdit_compile
 from xdit_compile.cli import run_flags as flags
 from xdit_compile.cli.main import main
+from xdit_compile.spec import ShardingSpec
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(REPOSITORY.glob("*.md")), *sorted(REPOSITORY.glob("docs/*.md")),
@@ -71,7 +74,7 @@ STAND_INS = {
     "folder/of/safetensors": "{weights}",
     "--num_inference_steps 28": "--num_inference_steps 2 --height 64 --width 64",
     '--prompt "a cat"': '--prompt "a cat" --num_inference_steps 2 --height 64 --width 64',
-    "ulysses=8 --device-memory 8GB": "ulysses=8 --device-memory 80GB",
+    "num_inference_steps=200": "num_inference_steps=20",
     "examples/shapes/model": "{repository}/examples/shapes/model",
     'pipe("a cat", generator=': 'pipe("a cat", num_inference_steps=2, height=64, width=64, generator=',
     'parallel("a cat", generator=': 'parallel("a cat", num_inference_steps=2, height=64, width=64, generator=',
@@ -98,17 +101,25 @@ def said(text: str, reader: dict[str, Any]) -> str:
     return text
 
 
-def tiny(folder: str) -> dict[str, Any]:
-    """What the first block of README has: a model with inputs, and a pipeline."""
-    import calls
+@pytest.fixture(scope="module")
+def pools(pool: Pool) -> Iterator[dict[int, Pool]]:
+    """By the number of their ranks; those of two start if somebody asks for them."""
+    two = Pool(world=2)
+    yield {4: pool, 2: two}
+    two.close()
 
-    torch.manual_seed(0)
-    return {"model": calls.Tiny().eval(), "inputs": {"x": torch.ones(1, 16, 6), "step": torch.ones(1)},
+
+def tiny(folder: str) -> dict[str, Any]:
+    """What blocks that begin in the middle have: a model with inputs, and a pipeline."""
+    sys.path.insert(0, str(REPOSITORY / "examples"))
+    model, inputs = import_module("own_model").example()
+    return {"torch": torch, "xdit_compile": xdit_compile, "model": model, "inputs": inputs,
             "pipe": pipelines.load(Path(folder))}
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_a_block_runs(block: Block, reader: dict[str, Any], pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_runs(block: Block, reader: dict[str, Any], pools: dict[int, Pool],
+                      monkeypatch: pytest.MonkeyPatch) -> None:
     if block.why_not:
         pytest.skip(block.why_not)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -117,11 +128,11 @@ def test_a_block_runs(block: Block, reader: dict[str, Any], pool: Pool, monkeypa
         monkeypatch.delenv(name, raising=False)
     text = said(block.text, reader)
     if block.kind == "python":
-        python(text, reader, pool)
+        python(text, reader, pools[4])
     else:
         assert block.kind == "", "a shell's"
         for line in text.strip().splitlines():
-            shell(line.partition("  #")[0].strip(), reader, pool)
+            shell(line.partition("  #")[0].strip(), reader, pools)
 
 
 def python(text: str, reader: dict[str, Any], pool: Pool) -> None:
@@ -129,29 +140,22 @@ def python(text: str, reader: dict[str, Any], pool: Pool) -> None:
         compile(Path(name[1]).read_text(), name[1], "exec")
         return
     prepare = partial(tiny, str(reader["sd3"]))
-    if "xdit_compile.export(" in text:
-        monkey = {"xdit_compile": __import__("xdit_compile")} | prepare()
-        exec(text, monkey)
-        from safetensors.torch import save_file
-
-        shutil.rmtree(reader["weights"], ignore_errors=True)
-        reader["weights"].mkdir()
-        save_file(monkey["model"].state_dict(), reader["weights"] / "model.safetensors")
-        return
     if text.startswith("@rule("):
         names: dict[str, Any] = {"rule": lambda table: lambda function: function, "aten": torch.ops.aten}
         exec(text, names)
         assert callable(names["flipped"])
-        return
-    if "DiTPipeline" in text:
+    elif "xdit_compile.export(" in text:
+        exec(text, names := prepare())
+        reader["weights"].mkdir()
+        save_file(names["model"].state_dict(), reader["weights"] / "model.safetensors")
+    elif "xdit_compile.start(" in text or "xdit_compile" not in text:  # from one process
         exec(text, {})
-        return
-    code = f"import torch, xdit_compile\n{text}"
-    made = pool.run(example_runs.block, code, str(reader["home"]), prepare, timeout=240)
-    assert len(made) == pool.world
+    else:
+        made = pool.run(example_runs.block, text, str(reader["home"]), prepare, timeout=240)
+        assert len(made) == pool.world
 
 
-def shell(line: str, reader: dict[str, Any], pool: Pool) -> None:
+def shell(line: str, reader: dict[str, Any], pools: dict[int, Pool]) -> None:
     words = shlex.split(line)
     if not words:
         return
@@ -159,24 +163,25 @@ def shell(line: str, reader: dict[str, Any], pool: Pool) -> None:
         named(words)
     elif words[0] == "torchrun":
         assert words[1] == "--nproc-per-node"
-        ranks = range(int(words[2]))
+        pool = pools[int(words[2])]
         if words[3] == "-m":
             assert words[4] == "xdit_compile.cli"
-            answers = pool.run(example_runs.command, str(reader["home"]), *words[5:], "--overwrite", ranks=ranks,
-                               timeout=240)
-            assert all(status == 0 for status, _ in answers), answers
+            ran(words[5:], reader, pool)
         else:
-            pool.run(example_runs.script, words[3], str(reader["home"]), *words[4:], ranks=ranks, timeout=240)
+            pool.run(example_runs.script, words[3], str(reader["home"]), *words[4:], timeout=240)
     elif words[0] == "xdit-compile" and words[1] == "run":
-        spec = words[words.index("--spec") + 1] if "--spec" in words else "ulysses=1"
-        world = 4 if spec == "cfg=2,ulysses=2" else 2
-        answers = pool.run(example_runs.command, str(reader["home"]), *words[1:], "--overwrite", ranks=range(world),
-                           timeout=240)
-        assert all(status == 0 for status, _ in answers), answers
+        spec = words[words.index("--spec") + 1] if "--spec" in words else "ulysses=2"  # that of the artifact
+        ran(words[1:], reader, pools[ShardingSpec.parse(spec).world_size])
     elif words[0] == "xdit-compile":
         assert main(words[1:]) == 0
     else:
         raise AssertionError(f"nobody knows how to run: {line}")
+
+
+def ran(words: list[str], reader: dict[str, Any], pool: Pool) -> None:
+    """A command in all of these processes."""
+    answers = pool.run(example_runs.command, str(reader["home"]), *words, "--overwrite", timeout=240)
+    assert all(status == 0 for status, _ in answers), answers
 
 
 def named(words: list[str]) -> None:
@@ -190,7 +195,7 @@ def named(words: list[str]) -> None:
     scripts = [REPOSITORY / f for f in files if f.endswith(".py") and not f.startswith("tests/")]
     for script in scripts:
         text = script.read_text()
-        assert all(flag in text for flag in words if flag.startswith("--")), (script, words)
+        assert all(flag[2:] in text for flag in words if flag.startswith("--")), (script, words)
     extras = re.findall(r"'?\.\[([\w,-]+)\]'?", " ".join(words))
     assert all(f"\n{name} = [" in (REPOSITORY / "pyproject.toml").read_text() for some in extras
                for name in some.split(","))
