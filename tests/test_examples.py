@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import example_runs
+import numpy as np
 import pipelines
 import pytest
 import torch
@@ -121,6 +123,29 @@ def test_two_nodes(folders: str, tmp_path: Path) -> None:  # noqa: F811
     said = [node.communicate(timeout=240)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert (drawn(tmp_path / "image.png") - on_one_device(sd3)).abs().max() <= 1
+
+
+def test_a_picture_of_differences_says_what_is_white() -> None:
+    """A ruler from black to white below the pictures, which stay as they are."""
+    demo = runpy.run_path(str(EXAMPLES / "demo.py"))
+    images = np.linspace(0, 1, 2 * 8 * 8 * 3).reshape(2, 8, 8, 3)
+    plain, ruled = demo["sheet"](images, ["a", "b"]), demo["sheet"](images, ["a", "b"], largest=3e-7)
+    assert ruled.crop((0, 0, *plain.size)).tobytes() == plain.tobytes() and ruled.height > plain.height
+    rule = [ruled.getpixel((x, plain.height + 6))[0] for x in range(10, 200)]
+    assert rule == sorted(rule) and rule[0] < 10 and rule[-1] > 240
+
+
+@pytest.mark.whole
+def test_the_demo(tmp_path: Path) -> None:
+    environment = {n: v for n, v in os.environ.items() if n not in ("RANK", "WORLD_SIZE")}
+    words = ["--steps", "2", "--middle-steps", "2", "--output", "made"]
+    done = subprocess.run([sys.executable, EXAMPLES / "demo.py", *words],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "two processes, ulysses=2" in done.stdout and "times as fast" in done.stdout
+    assert "FluxTransformer2DModel under ulysses=8: 12.5% of the work on each of 8 devices" in done.stdout
+    assert {p.name for p in (tmp_path / "made").iterdir()} >= {
+        "one-process.png", "cfg-2-difference.png", "flux-on-eight-gpus.html"}
 
 
 def test_every_example_is_run_here() -> None:
