@@ -83,12 +83,14 @@ def page(e: Explanation, flops_per_second: float, bytes_per_second: float, steps
 
 def _figures(e: Explanation) -> str:
     shown = [("devices", str(e.spec.world_size)), ("work of one device", work(e.whole.flops)),
-             (f"work of device {e.rank}", work(e.local.flops)), ("sent by it", size(e.local.sent)),
+             (f"work of device {e.rank}", work(e.local.flops)), ("sent by it", size(e.figures.sent)),
              ("exchanges", f"{e.local.collective_count:,}"), ("memory it takes", size(e.memory.device))]
     return f"<div class='figures'>{''.join(f'<div><b>{b}</b>{a}</div>' for a, b in shown)}</div>"
 
 
 def _reading(e: Explanation) -> str:
+    patches = (" In a pipeline of stages <code>576@1</code> are 576 tokens of patch 1, which follows patch 0 through "
+               "the stages; blocks below are those of this device's stage.") if e.stages else ""
     return (
         "<div class='card note'><b>How to read this.</b> A diffusion transformer works on a list of "
         "<i>tokens</i>, small pieces of the picture or film and of the text. Devices (<i>ranks</i>, numbered from "
@@ -97,7 +99,7 @@ def _reading(e: Explanation) -> str:
         "4096/8, 3072]</code> is a tensor of 1 x 4096 x 3072 numbers whose 4096 tokens are cut into 8 shares, one "
         "for each device; <code>512/8 + 4096/8</code> are two kinds of tokens one after the other, each cut in 8. "
         f"What has no slash is whole on every device. All of it was counted from the program, for device {e.rank}; "
-        "nothing was run.</div>")
+        f"nothing was run.{patches}</div>")
 
 
 def _ranks(e: Explanation, flops_per_second: float, bytes_per_second: float) -> Iterator[str]:
