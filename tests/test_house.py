@@ -43,7 +43,10 @@ ARROWS: dict[str, set[str]] = {
     "decorator": {"spec", "api", "driver", "pipelines", "runtime.deferred"},
     "diagnostics": {"errors", "spec", "ir", "frontend", "passes", "report", "driver", "pipelines", "api",
                     "runtime.deferred", "runtime.pipefusion"},
-    "cli": {"errors", "spec", "ir", "report", "runtime", "pipelines", "artifact", "api", "diagnostics"},
+    "engine": {"errors", "spec", "ir", "driver", "artifact", "pipelines", "api", "runtime", "runtime.control"},
+    "serve": {"errors", "engine", "pipelines"},
+    "cli": {"errors", "spec", "ir", "report", "runtime", "pipelines", "artifact", "api", "diagnostics", "engine",
+            "serve"},
     "__main__": {"cli"},
 }  # fmt: skip
 """Which room may know which. Written down in docs/architecture.md too; a room further down never appears further up."""

@@ -11,6 +11,10 @@ class SpecError(XditError, ValueError):
     """Raised when the requested parallel layout is malformed or does not fit the model or the ranks."""
 
 
+class ArgumentError(XditError, ValueError):
+    """Raised when a pipeline does not take the arguments that its call is given."""
+
+
 class CaptureError(XditError):
     """Raised when a model cannot be captured as one graph."""
 

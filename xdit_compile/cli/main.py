@@ -1,5 +1,5 @@
-"""The command line: explain what parallelising a model would do, verify that it is right, run a pipeline, or export a
-model as an artifact and look into one."""
+"""The command line: explain what parallelising a model would do, verify that it is right, run or serve a pipeline, or
+export a model as an artifact and look into one."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from xdit_compile import __version__
 from xdit_compile.artifact.export import export
 from xdit_compile.artifact.inspection import Inspection, inspect
 from xdit_compile.cli import run_flags as flags
+from xdit_compile.cli import serve_flags
 from xdit_compile.cli.pass_dump import PassDump
 from xdit_compile.cli.record_calls import record
 from xdit_compile.cli.run import run
 from xdit_compile.cli.run_result import Run
-from xdit_compile.cli.target import build, load
 from xdit_compile.diagnostics.explain import explain
 from xdit_compile.diagnostics.explanation import Explanation
 from xdit_compile.diagnostics.verification import Verification
 from xdit_compile.diagnostics.verify import verify
+from xdit_compile.engine.target import build, load
 from xdit_compile.errors import LaunchError, SpecError, XditError
 from xdit_compile.pipelines.loading import only_one_speaks
 from xdit_compile.report.text import plain
@@ -90,6 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quieten()
     report: Explanation | Verification | Run | Inspection
     try:
+        if options.command == "serve":
+            return serve_flags.run(options)
         if options.command == "run":
             report = _run(options)
         elif options.command == "export":
@@ -234,6 +237,10 @@ def _parser() -> argparse.ArgumentParser:
                          help="leave them in the model's safetensors (default), or write them into the artifact")
     command.add_argument("--native", action="store_true", help="compile all functions ahead, by AOTInductor")
     command.add_argument("--overwrite", action="store_true", help="replace an artifact that is there")
+    command = commands.add_parser("serve", help=serve_flags.HELP.partition(":")[0], description=serve_flags.HELP,
+                                  allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                  usage="xdit-compile serve --model DIR_OR_ID [--spec SPEC] [--port N] ...")
+    serve_flags.add_arguments(command)
     command = commands.add_parser("inspect", help=INSPECT.partition("\n")[0], description=INSPECT,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("path", metavar="FOLDER", help="an artifact")

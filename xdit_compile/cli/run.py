@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 import time
-import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,8 @@ import torch
 
 from xdit_compile.api import parallelize
 from xdit_compile.cli.run_result import Run
-from xdit_compile.errors import XditError
+from xdit_compile.errors import ArgumentError, XditError
+from xdit_compile.pipelines.call_signature import CallSignature, refusals_told
 from xdit_compile.pipelines.loading import PipelineSource, load, only_one_speaks, pictures, pipeline_class
 from xdit_compile.pipelines.output_files import save
 from xdit_compile.runtime.launch import launch, place_of
@@ -134,18 +134,12 @@ def check(request: Request) -> None:
 
 def agreed(cls: type, request: Request) -> dict[str, Any]:
     """The arguments of the pipeline's call, without pictures, if they suit it."""
-    taken = dict(inspect.signature(cls.__call__).parameters)
-    taken.pop("self", None)
-    kinds = {p.kind for p in taken.values()}
-    given = {**request.arguments, **request.pictures}
-    if inspect.Parameter.VAR_KEYWORD not in kinds and (unknown := given.keys() - taken.keys()):
-        raise XditError(f"{cls.__name__} takes no {', '.join(sorted(unknown))}; it takes {', '.join(taken)}")
-    missing = [n for n, p in taken.items() if p.default is p.empty and n not in given
-               and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    if missing:
-        raise XditError(f"{cls.__name__} needs {', '.join(missing)}; give --arg {missing[0]}=VALUE, or "
-                        f"--image {missing[0]}=FILE if it is a picture")
-    return {n: v for n, v in request.habits.items() if n in taken} | dict(request.arguments)
+    signature, given = CallSignature.of(cls.__name__, cls.__call__), {**request.arguments, **request.pictures}
+    signature.check_names(given)
+    if missing := signature.missing(given):
+        raise ArgumentError(f"{cls.__name__} needs {', '.join(missing)}; give --arg {missing[0]}=VALUE, or "
+                            f"--image {missing[0]}=FILE if it is a picture")
+    return {n: v for n, v in request.habits.items() if n in signature.kinds} | dict(request.arguments)
 
 
 def _dtype_name(request: Request, place: torch.device) -> str:
@@ -160,13 +154,8 @@ def call(pipe: Any, arguments: Mapping[str, Any], seed: int) -> Any:
     drawn = {}
     if "generator" in inspect.signature(type(pipe).__call__).parameters:
         drawn["generator"] = torch.Generator("cpu").manual_seed(seed)
-    try:
+    with refusals_told(type(pipe).__name__):
         return pipe(**arguments, **drawn)
-    except ValueError as error:
-        # Pipelines of diffusers look at their arguments in a method of this name, and say what does not fit.
-        if any(frame.name == "check_inputs" for frame in traceback.extract_tb(error.__traceback__)):
-            raise XditError(f"{type(pipe).__name__} refuses its arguments: {error}") from error
-        raise
 
 
 def _steps(pipe: Any, arguments: Mapping[str, Any]) -> int:

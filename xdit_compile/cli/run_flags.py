@@ -196,7 +196,7 @@ def request(options: argparse.Namespace) -> Request:
 
 def _source(options: argparse.Namespace) -> PipelineSource:
     further = {"cache_dir": options.download_dir, "trust_remote_code": options.trust_remote_code or None}
-    return PipelineSource(options.model, options.pipeline, options.scheduler, tuple(map(_adapter, options.lora)),
+    return PipelineSource(options.model, options.pipeline, options.scheduler, tuple(map(adapter, options.lora)),
                   tuple(n for n in ("enable_tiling", "enable_slicing") if vars(options)[n]),
                   {name: value for name, value in further.items() if value is not None})
 
@@ -269,7 +269,7 @@ def _pictures(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return made
 
 
-def _adapter(text: str) -> tuple[str, float]:
+def adapter(text: str) -> tuple[str, float]:
     """A path, and what follows its last colon if that is a number."""
     path, _, scale = text.rpartition(":")
     try:

@@ -58,15 +58,14 @@ def launch(
     and the exception itself as ``__cause__`` where it can be pickled), is killed by a signal, when the time
     is over, when `fn` cannot be sent, or when this process is itself a rank.
     """
-    if dist.is_initialized() or {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+    if already_a_rank():
         raise LaunchError(
             "launch() starts ranks, but this process already is one: it has a process group, or RANK and "
             "WORLD_SIZE are set (torchrun, or another launch()). Call the function directly instead."
         )
     if world_size < 1:
         raise LaunchError(f"world_size must be at least 1, got {world_size}")
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= world_size else "cpu"
+    device = device or kind_for(world_size)
     payload = pack_call(fn, args, kwargs)
     # Hosted here, on whatever port is free: no race for a port, and it outlives every rank.
     store = listening_store()
@@ -176,6 +175,16 @@ def _say_good_bye(store: dist.Store, rank: int, present: Sequence[int]) -> None:
         time.sleep(0.05)
 
 
+def already_a_rank() -> bool:
+    """Whether this process was started as a rank of a job, or has joined one."""
+    return dist.is_initialized() or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+def kind_for(world_size: int) -> str:
+    """The kind of device of as many ranks on this machine: cuda where each has a GPU."""
+    return "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= world_size else "cpu"
+
+
 def place_of(world_size: int, device: str | None) -> torch.device:
     """The device of this process, be it a rank of a job (which it joins) or, for a world of one, alone."""
     if dist.is_initialized():
@@ -231,8 +240,8 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def become_rank(env: Mapping[str, str], device: str, threads: int) -> None:
-    """Make this freshly spawned process the rank that `env` describes, tied to the life of its parent."""
+def become_rank(env: Mapping[str, str], device: str, threads: int) -> torch.device:
+    """Make this freshly spawned process the rank that `env` describes, tied to the life of its parent; its device."""
     os.environ.update(env)
     # Ctrl-C reaches the whole terminal group; the parent alone decides, without a traceback from every rank.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -242,7 +251,7 @@ def become_rank(env: Mapping[str, str], device: str, threads: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if device == "cpu":
         torch.set_num_threads(threads)
-    init_from_env(device)
+    return init_from_env(device)
 
 
 def failure_of(error: BaseException) -> Failure:
