@@ -1,12 +1,11 @@
-"""The command line: explain what parallelising a model would do, verify that it is right, run a pipeline, or export a
-model as an artifact and look into one."""
+"""The command line: explain what parallelising a model would do, verify that it is right, plan which spec is best, run
+a pipeline, or export a model as an artifact and look into one."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-import re
 import sys
 import traceback
 import warnings
@@ -22,6 +21,8 @@ from torch.utils import _pytree as pytree
 from xdit_compile import __version__
 from xdit_compile.artifact.export import export
 from xdit_compile.artifact.inspection import Inspection, inspect
+from xdit_compile.cli import calibrate as calibration
+from xdit_compile.cli import plan as planning
 from xdit_compile.cli import run_flags as flags
 from xdit_compile.cli.pass_dump import PassDump
 from xdit_compile.cli.record_calls import record
@@ -33,13 +34,17 @@ from xdit_compile.diagnostics.explanation import Explanation
 from xdit_compile.diagnostics.verification import Verification
 from xdit_compile.diagnostics.verify import verify
 from xdit_compile.errors import LaunchError, SpecError, XditError
+from xdit_compile.ir.call_arguments import call_arguments
 from xdit_compile.pipelines.loading import only_one_speaks
+from xdit_compile.planner.auto import Auto, bytes_of, resolved, spec_of
+from xdit_compile.planner.calibrate import Calibration
+from xdit_compile.planner.plan_report import Plan
 from xdit_compile.report.text import plain
 from xdit_compile.runtime.launch import launch, place_of
 from xdit_compile.spec import ShardingSpec
 
 TARGET = "file.py:function or package.module:function; the function takes nothing and returns (model, kwargs)"
-SPEC = "how to shard, as in ulysses=2,ring=2"
+SPEC = "how to shard, as in ulysses=2,ring=2; or auto,machine=8xNAME"
 
 EXPLAIN = """\
 Say what parallelising one call of a model would do: no processes, no weights, any number of ranks.
@@ -88,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(flags.spelled(words) if words[:1] in (["run"], ["export"]) else words)
     _quieten()
-    report: Explanation | Verification | Run | Inspection
+    report: Explanation | Verification | Run | Inspection | Plan | Calibration
     try:
         if options.command == "run":
             report = _run(options)
@@ -96,8 +101,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report = _export(options)
         elif options.command == "inspect":
             report = inspect(options.path, check_all=options.check_all)
+        elif options.command == "plan":
+            with _progress(f"planning {options.target}") as say:
+                report = planning.plan(options, lambda: build(load(options.target)), say)
+        elif options.command == "calibrate":
+            with _progress("measuring") as say:
+                report = calibration.run(options, say)
         else:
-            spec = ShardingSpec.parse(options.spec)
+            spec = spec_of(options.spec)
             report = _explain(options, spec) if options.command == "explain" else _verify(options, spec)
     except XditError as error:
         cause = error.__cause__ if isinstance(error, LaunchError) and isinstance(
@@ -129,7 +140,7 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
 
 
-def _explain(options: argparse.Namespace, spec: ShardingSpec) -> Explanation:
+def _explain(options: argparse.Namespace, spec: ShardingSpec | Auto) -> Explanation:
     function = load(options.target)
     with _progress(f"capturing {options.target}"):
         model, inputs = build(function)
@@ -138,12 +149,16 @@ def _explain(options: argparse.Namespace, spec: ShardingSpec) -> Explanation:
                        device_memory=options.device_memory)
     if options.timeline:
         if made.stages is None:
-            raise SpecError(f"--timeline shows the stages of a pipeline, but {spec} has none; add pipefusion=2 or more")
+            raise SpecError(f"--timeline shows the stages of a pipeline, but {made.spec} has none; add pipefusion=2 or "
+                            "more")
         made.stages.draw(options.timeline, options.steps, options.tflops * 1e12, options.gbytes * 1e9)
     return made
 
 
-def _verify(options: argparse.Namespace, spec: ShardingSpec) -> Verification:
+def _verify(options: argparse.Namespace, spec: ShardingSpec | Auto) -> Verification:
+    if isinstance(spec, Auto):
+        model, inputs = build(load(options.target))
+        spec = resolved(spec, model, *call_arguments(model, inputs))
     task = (options.target, spec, options.tolerance, options.device)
     with _progress(f"verifying {options.target} on {spec.world_size} ranks"):
         if "RANK" in os.environ:
@@ -171,7 +186,7 @@ def _export(options: argparse.Namespace) -> Inspection:
         if options.target is not None:
             torch.manual_seed(0)  # as verify draws the weights of a target
             model, inputs = build(load(options.target))
-            spec, calls = ShardingSpec.parse(options.spec), [inputs]
+            spec, calls = spec_of(options.spec), [inputs]
         else:
             only_one_speaks(_first())
             request = flags.request(options)
@@ -182,15 +197,13 @@ def _export(options: argparse.Namespace) -> Inspection:
 
 
 def _bytes(text: str) -> int:
-    """A size as people write it: ``24GB``, ``80GiB``, a number of bytes."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(?:([kMGT]?)(i?)B?)", text.strip(), re.IGNORECASE)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"cannot read {text!r} as a size; write it as 24GB or 80GiB")
-    number, unit, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+    try:
+        return bytes_of(text)
+    except SpecError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _show(report: Explanation | Verification | Run | Inspection, as_json: bool) -> None:
+def _show(report: Explanation | Verification | Run | Inspection | Plan | Calibration, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     elif sys.stdout.isatty():
@@ -239,6 +252,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("path", metavar="FOLDER", help="an artifact")
     command.add_argument("--check-all", action="store_true", help="compare the hashes of weights too")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
+    command = commands.add_parser("plan", help=planning.HELP.partition("\n")[0], description=planning.HELP,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    planning.add_arguments(command, TARGET)
+    command = commands.add_parser("calibrate", help=calibration.HELP.partition("\n")[0], description=calibration.HELP,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    calibration.add_arguments(command)
     for name, text in (("explain", EXPLAIN), ("verify", VERIFY)):
         command = commands.add_parser(name, help=text.partition("\n")[0], description=text,
                                       formatter_class=argparse.RawDescriptionHelpFormatter)

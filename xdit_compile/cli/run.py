@@ -20,6 +20,7 @@ from xdit_compile.cli.run_result import Run
 from xdit_compile.errors import XditError
 from xdit_compile.pipelines.loading import PipelineSource, load, only_one_speaks, pictures, pipeline_class
 from xdit_compile.pipelines.output_files import save
+from xdit_compile.planner.auto import Auto
 from xdit_compile.runtime.launch import launch, place_of
 from xdit_compile.spec import ShardingSpec
 
@@ -43,7 +44,7 @@ class Request:
     """
 
     source: PipelineSource
-    spec: ShardingSpec
+    spec: ShardingSpec | Auto
     output: Path
     arguments: Mapping[str, Any] = field(default_factory=dict)
     habits: Mapping[str, Any] = field(default_factory=dict)
@@ -104,7 +105,8 @@ def run_rank(request: Request) -> Run:
             if request.frame_rate and not any(f.suffix in (".gif", ".mp4") for f in files):
                 notes.append("--fps had no effect: no video was made")
     return Run(
-        request.source.model, type(pipe).__name__, request.spec, place.type, _dtype_name(request, place), load_seconds,
+        request.source.model, type(pipe).__name__, parallel.parallel_group.spec, place.type,
+        _dtype_name(request, place), load_seconds,
         seconds, _steps(parallel, arguments), request.warmup_calls, tuple(peaks), tuple(map(str, files)),
         tuple(dict.fromkeys(notes)))
 
