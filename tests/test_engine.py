@@ -228,8 +228,8 @@ def test_from_standard_input_and_workers_end_with_their_parent() -> None:
 def test_what_cannot_be_started_is_explained(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match=r"workers import it by name.*no lambda"):
         xdit_compile.start(lambda: None)
-    with pytest.raises(SpecError, match="world_size=N"):
-        xdit_compile.start(SHAPES, "auto")
+    with pytest.raises(SpecError, match=r"auto,world=4 needs 4 processes"):
+        xdit_compile.start(SHAPES, "auto,world=4", world_size=2)
     with pytest.raises(SpecError):
         xdit_compile.start(SHAPES, "ulysses=2", world_size=3)
     with pytest.raises(XditError, match=r"there is no folder .*nowhere\.xdit"):

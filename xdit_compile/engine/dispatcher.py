@@ -16,6 +16,7 @@ from xdit_compile.engine.ranks import Ranks, Start
 from xdit_compile.engine.recipe import Recipe
 from xdit_compile.engine.values import generators
 from xdit_compile.errors import RankFailure, XditError
+from xdit_compile.progress import progress
 from xdit_compile.runtime.launch import GRACE
 
 log = logging.getLogger(__name__)
@@ -137,9 +138,10 @@ class Dispatcher:
     def _start(self) -> None:
         """Start the ranks and have them make what they are to serve, in the state that it was in."""
         started = time.monotonic()
-        self._ranks = self._starter()
         try:
-            made = self._together({"do": "make", "recipe": self._recipe.to_json()}, "the start", None)
+            with progress(f"starting the ranks of {self._recipe.source}"):
+                self._ranks = self._starter()
+                made = self._together({"do": "make", "recipe": self._recipe.to_json()}, "the start", None)
             for call in self._repeated:
                 self._together(call.message(), f"{call.method} after the engine was started anew", None)
         except BaseException:

@@ -177,9 +177,9 @@ def _steps_told(pipe: Any, on_step: OnStep) -> Iterator[None]:
     try:
         yield
     finally:
-        if held is None:
-            del pipe.progress_bar
-        else:
+        # A pipeline whose spec is chosen at its first call has become another one meanwhile.
+        vars(pipe).pop("progress_bar", None)
+        if held is not None:
             pipe.progress_bar = held
 
 
