@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 import xdit_compile
+from xdit_compile.cli.main import main
 from xdit_compile.engine.channel import Channel, ChannelClosed
 from xdit_compile.engine.recipe import named
 from xdit_compile.engine.values import written
@@ -204,6 +205,22 @@ def test_a_pipeline_answers_as_in_one_process(tmp_path: Path) -> None:
             engine(**call | {"latents": torch.zeros(1, 3, 8, 8)}, seed=0)
         assert np.array_equal(engine(**call, seed=0).images, again.images)
         assert {p.pid for p in psutil.Process().children()} == pids
+
+
+@pytest.mark.whole
+def test_a_pipeline_takes_its_model_from_an_artifact(tmp_path: Path) -> None:
+    from diffusers import DiTPipeline
+
+    path, call = tmp_path / "model.xdit", {"class_labels": [1], "num_inference_steps": 3, "output_type": "np"}
+    assert main(["export", "--model", str(SHAPES), "--spec", "cfg=2", "--arg", "class_labels=[1]", "-o",
+                 str(path)]) == 0
+    plain = DiTPipeline.from_pretrained(SHAPES)
+    plain.set_progress_bar_config(disable=True)
+    expected = plain(**call, generator=torch.Generator().manual_seed(0)).images
+    with xdit_compile.start(SHAPES, artifact=path, device="cpu") as engine:
+        assert np.abs(engine(**call, seed=0).images - expected).max() < 1e-5
+    with pytest.raises(XditError, match="an artifact has its own spec"):
+        xdit_compile.start(SHAPES, "cfg=2", artifact=path)
 
 
 SCRIPT = f"""

@@ -42,6 +42,8 @@ _PRECISION = "weights and traffic keep the model's type; choose it with --dtype,
 _TOGETHER = "all processes take part in everything; leave it out"
 _KERNEL = "kernels have other names here; use --spec attention_kernel=torch, flash_attn or yunchang"
 _TILES = "tiles keep the autoencoder's own size; use --enable_tiling alone"
+_RAY = ("processes are started by torchrun, or by this command itself; on a Ray cluster by serve --executor ray, or "
+        "xdit_compile.start(..., executor='ray')")
 _REPEAT = "one call is timed and kept; calls before it are asked for with --warmup_calls"
 _OFFLOAD = "parallel models read their weights themselves; use --enable_model_cpu_offload, or --spec offload=block"
 _SPARSE = "attention is exact here: no kernel leaves out blocks; leave it out"
@@ -55,7 +57,7 @@ VALUES: dict[str, tuple[tuple[str, ...], str]] = {
     "split_scheme": (("row",), _SCHEME),
     "dit_parallel_size": (("0",), _TOGETHER),
     "vae_parallel_size": (("0",), f"{_TOGETHER}, and use --use_parallel_vae"),
-    "ray_world_size": (("1",), "processes are started by torchrun, or by this command itself"),
+    "ray_world_size": (("1",), _RAY),
     "cache_method": ((), _EXACT),
     "cache_config": ((), _EXACT),
     "attention_backend": ((), _KERNEL),
@@ -103,7 +105,7 @@ SWITCHES: dict[str, str] = {
     "no_reshard_after_forward": "a block's parameters are dropped after it, always; leave it out",
     "use_vae_channels_last_format": "the autoencoder keeps its memory format; call .to(memory_format=...) in a script",
     "shard_t5_encoder": _ENCODERS,
-    "use_ray": "processes are started by torchrun, or by this command itself",
+    "use_ray": _RAY,
     "resize_input_images": "give pictures of the size wanted",
 }
 """Flags of xDiT without a value, of the same kind."""
