@@ -323,13 +323,14 @@ def test_a_timeline_that_one_rank_asks_for(pool: Pool) -> None:
 
 @pytest.mark.parametrize(("kind", "lines"), [
     ("alike", r"xdit_compile: .*newcomer.py:\d+: SpecError: the same on every rank"), ("own", "ZeroDivisionError"),
-    ("killed", "RankFailure: rank 3 is gone"), ("interrupt", "xdit_compile: interrupted")])
+    ("killed", "RankFailure: rank 7 is gone"), ("interrupt", "xdit_compile: interrupted")])
 def test_what_ends_all_ranks_is_printed_once(pool: Pool, kind: str, lines: str) -> None:
     printed = [text for text in pool.run(newcomer.uncaught, kind) if text]
     assert len(printed) == 1 and re.search(lines, printed[0]), printed
     assert kind == "own" or printed[0].count("\n") == 1
 
 
+@pytest.mark.whole
 def test_under_torchrun_the_culprit_tells(tmp_path: Path) -> None:
     script = tmp_path / "failing.py"
     script.write_text("import torch, xdit_compile\nxdit_compile.init_from_env('cpu')\n"
