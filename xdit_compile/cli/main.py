@@ -1,12 +1,11 @@
-"""The command line: explain what parallelising a model would do, verify that it is right, run or serve a pipeline, or
-export a model as an artifact and look into one."""
+"""The command line: explain what parallelising a model would do, verify that it is right, plan which spec is best, run
+or serve a pipeline, or export a model as an artifact and look into one."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-import re
 import sys
 import traceback
 import warnings
@@ -23,6 +22,8 @@ from torch.utils import _pytree as pytree
 from xdit_compile import __version__
 from xdit_compile.artifact.export import export
 from xdit_compile.artifact.inspection import Inspection, inspect
+from xdit_compile.cli import calibrate as calibration
+from xdit_compile.cli import plan as planning
 from xdit_compile.cli import run_flags as flags
 from xdit_compile.cli import serve_flags
 from xdit_compile.cli.flag_parser import FlagParser
@@ -36,9 +37,12 @@ from xdit_compile.diagnostics.verification import Verification
 from xdit_compile.diagnostics.verify import verify
 from xdit_compile.engine.target import build, load
 from xdit_compile.errors import LaunchError, SpecError, XditError
-from xdit_compile.ir.call_arguments import Inputs
+from xdit_compile.ir.call_arguments import Inputs, call_arguments
 from xdit_compile.pipelines.loading import only_one_speaks
 from xdit_compile.pipelines.output_files import absent
+from xdit_compile.planner.auto import Auto, bytes_of, resolved, spec_of
+from xdit_compile.planner.calibrate import Calibration
+from xdit_compile.planner.plan_report import Plan
 from xdit_compile.progress import speaks
 from xdit_compile.report.text import least_width, plain
 from xdit_compile.runtime.launch import launch, place_of
@@ -46,7 +50,7 @@ from xdit_compile.runtime.uncaught import is_mine
 from xdit_compile.spec import ShardingSpec
 
 TARGET = "file.py:function or package.module:function; the function takes nothing and returns (model, kwargs)"
-SPEC = "how to shard, as in ulysses=2,ring=2"
+SPEC = "how to shard, as in ulysses=2,ring=2; or auto,machine=8xNAME"
 
 EXPLAIN = """\
 Say what parallelising one call of a model would do: no processes, no weights, any number of ranks.
@@ -99,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(words if words[:1] in (["serve"], ["inspect"]) else flags.spelled(words))
     _quieten()
-    report: Explanation | Verification | Run | Inspection
+    report: Explanation | Verification | Run | Inspection | Plan | Calibration
     try:
         if options.command == "serve":
             return serve_flags.run(options)
@@ -109,6 +113,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report = _export(options)
         elif options.command == "inspect":
             report = inspect(options.path, check_all=options.check_all)
+        elif options.command == "plan":
+            with _progress(f"planning {options.target}") as say:
+                report = planning.plan(options, lambda: build(load(options.target)), say)
+        elif options.command == "calibrate":
+            with _progress("measuring") as say:
+                report = calibration.run(options, say)
         else:
             report = _explain(options) if options.command == "explain" else _verify(options)
     except XditError as error:
@@ -167,7 +177,7 @@ def _quieten() -> None:
 
 def _explain(options: argparse.Namespace) -> Explanation:
     target = _target(options)
-    spec = ShardingSpec.parse(options.spec) if isinstance(target, str) else target[0].spec
+    spec = spec_of(options.spec) if isinstance(target, str) else target[0].spec
     for path in filter(None, (options.dump, options.timeline, options.html)):
         absent(Path(path), options.overwrite)
     with _progress(f"capturing {options.target or options.model}"):
@@ -177,7 +187,8 @@ def _explain(options: argparse.Namespace) -> Explanation:
                        device_memory=options.device_memory, every_rank=options.html is not None)
     if options.timeline:
         if made.stages is None:
-            raise SpecError(f"--timeline shows the stages of a pipeline, but {spec} has none; add pipefusion=2 or more")
+            raise SpecError(f"--timeline shows the stages of a pipeline, but {made.spec} has none; add pipefusion=2 or "
+                            "more")
         made.stages.draw(options.timeline, options.steps, options.tflops * 1e12, options.gbytes * 1e9)
     if options.html:
         made.write_page(options.html, flops_per_second=options.tflops * 1e12, bytes_per_second=options.gbytes * 1e9,
@@ -187,7 +198,10 @@ def _explain(options: argparse.Namespace) -> Explanation:
 
 def _verify(options: argparse.Namespace) -> Verification:
     target = _target(options)
-    spec = ShardingSpec.parse(options.spec) if isinstance(target, str) else target[0].spec
+    spec = spec_of(options.spec) if isinstance(target, str) else target[0].spec
+    if isinstance(spec, Auto):
+        model, inputs = _built(target)
+        spec = resolved(spec, model, *call_arguments(model, inputs))
     task = (target, spec, options.tolerance, options.device)
     with _progress(f"verifying {options.target or options.model} on {spec.world_size} ranks"):
         if "RANK" in os.environ:
@@ -215,7 +229,7 @@ def _export(options: argparse.Namespace) -> Inspection:
     with _progress(f"exporting {options.target or options.model}") as say:
         if isinstance(target, str):
             model, inputs = _built(target)
-            spec, calls = ShardingSpec.parse(options.spec), [inputs]
+            spec, calls = spec_of(options.spec), [inputs]
         else:
             only_one_speaks(speaks())
             spec, (model, calls) = target[0].spec, record(*target)
@@ -225,15 +239,13 @@ def _export(options: argparse.Namespace) -> Inspection:
 
 
 def _bytes(text: str) -> int:
-    """A size as people write it: ``24GB``, ``80GiB``, a number of bytes."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(?:([kMGT]?)(i?)B?)", text.strip(), re.IGNORECASE)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"cannot read {text!r} as a size; write it as 24GB or 80GiB")
-    number, unit, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+    try:
+        return bytes_of(text)
+    except SpecError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _show(report: Explanation | Verification | Run | Inspection, as_json: bool) -> None:
+def _show(report: Explanation | Verification | Run | Inspection | Plan | Calibration, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     elif sys.stdout.isatty():
@@ -283,6 +295,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("path", metavar="FOLDER", help="an artifact")
     command.add_argument("--check-all", action="store_true", help="compare the hashes of weights too")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
+    command = commands.add_parser("plan", help=planning.HELP.partition("\n")[0], description=planning.HELP,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    planning.add_arguments(command, TARGET)
+    command = commands.add_parser("calibrate", help=calibration.HELP.partition("\n")[0], description=calibration.HELP,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    calibration.add_arguments(command)
     for name, text in (("explain", EXPLAIN), ("verify", VERIFY)):
         command = commands.add_parser(name, help=text.partition("\n")[0], description=text, allow_abbrev=False,
                                       usage=f"xdit-compile {name} (TARGET | --model DIR) --spec SPEC ...",

@@ -28,6 +28,7 @@ from xdit_compile.pipelines.loading import (
     pipeline_config,
 )
 from xdit_compile.pipelines.output_files import kept_apart, save
+from xdit_compile.planner.auto import Auto
 from xdit_compile.progress import speaks
 from xdit_compile.runtime.launch import launch, place_of
 from xdit_compile.runtime.parallel_group import ParallelGroup
@@ -55,7 +56,7 @@ class Request:
     """
 
     source: PipelineSource
-    spec: ShardingSpec
+    spec: ShardingSpec | Auto
     output: Path
     arguments: Mapping[str, Any] = field(default_factory=dict)
     habits: Mapping[str, Any] = field(default_factory=dict)
@@ -117,7 +118,7 @@ def run_rank(request: Request) -> Run:
             if request.frame_rate and not any(f.suffix in (".gif", ".mp4") for f in files):
                 notes.append("--fps had no effect: no video was made")
     return Run(
-        request.source.model, type(parallel).__name__, request.spec, place.type, _dtype_name(request, place),
+        request.source.model, type(parallel).__name__, group.spec, place.type, _dtype_name(request, place),
         load_seconds, seconds, _steps(parallel, arguments), request.warmup_calls, tuple(peaks), tuple(map(str, files)),
         tuple(dict.fromkeys(notes)))
 
@@ -125,7 +126,7 @@ def run_rank(request: Request) -> Run:
 def _loaded(request: Request, place: torch.device) -> tuple[Any, ParallelGroup]:
     """The parallel pipeline, and who runs it."""
     dtype = getattr(torch, _dtype_name(request, place))
-    if request.artifacts:
+    if request.artifacts and isinstance(request.spec, ShardingSpec):
         artifacts = named(request.artifacts, pipeline_config(request.source), request.source.model)
         without = {**request.source.further, **dict.fromkeys(artifacts)}
         pipe = load(replace(request.source, further=without), dtype).to(place)

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xdit_compile.cli.artifact_components import spec_of
+from xdit_compile.cli.artifact_components import exported_spec
 from xdit_compile.cli.run import DTYPES, Request
 from xdit_compile.errors import SpecError, XditError
 from xdit_compile.pipelines.loading import PipelineSource
+from xdit_compile.planner.auto import Auto, spec_of
 from xdit_compile.spec import ShardingSpec, pairs_of
 
 HELP = """\
@@ -144,7 +145,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of the command."""
     add = parser.add_argument
     add("--model", required=True, metavar="DIR_OR_ID", help="a folder of a pipeline, or its name on the hub")
-    add("--spec", default="", help="how to shard, as in cfg=2,ulysses=2 (default: one process)")
+    add("--spec", default="", help="how to shard, as in cfg=2,ulysses=2, or auto (default: one process)")
     add("--output", "--output_directory", default="results", metavar="DIR", type=Path,
         help="where images, videos or tensors are written (default results)")
     add("--overwrite", action="store_true", help="replace results of an earlier run that are there")
@@ -225,7 +226,7 @@ def request(options: argparse.Namespace) -> Request:
     if options.no_use_resolution_binning:
         habits["use_resolution_binning"] = False
     return Request(
-        source=_source(options), spec=spec_of(artifacts, _spec(options)) if artifacts else _spec(options),
+        source=_source(options), spec=exported_spec(artifacts, _spec(options)) if artifacts else _spec(options),
         artifacts=artifacts, output=options.output, arguments=arguments, habits=habits,
         pictures=pictures, seed=options.seed, dtype=options.dtype,
         device=options.device, offload=options.enable_model_cpu_offload, warmup_calls=options.warmup_calls,
@@ -239,7 +240,7 @@ def _source(options: argparse.Namespace) -> PipelineSource:
                   {name: value for name, value in further.items() if value is not None})
 
 
-def _spec(options: argparse.Namespace) -> ShardingSpec:
+def _spec(options: argparse.Namespace) -> ShardingSpec | Auto:
     """The words of ``--spec`` and those that xDiT's flags stand for."""
     words = {word: str(vars(options)[flag]) for flag, word in DEGREES.items() if vars(options)[flag] is not None}
     if options.attn_layer_num_for_pp:
@@ -258,14 +259,15 @@ def _spec(options: argparse.Namespace) -> ShardingSpec:
         raise SpecError("--use_torch_compile and --use_onediff name two compilers; give one of them")
     if options.use_torch_compile or options.use_onediff:
         words["backend"] = "onediff" if options.use_onediff else "inductor"
-    own = {word.removesuffix("_degree"): value for word, value in pairs_of(options.spec)}
+    text = options.spec if Auto.parse(options.spec) is None else options.spec.partition(",")[2]
+    own = {word.removesuffix("_degree"): value for word, value in pairs_of(text)}
     if both := [w for w in words if w in own and own[w] != words[w]]:
         raise SpecError(f"--spec {options.spec} and the flags for {', '.join(f'{w}={words[w]}' for w in both)} "
                         "contradict each other; give one of them")
     parts = [options.spec, *(f"{word}={value}" for word, value in words.items() if word not in own)]
     if options.use_parallel_vae and "vae" not in own:
-        parts.append(f"vae={ShardingSpec.parse(','.join(parts)).world_size}")
-    return ShardingSpec.parse(",".join(filter(None, parts)))
+        parts.append(f"vae={spec_of(','.join(parts)).world_size}")
+    return spec_of(",".join(filter(None, parts)))
 
 
 def _arguments(options: argparse.Namespace) -> dict[str, Any]:

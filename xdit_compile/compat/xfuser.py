@@ -97,6 +97,8 @@ class xFuserArgs:
         """
         options = argparse.Namespace(**vars(self))
         spec = flags.request(options).spec
+        if not isinstance(spec, ShardingSpec):
+            raise SpecError("an xFuserArgs has degrees, which auto would choose later; give the spec to parallelize()")
         if not dist.is_initialized() and "RANK" in os.environ:
             init_from_env(self.__dict__.get("device"))
         spec.check_world(dist.get_world_size() if dist.is_initialized() else 1)

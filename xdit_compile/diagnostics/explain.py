@@ -29,6 +29,7 @@ from xdit_compile.ir.program import Note, Program, module_of, source_of
 from xdit_compile.ir.step_inputs import step_inputs
 from xdit_compile.passes import local_groups
 from xdit_compile.passes.pipefusion import plan_pipeline
+from xdit_compile.planner.auto import Auto, resolved
 from xdit_compile.progress import progress
 from xdit_compile.report.costs import Costs, costs_of
 from xdit_compile.report.loop_invariants import InvariantWork, invariant_work, with_invariants
@@ -40,7 +41,7 @@ MOST = 10
 """How many of the largest replicated operations are listed."""
 
 
-def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, inputs: Inputs, *,
+def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec | Auto, inputs: Inputs, *,
             rank: int = 0, dump: Dump | None = None, method: str = "forward",
             device_memory: int | None = None, every_rank: bool = False) -> Explanation:
     """Capture one call of ``model``, make ``rank``'s program for ``spec``, and say what it does and costs.
@@ -49,7 +50,8 @@ def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, i
 
     Args:
         model: any DiT as a torch.nn.Module, in eval mode.
-        spec: as for ``parallelize``; no processes are needed, however many ranks it speaks of.
+        spec: as for ``parallelize``; no processes are needed, however many ranks it speaks of. ``auto`` has to know the
+            machine, as in ``auto,machine=8xNAME``.
         inputs: example inputs, a dict of keyword arguments or a tuple of positional ones.
         rank: whose program is described. Where shares are uneven, ranks differ.
         dump: called with the name of each pass and the program it made.
@@ -61,12 +63,12 @@ def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, i
         SpecError: the spec does not fit the model, or has no such rank.
         CaptureError: the model cannot be captured.
     """
-    spec = ShardingSpec.parse(spec)
-    if not 0 <= rank < spec.world_size:
-        raise SpecError(f"rank {rank} is none of the {spec.world_size} ranks of {spec}")
     if method != "forward":
         model = as_module(model, method)
     args, kwargs = call_arguments(model, inputs)
+    spec = resolved(spec, model, args, kwargs)
+    if not 0 <= rank < spec.world_size:
+        raise SpecError(f"rank {rank} is none of the {spec.world_size} ranks of {spec}")
     start = time.perf_counter()
     program = captured(model, args, kwargs)
     middle = time.perf_counter()

@@ -261,7 +261,8 @@ class _Capture:
         call = self._call(known)
         with self._unchanged(), fake_state(self.model, self.mode), self.mode:
             filled, kept = settle(self.model, lambda shown: call(*shown), self._fresh, self.before, self.reads)
-        # What is kept by types of tensors (a registry of backends) has an entry for stand-ins, which no other call meets.
+        # What is kept by types of tensors (a registry of backends) has an entry for stand-ins, which no other call
+        # meets.
         kept = {k: c for k, c in kept.items() if not _is_stand_in(k[1])}
         tables = {k: _real(c.after, known) for k, c in kept.items()}
         self.tables = {k: made for k, made in tables.items() if made is not MISSING}

@@ -102,7 +102,8 @@ def plan_start(program: Program, spec: ShardingSpec, groups: Sequence[ParameterG
     program, batch = analysed("batch_axis", batch_seeds, program, lambda p: remembered(
         known, ("batch", spec.batch_degree), lambda: batch_seeds(p, sizes)), count_of_seeds)
     program, weights = analysed("tensor_axis", tensor_seeds, program, lambda p: remembered(
-        known, ("tensor", spec.tensor_degree, spec.batch_degree), lambda: tensor_seeds(p, sizes, batch, groups)), count_of_seeds)
+        known, ("tensor", spec.tensor_degree, spec.batch_degree), lambda: tensor_seeds(p, sizes, batch, groups)),
+        count_of_seeds)
     return program, batch, weights
 
 

@@ -19,7 +19,8 @@ MARGIN = 1.25
 """An estimate of memory may be wrong by so much; nearer to what a device has, programs are made to know."""
 
 
-def candidates(base: ShardingSpec, world: int, loop: Loop, exact: bool, samples: bool = False) -> Iterator[ShardingSpec]:
+def candidates(base: ShardingSpec, world: int, loop: Loop, exact: bool,
+               samples: bool = False) -> Iterator[ShardingSpec]:
     """All specs for ``world`` devices, as ``base`` in the words that are no degrees: guidance, samples, stages and
     patches, tensor, Ulysses and ring ranks, of any sizes that multiply to it. Those that cut no tokens come first.
 
@@ -38,10 +39,10 @@ def candidates(base: ShardingSpec, world: int, loop: Loop, exact: bool, samples:
                     for ulysses in divisors(rest):
                         if stages > 1 and ulysses < rest:
                             continue  # stages do not go with a ring
-                        degrees = {"cfg_degree": cfg, "data_degree": data, "pipefusion_degree": stages,
-                                   "tensor_degree": tensor, "ulysses_degree": ulysses, "ring_degree": rest // ulysses}
-                        for words in _patches(stages, exact):
-                            yield replace(base, **degrees, **words)
+                        for patches in _patches(stages, exact):
+                            yield replace(
+                                base, cfg_degree=cfg, data_degree=data, pipefusion_degree=stages, tensor_degree=tensor,
+                                ulysses_degree=ulysses, ring_degree=rest // ulysses, num_patches=patches)
 
 
 def divisors(number: int) -> list[int]:
@@ -58,12 +59,10 @@ def _fits_batch(cfg: int, data: int, loop: Loop, samples: bool) -> bool:
         loop.batch % 2 == 0 or cfg == 1) and cfg <= 2)
 
 
-def _patches(stages: int, exact: bool) -> Sequence[dict[str, int | str]]:
+def _patches(stages: int, exact: bool) -> Sequence[int]:
     if stages == 1:
-        return [{}]
-    if exact:
-        return [{"num_patches": 1}]
-    return [{"num_patches": stages}, {"num_patches": 2 * stages}]
+        return [0]
+    return [1] if exact else [stages, 2 * stages]
 
 
 def approximate(spec: ShardingSpec) -> bool:

@@ -8,7 +8,7 @@ Stages follow PipeFusion's schedule, which is simulated.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -75,10 +75,9 @@ class Seconds:
 
     def plus(self, other: Seconds) -> Seconds:
         """One after the other."""
-        links = Counter(self.links)
-        links.update(other.links)
+        links = {axis: self.links.get(axis, 0.0) + other.links.get(axis, 0.0) for axis in (*self.links, *other.links)}
         return Seconds(self.products + other.products, self.attention + other.attention, self.rest + other.rest,
-                       self.host + other.host, dict(links), self.waiting + other.waiting)
+                       self.host + other.host, links, self.waiting + other.waiting)
 
 
 def loop_seconds(work: Work | Staged, whole: Whole, spec: ShardingSpec, machine: Machine, loop: Loop) -> Seconds:
@@ -112,7 +111,7 @@ def forward_seconds(work: Work, whole: Whole, spec: ShardingSpec, machine: Machi
     left = machine.compiled if spec.backend != "eager" else 1.0
     products, attention = work.products / rates.products, work.attention / rates.attention
     rest = (work.moved * left + work.weights) / machine.moved
-    links: Counter[str] = Counter()
+    links: dict[str, float] = defaultdict(float)
     for x in work.exchanges:
         seconds = _link_seconds(x, spec, machine)
         if x.kind == "ring":
@@ -120,7 +119,7 @@ def forward_seconds(work: Work, whole: Whole, spec: ShardingSpec, machine: Machi
             seconds = max(seconds - SHOWN * min(hidden, seconds), seconds * (1 - SHOWN))
         links[x.axis] += seconds
     started = work.launches * left * machine.launch + sum(x.count for x in work.exchanges) * machine.collective
-    device = products + attention + rest + links.total()
+    device = products + attention + rest + sum(links.values())
     host = max(started - device, 0.0) if machine.asynchronous else started
     return Seconds(products, attention, rest, host, dict(links))
 

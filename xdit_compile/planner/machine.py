@@ -72,8 +72,8 @@ class Machine:
         memory: bytes of one device that a program may take.
         rates: by dtype.
         moved: bytes per second of element-wise work, read and written.
-        launch: seconds of the host per operator that it starts; compiled: of those, what a compiler leaves, and of bytes
-            that element-wise work moves (0 to 1).
+        launch: seconds of the host per operator that it starts; compiled: of those, what a compiler leaves, and of
+            bytes that element-wise work moves (0 to 1).
         asynchronous: whether the host goes on while the device works, as with GPUs.
         collective: seconds of the host per collective.
         host_copy: bytes per second from the host's memory to one device.
@@ -104,8 +104,8 @@ class Machine:
             SpecError: nobody measured that.
         """
         if dtype not in self.rates:
-            raise SpecError(f"{self.name} has no rates for {dtype}, but for {', '.join(self.rates)}; use a model of such "
-                            f"a dtype, or add [rates.{dtype}] to the machine's file")
+            raise SpecError(f"{self.name} has no rates for {dtype}, but for {', '.join(self.rates)}; use a model of "
+                            f"such a dtype, or add [rates.{dtype}] to the machine's file")
         return self.rates[dtype]
 
     def link(self, ranks: Collection[int], pattern: str) -> Link:
@@ -136,8 +136,8 @@ class Machine:
 
 
 def machine(text: str, world: int | None = None) -> Machine:
-    """The machine that ``text`` names: a TOML file (it ends in .toml), or a shipped one as ``8xl40-pcie``, and on several
-    nodes ``2x8xl40-pcie+ethernet-100g``.
+    """The machine that ``text`` names: a TOML file (it ends in .toml), or a shipped one as ``8xl40-pcie``, and on
+    several nodes ``2x8xl40-pcie+ethernet-100g``.
 
     Args:
         world: devices, where they are not said; more than a node has are on several.
@@ -151,13 +151,13 @@ def machine(text: str, world: int | None = None) -> Machine:
     matched = re.fullmatch(r"(?:(?:(\d+)x)?(\d+)x)?([a-z][\w-]*?)(?:\+([\w-]+))?", text.strip(), re.IGNORECASE)
     name = matched.group(3).lower() if matched else text
     if matched is None or name not in shipped():
-        raise SpecError(f"there is no machine {text!r}; write the path of a .toml file, or one of {', '.join(shipped())}, "
-                        "as in 8xNAME, or 2x8xNAME+NETWORK for two nodes")
+        raise SpecError(f"there is no machine {text!r}; write the path of a .toml file, or one of "
+                        f"{', '.join(shipped())}, as in 8xNAME, or 2x8xNAME+NETWORK for two nodes")
     nodes, devices, _, network = matched.groups()
     found = read(FOLDER / f"{name}.toml")
     if devices:
         found = replace(found, devices=int(devices), nodes=int(nodes or 1))
-    elif world is not None:
+    if world is not None and (not devices or world > found.world_size):
         found = _sized(found, world, text)
     if found.nodes > 1 or network:
         found = replace(found, links=(*(x for x in found.links if x.devices), *_network(network or "infiniband-400g")))
@@ -277,8 +277,8 @@ class _Table:
         value = self._get(word, default)
         good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not good or (value <= 0 if least is None else value < least):
-            raise SpecError(f"{self.where}: {word} is a number {'above 0' if least is None else f'of at least {least}'}, "
-                            f"got {value!r}")
+            asked = "above 0" if least is None else f"of at least {least}"
+            raise SpecError(f"{self.where}: {word} is a number {asked}, got {value!r}")
         return float(value)
 
     def table(self, word: str) -> _Table:

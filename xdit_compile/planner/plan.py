@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -49,11 +49,11 @@ class Question:
 
     machine: Machine
     world: int
-    loop: Loop = Loop()
+    loop: Loop = field(default_factory=Loop)
     goal: str = "latency"
     exact: bool = False
     memory: int | None = None
-    base: ShardingSpec = ShardingSpec()
+    base: ShardingSpec = field(default_factory=ShardingSpec)
 
     @property
     def most(self) -> int:
@@ -114,7 +114,15 @@ class Planner:
         Raises:
             SpecError: it does not fit the call, or the devices.
         """
-        return self._checked(self._option(spec, question, self.counter.quick), question)
+        return self._checked(self.quick(spec, question), question)
+
+    def quick(self, spec: ShardingSpec, question: Question) -> Option:
+        """What it takes by an estimate, in memory of any size.
+
+        Raises:
+            SpecError: it does not fit the call, as far as an estimate sees.
+        """
+        return self._option(spec, question, self.counter.quick)
 
     def _estimated(self, question: Question, progress: Callable[[str], None]) -> tuple[list[Option], list[Refused]]:
         tried: list[Option] = []
@@ -135,11 +143,11 @@ class Planner:
 
     def _fitting(self, spec: ShardingSpec, question: Question) -> Option:
         """The option of a spec, or of the same with weights in shares where a device would not hold it."""
-        option = self._option(spec, question, self.counter.quick)
+        option = self.quick(spec, question)
         if option.memory <= question.most:
             return option
         for other in smaller(spec):
-            less = self._option(other, question, self.counter.quick)
+            less = self.quick(other, question)
             if less.memory <= question.most:
                 return less
         raise SpecError(f"does not fit: a rank takes {size(option.memory)}, a device has {size(question.most)}")

@@ -45,8 +45,8 @@ class Exchange:
 
     kind: str
     axis: str
-    count: int
-    nbytes: int
+    count: float
+    nbytes: float
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Work:
         return self.products + self.attention
 
     @property
-    def sent(self) -> int:
+    def sent(self) -> float:
         """Bytes that leave the rank."""
         return sum(x.nbytes for x in self.exchanges)
 
