@@ -16,6 +16,7 @@ import newcomer
 import pipelines
 import pytest
 import torch
+from marks import whole
 from newcomer import heard
 from pool import Pool
 from test_pipelines import folders  # noqa: F401
@@ -189,7 +190,7 @@ def test_verify_and_export_take_the_folder_of_a_pipeline_without_a_prompt(
     assert status == 0 and "SD3Transformer2DModel" in out, err
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "wan", "qwen_image"])
+@pytest.mark.parametrize("name", ["flux", "wan", whole("sd3"), whole("qwen_image")])
 def test_an_artifact_in_the_place_of_a_pipeline_s_model(
     pool: Pool, folders: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
 ) -> None:
