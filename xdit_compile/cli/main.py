@@ -101,7 +101,7 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(flags.spelled(words))
+    options = _parser().parse_args(words if words[:1] in (["serve"], ["inspect"]) else flags.spelled(words))
     _quieten()
     report: Explanation | Verification | Run | Inspection | Plan | Calibration
     try:
@@ -293,7 +293,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("inspect", help=INSPECT.partition("\n")[0], description=INSPECT,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("path", metavar="FOLDER", help="an artifact")
-    command.add_argument("--check-all", "--check_all", action="store_true", help="compare the hashes of weights too")
+    command.add_argument("--check-all", action="store_true", help="compare the hashes of weights too")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
     command = commands.add_parser("plan", help=planning.HELP.partition("\n")[0], description=planning.HELP,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
