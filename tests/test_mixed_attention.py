@@ -92,8 +92,8 @@ def test_numbers_and_bytes(seed: int) -> None:
 @pytest.mark.parametrize(("spec", "messages", "before"), [
     ("ulysses=2", 2, 4), ("ulysses=2,exchange=apart", 4, 2), ("ring=3", 2, 3), ("ring=3,exchange=apart", 4, 2)])
 def test_apart_a_message_leaves_before_the_next_is_computed(spec: str, messages: int, before: int) -> None:
-    """``before``: how many linear layers (one that embeds tokens, and those of queries, keys and values) the first waits
-    for."""
+    """``before``: for how many linear layers the first waits. One embeds tokens, the others make queries, keys and
+    values."""
     model = Mixed(random.Random(0)).requires_grad_(False).eval()
     model.joint, model.mask = True, ""
     with torch.no_grad():

@@ -36,8 +36,8 @@ class ShardingSpec:
             the number of attention heads; put it on the fastest links.
         ring_degree: groups of such ranks that pass keys and values around a ring (arXiv 2310.01889). The product
             of both is unified sequence parallelism (USP, arXiv 2405.07719).
-        exchange: ``together`` sends queries, keys and values of an attention in one message, ``apart`` each by itself, as
-            soon as it is computed: more of it is hidden behind work, and each message has its own latency. It pays on
+        exchange: ``together`` sends queries, keys and values of an attention in one message, ``apart`` each by itself,
+            as soon as it is computed: more is hidden behind work, and each message has its own latency. It pays on
             slow links only.
         tensor_degree: ranks that share out the weights of linear layers, by their output or input features, and with
             them the heads of attention (tensor parallelism, arXiv 1909.08053). Each holds its part of the weights.
@@ -104,8 +104,8 @@ class ShardingSpec:
             if not isinstance(value, int) or isinstance(value, bool) or value < least.get(name, 1):
                 also = f", or {ALL}" if name == "warmup_steps" else ""
                 raise SpecError(f"{name} must be a whole number of at least {least.get(name, 1)}{also}, got {value!r}")
-        for name, allowed in (("exchange", EXCHANGE), ("encoders", ENCODERS), ("keep", KEEP), ("offload", OFFLOAD), ("backend", BACKENDS),
-                              ("compile_mode", MODES), ("attention_kernel", KERNELS)):
+        for name, allowed in (("exchange", EXCHANGE), ("encoders", ENCODERS), ("keep", KEEP), ("offload", OFFLOAD),
+                              ("backend", BACKENDS), ("compile_mode", MODES), ("attention_kernel", KERNELS)):
             if getattr(self, name) not in allowed:
                 raise SpecError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         object.__setattr__(self, "compile_options", _canonical(self.compile_options))

@@ -1,11 +1,11 @@
 """Carry out distributed attention: Ulysses all-to-alls, a ring of keys and values, or both.
 
 Inside a group of ``ulysses`` ranks one all-to-all turns (all heads, my tokens) into (my heads, the group's
-tokens) for queries, keys and values together (with ``exchange=apart`` one for each, which starts while the next is still
-computed: more messages, more of them hidden), and another turns the result back (DeepSpeed-Ulysses, arXiv
-2309.14509). Across groups, keys and values travel around a ring while the chunk at hand is attended to, and the
-partial results are merged by log-sum-exp in fp32 (Ring Attention, arXiv 2310.01889). Buffers put tokens first,
-so that what arrives, of however uneven shares, is the whole sequence without another copy.
+tokens) for queries, keys and values together (with ``exchange=apart`` one for each, while the next is still
+computed), and another turns the result back (DeepSpeed-Ulysses, arXiv 2309.14509). Across groups, keys and values
+travel around a ring while the chunk at hand is attended to, and the partial results are merged by log-sum-exp in
+fp32 (Ring Attention, arXiv 2310.01889). Buffers put tokens first, so that what arrives, of however uneven shares,
+is the whole sequence without another copy.
 """
 
 from __future__ import annotations
