@@ -16,6 +16,8 @@ MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotu
 ENCODERS = ("everywhere", "spread")
 KEEP = ("on", "off")
 OFFLOAD = ("none", "block")
+APART = "apart"
+EXCHANGE = ("together", APART)
 KERNELS = ("auto", "torch", "flash_attn", "flash_attn_3", "flash_attn_4", "cudnn", "sage", "xformers", "yunchang")
 ALL = "all"
 SHORT = {"kernel": "attention_kernel", "patches": "num_patches", "warmup": "warmup_steps", "mode": "compile_mode"}
@@ -34,6 +36,9 @@ class ShardingSpec:
             the number of attention heads; put it on the fastest links.
         ring_degree: groups of such ranks that pass keys and values around a ring (arXiv 2310.01889). The product
             of both is unified sequence parallelism (USP, arXiv 2405.07719).
+        exchange: ``together`` sends queries, keys and values of an attention in one message, ``apart`` each by itself,
+            as soon as it is computed: more is hidden behind work, and each message has its own latency. It pays on
+            slow links only.
         tensor_degree: ranks that share out the weights of linear layers, by their output or input features, and with
             them the heads of attention (tensor parallelism, arXiv 1909.08053). Each holds its part of the weights.
         cfg_degree: ranks that share out the batch of classifier-free guidance, which holds each sample with and
@@ -73,6 +78,7 @@ class ShardingSpec:
 
     ulysses_degree: int = 1
     ring_degree: int = 1
+    exchange: str = "together"
     tensor_degree: int = 1
     cfg_degree: int = 1
     data_degree: int = 1
@@ -98,13 +104,16 @@ class ShardingSpec:
             if not isinstance(value, int) or isinstance(value, bool) or value < least.get(name, 1):
                 also = f", or {ALL}" if name == "warmup_steps" else ""
                 raise SpecError(f"{name} must be a whole number of at least {least.get(name, 1)}{also}, got {value!r}")
-        for name, allowed in (("encoders", ENCODERS), ("keep", KEEP), ("offload", OFFLOAD), ("backend", BACKENDS),
-                              ("compile_mode", MODES), ("attention_kernel", KERNELS)):
+        for name, allowed in (("exchange", EXCHANGE), ("encoders", ENCODERS), ("keep", KEEP), ("offload", OFFLOAD),
+                              ("backend", BACKENDS), ("compile_mode", MODES), ("attention_kernel", KERNELS)):
             if getattr(self, name) not in allowed:
                 value = getattr(self, name)
                 raise SpecError(f"{name} must be one of {', '.join(allowed)}, got {value!r}"
                                 f"{did_you_mean(value, allowed)}")
         object.__setattr__(self, "compile_options", _canonical(self.compile_options))
+        if self.exchange == APART and self.sequence_degree == 1:
+            raise SpecError("exchange=apart is about what ulysses and ring send, which are 1; leave it out, or add "
+                            "ulysses=2 or ring=2")
         self._check_compiler()
         self._check_pipefusion()
         if self.world_size % self.vae_degree:

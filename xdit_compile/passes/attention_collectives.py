@@ -1,10 +1,11 @@
 """Carry out distributed attention: Ulysses all-to-alls, a ring of keys and values, or both.
 
 Inside a group of ``ulysses`` ranks one all-to-all turns (all heads, my tokens) into (my heads, the group's
-tokens) for queries, keys and values together, and another turns the result back (DeepSpeed-Ulysses, arXiv
-2309.14509). Across groups, keys and values travel around a ring while the chunk at hand is attended to, and the
-partial results are merged by log-sum-exp in fp32 (Ring Attention, arXiv 2310.01889). Buffers put tokens first,
-so that what arrives, of however uneven shares, is the whole sequence without another copy.
+tokens) for queries, keys and values together (with ``exchange=apart`` one for each, while the next is still
+computed), and another turns the result back (DeepSpeed-Ulysses, arXiv 2309.14509). Across groups, keys and values
+travel around a ring while the chunk at hand is attended to, and the partial results are merged by log-sum-exp in
+fp32 (Ring Attention, arXiv 2310.01889). Buffers put tokens first, so that what arrives, of however uneven shares,
+is the whole sequence without another copy.
 """
 
 from __future__ import annotations
@@ -57,7 +58,11 @@ class _Lowering:
             first = sum(length(plan.replicated_share(i)) for i in range(self.r))
             q_fixed = e.narrow(q_fixed, 2, first, first + length(plan.replicated_share(self.r)))
         if plan.ulysses > 1:
-            if plan.queries == plan.keys:
+            if plan.apart:
+                (q_moving,) = self._scatter_heads([q_moving], plan.queries, first=0)
+                (k_moving,) = self._scatter_heads([k_moving], plan.keys, first=1)
+                (v_moving,) = self._scatter_heads([v_moving], plan.keys, first=1)
+            elif plan.queries == plan.keys:
                 q_moving, k_moving, v_moving = self._scatter_heads([q_moving, k_moving, v_moving], plan.queries)
             else:
                 (q_moving,) = self._scatter_heads([q_moving], plan.queries, first=0)
@@ -222,18 +227,15 @@ class _Lowering:
         batch, heads, _, width = _val(k).shape
         value_width = _val(v).shape[3]
         sizes = [length(plan.group_spans(plan.keys, i)) for i in range(n)]
-        flat = (width + value_width) * batch * heads
+        flat = batch * heads
         acc: tuple[fx.Node, fx.Node] | None = None
-        chunk = self._pack(k, v)
+        chunks = [(e.call(aten.reshape.default, x, [_val(x).numel()]), flat * _val(x).shape[3]) for x in (k, v)]
+        if not plan.apart:
+            chunks = [(e.call(aten.cat.default, [x for x, _ in chunks], 0), sum(row for _, row in chunks))]
         for step in range(n):
             source = (self.r - step) % n
-            arriving = None
-            if step < n - 1:
-                # A ring shift is an all-to-all in which only one neighbour is given anything.
-                send, receive = [0] * n, [0] * n
-                send[(self.r + 1) % n] = sizes[source] * flat
-                receive[(self.r - 1) % n] = sizes[(source - 1) % n] * flat
-                arriving = e.start_all_to_all(chunk, receive, send, RING)
+            arriving = [] if step == n - 1 else [
+                (self._shift(chunk, sizes[source] * row, sizes[(source - 1) % n] * row), row) for chunk, row in chunks]
             columns = plan.group_spans(plan.keys, source)
             keys, values = k, v
             if step == 0 and k_fixed is not None:
@@ -241,20 +243,28 @@ class _Lowering:
                 columns = plan.replicated(plan.keys) + columns
             part = self._attend_lse(queries, keys, values, rows, columns)
             acc = part if acc is None else self._merge(acc, part)
-            if arriving is not None:
-                chunk = e.wait(arriving)
-                k, v = self._unpack(chunk, sizes[(source - 1) % n], batch, heads, width, value_width)
+            if arriving:
+                chunks = [(e.wait(started), row) for started, row in arriving]
+                k, v = self._unpack([x for x, _ in chunks], sizes[(source - 1) % n], batch, heads, width, value_width)
         assert acc is not None
         return e.call(aten._to_copy.default, acc[0], dtype=_val(queries).dtype)
 
-    def _pack(self, k: fx.Node, v: fx.Node) -> fx.Node:
-        flat = [self.e.call(aten.reshape.default, x, [_val(x).numel()]) for x in (k, v)]
-        return self.e.call(aten.cat.default, flat, 0)
+    def _shift(self, chunk: fx.Node, sent: int, received: int) -> fx.Node:
+        """Start to send ``chunk`` to the next group and to receive that of the one before: an all-to-all in which only
+        one neighbour is given anything."""
+        n = self.plan.ring
+        send, receive = [0] * n, [0] * n
+        send[(self.r + 1) % n], receive[(self.r - 1) % n] = sent, received
+        return self.e.start_all_to_all(chunk, receive, send, RING)
 
-    def _unpack(self, chunk: fx.Node, size: int, batch: int, heads: int, width: int,
+    def _unpack(self, chunks: Sequence[fx.Node], size: int, batch: int, heads: int, width: int,
                 value_width: int) -> tuple[fx.Node, fx.Node]:
-        at = batch * heads * size * width
-        k, v = self.e.narrow(chunk, 0, 0, at), self.e.narrow(chunk, 0, at, _val(chunk).shape[0])
+        """Keys and values, which came as one or as two."""
+        if len(chunks) == 1:
+            at = batch * heads * size * width
+            chunks = [self.e.narrow(chunks[0], 0, 0, at),
+                      self.e.narrow(chunks[0], 0, at, _val(chunks[0]).shape[0])]
+        k, v = chunks
         return (self.e.call(aten.reshape.default, k, [batch, heads, size, width]),
                 self.e.call(aten.reshape.default, v, [batch, heads, size, value_width]))
 

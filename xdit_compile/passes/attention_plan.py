@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from xdit_compile.errors import PlanError
 from xdit_compile.ir.layout import PATCH, SEQUENCE, Dim, Layout, Position, Spans, even_offsets, length
 from xdit_compile.ir.mesh import RING, ULYSSES
+from xdit_compile.spec import APART
 
 
 def sharded_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
@@ -33,7 +34,7 @@ class AttentionPlan:
 
     ``queries`` and ``keys`` are the layouts of the two token dimensions. Replicated tokens are not sent: for them
     each rank slices its heads. Heads need not divide evenly; with fewer key heads than query heads (GQA) each
-    rank gets the key heads its query heads read.
+    rank gets the key heads its query heads read. ``apart``: whether queries, keys and values are sent by themselves.
     """
 
     queries: Dim
@@ -47,6 +48,7 @@ class AttentionPlan:
     ulysses: int
     ring: int
     patch: int | None = None
+    apart: bool = False
 
     @property
     def method(self) -> str:
@@ -156,4 +158,4 @@ def plan_attention(q, k, v, spec, position) -> AttentionPlan:
         queries=q.dims[-2], keys=k.dims[-2], heads=local_heads(q, position),
         kv_heads=local_heads(k, position), head_dim=q.shape[-1], value_dim=v.shape[-1],
         batch=math.prod(Layout(q.dims[:-3]).local_shape(position)), element_size=q.dtype.itemsize,
-        ulysses=spec.ulysses_degree, ring=spec.ring_degree, patch=position.get(PATCH))
+        ulysses=spec.ulysses_degree, ring=spec.ring_degree, patch=position.get(PATCH), apart=spec.exchange == APART)
