@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from cases import redraw
 from comfyui_models import build, comfy
+from diffusers import SD3ControlNetModel
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +56,11 @@ def models(place: Path) -> None:
             low[f"{key}.lora_down.weight"] = 0.2 * torch.randn(4, weight.shape[1], generator=drawn)
             low[f"{key}.alpha"] = torch.tensor(4.0)
     save_file(low, place / "loras" / "tiny.safetensors")
+    control = SD3ControlNetModel(sample_size=64, in_channels=16, num_layers=1, attention_head_dim=64,
+                                 num_attention_heads=2, joint_attention_dim=24, caption_projection_dim=128,
+                                 pooled_projection_dim=32, pos_embed_max_size=32)
+    redraw(control)
+    save_file(control.state_dict(), place / "controlnet" / "tiny.safetensors")
     preview = comfy("comfy.taesd.taesd").TAESD(latent_channels=16)
     redraw(preview)
     for part, module in (("encoder", preview.taesd_encoder), ("decoder", preview.taesd_decoder)):

@@ -120,15 +120,20 @@ class RemoteModel:
 
 def load(path: str, model_options: dict[str, Any], spec: str) -> RemotePatcher:
     """A model file, as ComfyUI would load it, in one process for each rank of ``spec``."""
-    def leave(model: comfy.model_base.BaseModel, state: dict[str, Any], unet_prefix: str = "") -> Any:
+    def outside(model: comfy.model_base.BaseModel, state: dict[str, Any], unet_prefix: str = "") -> Any:
+        # What is in no block is small, and ControlNets read it here. Tensors of a file are read when they are used.
+        found = model.model_config.process_unet_state_dict(dict(state))
+        model.diffusion_model.load_state_dict({k: v for k, v in found.items() if not _in_block(k)}, strict=False)
         state.clear()
         return model
 
-    # ComfyUI makes layers of memory that nobody has touched yet; without weights that costs nothing.
-    with patch.object(comfy.model_base.BaseModel, "load_model_weights", leave):
+    # ComfyUI makes layers of memory that nobody has touched yet, which costs nothing.
+    with patch.object(comfy.model_base.BaseModel, "load_model_weights", outside):
         found = comfy.sd.load_diffusion_model(path, model_options=model_options)
     model = found.model
-    model.diffusion_model.to("meta")
+    for name, module in model.diffusion_model.named_modules():
+        if _in_block(name):
+            module.to("meta")
     engine = xdit_compile.start(str(Path(__file__).with_name("xdit_worker.py")) + ":make", spec, arguments={
         "path": str(path), "options": {k: packed(v) for k, v in model_options.items()}, "argv": sys.argv[1:],
         "comfyui": folder_paths.base_path, "nodes": folder_paths.get_folder_paths("custom_nodes")})
@@ -155,6 +160,10 @@ def remote_of(patcher: Any) -> RemoteModel:
 def _method(model: nn.Module) -> Any:
     """What computes: ``_forward`` where ``forward`` only calls wrappers around that."""
     return getattr(type(model), "_forward", type(model).forward).__get__(model)
+
+
+def _in_block(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
 
 
 def _state(path: str) -> list[int]:
