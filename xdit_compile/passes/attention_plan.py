@@ -96,27 +96,36 @@ class AttentionPlan:
 
     def sent(self, position: Position) -> int:
         """Bytes this rank sends."""
+        return sum(size for (what, *_), size in self.traffic(position).items() if what == "bytes")
+
+    def traffic(self, position: Position) -> dict[tuple[str, str, str], int]:
+        """Collectives that this rank takes part in, and bytes it sends in them, by kind and axis."""
         u, r = position[ULYSSES], position[RING]
         cuts, unit = self.head_cuts(), self.batch * self.element_size
         own_q, own_k = self.moving(self.queries, u, r), self.moving(self.keys, u, r)
         own_heads = cuts[u + 1] - cuts[u]
         own_kv = (lambda a, b: b - a)(*self.kv_range(u))
         share = length(self.replicated_share(r))
-        total = 0
+        exchanged = passed = 0
         for other in range(self.ulysses):
             if other != u:
                 a, b = self.kv_range(other)
-                total += own_q * (cuts[other + 1] - cuts[other]) * self.head_dim
-                total += own_k * (b - a) * (self.head_dim + self.value_dim)
+                exchanged += own_q * (cuts[other + 1] - cuts[other]) * self.head_dim
+                exchanged += own_k * (b - a) * (self.head_dim + self.value_dim)
                 back = self.moving(self.queries, other, r) + share
-                total += back * own_heads * self.value_dim
+                exchanged += back * own_heads * self.value_dim
         for step in range(self.ring - 1):
             chunk = length(self.group_spans(self.keys, (r - step) % self.ring))
-            total += chunk * own_kv * (self.head_dim + self.value_dim)
+            passed += chunk * own_kv * (self.head_dim + self.value_dim)
         # Shares are gathered padded to the largest; a rank may have none of its own.
         most = -(-length(self.replicated(self.queries)) // self.ring)
-        total += (self.ring - 1) * most * self.heads * self.value_dim
-        return total * unit
+        shares = (self.ring - 1) * most * self.heads * self.value_dim
+        found = {("count", "all_gather", RING): int(shares > 0), ("bytes", "all_gather", RING): shares * unit,
+                 ("count", "ring", RING): self.ring - 1, ("bytes", "ring", RING): passed * unit}
+        if self.ulysses > 1:
+            found |= {("count", "all_to_all", ULYSSES): 2 if self.queries == self.keys else 3,
+                      ("bytes", "all_to_all", ULYSSES): exchanged * unit}
+        return found
 
     def __str__(self) -> str:
         heads = f"{self.heads}" + (f" over {self.kv_heads} key heads" if self.kv_heads != self.heads else "")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from xdit_compile.errors import ArgumentError
+from xdit_compile.errors import ArgumentError, did_you_mean
 
 Kinds = tuple[Any, ...]
 """What JSON may hold for an argument: ``any``, ``null``, ``bool``, ``int``, ``float``, ``str``, ``dict``, ``object`` (a
@@ -67,7 +67,9 @@ class CallSignature:
             ArgumentError: naming them, and those that it does.
         """
         if not self.anything and (unknown := set(given) - self.kinds.keys()):
-            raise ArgumentError(f"{self.name} takes no {', '.join(sorted(unknown))}; it takes {', '.join(self.kinds)}")
+            hint = did_you_mean(min(unknown), self.kinds)
+            raise ArgumentError(f"{self.name} takes no {', '.join(sorted(unknown))}{hint}; it takes "
+                                f"{', '.join(self.kinds)}")
 
     def missing(self, given: Collection[str]) -> list[str]:
         """What the call needs and is not given."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from xdit_compile.errors import XditError
+from xdit_compile.progress import progress
 
 
 @dataclass(frozen=True)
@@ -37,19 +38,28 @@ class PipelineSource:
     further: Mapping[str, Any] = field(default_factory=dict)
 
 
+def pipeline_config(source: PipelineSource) -> dict[str, Any]:
+    """What the folder says of its pipeline: its class, and library and class of each component.
+
+    Raises:
+        XditError: there is no such pipeline, or no diffusers.
+    """
+    library = _diffusers()
+    with _reading(f"a pipeline from {source.model}"):
+        found = library.DiffusionPipeline.load_config(source.model, cache_dir=source.further.get("cache_dir"))
+    return dict(found)
+
+
 def pipeline_class(source: PipelineSource) -> Any:
     """The class that will be called; None if it is code of its own, which is known only once it is loaded.
 
     Raises:
         XditError: there is no such pipeline, or no diffusers.
     """
-    library = _diffusers()
     if source.pipeline:
         return _class_named(source.pipeline, "DiffusionPipeline")
-    with _reading(f"a pipeline from {source.model}"):
-        config = library.DiffusionPipeline.load_config(source.model, cache_dir=source.further.get("cache_dir"))
-    name = config.get("_class_name")
-    return getattr(library, name, None) if isinstance(name, str) else None
+    name = pipeline_config(source).get("_class_name")
+    return getattr(_diffusers(), name, None) if isinstance(name, str) else None
 
 
 def load(source: PipelineSource, dtype: torch.dtype, without: Sequence[str] = ()) -> Any:
@@ -63,9 +73,9 @@ def load(source: PipelineSource, dtype: torch.dtype, without: Sequence[str] = ()
     """
     library = _diffusers()
     cls = _class_named(source.pipeline, "DiffusionPipeline") if source.pipeline else library.DiffusionPipeline
-    with _reading(f"a pipeline from {source.model}"):
+    with progress(f"loading {source.model}"), _reading(f"a pipeline from {source.model}"):
         stand_ins = {name: _empty(source, name) for name in without}
-        pipe = cls.from_pretrained(source.model, torch_dtype=dtype, **source.further, **stand_ins)
+        pipe = cls.from_pretrained(source.model, dtype=dtype, **source.further, **stand_ins)
     if source.scheduler:
         chosen = _class_named(source.scheduler, "SchedulerMixin")
         if getattr(pipe, "scheduler", None) is None:
@@ -157,6 +167,8 @@ def _class_named(name: str, base: str) -> Any:
 def _adapt(pipe: Any, adapters: Sequence[tuple[str, float]]) -> None:
     if not hasattr(pipe, "load_lora_weights"):
         raise XditError(f"{type(pipe).__name__} takes no adapters; leave --lora out")
+    if find_spec("peft") is None:
+        raise XditError("adapters need peft, which is not installed; pip install 'xdit-compile[lora]'")
     names = [f"lora{i}" for i in range(len(adapters))]
     for name, (path, _) in zip(names, adapters, strict=True):
         with _reading(f"the adapter {path}"):
