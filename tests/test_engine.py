@@ -16,6 +16,7 @@ from typing import Any
 
 import engine_makers
 import numpy as np
+import pipelines
 import psutil
 import pytest
 import torch
@@ -171,28 +172,38 @@ def test_an_own_model_is_parallelized(tmp_path: Path) -> None:
         assert torch.allclose(engine(**inputs), expected, atol=1e-6)
 
 
-def test_a_pipeline_answers_as_in_one_process() -> None:
-    from diffusers import DDIMScheduler, DiTPipeline
-
-    call: dict[str, Any] = {"class_labels": [1, 3], "num_inference_steps": 3, "output_type": "np"}
-    plain = DiTPipeline.from_pretrained(SHAPES)
-    plain.scheduler = DDIMScheduler.from_config(plain.scheduler.config)
-    plain.set_progress_bar_config(disable=True)
+def test_a_pipeline_answers_as_in_one_process(tmp_path: Path) -> None:
+    folder = pipelines.folder("sd3", tmp_path)
+    call = pipelines.PIPELINES["sd3"].call() | {"output_type": "np"}
+    plain = pipelines.load(folder)
+    plain.scheduler = type(plain.scheduler).from_config(plain.scheduler.config)
     expected = plain(**call, generator=torch.Generator().manual_seed(0)).images
     steps: list[tuple[int, int]] = []
-    with xdit_compile.start(SHAPES, "cfg=2", device="cpu", options={"scheduler": "DDIMScheduler"}) as engine:
-        found = engine(**call, generator=torch.Generator().manual_seed(0),
-                       on_step=lambda done, total: steps.append((done, total)))
-        assert isinstance(found.images, np.ndarray) and found[0] is found.images
-        long = engine.submit(class_labels=[1], num_inference_steps=900)
+    previews: dict[int, torch.Tensor] = {}
+    with xdit_compile.start(folder, "cfg=2", device="cpu") as engine:
+        assert engine.is_pipeline
+        found = engine(**call, seed=0, on_step=lambda done, total: steps.append((done, total)))
+        assert np.abs(found.images - expected).max() < 1e-5 and found[0] is found.images
+        count = steps[-1][1]
+        assert steps == [(i + 1, count) for i in range(count)]
+        long = engine.submit(**call | {"num_inference_steps": 900})
         while long.steps < 2:
             time.sleep(0.01)
         long.cancel()
         with pytest.raises(CancelledError):
             long.result(60)
-        again = engine(**call, generator=torch.Generator().manual_seed(0)).images
-    assert np.abs(found.images - expected).max() < 1e-5
-    assert np.array_equal(found.images, again) and steps == [(1, 3), (2, 3), (3, 3)]
+        again = engine(**call, seed=0, on_preview=lambda done, latents: previews.update({done: latents}))
+        assert np.array_equal(found.images, again.images)
+        latents = engine(**call | {"output_type": "latent"}, seed=0).images
+        assert sorted(previews) == list(range(1, count + 1)) and torch.equal(previews[count], latents)
+        with pytest.raises(ArgumentError, match=r"refuses its arguments: .height. and .width. have to be divisible"):
+            engine(**call | {"height": 15, "width": 16})
+        # Within the model: its groups break, and are made anew while the processes stay.
+        pids = {p.pid for p in psutil.Process().children()}
+        with pytest.raises((XditError, RuntimeError)):
+            engine(**call | {"latents": torch.zeros(1, 3, 8, 8)}, seed=0)
+        assert np.array_equal(engine(**call, seed=0).images, again.images)
+        assert {p.pid for p in psutil.Process().children()} == pids
 
 
 SCRIPT = f"""
@@ -217,8 +228,8 @@ def test_from_standard_input_and_workers_end_with_their_parent() -> None:
 def test_what_cannot_be_started_is_explained(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match=r"workers import it by name.*no lambda"):
         xdit_compile.start(lambda: None)
-    with pytest.raises(SpecError, match="world_size=N"):
-        xdit_compile.start(SHAPES, "auto")
+    with pytest.raises(SpecError, match=r"auto,world=4 needs 4 processes"):
+        xdit_compile.start(SHAPES, "auto,world=4", world_size=2)
     with pytest.raises(SpecError):
         xdit_compile.start(SHAPES, "ulysses=2", world_size=3)
     with pytest.raises(XditError, match=r"there is no folder .*nowhere\.xdit"):

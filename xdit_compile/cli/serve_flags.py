@@ -13,8 +13,8 @@ from pathlib import Path
 from xdit_compile.cli.run import DTYPES
 from xdit_compile.cli.run_flags import adapter
 from xdit_compile.engine.handle import start
-from xdit_compile.engine.recipe import AUTO
 from xdit_compile.errors import XditError
+from xdit_compile.planner.auto import Auto
 from xdit_compile.serve.server import serve
 from xdit_compile.serve.settings import Limits, Settings
 from xdit_compile.spec import ShardingSpec
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
     spec = options.spec
     batch = options.batch
     if batch is None:
-        batch = 1 if not spec or spec.startswith(AUTO) else ShardingSpec.parse(spec).data_degree
+        batch = 1 if Auto.parse(spec) else ShardingSpec.parse(spec).data_degree
     limits = Limits(**{f.name: vars(options)[f"max_{f.name}"] for f in fields(Limits)})
     if options.host not in ("127.0.0.1", "localhost", "::1") and not options.api_key:
         print(f"xdit-compile: {options.host} can be reached from other machines, and no --api-key is asked for",
