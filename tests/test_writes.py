@@ -175,7 +175,8 @@ STATE: dict[Callable[..., Tensor], str] = {
     residual: r"blocks\.\d\.last.*test_writes\.py:\d+", residual_that_is_returned: "LAST",
     first_call_kept: r"cache\['first'\]", history: r"cache\['all'\]", first_call_otherwise: r"begun",
     buffer_in_place: r"blocks\.\d\.table", buffer_filled_from_the_call: r"blocks\.\d\.table",
-    tensor_of_an_object: r"cache\[0\]", counter_by_type: "BY_TYPE", first_of_its_type: "BY_TYPE", python_random: "random", numpy_random: "random", iterator: r"held\.steps",
+    tensor_of_an_object: r"cache\[0\]", counter_by_type: "BY_TYPE", first_of_its_type: "BY_TYPE",
+    python_random: "random", numpy_random: "random", iterator: r"held\.steps",
 }
 
 

@@ -1,8 +1,8 @@
 """Patches of models as values that can be sent to other processes, and back.
 
-A patch is a function or an object that ComfyUI's models call (`transformer_options["patches"]`, ...). An object of a class
-that can be imported is its attributes; a function that can be imported is its name. A function made inside of another
-one is refused, by its name and place: it can hold anything.
+A patch is a function or an object that ComfyUI's models call (`transformer_options["patches"]`, ...). An object of a
+class that can be imported is its attributes; a function that can be imported is its name. A function made inside of
+another one is refused, by its name and place: it can hold anything.
 
 This file is imported in ComfyUI's process and in the ranks, where ``Reader`` is told whose modules may be named.
 """
@@ -23,12 +23,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 TAG = "\0xdit"
 """Key of a dictionary that stands for something else than itself."""
-_PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
+_PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size)
+_HEAP = 1 << 9
+"""Flag of classes written in Python."""
 
 
 class Unsendable(ValueError):
@@ -41,7 +44,10 @@ def packed(value: Any, where: str = "") -> Any:
     Raises:
         Unsendable: naming what cannot be, and where it is.
     """
-    return _Packer().of(value, where)
+    try:
+        return _Packer().of(value, where)
+    except RecursionError:
+        raise Unsendable(f"{where or 'an argument of the model'} holds a container that holds itself") from None
 
 
 class _Packer:
@@ -51,11 +57,12 @@ class _Packer:
 
     def of(self, value: Any, where: str) -> Any:
         kind = type(value)
-        if kind in _PLAIN:
+        if kind in _PLAIN or isinstance(value, (np.ndarray, np.generic)):
             return value
+        if isinstance(value, nn.Parameter):
+            return self._once(value, lambda: {"parameter": value.detach()})
         if isinstance(value, torch.Tensor):
-            return self._once(value, lambda: {"tensor": value.detach(), "parameter": isinstance(value, nn.Parameter)}) \
-                if isinstance(value, nn.Parameter) else value
+            return value
         if kind in (list, tuple):
             return kind(self.of(v, f"{where}[{i}]") for i, v in enumerate(value))
         if kind is dict and TAG not in value:
@@ -65,12 +72,10 @@ class _Packer:
             return {TAG: "uuid", "number": self._uuids.setdefault(value, len(self._uuids))}
         if kind in (set, frozenset):
             return {TAG: kind.__name__, "items": [self.of(v, where) for v in sorted(value, key=repr)]}
-        if isinstance(value, type):
-            return {TAG: "named", **_name(value, where)}
+        if isinstance(value, (type, types.FunctionType)):
+            return {TAG: "named", **_name(value, value, where)}
         if isinstance(value, enum.Enum):
-            return {TAG: "member", **_name(kind, where), "member": value.name}
-        if isinstance(value, types.FunctionType):
-            return {TAG: "named", **_name(value, where)}
+            return {TAG: "member", **_name(kind, value, where), "member": value.name}
         if isinstance(value, types.MethodType):
             return {TAG: "method", "of": self.of(value.__self__, f"{where}.__self__"), "member": value.__name__}
         if isinstance(value, functools.partial):
@@ -78,18 +83,18 @@ class _Packer:
         return self._object(value, where)
 
     def _object(self, value: Any, where: str) -> Any:
+        """Of its attributes, and of what is in it if it is a dictionary."""
         cls = type(value)
-        if isinstance(value, OrderedDict) or hasattr(value, "__dict__"):
-            if any(c.__module__ not in ("builtins", "collections") and not hasattr(c, "__dict__") for c in cls.__mro__):
-                raise _unsendable(value, where)
-            entries = [[self.of(k, where), self.of(v, f"{where}[{k!r}]")] for k, v in value.items()] if isinstance(
-                value, dict) else []
-            if isinstance(value, (list, tuple, set)):
-                raise _unsendable(value, where)
-            return self._once(value, lambda: {
-                **_name(cls, where), "entries": entries,
-                "state": {k: self.of(v, f"{where}.{k}") for k, v in vars(value).items()}})
-        raise _unsendable(value, where)
+        base = OrderedDict if isinstance(value, OrderedDict) else dict if isinstance(value, dict) else object
+        inherited = [c for c in cls.__mro__ if c not in base.__mro__]
+        if not hasattr(value, "__dict__") or any(not c.__flags__ & _HEAP or c.__dict__.get("__slots__")
+                                                 for c in inherited):
+            raise _unsendable(value, where)
+        return self._once(value, lambda: {
+            **_name(cls, value, where),
+            "entries": [[self._key(k, where), self.of(v, f"{where}[{k!r}]")] for k, v in value.items()]
+            if base is not object else [],
+            "state": {k: self.of(v, f"{where}.{k}") for k, v in vars(value).items()}})
 
     def _once(self, value: Any, write: Callable[[], dict[str, Any]]) -> Any:
         """The same object twice is one object there too; it may lead to itself."""
@@ -105,36 +110,33 @@ class _Packer:
         raise _unsendable(key, f"a key of {where}")
 
 
-def _name(value: Any, where: str) -> dict[str, str]:
-    """Module and name by which another process finds a class or a function.
+def _name(named: Any, value: Any, where: str) -> dict[str, str]:
+    """Module and name by which another process finds a class or a function, and the file of the outermost package.
 
     Raises:
         Unsendable: it has none.
     """
-    module, name = value.__module__, value.__qualname__
+    module, name = named.__module__, named.__qualname__
     found: Any = sys.modules.get(module)
     for part in name.split("."):
         found = getattr(found, part, None)
-    if found is not value:
+    if found is not named:
         raise _unsendable(value, where)
-    root = sys.modules[_root(module)]
-    return {"module": module, "name": name, "file": str(getattr(root, "__file__", "") or "")}
-
-
-def _root(module: str) -> str:
-    """The name of the outermost module that there is: ComfyUI names those of custom nodes by their paths."""
+    # ComfyUI names the modules of custom nodes by their paths, in which there may be dots.
     parts = module.split(".")
-    return next((n for i in range(1, len(parts)) if (n := ".".join(parts[:i])) in sys.modules), module)
+    root = next(n for i in range(1, len(parts) + 1) if (n := ".".join(parts[:i])) in sys.modules)
+    return {"module": module, "name": name, "root": root, "file": str(getattr(sys.modules[root], "__file__", ""))}
 
 
 def _unsendable(value: Any, where: str) -> Unsendable:
     code = getattr(value, "__code__", None)
     place = f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else ""
-    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', None) or type(value).__qualname__}"
-    kind = "function made inside of another" if code is not None else f"{type(value).__qualname__}"
-    return Unsendable(f"{where or 'an argument'} of the model is {name}{place}, a {kind}, which cannot be sent to the processes "
-                      "that run the model. Make it a function or an object of a class at the top level of its module, "
-                      "leave the node out that sets it, or use ComfyUI's own loader for this model")
+    named = value if hasattr(value, "__qualname__") else type(value)
+    what = "a function made inside of another" if code is not None else "which is more than its attributes"
+    return Unsendable(f"{where or 'an argument'} of the model is {named.__module__}.{named.__qualname__}{place}, "
+                      f"{what}, and cannot go to the processes that run the model. Make it a function or an object "
+                      "of a class at the top level of its module, leave the node out that sets it, or use ComfyUI's "
+                      "own loader for this model")
 
 
 class Sent:
@@ -170,6 +172,8 @@ def _look(value: Any) -> Any:
         return "tensor", version, tuple(value.shape), value.dtype
     if isinstance(value, dict):
         return "dict", tuple((k, _look(v)) for k, v in value.items())
+    if isinstance(value, np.ndarray):
+        return "array", value.tobytes(), value.shape, str(value.dtype)
     return tuple(map(_look, value)) if isinstance(value, (list, tuple)) else value
 
 
@@ -190,14 +194,14 @@ class Reader:
     def __call__(self, value: Any, device: torch.device | None = None) -> Any:
         return _Unpacker(self, device).of(value)
 
-    def named(self, module: str, name: str, file: str) -> Any:
+    def named(self, module: str, name: str, root: str, file: str) -> Any:
         """A class or a function.
 
         Raises:
             Unsendable: of a module that may not be named.
         """
-        if module.partition(".")[0] not in self._modules:
-            self._load(module, file)
+        if not any(module == m or module.startswith(f"{m}.") for m in self._modules):
+            self._load(root, file)
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
@@ -205,27 +209,15 @@ class Reader:
             raise Unsendable(f"{module}.{name} is no class or function")
         return found
 
-    def _load(self, module: str, file: str) -> None:
+    def _load(self, root: str, file: str) -> None:
         path = Path(os.path.abspath(file))  # not where a link leads: ComfyUI names modules by where the link is
         if not any(folder in path.parents for folder in self._folders):
-            raise Unsendable(f"{module} ({file}) is in none of the folders of custom nodes")
-        root = next(n for n in _prefixes(module) if n in sys.modules or n == module or _is_root(n, path))
+            raise Unsendable(f"{root} ({file}) is in none of the folders of custom nodes")
         if root not in sys.modules:
             spec = importlib.util.spec_from_file_location(root, path)
             assert spec is not None and spec.loader is not None
-            made = importlib.util.module_from_spec(spec)
-            sys.modules[root] = made
+            sys.modules[root] = made = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(made)
-
-
-def _prefixes(module: str) -> list[str]:
-    parts = module.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
-
-
-def _is_root(name: str, path: Path) -> bool:
-    """Whether ComfyUI loads this file under this name."""
-    return path.name == "__init__.py" and name.replace("_x_", ".").endswith(path.parent.name) or name.endswith(path.stem)
 
 
 class _Unpacker:
@@ -254,7 +246,7 @@ class _Unpacker:
         return frozenset(map(self.of, held["items"]))
 
     def _named(self, held: dict[str, Any]) -> Any:
-        return self._reader.named(held["module"], held["name"], held["file"])
+        return self._reader.named(held["module"], held["name"], held["root"], held["file"])
 
     def _member(self, held: dict[str, Any]) -> Any:
         return self._named(held)[held["member"]]
@@ -270,13 +262,13 @@ class _Unpacker:
         return self._made[held["number"]]
 
     def _object(self, held: dict[str, Any]) -> Any:
-        if "tensor" in held:
-            made = self._made[held["number"]] = nn.Parameter(self.of(held["tensor"]), requires_grad=False)
+        if "parameter" in held:
+            made = self._made[held["number"]] = nn.Parameter(self.of(held["parameter"]), requires_grad=False)
             return made
         cls = self._named(held)
         made = self._made[held["number"]] = cls.__new__(cls)
         for key, value in held["entries"]:
-            made[self.of(key)] = self.of(value)
+            made[key] = self.of(value)
         # Not by setattr, which modules answer in their own way.
         vars(made).update({k: self.of(v) for k, v in held["state"].items()})
         return made

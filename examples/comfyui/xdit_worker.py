@@ -16,7 +16,7 @@ from xdit_patches import Reader
 
 import xdit_compile
 
-MODULES = ("comfy", "comfy_extras", "nodes", "torch", "collections")
+MODULES = ("comfy", "comfy_extras", "torch.nn", "collections")
 """Packages whose classes and functions patches may name, beside custom nodes."""
 
 
