@@ -96,7 +96,7 @@ def made(server: ComfyUI, graph: Graph) -> tuple[torch.Tensor, np.ndarray]:
 
 
 WAYS: list[dict[str, Any]] = [{}, {"lora": True}, {"adapter": True}, {"control": True},
-                              {"lora": True, "sampler": "dpmpp_2m"}, {}]
+                              {"lora": True, "sampler": "euler_ancestral"}, {}]
 """Prompts, one after the other: what an earlier one put on the model is not there in the next."""
 
 

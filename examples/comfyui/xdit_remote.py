@@ -96,8 +96,11 @@ class RemoteModel:
         try:
             again = False
             while True:
-                found = self._waited(self._engine.submit(arguments=packed(given), loras=loras,
-                                                         options=self._sent.message(options, again)))
+                # A call draws a seed, and samplers may draw from the same numbers.
+                with torch.random.fork_rng(devices=[]):
+                    call = self._engine.submit(arguments=packed(given), loras=loras,
+                                               options=self._sent.message(options, again))
+                found = self._waited(call)
                 if found["result"] is not None or again:
                     return _moved(found["result"], device)
                 again = True  # the ranks were started anew, and have no patches yet
@@ -111,6 +114,8 @@ class RemoteModel:
             try:
                 return call.result(timeout=0.5)
             except NotYet:
+                if call.done():
+                    raise
                 try:
                     comfy.model_management.throw_exception_if_processing_interrupted()
                 except BaseException:
@@ -134,9 +139,13 @@ def load(path: str, model_options: dict[str, Any], spec: str) -> RemotePatcher:
     for name, module in model.diffusion_model.named_modules():
         if _in_block(name):
             module.to("meta")
-    engine = xdit_compile.start(str(Path(__file__).with_name("xdit_worker.py")) + ":make", spec, arguments={
-        "path": str(path), "options": {k: packed(v) for k, v in model_options.items()}, "argv": sys.argv[1:],
-        "comfyui": folder_paths.base_path, "nodes": folder_paths.get_folder_paths("custom_nodes")})
+    # What type weights have may depend on free memory: it is decided here alone.
+    arguments = {"path": str(path), "options": {**model_options, "dtype": model.get_dtype()}, "argv": sys.argv[1:],
+                 "comfyui": str(Path(comfy.sd.__file__).parents[1]),
+                 "nodes": folder_paths.get_folder_paths("custom_nodes")}
+    device = "cpu" if comfy.model_management.get_torch_device().type == "cpu" else None
+    engine = xdit_compile.start(str(Path(__file__).with_name("xdit_worker.py")) + ":make", spec, device=device,
+                                arguments=arguments)
     logging.info("%s runs on %s", type(model.diffusion_model).__name__, engine)
     remote = RemoteModel(engine, model)
     # ComfyUI's wrappers around the model run here, where the class's own forward calls them.
