@@ -9,7 +9,9 @@ from xdit_compile.decorator import parallel
 from xdit_compile.diagnostics.explain import explain
 from xdit_compile.diagnostics.timeline import timeline
 from xdit_compile.diagnostics.verify import verify
+from xdit_compile.engine.handle import Engine, start
 from xdit_compile.errors import (
+    ArgumentError,
     ArtifactError,
     CaptureError,
     LaunchError,
@@ -27,8 +29,10 @@ __version__ = "0.2.0"
 log.configure()
 
 __all__ = [
+    "ArgumentError",
     "ArtifactError",
     "CaptureError",
+    "Engine",
     "LaunchError",
     "PlanError",
     "RankFailure",
@@ -45,6 +49,7 @@ __all__ = [
     "load",
     "parallel",
     "parallelize",
+    "start",
     "timeline",
     "verify",
 ]

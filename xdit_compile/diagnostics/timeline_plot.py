@@ -26,9 +26,9 @@ FONT = 7.0
 
 GREY = "#b8b8b8"
 
-
 def draw(timelines: Mapping[str, Timeline], path: str | os.PathLike[str]) -> None:
-    """Write an SVG picture: below each other the timelines, each moved to start at zero, with a lane for each stage.
+    """Write a picture, SVG, PNG or PDF by the name of the file: below each other the timelines, each moved to start at
+    zero, with a lane for each stage.
 
     Bars are runs, coloured by patch, with the number of their step; blank is waiting. The file is there whole or not
     at all, and the same for the same timelines.
@@ -89,4 +89,3 @@ def _ink(colour: str) -> str:
     """Black on light colours, white on dark ones (luma of Rec. 601)."""
     red, green, blue = (int(colour[i:i + 2], 16) for i in (1, 3, 5))
     return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 128 else "white"
-

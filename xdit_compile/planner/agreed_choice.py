@@ -50,7 +50,7 @@ def agreed_choice(auto: Auto, group: ParallelGroup, plan: Callable[[Machine], Sh
         said = "measure" if here is None else "known"
     except XditError as error:
         said = f"error: {error}"
-    said = group.gather(said)[0]
+    said = group.gather("what is known of this machine", said)[0]
     if said == "measure":
         if dist.is_initialized() and len(group.ranks) < dist.get_world_size():
             raise SpecError("auto on some of the ranks cannot measure the links between them; run xdit-compile "
@@ -65,7 +65,7 @@ def agreed_choice(auto: Auto, group: ParallelGroup, plan: Callable[[Machine], Sh
             chosen = str(plan(here))
         except Exception as error:
             chosen = f"error: {error}"
-    chosen = group.gather(chosen)[0]
+    chosen = group.gather("the chosen spec", chosen)[0]
     if chosen.startswith("error: "):
         raise SpecError(chosen.removeprefix("error: "))
     return ShardingSpec.parse(chosen)
