@@ -72,6 +72,10 @@ def export(model: nn.Module, spec: str | dict | ShardingSpec, example_inputs: In
     if spec.parts:
         raise ArtifactError(f"{spec} gives ranks parts of parameters, which artifacts cannot hold yet; leave tensor, "
                             "shard and offload out here, or parallelize the model itself with them")
+    if spec.keeps_steps:
+        raise ArtifactError(f"{spec} lets steps use values of steps before ({spec.approximate}), which "
+                            "artifacts cannot hold yet; leave cache and displaced out here, or parallelize the model "
+                            "itself with them")
     if (words := Running.of(spec).words) and not (native and spec.backend in ("eager", "inductor")):
         raise ArtifactError(f"{' and '.join(words)} says how programs are run, which is not written into an artifact; "
                             "leave it out here and give it to load()" + (

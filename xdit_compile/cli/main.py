@@ -28,6 +28,7 @@ from xdit_compile.cli.record_calls import record
 from xdit_compile.cli.run import run
 from xdit_compile.cli.run_result import Run
 from xdit_compile.cli.target import build, load
+from xdit_compile.diagnostics.approximation import Approximation, verify_approximate
 from xdit_compile.diagnostics.explain import explain
 from xdit_compile.diagnostics.explanation import Explanation
 from xdit_compile.diagnostics.verification import Verification
@@ -60,6 +61,7 @@ examples:
   xdit-compile verify model.py:example --spec ulysses=2,ring=2
   xdit-compile verify model.py:example --spec ulysses=4 --device cpu --tolerance 1e-4 --json
   torchrun --nproc-per-node 8 -m xdit_compile.cli verify model.py:example --spec ulysses=8
+  xdit-compile verify model.py:example --spec ulysses=2,cache=first_block --approximate --steps 28
 
 exit status: 0 if every output is within the tolerance, 1 if not, 2 if there was no comparison.
 """
@@ -88,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(flags.spelled(words) if words[:1] in (["run"], ["export"]) else words)
     _quieten()
-    report: Explanation | Verification | Run | Inspection
+    report: Explanation | Verification | Approximation | Run | Inspection
     try:
         if options.command == "run":
             report = _run(options)
@@ -110,10 +112,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if _first():
         _show(report, options.json)
-    return 1 if isinstance(report, Verification) and not report.ok else 0
+    return 1 if isinstance(report, (Verification, Approximation)) and not report.ok else 0
 
 
-def verify_target(target: str, spec: ShardingSpec, tolerance: float, device: str | None) -> Verification:
+def verify_target(target: str, spec: ShardingSpec, tolerance: float, device: str | None,
+                  steps: int = 0) -> Verification | Approximation:
     """What one rank of a verification does. Every rank draws the target's weights from the same seed."""
     _quieten()
     place = place_of(spec.world_size, device)
@@ -121,6 +124,8 @@ def verify_target(target: str, spec: ShardingSpec, tolerance: float, device: str
     model, inputs = build(load(target))
     if place.type != "cpu" and not any(p.is_meta for p in model.parameters()):
         model, inputs = model.to(place), pytree.tree_map_only(torch.Tensor, lambda t: t.to(place), inputs)
+    if steps:
+        return verify_approximate(model, spec, inputs, steps=steps)
     return verify(model, spec, inputs, tolerance=tolerance)
 
 
@@ -143,8 +148,8 @@ def _explain(options: argparse.Namespace, spec: ShardingSpec) -> Explanation:
     return made
 
 
-def _verify(options: argparse.Namespace, spec: ShardingSpec) -> Verification:
-    task = (options.target, spec, options.tolerance, options.device)
+def _verify(options: argparse.Namespace, spec: ShardingSpec) -> Verification | Approximation:
+    task = (options.target, spec, options.tolerance, options.device, options.steps if options.approximate else 0)
     with _progress(f"verifying {options.target} on {spec.world_size} ranks"):
         if "RANK" in os.environ:
             return verify_target(*task)
@@ -190,7 +195,7 @@ def _bytes(text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
 
 
-def _show(report: Explanation | Verification | Run | Inspection, as_json: bool) -> None:
+def _show(report: Explanation | Verification | Approximation | Run | Inspection, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     elif sys.stdout.isatty():
@@ -261,6 +266,9 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--world-size", type=int, metavar="N",
                                  help="processes to start (default: what the spec needs)")
             command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if it fits")
+            command.add_argument("--approximate", action="store_true",
+                                 help="for a spec that approximates: how far a loop of steps ends from one device's")
+            command.add_argument("--steps", type=int, default=20, metavar="N", help="of that loop (default 20)")
             command.add_argument("--tolerance", type=float, default=1e-5,
                                  help="largest difference over the largest value (default 1e-5)")
     return parser

@@ -20,6 +20,7 @@ from xdit_compile.cli.run_result import Run
 from xdit_compile.errors import XditError
 from xdit_compile.pipelines.loading import PipelineSource, load, only_one_speaks, pictures, pipeline_class
 from xdit_compile.pipelines.output_files import save
+from xdit_compile.pipelines.report import said_of_steps
 from xdit_compile.runtime.launch import launch, place_of
 from xdit_compile.spec import ShardingSpec
 
@@ -96,6 +97,10 @@ def run_rank(request: Request) -> Run:
             torch.cuda.synchronize(place)
         seconds = time.perf_counter() - started
         peaks = parallel.parallel_group.gather(torch.cuda.max_memory_allocated(place)) if place.type == "cuda" else ()
+        counts = parallel.parallel_group.counts
+        if request.spec.approximate:
+            notes.append(f"the result is approximate, as {request.spec.approximate} asks for" + (
+                f": {said_of_steps(counts['skipped'], counts['decided'])}" if counts["decided"] else ""))
         files: list[Path] = []
         if first:
             rate = request.frame_rate or int(_value(parallel, arguments, "frame_rate") or FRAME_RATE)

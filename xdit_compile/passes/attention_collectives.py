@@ -21,6 +21,7 @@ from xdit_compile.ir.mesh import RING, ULYSSES
 from xdit_compile.ir.stale_cache import update_and_read
 from xdit_compile.passes.attention_plan import AttentionPlan
 from xdit_compile.passes.emitter import Emitter
+from xdit_compile.passes.low_bit_wire import WHOLE, decode, encode
 
 aten = torch.ops.aten
 ours = torch.ops.xdit_compile
@@ -101,6 +102,9 @@ class _Lowering:
         ``first`` is 0 if ``tensors`` begins with the queries. The buffer is (rank, token, batch, head and width).
         """
         e, n = self.e, self.plan.ulysses
+        dtype = _val(tensors[0]).dtype
+        forms = [self.plan.wire, self.plan.wire_keys, self.plan.wire][first : first + len(tensors)]
+        tensors = [self._encoded(t, form) for t, form in zip(tensors, forms, strict=True)]
         batch = _val(tensors[0]).shape[0]
         kinds = [min(first + i, 1) for i in range(len(tensors))]
         mine = _val(tensors[0]).shape[2]
@@ -139,7 +143,20 @@ class _Lowering:
             piece = e.call(aten.reshape.default, piece, [sum(theirs), batch, b - a, _val(t).shape[3]])
             out.append(e.call(aten.permute.default, piece, [1, 2, 0, 3]))
             at += width
-        return out
+        return [self._decoded(x, form, dtype) for x, form in zip(out, forms, strict=True)]
+
+    def _encoded(self, x: fx.Node, form: str) -> fx.Node:
+        """As it travels: in bytes, if any of what travels with it has fewer bits."""
+        if self.plan.wire == WHOLE:
+            return x
+        (made,) = self.e.inline(lambda t: (encode(t, form),), x)
+        return made
+
+    def _decoded(self, x: fx.Node, form: str, dtype: torch.dtype) -> fx.Node:
+        if self.plan.wire == WHOLE:
+            return x
+        (made,) = self.e.inline(lambda t: (decode(t, form, dtype),), x)
+        return made
 
     def _even(self, kinds: list[int], tensors: list[fx.Node]) -> bool:
         n = self.plan.ulysses
@@ -166,6 +183,7 @@ class _Lowering:
 
     def _gather_heads(self, out: fx.Node, share: int) -> tuple[fx.Node | None, fx.Node]:
         e, plan, n = self.e, self.plan, self.plan.ulysses
+        dtype, out = _val(out).dtype, self._encoded(out, plan.wire)
         batch, heads, _, width = _val(out).shape
         counts = [plan.moving(plan.queries, u, self.r) for u in range(n)]
         x = e.call(aten.permute.default, out, [2, 0, 1, 3])
@@ -190,7 +208,7 @@ class _Lowering:
                 parts.append(e.call(aten.permute.default, part, [1, 0, 2, 3]))
                 at += size
             got = e.cat(parts, 2)
-        got = e.call(aten.transpose.int, got, 1, 2)
+        got = self._decoded(e.call(aten.transpose.int, got, 1, 2), plan.wire, dtype)
         return (e.narrow(got, 2, 0, share) if share else None), (e.narrow(got, 2, share, rows) if share else got)
 
     def _gather_shares(self, fixed: fx.Node | None, moving: fx.Node) -> fx.Node:
@@ -219,12 +237,13 @@ class _Lowering:
     def _ring(self, queries: fx.Node, k_fixed: fx.Node | None, v_fixed: fx.Node | None, k: fx.Node, v: fx.Node,
               rows: Spans) -> fx.Node:
         e, plan, n = self.e, self.plan, self.plan.ring
-        batch, heads, _, width = _val(k).shape
-        value_width = _val(v).shape[3]
+        dtype, sent = _val(k).dtype, [self._encoded(k, plan.wire_keys), self._encoded(v, plan.wire)]
+        batch, heads, _, width = _val(sent[0]).shape
+        value_width = _val(sent[1]).shape[3]
         sizes = [length(plan.group_spans(plan.keys, i)) for i in range(n)]
         flat = (width + value_width) * batch * heads
         acc: tuple[fx.Node, fx.Node] | None = None
-        chunk = self._pack(k, v)
+        chunk = self._pack(*sent)
         for step in range(n):
             source = (self.r - step) % n
             arriving = None
@@ -244,6 +263,7 @@ class _Lowering:
             if arriving is not None:
                 chunk = e.wait(arriving)
                 k, v = self._unpack(chunk, sizes[(source - 1) % n], batch, heads, width, value_width)
+                k, v = self._decoded(k, plan.wire_keys, dtype), self._decoded(v, plan.wire, dtype)
         assert acc is not None
         return e.call(aten._to_copy.default, acc[0], dtype=_val(queries).dtype)
 

@@ -8,10 +8,10 @@ resolution are never read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-
-import torch
+from typing import Any
 
 Times = tuple[float, ...]
 
@@ -21,12 +21,12 @@ class DenoisingLoop:
     """A condition's steps so far.
 
     Attributes:
-        caches: memory that stages' programs keep values in.
+        caches: what is kept from step to step: memory of stages' programs, or what a step left for the next.
         steps: how many there were; ``first`` (None: whatever comes goes on) and ``last`` are their times, ``seen``
             counts the loop's.
     """
 
-    caches: Sequence[torch.Tensor]
+    caches: Any
     first: Times | None
     last: Times
     seen: int
@@ -50,9 +50,24 @@ class DenoisingLoops:
         self._loops: dict[Hashable, DenoisingLoop] = {}
         self._epoch = self._seen = 0
         self._times: Times | None = None
+        self._calls: Counter[Hashable] = Counter()
+        """Of each kind, at the times of the last call."""
+
+    def branch(self, kind: Hashable, times: Times, epoch: int) -> int:
+        """How many calls of this kind there were before at these times: those of guidance come in one order at each
+        step."""
+        if (epoch, times) != (self._epoch, self._times):
+            self._calls.clear()
+        self._calls[kind] += 1
+        return self._calls[kind] - 1
+
+    def end(self) -> None:
+        """No loop goes on."""
+        self._loops.clear()
+        self._calls.clear()
 
     def next(self, key: Hashable, times: Times, epoch: int,
-             make: Callable[[], Sequence[torch.Tensor]]) -> DenoisingLoop:
+             make: Callable[[], Any]) -> DenoisingLoop:
         """The loop of a call, one step further.
 
         Args:
