@@ -10,7 +10,9 @@ from xdit_compile.diagnostics.approximation import verify_approximate
 from xdit_compile.diagnostics.explain import explain
 from xdit_compile.diagnostics.timeline import timeline
 from xdit_compile.diagnostics.verify import verify
+from xdit_compile.engine.handle import Engine, start
 from xdit_compile.errors import (
+    ArgumentError,
     ArtifactError,
     CaptureError,
     LaunchError,
@@ -28,8 +30,10 @@ __version__ = "0.2.0"
 log.configure()
 
 __all__ = [
+    "ArgumentError",
     "ArtifactError",
     "CaptureError",
+    "Engine",
     "LaunchError",
     "PlanError",
     "RankFailure",
@@ -46,6 +50,7 @@ __all__ = [
     "load",
     "parallel",
     "parallelize",
+    "start",
     "timeline",
     "verify",
     "verify_approximate",

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from xdit_compile.errors import SpecError
+from xdit_compile.errors import SpecError, did_you_mean
 
 BACKENDS = ("eager", "inductor", "onediff")
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
@@ -126,7 +126,9 @@ class ShardingSpec:
                               ("compile_mode", MODES), ("attention_kernel", KERNELS), ("cache", CACHES),
                               ("displaced", DISPLACED), ("wire", WIRES), ("wire_keys", WIRES)):
             if getattr(self, name) not in allowed:
-                raise SpecError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                value = getattr(self, name)
+                raise SpecError(f"{name} must be one of {', '.join(allowed)}, got {value!r}"
+                                f"{did_you_mean(value, allowed)}")
         object.__setattr__(self, "compile_options", _canonical(self.compile_options))
         self._check_compiler()
         self._check_pipefusion()
@@ -277,14 +279,17 @@ class ShardingSpec:
         if isinstance(spec, ShardingSpec):
             return spec
         if not isinstance(spec, (str, Mapping)):
-            raise SpecError(f"a sharding spec is text, a mapping or a ShardingSpec, got {spec!r}")
+            given = f"{spec!r}".partition("\n")[0]
+            raise SpecError(f"a sharding spec is text, a mapping or a ShardingSpec, got {given:.60}")
         pairs = pairs_of(spec) if isinstance(spec, str) else [(str(k), v) for k, v in spec.items()]
         known = {f.name: f.name for f in fields(ShardingSpec)}
         known |= {name.removesuffix("_degree"): name for name in known} | SHORT
         values: dict[str, object] = {}
         for word, value in pairs:
             if word not in known:
-                raise SpecError(f"unknown word {word!r} in the sharding spec; known words are {', '.join(known)}")
+                meant = did_you_mean(word, SHORTEST)
+                raise SpecError(f"unknown word {word!r} in the sharding spec{meant}; known words are "
+                                f"{', '.join(SHORTEST)}")
             name = known[word]
             if name in values:
                 raise SpecError(f"{name} is given twice in the sharding spec")
@@ -313,6 +318,11 @@ class ShardingSpec:
         words = [f"{short.get(f.name, f.name.removesuffix('_degree'))}={getattr(self, f.name)}" for f in fields(self)
                  if getattr(self, f.name) != f.default]
         return ",".join(words) or "ulysses=1"
+
+
+SHORTEST = tuple(({f.name: f.name.removesuffix("_degree") for f in fields(ShardingSpec)} | {
+    name: word for word, name in SHORT.items()}).values())
+"""The words of a spec as they are printed."""
 
 
 def pairs_of(text: str) -> list[tuple[str, str]]:

@@ -127,13 +127,14 @@ def verify_approximate(model: nn.Module, spec: str | Mapping[str, object] | Shar
         expected, end, _ = loop(model)
         actual, other, skipped = loop(parallel)
     group = parallel.runners["forward"].group
-    found = group.gather([_relative(a, b) for a, b in zip(actual, expected, strict=True)])
+    found = group.gather("differences", [_relative(a, b) for a, b in zip(actual, expected, strict=True)])
     error, span = (other - end).square().mean().item(), (end.max() - end.min()).item()
     psnr = 10 * math.log10(max(span, 1e-30) ** 2 / max(error, 1e-30))
     return Approximation(
         type(model).__name__, group.spec,
         tuple(StepDifference(max(each), left) for each, left in zip(zip(*found, strict=True), skipped, strict=True)),
-        min(group.gather(psnr)), max(group.gather(_relative(other, end))), sum(skipped), group.counts["displaced"])
+        min(group.gather("likeness", psnr)), max(group.gather("differences", _relative(other, end))), sum(skipped),
+        group.counts["displaced"])
 
 
 def _following(tensors: Sequence[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:

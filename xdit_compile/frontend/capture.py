@@ -52,6 +52,7 @@ from xdit_compile.frontend.writes import fill, has_values, refuse, settle
 from xdit_compile.ir.packed_tensors import is_packed
 from xdit_compile.ir.program import Input, Program, drop_unused, graph_module, output_args, source_of
 from xdit_compile.ir.pytree import Structure, differ, flatten, sharing
+from xdit_compile.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -122,8 +123,8 @@ def recorded(model: nn.Module, args: Sequence[Any] = (),
     filled, kept, start = False, True, time.perf_counter()
     while True:
         try:
-            with gc_paused(), undisturbed(), observed_hooks(model), subclasses_made(), casts_noted(), \
-                    leaving_in_python(model, left):
+            with progress(f"capturing {type(model).__name__}"), gc_paused(), undisturbed(), observed_hooks(model), \
+                    subclasses_made(), casts_noted(), leaving_in_python(model, left):
                 # What a forward sets in the context of its thread is gone with the copy.
                 program, reads, effects = copy_context().run(_Capture(model, args, kwargs, kept).program)
             check_left(model, reads.made, program)
@@ -260,6 +261,9 @@ class _Capture:
         call = self._call(known)
         with self._unchanged(), fake_state(self.model, self.mode), self.mode:
             filled, kept = settle(self.model, lambda shown: call(*shown), self._fresh, self.before, self.reads)
+        # What is kept by types of tensors (a registry of backends) has an entry for stand-ins, which no other call
+        # meets.
+        kept = {k: c for k, c in kept.items() if not _is_stand_in(k[1])}
         tables = {k: _real(c.after, known) for k, c in kept.items()}
         self.tables = {k: made for k, made in tables.items() if made is not MISSING}
         unknown = [str(c) for k, c in kept.items() if k not in self.tables and c.after is not MISSING]
@@ -310,6 +314,11 @@ class _Capture:
             found = _trace(call, kind.examples, self.mode)
         self.exchanged |= {*found.exchanged}
         return _function_of(kind, found, constants)
+
+
+def _is_stand_in(key: Any) -> bool:
+    """Whether it is the type of a tensor that tracing alone makes."""
+    return isinstance(key, type) and issubclass(key, (FakeTensor, FunctionalTensor))
 
 
 def _any(_: object) -> bool:

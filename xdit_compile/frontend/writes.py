@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from xdit_compile.errors import CaptureError
 from xdit_compile.frontend.concrete_values import READS, writes
 from xdit_compile.frontend.objects import MISSING, constants, content, elements, entries, inside
+from xdit_compile.frontend.opaque_modules import OPAQUE, path_of
 from xdit_compile.frontend.reads import Reads
 from xdit_compile.frontend.side_effects import Before, Change, Key
 
@@ -66,6 +67,8 @@ class Follow(TorchFunctionMode):
             # What is written into a view is in its base.
             bases = [t._base for t in written if t._base is not None]
             self.tainted |= {id(t): t for t in (*made, *written, *bases)}
+            if func is OPAQUE:  # each trace calls it by another name
+                name, given = path_of(args[0]), tensors
             self.log.append((name, *(x.shape if isinstance(x, Tensor) else x for x in given
                                      if isinstance(x, Tensor) or constants(x))))
         return result

@@ -100,6 +100,10 @@ class AttentionPlan:
 
     def sent(self, position: Position) -> int:
         """Bytes this rank sends."""
+        return sum(size for (what, *_), size in self.traffic(position).items() if what == "bytes")
+
+    def traffic(self, position: Position) -> dict[tuple[str, str, str], int]:
+        """Collectives that this rank takes part in, and bytes it sends in them, by kind and axis."""
         u, r = position[ULYSSES], position[RING]
         cuts, size = self.head_cuts(), self.element_size
         query, key = row_bytes(self.head_dim, self.wire, size), row_bytes(self.head_dim, self.wire_keys, size)
@@ -108,21 +112,26 @@ class AttentionPlan:
         own_heads = cuts[u + 1] - cuts[u]
         own_kv = (lambda a, b: b - a)(*self.kv_range(u))
         share = length(self.replicated_share(r))
-        total = 0
+        exchanged = passed = 0
         for other in range(self.ulysses):
             if other != u:
                 a, b = self.kv_range(other)
-                total += own_q * (cuts[other + 1] - cuts[other]) * query
-                total += own_k * (b - a) * (key + value)
+                exchanged += own_q * (cuts[other + 1] - cuts[other]) * query
+                exchanged += own_k * (b - a) * (key + value)
                 back = self.moving(self.queries, other, r) + share
-                total += back * own_heads * value
+                exchanged += back * own_heads * value
         for step in range(self.ring - 1):
             chunk = length(self.group_spans(self.keys, (r - step) % self.ring))
-            total += chunk * own_kv * (key + value)
+            passed += chunk * own_kv * (key + value)
         # Shares are gathered padded to the largest; a rank may have none of its own.
         most = -(-length(self.replicated(self.queries)) // self.ring)
-        total += (self.ring - 1) * most * self.heads * self.value_dim * size
-        return total * self.batch
+        shares = (self.ring - 1) * most * self.heads * self.value_dim * size
+        found = {("count", "all_gather", RING): int(shares > 0), ("bytes", "all_gather", RING): shares * self.batch,
+                 ("count", "ring", RING): self.ring - 1, ("bytes", "ring", RING): passed * self.batch}
+        if self.ulysses > 1:
+            found |= {("count", "all_to_all", ULYSSES): 2 if self.queries == self.keys else 3,
+                      ("bytes", "all_to_all", ULYSSES): exchanged * self.batch}
+        return found
 
     def __str__(self) -> str:
         heads = f"{self.heads}" + (f" over {self.kv_heads} key heads" if self.kv_heads != self.heads else "")
