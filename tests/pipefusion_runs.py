@@ -82,11 +82,10 @@ def displaced_errors(name: str, batch: int, odd: bool, specs: list[str], steps: 
                 wanted, _ = displaced.denoise(model, inputs, entry.layout, schedule, displaced.euler, offsets=cut[0],
                                               dim=sample.ndim + cut[1], warmup=cut[2])
             counts = [len(b) for b in found[text]["blocks"]]
-            degree = xdit_compile.ShardingSpec.parse(text)
             found[text] |= {
                 "error": difference(sample, wanted), "exact": difference(sample, one), "cut": cut,
                 "all blocks": blocks(model),
-                "wanted": traffic(model, entry, inputs, counts, degree.batch_degree * degree.sequence_degree, steps)}
+                "wanted": traffic(model, entry, inputs, counts, steps)}
     return found
 
 
@@ -121,10 +120,10 @@ def _used(model: Any, entry: displaced.Displaced) -> Iterator[tuple[int, int]]:
         yield from ((i, count - 1 - i) for i in range(count // 2 - 1))
 
 
-def traffic(model: Any, entry: displaced.Displaced, inputs: dict[str, Any], counts: Sequence[int], columns: int,
+def traffic(model: Any, entry: displaced.Displaced, inputs: dict[str, Any], counts: Sequence[int],
             steps: int) -> list[int]:
     """Bytes that the ranks of each stage send to later stages: once for each stage that needs it, the tokens of the
-    sample, and of text that attends with them; and in each step 16 bytes of a digest, in each of ``columns`` of ranks.
+    sample, and of text that attends with them.
     """
     sample, layout = inputs[entry.layout.sample], entry.layout
     batch, tokens = len(sample), len(layout.tokens(sample[:1].expand_as(sample)))
@@ -133,6 +132,4 @@ def traffic(model: Any, entry: displaced.Displaced, inputs: dict[str, Any], coun
     row = config.num_attention_heads * config.attention_head_dim * 4
     stage_of = [stage for stage, count in enumerate(counts) for _ in range(count)]
     values = {(a, stage_of[b]) for a, b in _used(model, entry) if stage_of[a] != stage_of[b]}
-    pairs = {(stage_of[a], to) for a, to in values}
-    return [steps * (sum(stage_of[a] == stage for a, _ in values) * batch * tokens * row
-                     + sum(a == stage for a, _ in pairs) * 16 * columns) for stage in range(len(counts))]
+    return [steps * sum(stage_of[a] == stage for a, _ in values) * batch * tokens * row for stage in range(len(counts))]

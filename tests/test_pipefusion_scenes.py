@@ -217,11 +217,9 @@ def test_a_stage_that_dies(troubled: Pool, how: str, rank: int, tmp_path: Path) 
 @pytest.mark.parametrize("rank", [whole(0), 1])
 def test_ranks_that_call_with_different_inputs_in_a_patched_step(troubled: Pool, rank: int) -> None:
     seen = act(troubled, 2, scenes.mishap, "differs", rank, "pipefusion=2")
-    assert {s["raised"] for s in seen} <= {"XditError", "RankFailure", "RankMismatch"}, seen
-    assert any("must call the model alike" in s["text"] for s in seen)
     for s in seen:
+        assert s["raised"] == "RankMismatch" and "  step: ranks " in s["text"], s
         assert s["took"] < 10 and s["next"] <= EXACT
-
 
 
 @pytest.mark.parametrize("spec", ["pipefusion=2,patches=4", "pipefusion=2,patches=1"])

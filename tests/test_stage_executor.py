@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xdit_compile.runtime.deferred.deferred_tensor import DeferredTensor, Promise, Tape, materialize
 from xdit_compile.runtime.deferred.patch_propagation import Cut
-from xdit_compile.runtime.pipefusion.denoising_loops import DenoisingLoop, DenoisingLoops
+from xdit_compile.runtime.pipefusion.denoising_loops import DenoisingLoop, DenoisingLoops, Step
 from xdit_compile.runtime.pipefusion.schedule import WHOLE
 from xdit_compile.runtime.pipefusion.stage_communicator import PatchedResults
 
@@ -310,7 +310,7 @@ class Loops:
 
     def __call__(self, key: str, *times: float, epoch: int = 0) -> int:
         """How many steps the call's loop then had."""
-        self.loop: DenoisingLoop = self.loops.next(key, times, epoch, self._make)
+        self.loop: DenoisingLoop = self.loops.next(Step("", (), lambda: key, lambda: times, epoch, self._make))
         return self.loop.steps
 
     def _make(self) -> list[Tensor]:

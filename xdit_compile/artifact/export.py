@@ -41,13 +41,14 @@ from xdit_compile.ir.program import Program
 from xdit_compile.ir.pytree import flatten, sharing
 from xdit_compile.ir.released_parameters import device_of_model
 from xdit_compile.passes import pass_digests
+from xdit_compile.planner.auto import Auto, resolved
 from xdit_compile.runtime.control.tensor_digest import digest
 from xdit_compile.spec import ShardingSpec
 
 Progress = Callable[[str], None]
 
 
-def export(model: nn.Module, spec: str | dict | ShardingSpec, example_inputs: Inputs | Sequence[Inputs],
+def export(model: nn.Module, spec: str | dict | ShardingSpec | Auto, example_inputs: Inputs | Sequence[Inputs],
            path: str | Path, *, weights: str = "reference", native: bool = False, overwrite: bool = False,
            progress: Progress = lambda _: None) -> Path:
     """Write what every rank runs of ``model`` under ``spec`` into a folder that `load` starts from, without the model's
@@ -70,9 +71,14 @@ def export(model: nn.Module, spec: str | dict | ShardingSpec, example_inputs: In
     Raises:
         ArtifactError: the model is of a kind that artifacts cannot hold. CaptureError, SpecError: as `parallelize`.
     """
-    spec, path = ShardingSpec.parse(spec), Path(path)
+    calls: Sequence[Inputs] = example_inputs if _several(example_inputs) else [example_inputs]  # type: ignore
+    spec, path = resolved(spec, model, *call_arguments(model, calls[0])), Path(path)
     if weights not in ("reference", "included"):
         raise ArtifactError(f"weights are left by 'reference' or 'included', not {weights!r}")
+    if spec.keeps_steps:
+        raise ArtifactError(f"{spec} lets steps use values of steps before ({spec.approximate}), which "
+                            "artifacts cannot hold yet; leave cache and displaced out here, or parallelize the model "
+                            "itself with them")
     if native and spec.offload != "none":
         raise ArtifactError(f"offload={spec.offload} has copies that go on while functions run, which no compiled "
                             "function can start; leave native=True (--native) out, or offload")
@@ -82,7 +88,6 @@ def export(model: nn.Module, spec: str | dict | ShardingSpec, example_inputs: In
                                 ", or give native=True to compile ahead" if spec.backend == "inductor" else ""))
     if spec.vae_degree > 1 or spec.encoders != "everywhere":
         raise SpecError(f"{spec} speaks of a pipeline's autoencoder or encoders, but an artifact holds one model")
-    calls = example_inputs if _several(example_inputs) else [example_inputs]
     with drafted(path, overwrite) as draft:
         writer = _Writer(model, spec, draft, progress, native)
         written = [writer.call(*call_arguments(model, inputs), number) for number, inputs in enumerate(calls)]

@@ -101,7 +101,8 @@ class ArtifactFolder:
         """Raises ArtifactError where there is none, or one of another version."""
         path = Path(path)
         if not (path / MANIFEST).exists():
-            raise ArtifactError(f"{path} is no artifact: it has no {MANIFEST}")
+            raise ArtifactError(f"{path} is no artifact: it has no {MANIFEST}" if path.is_dir() else
+                                f"there is no folder {path}")
         text = _content(path / MANIFEST)
         manifest = parse(text, str(path / MANIFEST))
         if "format" not in manifest or manifest["format"].value != FORMAT:

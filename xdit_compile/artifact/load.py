@@ -36,6 +36,7 @@ from xdit_compile.ir.parameter_groups import ParameterGroup
 from xdit_compile.ir.program import Program
 from xdit_compile.ir.pytree import Structure, flatten, sharing
 from xdit_compile.passes import pass_digests
+from xdit_compile.progress import progress
 from xdit_compile.runtime.compilation.regional import compiler_for
 from xdit_compile.runtime.control.replicas import Replicas
 from xdit_compile.runtime.control.tensor_digest import digest
@@ -77,8 +78,9 @@ def load(path: str | Path, weights: str | Path | None = None, *, ranks: Sequence
                             "other words for how programs are run")
     folder = ArtifactFolder.at(path)
     running = Running(backend, mode, onediff_backend, compile_options, attention_kernel)
-    loading = ArtifactLoader(folder, running, device, native, max_memory=max_memory)
-    return loading.model(weights, ranks, timeout, check_inputs)
+    with progress(f"loading {folder.path}"):
+        loading = ArtifactLoader(folder, running, device, native, max_memory=max_memory)
+        return loading.model(weights, ranks, timeout, check_inputs)
 
 
 def spec_and_class(path: str | Path) -> tuple[ShardingSpec, str]:
@@ -286,6 +288,7 @@ class StoredProgram:
     output_spec: OutputSpec
     unsharded: bool
     stage: StageProgram | None = None
+    step: None = None
     lost: str = ""
 
     @property

@@ -12,16 +12,19 @@ import torch
 from xdit_compile.artifact.load import load, spec_and_class
 from xdit_compile.artifact.running import Running
 from xdit_compile.errors import SpecError, XditError
+from xdit_compile.planner.auto import Auto
 from xdit_compile.runtime.parallel_group import ParallelGroup
 from xdit_compile.spec import ShardingSpec
 
 
-def spec_of(artifacts: Mapping[str, str], given: ShardingSpec) -> ShardingSpec:
+def exported_spec(artifacts: Mapping[str, str], given: ShardingSpec | Auto) -> ShardingSpec:
     """That of the artifacts, run as ``given`` says.
 
     Raises:
-        SpecError: ``given`` asks for other ranks, or artifacts are for different ones.
+        SpecError: ``given`` asks for other ranks or for a choice of them, or artifacts are for different ones.
     """
+    if isinstance(given, Auto):
+        raise SpecError("auto chooses a spec, but an artifact was exported for one; leave it out")
     specs = {spec_and_class(path)[0] for path in artifacts.values()}
     if len(specs) > 1:
         raise SpecError(f"the artifacts are for different specs, {' and '.join(map(str, specs))}; export them for one")

@@ -6,7 +6,7 @@ import inspect
 import logging
 import time
 import warnings
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,22 +17,27 @@ from xdit_compile.driver.checkpoint import Checkpoint
 from xdit_compile.driver.program_source import ProgramSource, Runnable
 from xdit_compile.errors import SpecError, XditError
 from xdit_compile.frontend.caller import check_call, unwatched
+from xdit_compile.ir import host_values
 from xdit_compile.ir.call_arguments import bind_call, named_leaves
 from xdit_compile.ir.mesh import SHARD, position_of
 from xdit_compile.ir.parameter_groups import ParameterGroup, parameter_groups
 from xdit_compile.ir.pytree import flatten
 from xdit_compile.ir.released_parameters import missing_parameters, release_parameters
-from xdit_compile.ir.step_inputs import condition_among, timestep_inputs
+from xdit_compile.ir.step_inputs import condition, condition_among, timestep_inputs
 from xdit_compile.passes import NOTHING
+from xdit_compile.progress import progress
+from xdit_compile.runtime.control.agreement_channel import Facts
 from xdit_compile.runtime.control.one_call_at_a_time import alone
 from xdit_compile.runtime.control.replicas import FACT, Replicas
-from xdit_compile.runtime.control.tensor_digest import Fingerprint, digests
+from xdit_compile.runtime.control.tensor_digest import Fingerprint
 from xdit_compile.runtime.deferred.deferred_tensor import DeferredTensor, materialize
+from xdit_compile.runtime.execution.cached_step import CachedStepExecutor
+from xdit_compile.runtime.execution.displaced_step import DisplacedStep, DisplacedStepExecutor
 from xdit_compile.runtime.execution.executor import NONE, Executor
 from xdit_compile.runtime.execution.loop_invariant_cache import LATE
 from xdit_compile.runtime.execution.parameter_store import ParameterStore
 from xdit_compile.runtime.parallel_group import CheckInputs, ParallelGroup, check_when
-from xdit_compile.runtime.pipefusion.denoising_loops import DenoisingLoop, DenoisingLoops
+from xdit_compile.runtime.pipefusion.denoising_loops import DenoisingLoop, DenoisingLoops, Step
 from xdit_compile.runtime.pipefusion.loop_boundaries import LoopBoundaries, times_later
 from xdit_compile.runtime.pipefusion.schedule import RESULT
 from xdit_compile.runtime.pipefusion.stage_executor import StageExecutor
@@ -42,6 +47,8 @@ log = logging.getLogger(__name__)
 
 PLAIN = frozenset({torch.Tensor, nn.Parameter, DeferredTensor})
 """Types of tensors that a call may be made with."""
+
+SteppingExecutor = CachedStepExecutor | DisplacedStepExecutor
 
 RESTARTS = 8
 """First steps in a row that are more than a pipeline's terms of guidance."""
@@ -53,7 +60,7 @@ class ReadyProgram:
 
     kind: Any
     compiled: Runnable
-    executor: Executor | StageExecutor
+    executor: Executor | StageExecutor | SteppingExecutor
     group: ParallelGroup
     round_robin: bool
 
@@ -110,13 +117,18 @@ class ModelRunner:
             named, others = named_leaves(bound)
             kind, fresh = self._find(bound, named, others)
             ready = self.programs.get(id(kind))
-            later = _samples(ready, tensors, named)
-            fingerprint = self._fingerprint(ready, {n: t for n, t in named.items() if n not in later}, others)
+            samples = _samples(ready, tensors, named)
+            fingerprint = self._fingerprint(ready, {n: t for n, t in named.items() if n not in samples}, others)
             # What is new is compared before it runs, all else while it does.
             waits = fresh or ready is None or self.check_inputs == "always"
-            # Stages that take turns may be at different calls.
-            agreed = ready is None or not (later or (ready.round_robin and isinstance(ready.executor, StageExecutor)))
-            if agreed:
+            loop = None
+            if ready is not None and samples:
+                loop = self._loop(ready, named, samples, fingerprint)
+            if loop is not None and loop.steps == 1 and self.check_inputs:
+                # Later ones are promised patch by patch, of values that all ranks are sent.
+                begun = Fingerprint({}, {n: materialize(named[n]) for n in samples})
+                self._agree(lambda: {**fingerprint(), **begun()}, True)
+            else:
                 self._agree(fingerprint, waits)
             if ready is None:
                 ready = self._prepare(bound.args, bound.kwargs)
@@ -129,12 +141,13 @@ class ModelRunner:
                                             *ready.compiled.body.constants.values()))
             results: Sequence[torch.Tensor]
             if isinstance(ready.executor, StageExecutor):
-                later = _samples(ready, tensors, named)
-                results = self._through_stages(ready, ready.executor, tensors, named, later, fingerprint(), agreed)
+                if loop is None and (samples := _samples(ready, tensors, named)):
+                    loop = self._loop(ready, named, samples, fingerprint)
+                results = self._through_stages(ready, ready.executor, tensors, loop)
             elif ready.round_robin:
-                results = self._in_turn(ready, ready.executor, tensors)
+                results = self._in_turn(ready, self._bound(ready, ready.executor, tensors, named))
             else:
-                results = self._together(ready, ready.executor, tensors)
+                results = self._together(ready, self._bound(ready, ready.executor, tensors, named))
         except BaseException as error:
             # What all ranks raise alike before any collective ends nothing: the next call may well succeed.
             try:
@@ -154,7 +167,7 @@ class ModelRunner:
             return Fingerprint(program, {})
         return Fingerprint({**program, **others}, {n: materialize(t) for n, t in given.items()})
 
-    def _agree(self, fingerprint: Fingerprint, waits: bool) -> None:
+    def _agree(self, fingerprint: Facts, waits: bool) -> None:
         """Compare what ranks call the model with, and outside of a pipeline, which does so itself, its weights."""
         control = self.group.control
         if not self.check_inputs or self.group.running:
@@ -179,59 +192,84 @@ class ModelRunner:
                 raise XditError(f"{type(self.model).__name__} {LATE}")
         if begun.here or begun.before or self.changes != self.source.changes:
             self.changes = self.source.changes
+            if self.group.spec.keeps_steps and (begun.here or begun.before):
+                self.loops.end()
             for ready in self.programs.values():
                 ready.executor.forget(begun.before)
         return kind, begun.here or begun.before
 
-    def _together(self, ready: ReadyProgram, executor: Executor,
-                  tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def _bound(self, ready: ReadyProgram, executor: Executor | SteppingExecutor, tensors: Sequence[torch.Tensor],
+               named: Mapping[str, torch.Tensor]) -> Callable[[], Sequence[torch.Tensor]]:
+        """What computes the results of this call. All ranks ask for it, also those that will not compute them."""
+        if isinstance(executor, Executor):
+            return lambda: executor(tensors)
+        # Whether this step goes on from the one before is known when its time is, wherever that lies.
+        epoch, times, rest = self.group.epoch, times_later(named)(), condition(named)
+        # Within a pipeline's call, what a step is made with may change from step to step.
+        texts = Fingerprint({}, {} if self.group.running else rest)
+        loop = self.loops.next(Step((id(ready), self.loops.branch(id(ready), times, epoch)), list(rest.values()),
+                                    lambda: tuple(texts().items()), lambda: times, epoch, executor.begin))
+        if loop.steps == 1:
+            loop.caches = executor.begin()
+        return lambda: executor(tensors, loop.caches)
+
+    def _together(self, ready: ReadyProgram, compute: Callable[[], Sequence[torch.Tensor]]) -> Sequence[torch.Tensor]:
         """The results, computed by all ranks."""
         self.group.counts["shared"] += ready.group is self.group
         with self.group.control.guard("the forward pass", ready.group.process_groups.bind()):
-            return executor(tensors)
+            return compute()
 
-    def _in_turn(self, ready: ReadyProgram, executor: Executor, tensors: Sequence[torch.Tensor]
-                 ) -> Sequence[DeferredTensor]:
+    def _in_turn(self, ready: ReadyProgram, compute: Callable[[], Sequence[torch.Tensor]]) -> Sequence[DeferredTensor]:
         """The results as promised by the group whose turn it is, which computes them now."""
         round_robin, results = self.group.round_robin, None
         assert round_robin is not None
         owner = round_robin.next(self)
         if owner == round_robin.mine:
             with self.group.control.guard("the forward pass", ready.group.process_groups.bind()):
-                results = executor(tensors)
+                results = compute()
         return round_robin.promise(owner, results, ready.compiled.output_spec.likes)
 
-    def _through_stages(self, ready: ReadyProgram, executor: StageExecutor, tensors: Sequence[torch.Tensor],
-                        named: Mapping[str, torch.Tensor], later: Collection[str], fingerprint: Mapping[str, str],
-                        agreed: bool) -> Sequence[DeferredTensor]:
-        """The results as the last stage will send them.
+    def _loop(self, ready: ReadyProgram, named: Mapping[str, torch.Tensor], samples: Collection[str],
+              fingerprint: Fingerprint) -> DenoisingLoop:
+        """The loop that a call of stages is a step of.
 
         Args:
-            later: names of samples, which may be deferred on some ranks and settled on others.
-            agreed: whether ranks have just compared what they call the model with. Else they do so at the first step of
-                a loop; after that they are at different steps, and a digest travels with the first values.
+            samples: names of what stages take patch by patch.
+            fingerprint: of all others, unless ranks compare nothing.
         """
+        executor, round_robin = ready.executor, self.group.round_robin if ready.round_robin else None
+        assert isinstance(executor, StageExecutor)
+        others = {n: materialize(t) for n, t in named.items() if n not in samples}
+        times = timestep_inputs(others)
+        condition = {n: t for n, t in others.items() if n not in times}
+        texts = fingerprint if self.check_inputs else Fingerprint({}, condition)
+        mine = round_robin is None or round_robin.turn(self) == round_robin.mine
+        step = Step((id(ready), round_robin.turn(self) if round_robin else 0), list(condition.values()),
+                    lambda: tuple((n, text) for n, text in texts().items() if n in condition), times_later(others),
+                    self.group.epoch, executor.caches if mine else list)
+        # Outside of a pipeline, a sample that comes from elsewhere may be the first of a loop.
+        follows = self.group.running or all(
+            isinstance(t := named[n], DeferredTensor) and t.tape is executor.communicator.tape for n in samples)
+        waits = self.check_inputs == "always" or all(map(host_values.on_host, others.values()))
+        loop = self.loops.next(step, follows and not waits)
+        self.group.late[id(self)] = self.loops.settle
+        if loop.steps == 1 and self._loop_begins((step.program, step.key())):
+            executor.begin()
+        self._notice(loop.steps)
+        return loop
+
+    def _through_stages(self, ready: ReadyProgram, executor: StageExecutor, tensors: Sequence[torch.Tensor],
+                        loop: DenoisingLoop | None) -> Sequence[DeferredTensor]:
+        """The results as the last stage will send them. Without a loop, a step is exact."""
         communicator, spec = executor.communicator, ready.group.spec
         round_robin = self.group.round_robin if ready.round_robin else None
-        others = {n: materialize(t) for n, t in named.items() if n not in later}
-        time = times_later(others)()
-        others = {n: t for n, t in others.items() if n not in timestep_inputs(others)}
         owner = round_robin.next(self) if round_robin else 0
         mine = round_robin is None or owner == round_robin.mine
-        loop = DenoisingLoop((), time, time, 0, 1)
-        if later:
-            key = (id(ready), owner, tuple(digests(others).items()))
-            loop = self.loops.next(key, time, self.group.epoch, executor.caches if mine else list)
-            if loop.steps == 1 and self._loop_begins(key):
-                executor.begin()
-            self._notice(loop.steps)
-            if loop.steps == 1 and self.check_inputs and not agreed:
-                samples = digests({n: materialize(named[n]) for n in later})
-                self.group.control.agree("the call's inputs", {**fingerprint, **samples})
+        loop = loop or DenoisingLoop((), None, (), 0, 1)
         exact = spec.warmup_steps == ALL or loop.steps <= int(spec.warmup_steps)
         last = communicator.audience[(owner + 1) * len(communicator.column) - 1]
         with self.group.control.guard("the forward pass", (*ready.group.process_groups.bind(), *communicator.all())):
-            return executor(tensors, loop, exact, fingerprint, ready.compiled.output_spec.likes, last, mine)
+            return executor(tensors, loop, exact, ready.compiled.output_spec.likes, last, mine)
 
     def _loop_begins(self, key: Hashable) -> bool:
         """Whether a loop's first step is that of a loop, and not of another term of guidance in the same loop."""
@@ -254,7 +292,8 @@ class ModelRunner:
             with unwatched():
                 kind = self.source.make(args, kwargs)
                 middle = time.perf_counter()
-                compiled, group = self._compiled(kind)
+                with progress(f"planning {type(self.model).__name__} under {self.group.spec}"):
+                    compiled, group = self._compiled(kind)
         except Exception as error:
             # Told to the others, who else would wait for this rank's plan. All failing alike, the group lives on.
             self.group.control.agree("the plan", {"error": f"{type(error).__name__}: {error}"})
@@ -263,7 +302,8 @@ class ModelRunner:
                  type(self.model).__name__, group.spec, middle - start, time.perf_counter() - middle)
         self.group.control.agree("the plan", compiled.digest())
         try:
-            self._get_weights(compiled, group.spec, group.rank)
+            with progress(f"getting the weights of {type(self.model).__name__}"):
+                self._get_weights(compiled, group.spec, group.rank)
         except Exception as error:
             self.group.control.agree("getting ready", {"error": f"{type(error).__name__}: {error}"})
             raise
@@ -323,9 +363,14 @@ class ModelRunner:
                                             spec.offload != "none")
             self.store.take(self.model, compiled.shares, self.weights.spans if self.weights else None, device)
 
-    def _executor(self, compiled: Runnable, group: ParallelGroup) -> Executor | StageExecutor:
+    def _executor(self, compiled: Runnable, group: ParallelGroup) -> Executor | StageExecutor | SteppingExecutor:
         """What runs the program here. All ranks come to it together."""
         stage, shares = compiled.stage, self.store or NONE
+        if compiled.step is not None:
+            kind = DisplacedStepExecutor if isinstance(compiled.step, DisplacedStep) else CachedStepExecutor
+            stepping = kind(compiled.step, self.model, self.group.counts, shares)  # type: ignore[arg-type]
+            stepping.check_groups(group.process_groups.all())
+            return stepping
         if stage is None:
             executor = Executor(compiled.body, self.model, compiled.invariant, self.group.counts, shares)
             executor.check_groups(group.process_groups.all())

@@ -68,6 +68,7 @@ class ParallelPipeline:
             tuple(part for name, module in modules.items() for part in _parts(name, module, group)),
             dict(round_robin.fetched) if round_robin else {}, round_robin.sent if round_robin else 0,
             sum(c.sent for c in communicators), sum(c.results_sent for c in communicators), group.counts["kept"],
+            group.counts["skipped"], group.counts["decided"],
             tuple(ComponentMemory(n, memory_of_component(m, place)) for n, m in modules.items()),
             torch.cuda.max_memory_allocated(place) if place.type == "cuda" else 0)
 

@@ -49,6 +49,7 @@ class ParallelGroup:
         audience: the ranks that are told what this one's pipeline computes; empty for those of the pipeline itself.
         epoch: counts a pipeline's calls: what was kept in one is of another picture.
         running: whether a pipeline's call is under way.
+        late: what looks at values that were not waited for, by the identity of the model's runner.
         counts: how many ``calls`` of parallel models its ranks have made, and how many were ``shared`` by all of
             them, and how many used values ``kept`` from a step before.
     """
@@ -64,6 +65,7 @@ class ParallelGroup:
         self.data_if_possible = self.running = False
         self.epoch = 0
         self.audience: tuple[int, ...] = ()
+        self.late: dict[int, Callable[[], None]] = {}
 
     @cached_property
     def process_groups(self) -> ProcessGroups:
@@ -93,11 +95,15 @@ class ParallelGroup:
             one()
 
     def settle_comparisons(self) -> None:
-        """Wait until all that ranks have compared meanwhile is known to be equal.
+        """Wait until all that ranks have compared meanwhile is known to be equal, and what was not waited for is
+        looked at.
 
         Raises:
             RankMismatch: something is not.
+            XditError: a call was not what it was taken for.
         """
+        for look in self.late.values():
+            look()
         for group in (vars(self).get("subgroup"), vars(self).get("vae"), self):
             if group is not None:
                 group.control.settle()
@@ -159,20 +165,13 @@ class ParallelGroup:
         """All ranks as one group. They ask for it together the first time."""
         return make_group("xdit_compile.all", self.ranks, self.control)
 
-    def gather(self, mine: Any) -> list[Any]:
-        """What every rank holds, in order: numbers, texts and containers of them, but no tensors."""
+    def gather(self, what: str, mine: Any) -> list[Any]:
+        """What every rank holds, in order: numbers, texts and containers of them, but no tensors. All ranks come here
+        together; ``what`` says for what, where one does not."""
         text, tensors = encoded(mine)
         if tensors:
             raise XditError("gather takes values without tensors")
-        if len(self.ranks) == 1:
-            return [mine]
-        group, place = self.everyone, _device_of(self.everyone)
-        sizes = [torch.empty(1, dtype=torch.int64, device=place) for _ in self.ranks]
-        dist.all_gather(sizes, torch.tensor([len(text)], device=place), group=group)
-        longest = max(int(size) for size in sizes)
-        texts = [torch.empty(longest, dtype=torch.uint8, device=place) for _ in self.ranks]
-        dist.all_gather(texts, _bytes(text.ljust(longest), place), group=group)
-        return [decoded(one.cpu().numpy().tobytes(), _none) for one in texts]
+        return [decoded(one.encode(), _none) for one in self.control.gather(what, text.decode())]
 
     def broadcast(self, value: Any, owner: int, device: torch.device) -> Any:
         """What rank ``owner`` holds, on all; tensors arrive on ``device``. Of any of ``codec``'s types."""

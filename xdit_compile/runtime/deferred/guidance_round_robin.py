@@ -62,11 +62,16 @@ class GuidanceRoundRobin:
         """The ranks of this rank's group, which together run a call under ``spec`` without ``cfg``."""
         return [r for i, r in enumerate(ranks) if i // spec.model_degree % self.degree == self.mine]
 
-    def next(self, model: object) -> int:
+    def turn(self, model: object) -> int:
         """Whose turn it is to compute the next call of ``model``. Never begun anew, so that it does not depend on
         what a rank did with the results."""
+        return self._taken[model] % self.degree
+
+    def next(self, model: object) -> int:
+        """`turn`, which is taken."""
+        owner = self.turn(model)
         self._taken[model] += 1
-        return (self._taken[model] - 1) % self.degree
+        return owner
 
     def promise(self, owner: int, results: Sequence[torch.Tensor] | None, likes: Sequence[torch.Tensor]
                 ) -> list[DeferredTensor]:

@@ -7,9 +7,7 @@ patch by patch, and the next call takes its patches from that.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,12 +21,6 @@ from xdit_compile.runtime.deferred.patch_propagation import Cut
 from xdit_compile.runtime.pipefusion.schedule import WHOLE
 
 Shapes = Sequence[tuple[tuple[int, ...], torch.dtype]]
-
-
-def digest(fingerprint: Mapping[str, str], device: torch.device) -> torch.Tensor:
-    """What a call was made with, in a few bytes that travel with its first values."""
-    text = json.dumps(dict(fingerprint), sort_keys=True).encode()
-    return torch.frombuffer(bytearray(hashlib.blake2b(text, digest_size=16).digest()), dtype=torch.uint8).to(device)
 
 
 class PatchedResults(Promise):

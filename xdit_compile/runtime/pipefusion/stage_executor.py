@@ -16,14 +16,13 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from xdit_compile.errors import XditError
 from xdit_compile.ir.program import Program
 from xdit_compile.runtime.deferred.deferred_tensor import DeferredTensor, materialize
 from xdit_compile.runtime.deferred.patch_propagation import Cut
 from xdit_compile.runtime.execution.executor import NONE, Executor, Shares
 from xdit_compile.runtime.pipefusion.denoising_loops import DenoisingLoop
 from xdit_compile.runtime.pipefusion.schedule import RESULT, WHOLE, Bar, Edge, Op, step_ops
-from xdit_compile.runtime.pipefusion.stage_communicator import PatchedResults, Shapes, StageCommunicator, digest
+from xdit_compile.runtime.pipefusion.stage_communicator import PatchedResults, Shapes, StageCommunicator
 
 
 @dataclass(frozen=True)
@@ -132,14 +131,12 @@ class StageExecutor:
         return [_zeros(n.meta["val"]) for n, i in zip(holders, program.inputs, strict=True) if i.kind == "cache"]
 
     def __call__(self, tensors: Sequence[torch.Tensor], loop: DenoisingLoop, exact: bool,
-                 fingerprint: Mapping[str, str], likes: Sequence[torch.Tensor], owner: int,
-                 mine: bool) -> list[DeferredTensor]:
+                 likes: Sequence[torch.Tensor], owner: int, mine: bool) -> list[DeferredTensor]:
         """The results of one call, promised.
 
         Args:
             tensors: the arguments; samples may be deferred.
             loop: what is kept of this condition's steps; exact: whether this step uses none of it.
-            facts: what all ranks must hold alike for the call to be one and the same.
             likes: tensors shaped as the results.
             owner: the global rank that will send the results; mine: whether this rank's pipeline computes them.
         """
@@ -152,7 +149,7 @@ class StageExecutor:
             for unit in units:
                 communicator.expect(call, unit, likes, owner)
         if mine:
-            _Step(self, tensors, loop, fingerprint, call, before, len(self.history)).run()
+            _Step(self, tensors, loop, call, before, len(self.history)).run()
         communicator.advance()
         self._plays = communicator.tape.plays if WHOLE not in units else None
         return communicator.deferred(call, likes)
@@ -186,10 +183,9 @@ class _Step:
     """One call: what is at hand while the schedule is carried out."""
 
     def __init__(self, executor: StageExecutor, tensors: Sequence[torch.Tensor], loop: DenoisingLoop,
-                 fingerprint: Mapping[str, str], call: PatchedResults, before: Sequence[PatchedResults],
-                 number: int) -> None:
+                 call: PatchedResults, before: Sequence[PatchedResults], number: int) -> None:
         self.executor, self.stage, self.communicator = executor, executor.stage, executor.communicator
-        self.tensors, self.loop, self.fingerprint = tensors, loop, fingerprint
+        self.tensors, self.loop = tensors, loop
         self.call, self.before, self.number = call, before, number
         self.values: dict[str, torch.Tensor] = {}
         self.coming: dict[tuple[int, int], Callable[[], list[torch.Tensor]]] = {}
@@ -217,9 +213,7 @@ class _Step:
             self.coming[source, unit] = self.communicator.receive(source, self._message(names, unit), self._device)
 
     def _message(self, names: Sequence[str], unit: int) -> Shapes:
-        """With the first values of a step comes a digest of what it is made with."""
-        header = [((16,), torch.uint8)] if unit == self.call.units[0] else []
-        return [self.stage.shapes[name, unit] for name in names] + header
+        return [self.stage.shapes[name, unit] for name in names]
 
     @property
     def _device(self) -> torch.device:
@@ -235,18 +229,11 @@ class _Step:
         else:
             names = self.stage.receives[op.edge.source]
             tensors = self.coming.pop((op.edge.source, op.unit))()
-            if len(tensors) > len(names):
-                self._compare(tensors.pop(), op.edge.source)
             self.values |= dict(zip(names, tensors, strict=True))
             units = self.call.units
             if (ahead := units.index(op.unit) + 2) < len(units) and op.edge.source == max(self.stage.receives):
                 self._post(units[ahead])
         self._bar(op, start)
-
-    def _compare(self, header: torch.Tensor, source: int) -> None:
-        if not torch.equal(header.cpu(), digest(self.fingerprint, torch.device("cpu"))):
-            raise XditError(f"stage {source} computes another call than stage {self.communicator.stage}, which was "
-                            f"called with {dict(self.fingerprint)}; ranks must call the model alike")
 
     def _run(self, op: Op) -> None:
         start = time.time()
@@ -282,10 +269,7 @@ class _Step:
         if op.edge.name == RESULT:
             return  # published with the run that made it, to all at once
         returned = dict(zip(self.stage.returns, self.made, strict=False))
-        tensors = [returned[name] for name in self.stage.sends[op.edge.target]]
-        if op.unit == self.call.units[0]:
-            tensors.append(digest(self.fingerprint, self._device))
-        self.communicator.send(op.edge.target, tensors)
+        self.communicator.send(op.edge.target, [returned[name] for name in self.stage.sends[op.edge.target]])
 
     def _free(self, op: Op) -> None:
         assert op.edge is not None
