@@ -231,8 +231,9 @@ def _candidates(graph: fx.Graph, own: set[int]) -> Iterator[_Candidate]:
                 before = TURNS[origin.target](list(range(origin.meta["val"].ndim)), *origin.args[1:])
                 order = [before[i] for i in order]
                 origin = origin.args[0]
-            if origin not in places and (packed := _packed(origin, places)) is not None and places[packed] in own and (
-                    packed.meta["val"].shape[0] == origin.meta["val"].shape[0] and node.target is aten.linear.default):
+            if node.target is aten.linear.default and operand is not node.args[0] and origin not in places and (
+                    packed := _packed(origin, places)) is not None and places[packed] in own and (
+                    packed.meta["val"].shape[0] == origin.meta["val"].shape[0]):
                 yield _Candidate(places[packed], 0, 1, node, _blocks(packed))
             elif origin in places and places[origin] in own and len(order) > 1:
                 if node.target is aten.embedding.default:
