@@ -111,7 +111,6 @@ def test_pictures_adapters_and_where_things_are() -> None:
     ("--shard_dit", "with --fully_shard_degree N"),
     ("--use_teacache --use-fbcache", "name two caches"),
     ("--cache_method Fb", "--cache_method Fb: caches have other names here"),
-    ("--shard_t5_encoder", "use --spec encoders=spread"),
     ("--use_onediff --use_torch_compile", "name two compilers"),
     ("--use_fp8_t5_encoder", "choose it with --dtype"),
     ("--enable_sequential_cpu_offload", "use --enable_model_cpu_offload"),

@@ -36,7 +36,7 @@ exit status: 0 if the files are written, 2 if not.
 """
 
 _SCHEME = "how weights are cut is found by trying; leave it out"
-_ENCODERS = "encoders are not cut, but each can live on a rank of its own: use --spec encoders=spread"
+_ENCODERS = "encoders' work is not cut, but their parameters can be: use --shard_t5_encoder (--spec encoders=shard)"
 _EXACT = "attention is whole at each step; for faster steps use --use_fbcache, or more devices, as in --ulysses_degree"
 _CACHES = "caches have other names here; use --use_fbcache, or --spec cache=first_block, teacache or taylor"
 _PRECISION = "weights and traffic keep the model's type; choose it with --dtype, or load a folder quantized before"
@@ -105,7 +105,6 @@ SWITCHES: dict[str, str] = {
     "profile": _PROFILE,
     "no_reshard_after_forward": "a block's parameters are dropped after it, always; leave it out",
     "use_vae_channels_last_format": "the autoencoder keeps its memory format; call .to(memory_format=...) in a script",
-    "shard_t5_encoder": _ENCODERS,
     "use_ray": _RAY,
     "resize_input_images": "give pictures of the size wanted",
 }
@@ -194,6 +193,7 @@ def _add_xdit(group: Any) -> None:
     for name, text in {
         "use_cfg_parallel": "the spec's cfg=2",
         "use_parallel_vae": "the spec's vae=N, N being all processes",
+        "shard_t5_encoder": "the spec's encoders=shard",
         "use_fbcache": "the spec's cache=first_block (approximate)",
         "use_teacache": "the spec's cache=teacache (approximate)",
         "use_torch_compile": "the spec's backend=inductor",
@@ -260,6 +260,8 @@ def _spec(options: argparse.Namespace) -> ShardingSpec | Auto:
                                 "--pipefusion_parallel_degree N")
     if options.use_cfg_parallel:
         words["cfg"] = "2"
+    if options.shard_t5_encoder:
+        words["encoders"] = "shard"
     if options.use_fbcache and options.use_teacache:
         raise SpecError("--use_fbcache and --use_teacache name two caches; give one of them")
     if options.use_fbcache or options.use_teacache:

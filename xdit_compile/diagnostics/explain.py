@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from xdit_compile.diagnostics.block_boxes import block_boxes
 from xdit_compile.diagnostics.explanation import Explanation, RankFigures, Row, Traffic, WeightCut
-from xdit_compile.diagnostics.fitting import fits, memory_of, memory_of_stage
+from xdit_compile.diagnostics.fitting import fits
 from xdit_compile.diagnostics.origins import Piece, global_functions, pieces
 from xdit_compile.diagnostics.stage_costs import Stages, stages_of
 from xdit_compile.driver.compile_call import Dump, compile_program, split_invariant
@@ -29,6 +29,7 @@ from xdit_compile.ir.program import Note, Program, module_of, source_of
 from xdit_compile.ir.step_inputs import step_inputs
 from xdit_compile.passes import local_groups
 from xdit_compile.passes.pipefusion import plan_pipeline
+from xdit_compile.pipelines.memory import memory_of, memory_of_stage
 from xdit_compile.planner.auto import Auto, resolved
 from xdit_compile.progress import progress
 from xdit_compile.report.costs import Costs, costs_of

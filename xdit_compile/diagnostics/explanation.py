@@ -18,7 +18,7 @@ from xdit_compile.diagnostics.stage_costs import Stages
 from xdit_compile.ir.pass_record import PassRecord
 from xdit_compile.report.costs import Costs
 from xdit_compile.report.loop_invariants import InvariantWork
-from xdit_compile.report.memory import RankMemory
+from xdit_compile.report.memory import RankMemory, by_kind
 from xdit_compile.report.tables import name, place, sections, table
 from xdit_compile.report.text import jsonable, plain
 from xdit_compile.report.units import plural, size, work
@@ -232,11 +232,7 @@ def _costs(e: Explanation) -> Table:
 
 def _memory(e: Explanation) -> Table:
     made = table("Memory of this rank, at the worst moment", "", ">bytes")
-    for what, nbytes in (
-            ("weights", e.memory.weights), ("parameters of blocks in flight", e.memory.gathered),
-            ("activations", e.memory.activations), ("buffers of collectives", e.memory.exchanged),
-            ("kept from step to step, constants", e.memory.kept), ("arguments", e.memory.arguments),
-            ("all on the device", e.memory.device), ("weights in the host's memory", e.memory.host)):
+    for what, nbytes in by_kind(e.memory).items():
         if nbytes:
             made.add_row(what, size(nbytes))
     return made
