@@ -120,8 +120,8 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     """All results as a page."""
     lines = ["# Compatibility", "",
              "What was run with which versions, by `make compat` (`benchmarks/compat.py`), on CPUs. *Files*:",
-             "test files of the chosen list, each in a process of its own. PyTorch's version says for which device it was",
-             "built; a build for CUDA runs on a CPU too. What is not in the table was not run.", "",
+             "test files of the chosen list, each in a process of its own. PyTorch's version says for which device it",
+             "was built; a build for CUDA runs on a CPU too. What is not in the table was not run.", "",
              "| Python | PyTorch | diffusers | files | passed | skipped | failed |", "|---|---|---|---:|---:|---:|---|"]
     for one in results.values():
         failed = ", ".join(f"`{name}`" for name in one["failed"]) or "none"
