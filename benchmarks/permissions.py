@@ -36,7 +36,8 @@ import cases
 import quantized
 import zoo
 
-SPECS = ("ulysses=1", "ulysses=2", "ring=2", "cfg=2", "pipefusion=2,patches=2")
+SPECS = ("ulysses=1", "ulysses=2", "ring=2", "cfg=2", "pipefusion=2,patches=2", "tensor=2",
+         "ulysses=2,shard=2,offload=block")
 NAMESPACES = ("aten", "prims", "_c10d_functional", "xdit_compile")
 LEFT_OUT = {"xdit_compile.python.default"}
 """Runs a module that no graph can hold, which is in no file."""

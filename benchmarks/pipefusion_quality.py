@@ -127,7 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shown, apart = _shown(named), _apart(named)
         for file, content in (
             ("images", {name: named[name] for name in shown}),
-            ("differences", {name: differences(named[name], alone) for name in apart}),
+            ("differences", {f"{name}, x{GAIN}, max {np.abs(named[name] - alone).max():.2f}":
+                             differences(named[name], alone) for name in apart}),
         ):
             grid(content).save(pictures / f"{file}.png", optimize=True)
     text = page(rows, colours, agreement, run, options)

@@ -2,15 +2,18 @@
 
 A small class-conditional DiT, trained by ``examples/shapes/train.py`` and kept beside it, draws coloured shapes. It
 runs as it is on one process, then on two with ``ulysses=2``, with ``ring=2`` and with ``cfg=2``, by one call that
-makes the pipeline parallel. Pictures go to ``demo-output/``.
+makes the pipeline parallel. Pictures go to ``demo-output``. A model of middle size, of random weights, then runs on one
+process and on two, long enough for the speed-up to be seen; and a page shows what FLUX.1-dev would do on eight GPUs.
 
     python examples/demo.py
+    python examples/demo.py --quick
     python examples/demo.py --labels "red star" "blue ring" --steps 30 --output /tmp/pictures
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -54,8 +57,28 @@ def draw(spec: str | None, labels: list[str], steps: int, guidance: float, seed:
     return images, time.perf_counter() - start
 
 
-def sheet(images: np.ndarray, labels: list[str], scale: int = 2) -> Image.Image:
-    """One picture of all images in a row-wise grid with their labels below."""
+def middle(spec: str | None, steps: int) -> tuple[torch.Tensor, float]:
+    """The sample after so many steps of a model of middle size (130 million parameters, 1,024 tokens), and seconds."""
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    model: Any = DiTTransformer2DModel(num_attention_heads=12, attention_head_dim=64, in_channels=4, out_channels=4,
+                                       num_layers=12, sample_size=64, num_embeds_ada_norm=1000).eval()
+    if spec:
+        model = xdit_compile.parallelize(model, spec)
+    sample, labels = torch.randn(1, 4, 64, 64), torch.tensor([7])
+    with torch.no_grad():
+        model(sample, torch.tensor([999]), labels)  # captured before the clock runs
+        start = time.perf_counter()
+        for step in range(steps):
+            time_ = torch.tensor([999 - step * 1000 // steps])
+            sample = sample - model(sample, time_, labels).sample / steps
+    return sample, time.perf_counter() - start
+
+
+def sheet(images: np.ndarray, labels: list[str], scale: int = 2, largest: float | None = None) -> Image.Image:
+    """One picture of all images in a row-wise grid with their labels below; of differences, whose ``largest`` is white,
+    with their scale."""
     side, columns, margin, line = images.shape[1] * scale, min(len(labels), 6), 6, 16
     rows = -(-len(labels) // columns)
     page = Image.new("RGB", (columns * (side + margin) + margin, rows * (side + margin + line) + margin), "white")
@@ -66,7 +89,17 @@ def sheet(images: np.ndarray, labels: list[str], scale: int = 2) -> Image.Image:
         picture = Image.fromarray((image * 255).round().astype("uint8"))
         page.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (x, y))
         pen.text((x, y + side + 2), label, fill="black")
-    return page
+    if largest is None:
+        return page
+    ruled = Image.new("RGB", (max(page.width, 420), page.height + 40), "white")
+    ruled.paste(page)
+    pen = ImageDraw.Draw(ruled)
+    for i in range(200):
+        pen.line((margin + i, page.height, margin + i, page.height + 12), fill=(i * 255 // 199,) * 3)
+    pen.rectangle((margin, page.height, margin + 200, page.height + 12), outline="black")
+    pen.text((margin, page.height + 16), "0", fill="black")
+    pen.text((margin + 170, page.height + 16), f"{largest:.1e}, the largest; values go from 0 to 1", fill="black")
+    return ruled
 
 
 def report(spec: str) -> str:
@@ -84,6 +117,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25, help="denoising steps (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=4.0, help="guidance scale (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=7, help="of the noise (default: %(default)s)")
+    parser.add_argument("--middle-steps", type=int, default=6, help="of the larger model (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="neither the model of middle size nor the page")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder of the pictures")
     options = parser.parse_args()
     console = Console()
@@ -106,14 +141,40 @@ def main() -> None:
         changed = np.count_nonzero((images * 255).round() != (reference * 255).round())
         sheet(images, labels).save(options.output / f"{name}.png")
         # A difference below one grey level would be black; stretched to the full range it can be looked at.
-        sheet(difference / max(difference.max(), 1e-12), labels).save(options.output / f"{name}-difference.png")
+        largest = max(float(difference.max()), 1e-12)
+        sheet(difference / largest, labels, largest=largest).save(options.output / f"{name}-difference.png")
         table.add_row(f"two processes, {spec}", f"{seconds:.2f}", f"{difference.max():.1e}",
                       f"{changed} of {images.size}")
     console.print(table)
     for spec in SPECS:
         console.print(report(spec), highlight=False)
     console.print(f"Pictures: {options.output}/one-process.png, ulysses-2.png, ring-2.png, cfg-2.png and their "
-                  "differences, stretched to full contrast")
+                  "differences, stretched to full contrast, with their scale")
+    if not options.quick:
+        show_speed(console, options.middle_steps)
+        show_page(console, options.output / "flux-on-eight-gpus.html")
+
+
+def show_speed(console: Console, steps: int) -> None:
+    """Seconds of the model of middle size on one process and on two, of one core each."""
+    (expected, alone), = xdit_compile.launch(middle, None, steps, world_size=1)
+    sample, together = xdit_compile.launch(middle, "ulysses=2", steps, world_size=2)[0]
+    table = Table("a model of middle size", "seconds", "times as fast", "largest difference")
+    table.add_row("one process", f"{alone:.1f}", "", "")
+    table.add_row("two processes, ulysses=2", f"{together:.1f}", f"{alone / together:.2f}",
+                  f"{(sample - expected).abs().max():.1e}")
+    console.print(table)
+
+
+def show_page(console: Console, path: Path) -> None:
+    """What a model too large for this machine would do on eight GPUs."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from published import flux_dev
+
+    model, inputs = flux_dev()
+    explained = xdit_compile.explain(model, "ulysses=8", inputs, every_rank=True)
+    explained.write_page(path)
+    console.print(f"{explained.verdict()}\nAs a page with pictures: {path}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "whole: runs only with --whole")
     os.environ["COLUMNS"] = "120"  # reports are as wide as the terminal, and lines break elsewhere in others
+    os.environ["XDIT_COMPILE_PROGRESS"] = "off"  # how long what takes is the machine's
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -111,7 +111,8 @@ def test_a_difference_is_status_1(model, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "complaint"), [
-    (("explain", "{model}:exemple", "--spec", "ulysses=2"), "no function 'exemple'; it has Block, Tiny"),
+    (("explain", "{model}:exemple", "--spec", "ulysses=2"),
+     "no function 'exemple'; did you mean 'example'?; it has Block, Tiny"),
     (("explain", "{model}:nothing", "--spec", "ulysses=2"), "nothing must return (model, kwargs)"),
     (("explain", "absent.py:example", "--spec", "ulysses=2"), "there is no file absent.py"),
     (("explain", "no.such.module:example", "--spec", "ulysses=2"), "there is no module 'no.such.module'"),

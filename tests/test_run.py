@@ -109,8 +109,8 @@ def test_pictures_adapters_and_where_things_are() -> None:
     ("--num_pipeline_patch 4", "--num_pipeline_patch 4 belongs to PipeFusion"),
     ("--split_scheme column", "found by trying"),
     ("--shard_dit", "with --fully_shard_degree N"),
-    ("--use_teacache", "--use_teacache: nothing is skipped or approximated here"),
-    ("--use-fbcache", "--use_fbcache: "),
+    ("--use_teacache --use-fbcache", "name two caches"),
+    ("--cache_method Fb", "--cache_method Fb: caches have other names here"),
     ("--shard_t5_encoder", "use --spec encoders=spread"),
     ("--use_onediff --use_torch_compile", "name two compilers"),
     ("--use_fp8_t5_encoder", "choose it with --dtype"),
@@ -239,3 +239,27 @@ def test_the_shipped_example_makes_pictures(capsys: pytest.CaptureFixture[str]) 
     assert "here/image-0.png\nhere/image-1.png\n" in told and "--fps had no effect" in told
     with Image.open("here/image-1.png") as picture:
         assert picture.size == (64, 64) and np.asarray(picture).std() > 10
+
+
+def test_an_artifact_in_the_place_of_a_component(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its ranks are those that the command starts, each of which reads its share of the weights."""
+    out = tmp_path / "model.xdit"
+    call = [*PLAIN, "--num_inference_steps", "2"]
+    assert main(["export", *call, "--spec", "ulysses=2,shard=2", "--weights", "included", "-o",
+                 str(out)]) == 0
+    assert main(["export", *call, "--artifact", str(out), "-o", str(out)]) == 2
+    made = {}
+    for name, words in (("plain", []), ("artifact", ["--artifact", f"transformer={out}"])):
+        capsys.readouterr()
+        assert main(["run", *call, *words, "--output_type", "np", "--output", name, "--json"]) == 0
+        said = json.loads(capsys.readouterr().out)
+        (file,) = said["files"]
+        made[name] = next(iter(load_file(file).values()))
+    assert said["spec"] == "ulysses=2,shard=2" and said["processes"] == 2
+    assert torch.allclose(made["artifact"].float(), made["plain"].float(), atol=1e-5)
+    for words, complaint in ((["--spec", "ulysses=4"], "was exported for ulysses=2,shard=2"),
+                             (["--lora", "x"], "leave --enable_model_cpu_offload and --lora out")):
+        assert main(["run", *call, "--artifact", str(out), *words]) == 2
+        assert complaint in capsys.readouterr().err
+    assert main(["run", *call, "--artifact", f"vision={out}"]) == 2
+    assert "has no component vision" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import xdit_compile
 from xdit_compile import CaptureError
 
-COUNT, TABLES, LAST = 0, {}, [None]  # type: ignore[var-annotated]
+COUNT, TABLES, LAST, BY_TYPE = 0, {}, [None], {}  # type: ignore[var-annotated]
 
 
 class Inner(nn.Module):
@@ -154,6 +154,17 @@ def numpy_random(m: Any, x: Tensor) -> Tensor:
     return x * float(np.random.rand())
 
 
+def counter_by_type(m: Any, x: Tensor) -> Tensor:
+    BY_TYPE[type(x)] = BY_TYPE.get(type(x), 0) + 1
+    return x * BY_TYPE[type(x)]
+
+
+def first_of_its_type(m: Any, x: Tensor) -> Tensor:
+    first = type(x) not in BY_TYPE
+    BY_TYPE[type(x)] = m.held
+    return x * 2 if first else x.sin()
+
+
 def iterator(m: Any, x: Tensor) -> Tensor:
     return x * next(m.held.steps)
 
@@ -164,7 +175,8 @@ STATE: dict[Callable[..., Tensor], str] = {
     residual: r"blocks\.\d\.last.*test_writes\.py:\d+", residual_that_is_returned: "LAST",
     first_call_kept: r"cache\['first'\]", history: r"cache\['all'\]", first_call_otherwise: r"begun",
     buffer_in_place: r"blocks\.\d\.table", buffer_filled_from_the_call: r"blocks\.\d\.table",
-    tensor_of_an_object: r"cache\[0\]", python_random: "random", numpy_random: "random", iterator: r"held\.steps",
+    tensor_of_an_object: r"cache\[0\]", counter_by_type: "BY_TYPE", first_of_its_type: "BY_TYPE",
+    python_random: "random", numpy_random: "random", iterator: r"held\.steps",
 }
 
 
@@ -212,6 +224,22 @@ def of_the_module(n: int) -> Tensor:
     return TABLES[n]
 
 
+class Backend:
+    """How tensors of one type are multiplied, as libraries for several frameworks have it."""
+
+    def __init__(self) -> None:
+        self.library = torch
+
+    def times(self, x: Tensor, n: int) -> Tensor:
+        return x * n
+
+
+def backend_of_its_type(m: Any, x: Tensor) -> Tensor:
+    if type(x) not in TABLES:
+        TABLES[type(x)] = TABLES.setdefault("torch", Backend())
+    return TABLES[type(x)].times(x, 3)
+
+
 def scratch(m: Any, x: Tensor) -> Tensor:
     m.last, m.length = x.detach(), x.shape[1]
     return x * m.length
@@ -226,11 +254,13 @@ def like_the_sample(m: Any, x: Tensor) -> Tensor:
 MADE_ONCE: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "lru_cache": lambda m, x: x * remembered(x.shape[1]), "decorator": lambda m, x: x * by_hand(x.shape[1]),
     "global": lambda m, x: x * of_the_module(x.shape[1]),
+    "backend of its type": backend_of_its_type,
     "module of a plain object": lambda m, x: x * m.held.rope(x.shape[1]),
     "scratch": scratch, "like the sample": like_the_sample,
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("error:.*was called once as it is")
 @pytest.mark.parametrize("name", MADE_ONCE)
 def test_tables_are_made_and_never_stay_fake(name: str) -> None:
     TABLES.clear()

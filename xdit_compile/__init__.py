@@ -6,10 +6,13 @@ from xdit_compile.artifact.export import export
 from xdit_compile.artifact.inspection import inspect
 from xdit_compile.artifact.load import load
 from xdit_compile.decorator import parallel
+from xdit_compile.diagnostics.approximation import verify_approximate
 from xdit_compile.diagnostics.explain import explain
 from xdit_compile.diagnostics.timeline import timeline
 from xdit_compile.diagnostics.verify import verify
+from xdit_compile.engine.handle import Engine, start
 from xdit_compile.errors import (
+    ArgumentError,
     ArtifactError,
     CaptureError,
     LaunchError,
@@ -27,8 +30,10 @@ __version__ = "0.2.0"
 log.configure()
 
 __all__ = [
+    "ArgumentError",
     "ArtifactError",
     "CaptureError",
+    "Engine",
     "LaunchError",
     "PlanError",
     "RankFailure",
@@ -45,6 +50,8 @@ __all__ = [
     "load",
     "parallel",
     "parallelize",
+    "start",
     "timeline",
     "verify",
+    "verify_approximate",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,11 @@ from xdit_compile.frontend.mechanisms import check, obstacle, unwrapped
 from xdit_compile.frontend.program_cache import captured
 from xdit_compile.ir.call_arguments import Inputs, call_arguments
 from xdit_compile.ir.program import Program
+from xdit_compile.pipelines.auto_pipeline import AutoPipeline, Observed, auto_pipeline
 from xdit_compile.pipelines.parallel_pipeline import ParallelPipeline, captured_parts, is_pipeline, parallel_pipeline
+from xdit_compile.planner.agreed_choice import AutoRunner, agreed_choice
+from xdit_compile.planner.auto import Auto, batch_of, choose
+from xdit_compile.planner.machine import Machine
 from xdit_compile.runtime.compilation.regional import compiler_for
 from xdit_compile.runtime.launch import init_from_env
 from xdit_compile.runtime.parallel_group import CheckInputs, ParallelGroup
@@ -41,7 +47,7 @@ def capture(model: nn.Module, inputs: Inputs) -> Program:
     return captured(model, *call_arguments(model, inputs))
 
 
-def parallelize(model: Any, spec: str | dict | ShardingSpec, *, ranks: Sequence[int] | None = None,
+def parallelize(model: Any, spec: str | dict | ShardingSpec | Auto, *, ranks: Sequence[int] | None = None,
                 timeout: float = 600.0, check_inputs: CheckInputs = "behind", dump: Dump | None = None,
                 weights: str | Path | Mapping[str, str | Path] | None = None) -> Any:
     """Make a model, or all of a pipeline, run on many devices. Every process calls this with the same one and spec.
@@ -59,7 +65,8 @@ def parallelize(model: Any, spec: str | dict | ShardingSpec, *, ranks: Sequence[
     Args:
         model: any DiT as a torch.nn.Module, in eval mode, or a pipeline of diffusers: an object with ``components``.
             Every rank holds the same weights.
-        spec: ``"ulysses=2,ring=2"``, the same as a mapping, or a ShardingSpec.
+        spec: ``"ulysses=2,ring=2"``, the same as a mapping, or a ShardingSpec; or ``"auto"``, with which the planner
+            chooses at the first call, and says in one line what and why.
         ranks: the global ranks that take part; all of them by default.
         timeout: seconds to wait for another rank before giving up with its name.
         check_inputs: ``"behind"`` compares what all ranks call the model with (a checksum of each tensor, exchanged in
@@ -73,18 +80,55 @@ def parallelize(model: Any, spec: str | dict | ShardingSpec, *, ranks: Sequence[
         SpecError: the spec does not fit the processes or the model. CaptureError: the model cannot be captured.
         RankMismatch, RankFailure: another rank holds something else, or is gone.
     """
-    spec, model = ShardingSpec.parse(spec), unwrapped(model)
-    if isinstance(model, (Parallel, ParallelPipeline)):
+    model, auto = unwrapped(model), Auto.parse(spec)
+    base = auto.base if auto else ShardingSpec.parse(spec)  # type: ignore[arg-type]
+    _check_model(model, base, 1 if auto is None else auto.vae)
+    if (auto is not None or base.world_size > 1) and not dist.is_initialized() and _is_rank(auto):
+        init_from_env(timeout=timeout)
+    chosen = list(ranks) if ranks is not None else list(range(dist.get_world_size() if dist.is_initialized() else 1))
+    if auto is None:
+        return _parallelized(model, base, chosen, timeout, check_inputs, dump, weights)
+    group = ParallelGroup(ShardingSpec(ulysses_degree=len(chosen)), chosen, timeout)
+
+    def chosen_for(observed: Callable[[], Observed]) -> ShardingSpec:
+        def plan(here: Machine) -> ShardingSpec:
+            seen = observed()
+            batch = batch_of(seen.model, seen.args, seen.kwargs)
+            question = auto.question(here, len(chosen), batch, seen.steps, seen.calls)
+            return replace(choose(seen.model, seen.args, seen.kwargs, question).best.spec, vae_degree=auto.vae)
+
+        return agreed_choice(auto, group, plan)
+
+    if is_pipeline(model):
+        return auto_pipeline(model, chosen_for, lambda spec: _parallelized(
+            model, spec, chosen, timeout, check_inputs, dump, weights))
+
+    def make(args: Any, kwargs: Mapping[str, Any]) -> ModelRunner:
+        spec = chosen_for(lambda: Observed(model, args, kwargs, 1, 0))
+        return _parallelized(model, spec, chosen, timeout, check_inputs, dump, weights).runners["forward"]
+
+    return parallel_model(model, {"forward": AutoRunner(make)})  # type: ignore[dict-item]
+
+
+def _is_rank(auto: Auto | None) -> bool:
+    """Whether processes are to be joined: what is still to be chosen may be for one alone."""
+    return auto is None or "RANK" in os.environ
+
+
+def _check_model(model: Any, spec: ShardingSpec, vae: int = 1) -> None:
+    if isinstance(model, (Parallel, ParallelPipeline, AutoPipeline)):
         raise SpecError("the model is parallel already; call parallelize on the original")
     if not isinstance(model, nn.Module) and not is_pipeline(model):
         raise XditError(f"parallelize takes a torch.nn.Module or a pipeline with components, got a "
                         f"{type(model).__name__}")
-    if isinstance(model, nn.Module) and (spec.vae_degree > 1 or spec.encoders != "everywhere"):
+    if isinstance(model, nn.Module) and (max(spec.vae_degree, vae) > 1 or spec.encoders != "everywhere"):
         raise SpecError(f"{spec} speaks of a pipeline's autoencoder or encoders, but {type(model).__name__} is a "
                         "model; give parallelize the pipeline, or leave out vae and encoders")
-    if spec.world_size > 1 and not dist.is_initialized():
-        init_from_env(timeout=timeout)
-    chosen = list(ranks) if ranks is not None else list(range(dist.get_world_size() if dist.is_initialized() else 1))
+
+
+def _parallelized(model: Any, spec: ShardingSpec, chosen: Sequence[int], timeout: float, check_inputs: CheckInputs,
+                  dump: Dump | None, weights: str | Path | Mapping[str, str | Path] | None) -> Any:
+    """``model`` under a spec, on these ranks."""
     spec.check_world(len(chosen))
     if spec.backend != "eager":
         compiler_for(spec)

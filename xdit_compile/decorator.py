@@ -10,8 +10,10 @@ from torch import nn
 
 from xdit_compile.api import parallelize
 from xdit_compile.driver.parallel_model import Parallel
+from xdit_compile.pipelines.auto_pipeline import AutoPipeline
 from xdit_compile.pipelines.components import Role, role_of
 from xdit_compile.pipelines.parallel_pipeline import ParallelPipeline, is_pipeline
+from xdit_compile.planner.auto import Auto
 from xdit_compile.runtime.deferred.deferred_tensor import materialize
 from xdit_compile.spec import ShardingSpec
 
@@ -31,13 +33,13 @@ def parallel(spec: str | dict | ShardingSpec, **options: Any) -> Callable[[F], F
     Raises:
         SpecError: the spec cannot be read.
     """
-    parsed = ShardingSpec.parse(spec)
+    parsed = Auto.parse(spec) or ShardingSpec.parse(spec)
 
     def decorate(function: F) -> F:
         made: dict[int, tuple[Any, Any]] = {}  # by identity, with the original, which keeps its identity alive
 
         def in_parallel(value: Any) -> Any:
-            if isinstance(value, (Parallel, ParallelPipeline)) or not _is_worth(value):
+            if isinstance(value, (Parallel, ParallelPipeline, AutoPipeline)) or not _is_worth(value):
                 return value
             if id(value) not in made:
                 made[id(value)] = value, parallelize(value, parsed, **options)

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """What to add to an error about an unknown word: ``; did you mean 'ulysses'?``, or nothing if none is like it."""
+    found = difflib.get_close_matches(str(word), list(known), 1, 0.6)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
 
 class XditError(RuntimeError):
     """Base class; raised directly only where no narrower class below fits."""
@@ -9,6 +18,10 @@ class XditError(RuntimeError):
 
 class SpecError(XditError, ValueError):
     """Raised when the requested parallel layout is malformed or does not fit the model or the ranks."""
+
+
+class ArgumentError(XditError, ValueError):
+    """Raised when a pipeline does not take the arguments that its call is given."""
 
 
 class CaptureError(XditError):
@@ -47,6 +60,11 @@ class RankFailure(XditError):
         super().__init__(f"rank {rank} {reason}" if rank >= 0 else reason)
         self.rank = rank
         self.reason = reason
+
+    @property
+    def told(self) -> bool:
+        """Whether that rank lives and tells of it itself."""
+        return self.reason.startswith("failed")
 
     def __reduce__(self) -> tuple[type[RankFailure], tuple[int, str]]:
         # RuntimeError would rebuild from the one-part message and lose both attributes across processes.

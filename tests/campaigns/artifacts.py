@@ -43,9 +43,11 @@ from spoiling import Spoiled, spoil
 
 MEMORY = 2 * 2**30
 SECONDS = 60
-BASES = {"alone": "ulysses=1", "exchanging": "cfg=2,ulysses=2", "stages": "pipefusion=2,patches=2"}
+BASES = {"alone": "ulysses=1", "exchanging": "cfg=2,ulysses=2", "stages": "pipefusion=2,patches=2",
+         "waiting": "offload=block", "sharing": "tensor=2,ulysses=2,shard=2"}
 """What is spoiled. Those for several processes are read whole, for every rank, and not called."""
-SHARES = {"alone": 0.7, "exchanging": 0.15, "stages": 0.15}
+SHARES = {"alone": 0.5, "exchanging": 0.1, "stages": 0.1, "waiting": 0.2, "sharing": 0.1}
+CALLED = ("alone", "waiting")
 
 
 class Block(nn.Module):
@@ -99,13 +101,19 @@ def exported(folder: Path) -> dict[str, Path]:
             for name, spec in BASES.items()}
 
 
+def held(model: Any) -> list[tuple[str, torch.Tensor]]:
+    """Its weights, and shares of them."""
+    shares = (model.runners["forward"].store or {}).items()
+    return [(name, t) for name, t in (*model.named_parameters(), *model.named_buffers(), *shares) if not t.is_meta]
+
+
 class Trial:
     """Opens what was spoiled, in a process that may end by it."""
 
     def __init__(self, good: dict[str, Path], scratch: Path, seed: int, keep: Path | None) -> None:
         self.good, self.scratch, self.seed, self.keep = good, scratch, seed, keep
         with torch.no_grad():
-            self.expected = flatten(xdit_compile.load(good["alone"])(**inputs()))[0]
+            self.expected = {name: flatten(xdit_compile.load(good[name])(**inputs()))[0] for name in CALLED}
 
     def prepare(self, number: int) -> str:
         """Spoil an artifact; returns what was done to it."""
@@ -123,7 +131,7 @@ class Trial:
     def run(self) -> str:
         """The verdict on it."""
         try:
-            return self._opened(self.path, self.what) if self.base == "alone" else self._read(self.path)
+            return self._opened(self.path, self.what) if self.base in CALLED else self._read(self.path)
         except XditError:
             return "refused"
         except BaseException as error:
@@ -136,7 +144,7 @@ class Trial:
 
     def _opened(self, path: Path, what: Spoiled) -> str:
         model = xdit_compile.load(path)
-        before = {name: t.clone() for name, t in model.state_dict(keep_vars=True).items()}
+        before = {name: t.clone() for name, t in held(model)}
         try:
             with torch.no_grad():
                 results = flatten(model(**inputs()))[0]
@@ -145,11 +153,11 @@ class Trial:
                 return "refused"
             raise
         finally:
-            for name, tensor in model.state_dict(keep_vars=True).items():
+            for name, tensor in held(model):
                 if not torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8)):
                     raise AssertionError(f"{name} was written into")
         if what.neutral:
-            if not all(map(torch.equal, results, self.expected)):
+            if not all(map(torch.equal, results, self.expected[self.base])):
                 raise AssertionError("other numbers, though the program is what it was")
             return "exact"
         call = json.loads((path / "manifest.json").read_text())["calls"]

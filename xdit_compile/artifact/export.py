@@ -25,6 +25,7 @@ from xdit_compile.artifact.load import ArtifactLoader
 from xdit_compile.artifact.memory import UNLIMITED, Memory
 from xdit_compile.artifact.native_reader import target_of
 from xdit_compile.artifact.native_writer import AheadOfTimePackages
+from xdit_compile.artifact.parameter_shares import groups_json
 from xdit_compile.artifact.program_writer import program_json, stage_json
 from xdit_compile.artifact.running import Running
 from xdit_compile.driver.captured_programs import CapturedPrograms
@@ -32,18 +33,22 @@ from xdit_compile.driver.compile_call import Compiled
 from xdit_compile.errors import ArtifactError, SpecError, XditError
 from xdit_compile.ir.call_arguments import Inputs, call_arguments
 from xdit_compile.ir.guards import Guards
+from xdit_compile.ir.layout import TENSOR
+from xdit_compile.ir.mesh import position_of
 from xdit_compile.ir.packed_tensors import named_parts
+from xdit_compile.ir.parameter_groups import ParameterGroup, parameter_groups
 from xdit_compile.ir.program import Program
 from xdit_compile.ir.pytree import flatten, sharing
 from xdit_compile.ir.released_parameters import device_of_model
 from xdit_compile.passes import pass_digests
+from xdit_compile.planner.auto import Auto, resolved
 from xdit_compile.runtime.control.tensor_digest import digest
 from xdit_compile.spec import ShardingSpec
 
 Progress = Callable[[str], None]
 
 
-def export(model: nn.Module, spec: str | dict | ShardingSpec, example_inputs: Inputs | Sequence[Inputs],
+def export(model: nn.Module, spec: str | dict | ShardingSpec | Auto, example_inputs: Inputs | Sequence[Inputs],
            path: str | Path, *, weights: str = "reference", native: bool = False, overwrite: bool = False,
            progress: Progress = lambda _: None) -> Path:
     """Write what every rank runs of ``model`` under ``spec`` into a folder that `load` starts from, without the model's
@@ -66,19 +71,23 @@ def export(model: nn.Module, spec: str | dict | ShardingSpec, example_inputs: In
     Raises:
         ArtifactError: the model is of a kind that artifacts cannot hold. CaptureError, SpecError: as `parallelize`.
     """
-    spec, path = ShardingSpec.parse(spec), Path(path)
+    calls: Sequence[Inputs] = example_inputs if _several(example_inputs) else [example_inputs]  # type: ignore
+    spec, path = resolved(spec, model, *call_arguments(model, calls[0])), Path(path)
     if weights not in ("reference", "included"):
         raise ArtifactError(f"weights are left by 'reference' or 'included', not {weights!r}")
-    if spec.parts:
-        raise ArtifactError(f"{spec} gives ranks parts of parameters, which artifacts cannot hold yet; leave tensor, "
-                            "shard and offload out here, or parallelize the model itself with them")
+    if spec.keeps_steps:
+        raise ArtifactError(f"{spec} lets steps use values of steps before ({spec.approximate}), which "
+                            "artifacts cannot hold yet; leave cache and displaced out here, or parallelize the model "
+                            "itself with them")
+    if native and spec.offload != "none":
+        raise ArtifactError(f"offload={spec.offload} has copies that go on while functions run, which no compiled "
+                            "function can start; leave native=True (--native) out, or offload")
     if (words := Running.of(spec).words) and not (native and spec.backend in ("eager", "inductor")):
         raise ArtifactError(f"{' and '.join(words)} says how programs are run, which is not written into an artifact; "
                             "leave it out here and give it to load()" + (
                                 ", or give native=True to compile ahead" if spec.backend == "inductor" else ""))
     if spec.vae_degree > 1 or spec.encoders != "everywhere":
         raise SpecError(f"{spec} speaks of a pipeline's autoencoder or encoders, but an artifact holds one model")
-    calls = example_inputs if _several(example_inputs) else [example_inputs]
     with drafted(path, overwrite) as draft:
         writer = _Writer(model, spec, draft, progress, native)
         written = [writer.call(*call_arguments(model, inputs), number) for number, inputs in enumerate(calls)]
@@ -90,7 +99,7 @@ def export(model: nn.Module, spec: str | dict | ShardingSpec, example_inputs: In
             "spec": str(Running().on(spec)), "world_size": spec.world_size, "device": device_of_model(model).type,
             "signature": signature_json(inspect.signature(model.forward)), "calls": written,
             "constants": writer.constants_file(),
-            "tensors": tensors, "weights": files,
+            "tensors": tensors, "weights": files, "shares": writer.shares(),
             "native": target_of(device_of_model(model)) if native else None}
         progress("reading it again")
         draft.finish({**manifest, "memory": Memory().to_json()})
@@ -118,6 +127,10 @@ class _Writer:
         self.stages: dict[str, int] = {}
         self.used: dict[int, set[str]] = {}
         """Names of parameters, by stage."""
+        self.groups: list[dict[str, ParameterGroup]] = [{} for _ in range(spec.tensor_degree)]
+        """Of parameters that come block by block, as each tensor rank has them: all calls have the same ones."""
+        self.shared: list[set[str]] = [set() for _ in range(spec.tensor_degree)]
+        """Which of them programs use."""
 
     def call(self, args: Sequence[Any], kwargs: Mapping[str, Any], number: int) -> Json:
         """One kind of call, as every rank runs it."""
@@ -131,7 +144,7 @@ class _Writer:
         ranks = [self._rank(compiled, spec, 0)]
         for rank in range(1, spec.world_size):
             self.progress(f"call {number}: rank {rank} of {spec.world_size}")
-            ranks.append(self._rank(self.source.compiled(captured, spec, rank, self.stages), spec, rank))
+            ranks.append(self._rank(self._compiled(captured, spec, rank), spec, rank))
         return {
             "spec": str(Running().on(spec)), "inputs": structure_json(structure),
             "looks": [look_json(t) for t in tensors],
@@ -143,12 +156,19 @@ class _Writer:
         """What the first rank runs, and under which spec: the whole one or, where groups take turns because a batch
         cannot be cut, that of one group."""
         try:
-            return self.spec, self.source.compiled(captured, self.spec, 0, self.stages)
+            return self.spec, self._compiled(captured, self.spec, 0)
         except SpecError:
             if self.spec.cfg_degree == 1:
                 raise
         part = replace(self.spec, cfg_degree=1)
-        return part, self.source.compiled(captured, part, 0, self.stages)
+        return part, self._compiled(captured, part, 0)
+
+    def _compiled(self, captured: Program, spec: ShardingSpec, rank: int) -> Compiled:
+        tensor = position_of(rank, spec)[TENSOR]
+        known = tuple(self.groups[tensor].values()) or (parameter_groups(self.model) if spec.parts else ())
+        made = self.source.compiled(captured, spec, rank, self.stages, known)
+        self.groups[tensor] = {group.name: group for group in made.groups}
+        return made
 
     def _rank(self, compiled: Compiled, spec: ShardingSpec, rank: int) -> Json:
         packages = self.packages
@@ -165,7 +185,10 @@ class _Writer:
         else:
             programs = {"body": write(compiled.body),
                         "invariant": write(compiled.invariant) if compiled.invariant else None}
-        self.used.setdefault(index, set()).update(compiled.parameters)
+        tensor = position_of(rank, spec)[TENSOR]
+        self.shared[tensor] |= compiled.shares
+        members = {m.name for name in compiled.shares for m in self.groups[tensor][name].members}
+        self.used.setdefault(index, set()).update(compiled.parameters | members)
         return {"unsharded": compiled.unsharded, **programs}
 
     def _constant(self, tensor: torch.Tensor) -> str:
@@ -178,6 +201,11 @@ class _Writer:
 
     def constants_file(self) -> str | None:
         return _save(self.draft, "constants.safetensors", self.constants) if self.constants else None
+
+    def shares(self) -> Json:
+        """What each tensor rank has of parameters that come block by block; nothing where they do not."""
+        return [groups_json(group for name, group in groups.items() if name in used)
+                for groups, used in zip(self.groups, self.shared, strict=True)] if self.spec.parts else None
 
     def tensors(self, included: bool) -> tuple[Json, Json]:
         """What is known of each parameter and buffer that some rank uses; and the files that hold them here."""

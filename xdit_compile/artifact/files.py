@@ -20,7 +20,7 @@ from xdit_compile.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 FORMAT = "xdit_compile artifact"
-VERSION = 2
+VERSION = 3
 LARGEST_TEXT = 32 * 2**20
 """Bytes of the largest manifest or graph that is read; those of the largest models have a few million. As values of
 Python they take up to twenty times as much."""
@@ -101,7 +101,8 @@ class ArtifactFolder:
         """Raises ArtifactError where there is none, or one of another version."""
         path = Path(path)
         if not (path / MANIFEST).exists():
-            raise ArtifactError(f"{path} is no artifact: it has no {MANIFEST}")
+            raise ArtifactError(f"{path} is no artifact: it has no {MANIFEST}" if path.is_dir() else
+                                f"there is no folder {path}")
         text = _content(path / MANIFEST)
         manifest = parse(text, str(path / MANIFEST))
         if "format" not in manifest or manifest["format"].value != FORMAT:

@@ -30,6 +30,7 @@ from xdit_compile.errors import ArtifactError, XditError
 
 BLOCK = "torch.ops.xdit_compile.block.default"
 """The operator that stands for the call of a function."""
+FETCH, FETCHED = "xdit_compile.fetch.default", "xdit_compile.fetched.default"
 CHOSEN = "auto"
 """What files say of the attention kernel: who loads them chooses it."""
 
@@ -155,6 +156,10 @@ class _Reading:
         self.bounds: dict[int, tuple[int, int]] = {}
         self.origins: dict[fx.Node, int] = {}
         """Of nodes whose values are all among those of an input: which."""
+        self.coming: set[fx.Node] = set()
+        """Copies that were started and are not waited for yet."""
+        self.waits = False
+        """Whether what is being read is such a wait."""
         self.at = ""
         """What is being read, for errors."""
 
@@ -167,8 +172,10 @@ class _Reading:
             for number, entry in enumerate(document["nodes"]):
                 self.at = f": nodes[{number}] ({entry['target']!s:.100})"
                 self._node(entry)
-        self.at = ": outputs"
+        self.at, self.waits = ": outputs", False
         out = self.graph.output(tuple(self._tensor(_only(e, "as_tensor")) for e in document["outputs"]))
+        if self.coming:
+            raise GraphError(f"it starts {len(self.coming)} copies that nothing waits for")
         values = out.meta["val"] = tuple(n.meta["val"] for n in out.args[0])  # type: ignore[union-attr]
         views = tuple(self.memory.get(_memory(v)) for v in values)
         return Function(self.graph, frozenset(self.writes), dict(self.bounds), views)
@@ -193,6 +200,7 @@ class _Reading:
     def _node(self, entry: Any) -> None:
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
+        self.waits = entry["target"] == f"torch.ops.{FETCHED}"
         for given in entry["inputs"]:
             value = self._value(given["arg"])
             if given["kind"] == 1:
@@ -225,6 +233,7 @@ class _Reading:
         found, permission = operator_named(target)
         name = target.removeprefix("torch.ops.")
         args, kwargs = _in_place(found, args, kwargs)
+        self._check_coming(name, args)
         if permission.kind == "attention":
             found, args, kwargs = self._kernel(found, name, args, kwargs)
             name = f"{found.namespace}.{found._opname}.{found._overloadname}"
@@ -236,6 +245,8 @@ class _Reading:
             if argument.name in permission.writes:
                 self._written(args[place])
         node = self.graph.call_function(found, tuple(args), kwargs)
+        if name == FETCH:
+            self.coming.add(node)
         with self.setting.watch:
             made = node.meta["val"] = found(*fakes, **options)
         for value in pytree.tree_leaves(made):
@@ -247,6 +258,16 @@ class _Reading:
         if permission.kind in ("view", "several") and isinstance(args[0], fx.Node) and args[0] in self.origins:
             self.origins[node] = self.origins[args[0]]
         return node
+
+    def _check_coming(self, name: str, args: list[Any]) -> None:
+        """Copies are of inputs, and are waited for before anything else takes them: kernels that compare values first
+        rely on that nobody changes them meanwhile."""
+        if name == FETCH and args[0] not in self.inputs:
+            raise GraphError("it copies what is no input")
+        if name == FETCHED:
+            if args[0] not in self.coming:
+                raise GraphError("it waits for what is not on its way")
+            self.coming.remove(args[0])
 
     def _kernel(self, found: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
         """Attention by the kernel that was asked for, where the file leaves the choice."""
@@ -339,7 +360,10 @@ class _Reading:
     def _tensor(self, entry: Any) -> fx.Node:
         if entry["name"] not in self.nodes:
             raise GraphError(f"it takes {reprlib.repr(entry['name'])}, which nothing before it has made")
-        return self.nodes[entry["name"]]
+        node = self.nodes[entry["name"]]
+        if node in self.coming and not self.waits:
+            raise GraphError(f"it takes {reprlib.repr(entry['name'])}, a copy that is still on its way")
+        return node
 
     def _know(self, name: Any, node: fx.Node) -> None:
         if not isinstance(name, str) or name in self.nodes:

@@ -21,26 +21,30 @@ from xdit_compile.artifact.graph_reader import Setting, Watch
 from xdit_compile.artifact.json_values import Fields, look_of, look_text, nbytes_of, signature_of, structure_of
 from xdit_compile.artifact.memory import Memory, memory_of
 from xdit_compile.artifact.native_reader import check_target
+from xdit_compile.artifact.parameter_shares import groups_of, share_look
 from xdit_compile.artifact.program_reader import Reader, Values, kept_values, results_of
 from xdit_compile.artifact.running import Running, needed
 from xdit_compile.artifact.stage_reader import read_stage
 from xdit_compile.artifact.weight_files import WeightFiles, placed, tensors_in
+from xdit_compile.driver.checkpoint import Checkpoint
 from xdit_compile.driver.model_runner import ModelRunner
 from xdit_compile.driver.parallel_model import parallel_model
 from xdit_compile.errors import ArtifactError, CaptureError, SpecError, XditError
 from xdit_compile.ir.layout import BATCH, SEQUENCE, TENSOR
-from xdit_compile.ir.mesh import RING, STAGE, ULYSSES, axis_sizes, group_name, members, position_of
+from xdit_compile.ir.mesh import RING, SHARD, STAGE, ULYSSES, axis_sizes, group_name, members, position_of
 from xdit_compile.ir.output_spec import OutputSpec
 from xdit_compile.ir.parameter_groups import ParameterGroup
 from xdit_compile.ir.program import Program
 from xdit_compile.ir.pytree import Structure, flatten, sharing
 from xdit_compile.passes import pass_digests
+from xdit_compile.progress import progress
 from xdit_compile.runtime.compilation.regional import compiler_for
 from xdit_compile.runtime.control.replicas import Replicas
 from xdit_compile.runtime.control.tensor_digest import digest
+from xdit_compile.runtime.execution.parameter_store import ParameterStore
 from xdit_compile.runtime.launch import init_from_env
 from xdit_compile.runtime.parallel_group import CheckInputs, ParallelGroup
-from xdit_compile.runtime.pipefusion.stage_executor import StageProgram, parameters_of
+from xdit_compile.runtime.pipefusion.stage_executor import StageProgram, parameters_of, shares_of
 from xdit_compile.spec import ShardingSpec
 
 
@@ -75,8 +79,19 @@ def load(path: str | Path, weights: str | Path | None = None, *, ranks: Sequence
                             "other words for how programs are run")
     folder = ArtifactFolder.at(path)
     running = Running(backend, mode, onediff_backend, compile_options, attention_kernel)
-    loading = ArtifactLoader(folder, running, device, native, max_memory=max_memory)
-    return loading.model(weights, ranks, timeout, check_inputs)
+    with progress(f"loading {folder.path}"):
+        loading = ArtifactLoader(folder, running, device, native, max_memory=max_memory)
+        return loading.model(weights, ranks, timeout, check_inputs)
+
+
+def spec_and_class(path: str | Path) -> tuple[ShardingSpec, str]:
+    """What an artifact was exported for, and the class of its model.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    manifest = ArtifactFolder.at(path).manifest
+    return needed(manifest["spec"]), manifest["model"]["class"].text()
 
 
 class ArtifactLoader:
@@ -102,6 +117,8 @@ class ArtifactLoader:
         self.declared = Memory.of_json(manifest["memory"]) if declared is None else declared
         self.declared.check_limit(max_memory, str(folder.path))
         self.tensors = {name: look_of(entry) for name, entry in manifest["tensors"].items()}
+        shares = manifest["shares"].parts(self.spec.tensor_degree) if self.spec.parts else []
+        self.groups = [groups_of(entry, self.tensors) for entry in shares]
         constants = self._constants(manifest["constants"])
         self.constants = sum(t.nbytes for t in constants.values())
         if native and not manifest["native"]:
@@ -130,7 +147,7 @@ class ArtifactLoader:
         if spec not in self._readers:
             sizes = axis_sizes(spec)
             self._readers[spec] = self._make_reader({group_name(axis, sizes): sizes[axis] for axis in (
-                BATCH, SEQUENCE, TENSOR, ULYSSES, RING) if sizes[axis] > 1})
+                BATCH, SEQUENCE, TENSOR, ULYSSES, RING, SHARD) if sizes[axis] > 1})
         return self._readers[spec]
 
     def memory(self, rank: int) -> Memory:
@@ -140,11 +157,42 @@ class ArtifactLoader:
             return ArtifactLoader(self.folder, self.running, self.device, declared=self.declared).memory(rank)
         made = Memory()
         for call in self.calls:
-            program = call.of(rank % call.spec.world_size)
-            weights = sum(nbytes_of(self.tensors[name]) for name in program.parameters)
+            program = call.at(rank)
+            weights = sum(nbytes_of(self.tensors[name]) for name in program.parameters) + sum(
+                nbytes_of(share_look(self.groups_of(rank)[name], self.spec)) for name in program.shares)
             made = made.most(memory_of(program.body, program.invariant, program.stage, weights, self.constants))
+        self._check_apart(rank)
         # Operators that are made of others may make more on the way than what comes of it.
         return made.most(Memory(workspace=max(0, self.watch.most - made.values)))
+
+    def groups_of(self, rank: int) -> Mapping[str, ParameterGroup]:
+        """What ``rank`` has of parameters that come block by block."""
+        return self.groups[position_of(rank, self.spec)[TENSOR]] if self.groups else {}
+
+    def parameters(self, rank: int) -> set[str]:
+        """The names of those that ``rank`` takes whole, whichever call comes."""
+        return set().union(*(call.at(rank).parameters for call in self.calls))
+
+    def shares(self, rank: int) -> dict[str, ParameterGroup]:
+        """The groups that ``rank`` takes a share of, whichever call comes."""
+        used = set().union(*(call.at(rank).shares for call in self.calls))
+        return {name: group for name, group in self.groups_of(rank).items() if name in used}
+
+    def _check_apart(self, rank: int) -> None:
+        """Raise ArtifactError if a parameter is taken whole and as a share, of which there is but one."""
+        shared = {m.name for group in self.shares(rank).values() for m in group.members}
+        if both := sorted(shared & self.parameters(rank)):
+            raise ArtifactError(f"{self.folder.path}: rank {rank} takes the parameter {both[0]!r:.100} whole, and as a "
+                                "share of a group")
+
+    def _store(self, model: nn.Module, rank: int, stored: WeightFiles) -> ParameterStore | None:
+        """This rank's shares, read from files; ``model`` has stand-ins for them."""
+        if not self.spec.parts:
+            return None
+        store = ParameterStore(tuple(self.groups_of(rank).values()), position_of(rank, self.spec)[SHARD],
+                               self.spec.shard_degree, self.spec.offload != "none")
+        store.take(model, self.shares(rank), stored.spans, self.device)
+        return store
 
     def model(self, weights: str | Path | None, ranks: Sequence[int] | None, timeout: float, check: CheckInputs) -> Any:
         if self.spec.world_size > 1 and not dist.is_initialized():
@@ -163,14 +211,18 @@ class ArtifactLoader:
         try:
             self.memory(group.rank).check(self.declared, str(self.folder.path))
             stored = WeightFiles.of(manifest, self.folder, weights)
-            used = set().union(*(call.parameters(group.rank) for call in self.calls))
-            tensors = stored.load(used, self.device)
-            model = placed(_class(manifest), tensors, stored.buffers)
+            tensors = stored.load(self.parameters(group.rank), self.device)
+            shared = [m.name for g in self.shares(group.rank).values() for m in g.members]
+            model = placed(_class(manifest), tensors | stored.meta(shared, self.device), stored.buffers - set(shared))
+            store = self._store(model, group.rank, stored)
         except XditError as error:
             group.control.agree("the artifact", {"error": str(error)})
             raise
         group.control.agree("the artifact", {"error": "none"})
+        if store is not None and weights is not None:
+            group.control.agree("the files of weights", {"files": Checkpoint.at(weights).digest()})
         runner = _Runner(model, group, check, _Calls(self.folder, self.calls))
+        runner.store = store
         made: Any = parallel_model(model, {"forward": runner})
         return made
 
@@ -236,6 +288,7 @@ class StoredProgram:
     output_spec: OutputSpec
     unsharded: bool
     stage: StageProgram | None = None
+    step: None = None
     lost: str = ""
 
     @property
@@ -244,7 +297,11 @@ class StoredProgram:
 
     @property
     def shares(self) -> set[str]:
-        return set()
+        return self.stage.shares if self.stage else shares_of(self.body, self.invariant)
+
+    @property
+    def groups(self) -> tuple[ParameterGroup, ...]:
+        return ()  # shares are there before the first call
 
     def digest(self) -> dict[str, str]:
         return {"artifact and call": self.name}
@@ -299,6 +356,8 @@ class _Call:
             output_spec, unsharded = OutputSpec(self.outputs, (), likes), entry["unsharded"].flag()
             state = {("parameter", name): look for name, look in self.loading.tensors.items()}
             state |= {("argument", f"arg_{i}"): look for i, look in enumerate(self.looks)}
+            state |= {("parameter_share", name): share_look(group, self.spec)
+                      for name, group in self.loading.groups_of(rank).items()}
             if ("stage" in entry) != (self.spec.pipefusion_degree > 1):
                 raise ArtifactError(f"{entry.where} is a stage of a pipeline, or none, where {self.spec} asks for the "
                                     "other")
@@ -324,9 +383,9 @@ class _Call:
             raise ArtifactError(f"{entry.where}: its program returns {ours}, but the model {theirs}")
         return body, invariant
 
-    def parameters(self, rank: int) -> set[str]:
-        """The names of those that ``rank`` of all takes. Where groups take turns, its place is in its own."""
-        return self.of(rank % self.spec.world_size).parameters
+    def at(self, rank: int) -> StoredProgram:
+        """What ``rank`` of all runs. Where groups take turns, its place is in its own."""
+        return self.of(rank % self.spec.world_size)
 
 
 def _check_pairs(entry: Entry, inputs: Structure, outputs: Structure) -> None:

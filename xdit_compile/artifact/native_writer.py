@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import _register_process_group, _unregister_proc
 
 from xdit_compile.artifact.graph_writer import encode
 from xdit_compile.ir.layout import BATCH, SEQUENCE, TENSOR
-from xdit_compile.ir.mesh import RING, ULYSSES, axis_sizes, group_name, position_of
+from xdit_compile.ir.mesh import RING, SHARD, ULYSSES, axis_sizes, group_name, position_of
 from xdit_compile.ir.program import Program, is_collective, output_args
 from xdit_compile.runtime.compilation.graph_segments import outline_segments
 from xdit_compile.runtime.compilation.inductor_backend import own_options
@@ -104,7 +104,7 @@ def _groups(spec: ShardingSpec, rank: int) -> Iterator[None]:
     """Within: the logical names of groups mean something, whose size the compiler asks for. Nothing is sent."""
     sizes, position = axis_sizes(spec), position_of(rank, spec)
     stand_ins = {}
-    for axis in (BATCH, SEQUENCE, TENSOR, ULYSSES, RING):
+    for axis in (BATCH, SEQUENCE, TENSOR, ULYSSES, RING, SHARD):
         name = group_name(axis, sizes)
         if sizes[axis] > 1 and not _known(name):
             stand_ins[name] = dist.ProcessGroup(position[axis], sizes[axis])  # type: ignore[call-arg]

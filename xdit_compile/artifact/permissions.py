@@ -32,6 +32,8 @@ KINDS: Mapping[str, str] = {
     "attention": "softmax(q k^T) v; some kernels believe shapes, so these are compared here",
     "index": "reads or writes a new tensor by indices; kernels compare each with the size, constants are compared here",
     "write": "writes into its first argument, which has to be what is kept from step to step",
+    "arrival": "a copy of an input that goes on while other work is done, and the wait for it; nothing else may take "
+               "what is on its way, which is compared here",
     "collective": "exchanges values in one of the artifact's own groups, whose sizes are compared here",
     "call": "stands for the call of a function",
 }

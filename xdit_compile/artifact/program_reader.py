@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,12 +13,13 @@ from xdit_compile.artifact.entries import Entry
 from xdit_compile.artifact.graph_reader import Function, Setting, decode, function_name
 from xdit_compile.artifact.json_values import Look, look_text
 from xdit_compile.artifact.native_reader import CompiledFunction
+from xdit_compile.artifact.parameter_shares import local_look, spans_of
 from xdit_compile.errors import ArtifactError
 from xdit_compile.ir.program import Input, Program, graph_module, output_args
 from xdit_compile.ir.pytree import flatten
 from xdit_compile.spec import ShardingSpec
 
-KINDS = ("parameter", "constant", "argument", "once", "received", "cache", "invariant")
+KINDS = ("parameter", "constant", "argument", "once", "received", "cache", "invariant", "parameter_share")
 Values = Mapping[tuple[str, str], Look]
 """Shapes and types of what is there for programs, by kind and name."""
 Given = Callable[[str, str], Look | None]
@@ -63,8 +65,7 @@ class Reader:
         holders = main.graph.find_nodes(op="placeholder")
         made = []
         for i, (node, part) in enumerate(zip(holders, entry.parts(len(holders)), strict=True)):
-            kind, name = part.parts(2)
-            what = Input(kind.one_of(KINDS), name.text())  # type: ignore[arg-type]
+            what = _input(part)
             found, look = look_of_node(node), given(what.kind, what.name)
             tensor = constants.get(what.name) if what.kind == "constant" else None
             if what.kind == "cache" and caches:
@@ -74,6 +75,9 @@ class Reader:
             if look is None:
                 raise ArtifactError(f"{part.where}: a program takes the {what.kind} {what.name!r:.100}, which is not "
                                     "there")
+            if what.kind == "parameter" and len(part.parts()) == 3:
+                what = replace(what, part=spans_of(part.parts()[2], look))
+                look = local_look(look, what.part)
             if look != found:
                 raise ArtifactError(f"{part.where}: a program takes the {what.kind} {what.name!r:.100} as "
                                     f"{look_text(found)}, but it is {look_text(look)}")
@@ -114,11 +118,19 @@ def kept_values(entry: Entry, invariant: Program | None) -> Values:
     Raises:
         ArtifactError: it takes other values than that.
     """
-    names = [name for kind, name in (part.parts(2) for part in entry["inputs"].parts()) if kind.value == "invariant"]
+    names = [what.name for what in map(_input, entry["inputs"].parts()) if what.kind == "invariant"]
     found = results_of(invariant) if invariant else []
-    if len(names) != len(found) or len({n.text() for n in names}) < len(names):
+    if len(names) != len(found) or len(set(names)) < len(names):
         raise ArtifactError(f"{entry.where} takes {len(names)} values that are kept, but {len(found)} are made")
-    return {("invariant", name.text()): look for name, look in zip(names, found, strict=True)}
+    return {("invariant", name): look for name, look in zip(names, found, strict=True)}
+
+
+def _input(entry: Entry) -> Input:
+    """What a program takes, but for which part of it: a third entry, which a parameter may have."""
+    kind, name, *part = entry.parts(max(2, min(3, len(entry.parts()))))
+    if part and kind.value != "parameter":
+        raise entry.wrong("kind and name")
+    return Input(kind.one_of(KINDS), name.text())  # type: ignore[arg-type]
 
 
 def _check_indices(constant: torch.Tensor, least: int, most: int, entry: Entry) -> None:

@@ -30,7 +30,7 @@ def program_json(program: Program, add: Callable[[bytes, str], str],
     return {
         "packages": {name: package(m) for name, m in program.functions() if name != "main"} if package else {},
         "functions": {name: add(encode(module), "json") for name, module in program.functions()},
-        "inputs": [[i.kind, i.name] for i in program.inputs],
+        "inputs": [[i.kind, i.name] if i.part is None else [i.kind, i.name, i.part] for i in program.inputs],
         "constants": {i.name: constant(program.constants[i.name]) for i in program.inputs if i.kind == "constant"},
     }
 

@@ -15,8 +15,10 @@ from torch import nn
 from xdit_compile.artifact.entries import Entry
 from xdit_compile.artifact.files import ArtifactFolder
 from xdit_compile.artifact.json_values import DEEPEST, look_of
-from xdit_compile.driver.checkpoint import Checkpoint
+from xdit_compile.driver.checkpoint import Checkpoint, Span, span_of
 from xdit_compile.errors import ArtifactError
+from xdit_compile.ir.parameter_groups import Member
+from xdit_compile.ir.released_parameters import absent
 
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -84,6 +86,28 @@ class WeightFiles:
                 raise self._differs(name, (tuple(tensor.shape), tensor.dtype), self.files[name][0])
         return {name: made[self.files[name]] for name in names}
 
+    def meta(self, names: Collection[str], device: torch.device) -> dict[str, torch.Tensor]:
+        """Stand-ins for parameters of which a rank holds but a share."""
+        return {name: absent(*self.looks[name], device) for name in names}
+
+    def spans(self) -> Span:
+        """What reads a part of a parameter, as `Checkpoint.spans`.
+
+        Raises:
+            ArtifactError: by what is returned: one has another shape or type in its file.
+        """
+        opened: dict[Path, Any] = {}
+
+        def read(member: Member, first: int, last: int) -> torch.Tensor:
+            path, name = self.files[member.name]
+            with readable(path):
+                if path not in opened:
+                    opened[path] = _library().safe_open(str(path), framework="pt")
+                self._check(member.name, opened[path].get_slice(name), path)
+                return truth(span_of(opened[path], name, member, first, last), path)
+
+        return read
+
     def _check(self, name: str, header: Any, path: Path) -> None:
         found = tuple(header.get_shape()), _TYPES.get(header.get_dtype(), header.get_dtype())
         if found != self.looks[name]:
@@ -130,7 +154,8 @@ def placed(cls: type[nn.Module], tensors: Mapping[str, torch.Tensor], buffers: C
         if name in buffers:
             module._buffers[leaf] = tensor
         else:
-            module._parameters[leaf] = made.setdefault(id(tensor), nn.Parameter(tensor, requires_grad=False))
+            module._parameters[leaf] = made.setdefault(id(tensor), tensor if isinstance(tensor, nn.Parameter) else
+                                                       nn.Parameter(tensor, requires_grad=False))
     return model.eval()
 
 

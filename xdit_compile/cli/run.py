@@ -5,22 +5,34 @@ from __future__ import annotations
 import inspect
 import os
 import time
-import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from xdit_compile.api import parallelize
+from xdit_compile.cli.artifact_components import named, pipeline_with
 from xdit_compile.cli.run_result import Run
-from xdit_compile.errors import XditError
-from xdit_compile.pipelines.loading import PipelineSource, load, only_one_speaks, pictures, pipeline_class
-from xdit_compile.pipelines.output_files import save
+from xdit_compile.errors import ArgumentError, XditError
+from xdit_compile.pipelines.call_signature import CallSignature, refusals_told
+from xdit_compile.pipelines.loading import (
+    PipelineSource,
+    load,
+    only_one_speaks,
+    pictures,
+    pipeline_class,
+    pipeline_config,
+)
+from xdit_compile.pipelines.output_files import kept_apart, save
+from xdit_compile.pipelines.report import said_of_steps
+from xdit_compile.planner.auto import Auto
+from xdit_compile.progress import speaks
 from xdit_compile.runtime.launch import launch, place_of
+from xdit_compile.runtime.parallel_group import ParallelGroup
 from xdit_compile.spec import ShardingSpec
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -40,10 +52,12 @@ class Request:
         offload: keep each component on the CPU until it is called.
         warmup_calls: whole calls before the one that is timed and kept.
         frame_rate: frames a second of a video that is written.
+        overwrite: whether results of an earlier run may be replaced.
+        artifacts: exported models in the places of components, by their names; of one the name may be empty.
     """
 
     source: PipelineSource
-    spec: ShardingSpec
+    spec: ShardingSpec | Auto
     output: Path
     arguments: Mapping[str, Any] = field(default_factory=dict)
     habits: Mapping[str, Any] = field(default_factory=dict)
@@ -54,6 +68,8 @@ class Request:
     offload: bool = False
     warmup_calls: int = 0
     frame_rate: int | None = None
+    overwrite: bool = False
+    artifacts: Mapping[str, str] = field(default_factory=dict)
 
 
 def run(request: Request) -> Run:
@@ -74,16 +90,14 @@ def run_rank(request: Request) -> Run:
     """What one rank does. All have the same request; rank 0 writes the files."""
     check(request)
     place = place_of(request.spec.world_size, request.device)
-    first = os.environ.get("RANK", "0") == "0"
+    first = speaks()
     only_one_speaks(first)
     started = time.perf_counter()
     with _told() as notes:
-        pipe = load(request.source, getattr(torch, _dtype_name(request, place)))
-        pipe = pipe if request.offload else pipe.to(place)
-        pipe.set_progress_bar_config(disable=None if first else True)
+        parallel, group = _loaded(request, place)
+        parallel.set_progress_bar_config(disable=None if first else True)
         load_seconds = time.perf_counter() - started
-        arguments = agreed(type(pipe), request) | {n: pictures(f) for n, f in request.pictures.items()}
-        parallel = parallelize(pipe, request.spec)
+        arguments = agreed(type(parallel), request) | {n: pictures(f) for n, f in request.pictures.items()}
         if request.offload:
             parallel.enable_model_cpu_offload(gpu_id=place.index)
         for _ in range(request.warmup_calls):
@@ -95,7 +109,12 @@ def run_rank(request: Request) -> Run:
         if place.type == "cuda":
             torch.cuda.synchronize(place)
         seconds = time.perf_counter() - started
-        peaks = parallel.parallel_group.gather(torch.cuda.max_memory_allocated(place)) if place.type == "cuda" else ()
+        peaks = group.gather("the peaks of memory", torch.cuda.max_memory_allocated(place)) if (
+            place.type == "cuda") else ()
+        if group.spec.approximate:
+            notes.append(f"the result is approximate, as {group.spec.approximate} asks for" + (
+                f": {said_of_steps(group.counts['skipped'], group.counts['decided'])}"
+                if group.counts["decided"] else ""))
         files: list[Path] = []
         if first:
             rate = request.frame_rate or int(_value(parallel, arguments, "frame_rate") or FRAME_RATE)
@@ -104,9 +123,22 @@ def run_rank(request: Request) -> Run:
             if request.frame_rate and not any(f.suffix in (".gif", ".mp4") for f in files):
                 notes.append("--fps had no effect: no video was made")
     return Run(
-        request.source.model, type(pipe).__name__, request.spec, place.type, _dtype_name(request, place), load_seconds,
-        seconds, _steps(parallel, arguments), request.warmup_calls, tuple(peaks), tuple(map(str, files)),
+        request.source.model, type(parallel).__name__, group.spec, place.type, _dtype_name(request, place),
+        load_seconds, seconds, _steps(parallel, arguments), request.warmup_calls, tuple(peaks), tuple(map(str, files)),
         tuple(dict.fromkeys(notes)))
+
+
+def _loaded(request: Request, place: torch.device) -> tuple[Any, ParallelGroup]:
+    """The parallel pipeline, and who runs it."""
+    dtype = getattr(torch, _dtype_name(request, place))
+    if request.artifacts and isinstance(request.spec, ShardingSpec):
+        artifacts = named(request.artifacts, pipeline_config(request.source), request.source.model)
+        without = {**request.source.further, **dict.fromkeys(artifacts)}
+        pipe = load(replace(request.source, further=without), dtype).to(place)
+        return pipeline_with(pipe, artifacts, request.source.model, request.spec, place)
+    pipe = load(request.source, dtype)
+    parallel = parallelize(pipe if request.offload else pipe.to(place), request.spec)
+    return parallel, parallel.parallel_group
 
 
 def check(request: Request) -> None:
@@ -122,11 +154,17 @@ def check(request: Request) -> None:
     for file in (f for files in request.pictures.values() for f in files):
         if not file.startswith(("http://", "https://")) and not Path(file).is_file():
             raise XditError(f"there is no picture {file}")
+    if request.artifacts and (request.offload or request.source.adapters):
+        raise XditError("an artifact stays where it is, with the weights that it was exported for: leave "
+                        "--enable_model_cpu_offload and --lora out, or give no --artifact")
+    if request.artifacts:
+        named(request.artifacts, pipeline_config(request.source), request.source.model)
     if request.offload and (request.device == "cpu" or not torch.cuda.is_available()):
         raise XditError("--enable_model_cpu_offload moves components between a GPU and the CPU, but the pipeline runs "
                         "on the CPU; leave it out")
     try:
-        if os.environ.get("RANK", "0") == "0":
+        if speaks():
+            kept_apart(request.output, request.overwrite)
             request.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise XditError(f"cannot write to {request.output}: {error.strerror}; choose another --output") from error
@@ -134,18 +172,12 @@ def check(request: Request) -> None:
 
 def agreed(cls: type, request: Request) -> dict[str, Any]:
     """The arguments of the pipeline's call, without pictures, if they suit it."""
-    taken = dict(inspect.signature(cls.__call__).parameters)
-    taken.pop("self", None)
-    kinds = {p.kind for p in taken.values()}
-    given = {**request.arguments, **request.pictures}
-    if inspect.Parameter.VAR_KEYWORD not in kinds and (unknown := given.keys() - taken.keys()):
-        raise XditError(f"{cls.__name__} takes no {', '.join(sorted(unknown))}; it takes {', '.join(taken)}")
-    missing = [n for n, p in taken.items() if p.default is p.empty and n not in given
-               and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    if missing:
-        raise XditError(f"{cls.__name__} needs {', '.join(missing)}; give --arg {missing[0]}=VALUE, or "
-                        f"--image {missing[0]}=FILE if it is a picture")
-    return {n: v for n, v in request.habits.items() if n in taken} | dict(request.arguments)
+    signature, given = CallSignature.of(cls.__name__, cls.__call__), {**request.arguments, **request.pictures}
+    signature.check_names(given)
+    if missing := signature.missing(given):
+        raise ArgumentError(f"{cls.__name__} needs {', '.join(missing)}; give --arg {missing[0]}=VALUE, or "
+                            f"--image {missing[0]}=FILE if it is a picture")
+    return {n: v for n, v in request.habits.items() if n in signature.kinds} | dict(request.arguments)
 
 
 def _dtype_name(request: Request, place: torch.device) -> str:
@@ -160,13 +192,8 @@ def call(pipe: Any, arguments: Mapping[str, Any], seed: int) -> Any:
     drawn = {}
     if "generator" in inspect.signature(type(pipe).__call__).parameters:
         drawn["generator"] = torch.Generator("cpu").manual_seed(seed)
-    try:
+    with refusals_told(type(pipe).__name__):
         return pipe(**arguments, **drawn)
-    except ValueError as error:
-        # Pipelines of diffusers look at their arguments in a method of this name, and say what does not fit.
-        if any(frame.name == "check_inputs" for frame in traceback.extract_tb(error.__traceback__)):
-            raise XditError(f"{type(pipe).__name__} refuses its arguments: {error}") from error
-        raise
 
 
 def _steps(pipe: Any, arguments: Mapping[str, Any]) -> int:

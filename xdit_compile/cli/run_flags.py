@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from xdit_compile.cli.artifact_components import exported_spec
 from xdit_compile.cli.run import DTYPES, Request
 from xdit_compile.errors import SpecError, XditError
 from xdit_compile.pipelines.loading import PipelineSource
+from xdit_compile.planner.auto import Auto, spec_of
 from xdit_compile.spec import ShardingSpec, pairs_of
 
 HELP = """\
@@ -26,6 +28,7 @@ examples:
   xdit-compile run --model DIR_OR_ID --spec cfg=2,ulysses=2 --prompt "a red circle" --output images/
   xdit-compile run --model DIR --spec ulysses=4 --prompt "a cat" "a dog" --seed 7 --output_type latent --json
   xdit-compile run --model DIR --spec cfg=2 --arg class_labels=[1,2] --num_inference_steps 20
+  xdit-compile run --model DIR --artifact model-u4.xdit --prompt "a cat"
   xdit-compile run --model DIR --pipeline NAME --image photo.png --image mask_image=mask.png --arg strength=0.6
   torchrun --nproc-per-node 8 -m xdit_compile.cli run --model DIR --use_cfg_parallel --ulysses_degree 4 --prompt "a cat"
 
@@ -34,13 +37,20 @@ exit status: 0 if the files are written, 2 if not.
 
 _SCHEME = "how weights are cut is found by trying; leave it out"
 _ENCODERS = "encoders are not cut, but each can live on a rank of its own: use --spec encoders=spread"
-_EXACT = "nothing is skipped or approximated here; for faster steps use more devices, as in --ulysses_degree"
+_EXACT = "attention is whole at each step; for faster steps use --use_fbcache, or more devices, as in --ulysses_degree"
+_CACHES = "caches have other names here; use --use_fbcache, or --spec cache=first_block, teacache or taylor"
 _PRECISION = "weights and traffic keep the model's type; choose it with --dtype, or load a folder quantized before"
 _TOGETHER = "all processes take part in everything; leave it out"
 _KERNEL = "kernels have other names here; use --spec attention_kernel=torch, flash_attn or yunchang"
 _TILES = "tiles keep the autoencoder's own size; use --enable_tiling alone"
+_RAY = ("processes are started by torchrun, or by this command itself; on a Ray cluster by serve --executor ray, or "
+        "xdit_compile.start(..., executor='ray')")
 _REPEAT = "one call is timed and kept; calls before it are asked for with --warmup_calls"
 _OFFLOAD = "parallel models read their weights themselves; use --enable_model_cpu_offload, or --spec offload=block"
+_SPARSE = "attention is exact here: no kernel leaves out blocks; leave it out"
+_SCHEDULE = "every step runs in the same precision and with the same kernel; leave it out"
+_PROFILE = "see a run's own times with XDIT_COMPILE_LOG=INFO, or put torch.profiler around a script of your own"
+_DISTILLED = "give --model a folder whose transformer is that one"
 _SHARD = "say over how many ranks parameters are cut with --fully_shard_degree N"
 
 VALUES: dict[str, tuple[tuple[str, ...], str]] = {
@@ -48,9 +58,9 @@ VALUES: dict[str, tuple[tuple[str, ...], str]] = {
     "split_scheme": (("row",), _SCHEME),
     "dit_parallel_size": (("0",), _TOGETHER),
     "vae_parallel_size": (("0",), f"{_TOGETHER}, and use --use_parallel_vae"),
-    "ray_world_size": (("1",), "processes are started by torchrun, or by this command itself"),
-    "cache_method": ((), _EXACT),
-    "cache_config": ((), _EXACT),
+    "ray_world_size": (("1",), _RAY),
+    "cache_method": ((), _CACHES),
+    "cache_config": ((), _CACHES),
     "attention_backend": ((), _KERNEL),
     "cross_attention_backend": ((), _KERNEL),
     "gemm_quantization": (("none",), _PRECISION),
@@ -64,21 +74,47 @@ VALUES: dict[str, tuple[tuple[str, ...], str]] = {
     "task": ((), "the class of the pipeline decides what it does; name another with --pipeline"),
     "batch_size": (("1",), "give several prompts, or --arg num_images_per_prompt=N"),
     "dataset_path": ((), "give the prompts with --prompt"),
+    "teacache_thresh": (("0.2",), _EXACT),
+    **{name: ((default,), _EXACT) for name, default in (
+        ("n_calib", "8"), ("threshold", "0.5"), ("window_size", "64"))},
+    "coco_path": ((), _EXACT),
+    **{name: ((default,), _SPARSE) for name, default in (
+        ("spargeattn_simthreshold", "0.3"), ("spargeattn_cdfthreshold", "0.92"), ("vsa_block_size", "128"),
+        ("vsa_top_k", "1"), ("vsa_top_k_ratio", "0.0"), ("vsa_calls_per_step", "2"), ("vsa_prob_threshold", "0.9"))},
+    "vsa_drop_rates": ((), _SPARSE),
+    **dict.fromkeys(("hybrid_attn_low_precision_backend", "hybrid_attn_high_precision_backend",
+                     "num_hybrid_attn_high_precision_steps", "hybrid_attn_schedule",
+                     "num_hybrid_gemm_high_precision_steps"), ((), _SCHEDULE)),
+    **dict.fromkeys(("fp8_precision_override_prefix_patterns", "fp8_precision_override_suffix_patterns"),
+                    ((), _PRECISION)),
+    **{name: ((default,), _PROFILE) for name, default in (
+        ("profile_wait", "2"), ("profile_warmup", "2"), ("profile_active", "1"))},
+    **dict.fromkeys(("distilled_transformer_path", "distilled_transformer_2_path"), ((), _DISTILLED)),
     "flow_shift": ((), "set it in the scheduler's configuration in the model's folder"),
 }
 """Flags of xDiT with values that ask for something else than this package does: the values that do not, and why."""
 
 SWITCHES: dict[str, str] = {
-    **dict.fromkeys(("use_teacache", "use_fbcache", "use_fast_attn", "use_hybrid_attn_schedule"), _EXACT),
+    **dict.fromkeys(("use_fast_attn", "use_hybrid_attn_schedule"), _EXACT),
     **dict.fromkeys(("use_fp8_t5_encoder", "use_fp8_text_encoder", "use_fp8_gemms", "use_fp4_gemms", "use_int8_gemms",
                      "use_fp8_comms", "use_hybrid_gemm_schedule"), _PRECISION),
     **dict.fromkeys(("shard_dit", "memory_efficient_sharding"), _SHARD),
     **dict.fromkeys(("enable_sequential_cpu_offload", "enable_group_cpu_offload"), _OFFLOAD),
+    **dict.fromkeys(("teacache_use_ret_steps", "use_cache"), _EXACT),
+    **dict.fromkeys(("use_ssta_sparse_text_to_image", "use_spargeattn_head_balance"), _SPARSE),
+    "profile": _PROFILE,
+    "no_reshard_after_forward": "a block's parameters are dropped after it, always; leave it out",
+    "use_vae_channels_last_format": "the autoencoder keeps its memory format; call .to(memory_format=...) in a script",
     "shard_t5_encoder": _ENCODERS,
-    "use_ray": "processes are started by torchrun, or by this command itself",
+    "use_ray": _RAY,
     "resize_input_images": "give pictures of the size wanted",
 }
 """Flags of xDiT without a value, of the same kind."""
+
+IDLE = frozenset(f"{no}{name}" for no in ("", "no_") for name in (
+    "spargeattn_reorder_sequence", "use_spargeattn_static_block_mask", "vsa_reorder_sequence",
+    "use_vsa_static_block_mask", "use_vsa_first_frame_mask"))
+"""Flags of xDiT that say how its sparse kernels go about it, and nothing where none is asked for, as never here."""
 
 CALL: dict[str, tuple[type, str]] = {
     "height": (int, "pixels"), "width": (int, "pixels"), "num_frames": (int, "frames of a video"),
@@ -99,11 +135,12 @@ NEUTRAL = {"num_pipeline_patch": (None, 1), "warmup_steps": (None, 0, 1)}
 
 
 def spelled(arguments: Sequence[str]) -> list[str]:
-    """Names of flags with underscores throughout."""
+    """Names of flags with underscores throughout, and without the model that xDiT has some caches' flags begin with."""
     made = []
     for text in arguments:
         name, equals, value = text.partition("=")
-        made.append(f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else text)
+        plain = re.sub(r"^[a-z]+_(?=teacache_)", "", name[2:].replace("-", "_"))
+        made.append(f"--{plain}{equals}{value}" if name.startswith("--") else text)
     return made
 
 
@@ -111,22 +148,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of the command."""
     add = parser.add_argument
     add("--model", required=True, metavar="DIR_OR_ID", help="a folder of a pipeline, or its name on the hub")
-    add("--spec", default="", help="how to shard, as in cfg=2,ulysses=2 (default: one process)")
+    add("--spec", default="", help="how to shard, as in cfg=2,ulysses=2, or auto (default: one process)")
     add("--output", "--output_directory", default="results", metavar="DIR", type=Path,
         help="where images, videos or tensors are written (default results)")
+    add("--overwrite", action="store_true", help="replace results of an earlier run that are there")
     add("--json", action="store_true", help="print the summary as JSON")
     add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: bfloat16 on a GPU, else float32)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if it fits")
     add("--pipeline", metavar="CLASS", help="a pipeline of diffusers in place of the one that the folder names")
     add("--scheduler", metavar="CLASS", help="a scheduler of diffusers in place of the pipeline's own")
     add("--lora", metavar="PATH[:SCALE]", nargs="+", action="extend", default=[], help="adapters to load")
+    add("--artifact", dest="artifacts", metavar="[NAME=]FOLDER", nargs="+", action="extend", default=[],
+        help="an exported model in the place of the component; the spec is the artifact's")
     add("--warmup_calls", type=_count, default=0, metavar="N", help="calls before the one that is timed and kept")
     add("--fps", type=_count, metavar="N", help="of videos written (default: the call's frame_rate, or 8)")
     _add_call(parser.add_argument_group("the pipeline's call", "what is not given is left to the pipeline"))
     _add_xdit(parser.add_argument_group("as in xDiT"))
     for name in VALUES:
         add(f"--{name}", nargs="*", help=argparse.SUPPRESS)
-    for name in SWITCHES:
+    for name in (*SWITCHES, *sorted(IDLE)):
         add(f"--{name}", action="store_true", help=argparse.SUPPRESS)
 
 
@@ -154,6 +194,8 @@ def _add_xdit(group: Any) -> None:
     for name, text in {
         "use_cfg_parallel": "the spec's cfg=2",
         "use_parallel_vae": "the spec's vae=N, N being all processes",
+        "use_fbcache": "the spec's cache=first_block (approximate)",
+        "use_teacache": "the spec's cache=teacache (approximate)",
         "use_torch_compile": "the spec's backend=inductor",
         "use_onediff": "the spec's backend=onediff",
         "no_use_resolution_binning": "take height and width as they are",
@@ -184,24 +226,26 @@ def request(options: argparse.Namespace) -> Request:
     arguments, pictures = _arguments(options), _pictures(options.image)
     if both := arguments.keys() & pictures.keys():
         raise XditError(f"{both.pop()} is given twice, as --arg and as --image")
+    artifacts = _artifacts(options.artifacts)
     habits: dict[str, Any] = {} if options.output_type else {"output_type": "pil"}
     if options.no_use_resolution_binning:
         habits["use_resolution_binning"] = False
     return Request(
-        source=_source(options), spec=_spec(options), output=options.output, arguments=arguments, habits=habits,
+        source=_source(options), spec=exported_spec(artifacts, _spec(options)) if artifacts else _spec(options),
+        artifacts=artifacts, output=options.output, arguments=arguments, habits=habits,
         pictures=pictures, seed=options.seed, dtype=options.dtype,
         device=options.device, offload=options.enable_model_cpu_offload, warmup_calls=options.warmup_calls,
-        frame_rate=options.fps)
+        frame_rate=options.fps, overwrite=options.overwrite)
 
 
 def _source(options: argparse.Namespace) -> PipelineSource:
     further = {"cache_dir": options.download_dir, "trust_remote_code": options.trust_remote_code or None}
-    return PipelineSource(options.model, options.pipeline, options.scheduler, tuple(map(_adapter, options.lora)),
+    return PipelineSource(options.model, options.pipeline, options.scheduler, tuple(map(adapter, options.lora)),
                   tuple(n for n in ("enable_tiling", "enable_slicing") if vars(options)[n]),
                   {name: value for name, value in further.items() if value is not None})
 
 
-def _spec(options: argparse.Namespace) -> ShardingSpec:
+def _spec(options: argparse.Namespace) -> ShardingSpec | Auto:
     """The words of ``--spec`` and those that xDiT's flags stand for."""
     words = {word: str(vars(options)[flag]) for flag, word in DEGREES.items() if vars(options)[flag] is not None}
     if options.attn_layer_num_for_pp:
@@ -216,18 +260,23 @@ def _spec(options: argparse.Namespace) -> ShardingSpec:
                                 "--pipefusion_parallel_degree N")
     if options.use_cfg_parallel:
         words["cfg"] = "2"
+    if options.use_fbcache and options.use_teacache:
+        raise SpecError("--use_fbcache and --use_teacache name two caches; give one of them")
+    if options.use_fbcache or options.use_teacache:
+        words["cache"] = "first_block" if options.use_fbcache else "teacache"
     if options.use_torch_compile and options.use_onediff:
         raise SpecError("--use_torch_compile and --use_onediff name two compilers; give one of them")
     if options.use_torch_compile or options.use_onediff:
         words["backend"] = "onediff" if options.use_onediff else "inductor"
-    own = {word.removesuffix("_degree"): value for word, value in pairs_of(options.spec)}
+    text = options.spec if Auto.parse(options.spec) is None else options.spec.partition(",")[2]
+    own = {word.removesuffix("_degree"): value for word, value in pairs_of(text)}
     if both := [w for w in words if w in own and own[w] != words[w]]:
         raise SpecError(f"--spec {options.spec} and the flags for {', '.join(f'{w}={words[w]}' for w in both)} "
                         "contradict each other; give one of them")
     parts = [options.spec, *(f"{word}={value}" for word, value in words.items() if word not in own)]
     if options.use_parallel_vae and "vae" not in own:
-        parts.append(f"vae={ShardingSpec.parse(','.join(parts)).world_size}")
-    return ShardingSpec.parse(",".join(filter(None, parts)))
+        parts.append(f"vae={spec_of(','.join(parts)).world_size}")
+    return spec_of(",".join(filter(None, parts)))
 
 
 def _arguments(options: argparse.Namespace) -> dict[str, Any]:
@@ -269,7 +318,19 @@ def _pictures(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return made
 
 
-def _adapter(text: str) -> tuple[str, float]:
+def _artifacts(texts: Sequence[str]) -> dict[str, str]:
+    """Folders by the names of components; of the one that has none, by the empty name."""
+    made: dict[str, str] = {}
+    for text in texts:
+        name, folder = found.groups() if (found := re.fullmatch(r"([A-Za-z_]\w*)=(.+)", text)) else ("", text)
+        if name in made:
+            raise XditError(f"--artifact {text}: there is one before it {f'for {name}' if name else 'without a name'}; "
+                            "write NAME=FOLDER, with the name of each component")
+        made[name] = folder
+    return made
+
+
+def adapter(text: str) -> tuple[str, float]:
     """A path, and what follows its last colon if that is a number."""
     path, _, scale = text.rpartition(":")
     try:

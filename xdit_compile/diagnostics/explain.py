@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from xdit_compile.diagnostics.explanation import Explanation, Row, Traffic, WeightCut
+from xdit_compile.diagnostics.block_boxes import block_boxes
+from xdit_compile.diagnostics.explanation import Explanation, RankFigures, Row, Traffic, WeightCut
 from xdit_compile.diagnostics.fitting import fits, memory_of, memory_of_stage
 from xdit_compile.diagnostics.origins import Piece, global_functions, pieces
 from xdit_compile.diagnostics.stage_costs import Stages, stages_of
@@ -28,6 +29,8 @@ from xdit_compile.ir.program import Note, Program, module_of, source_of
 from xdit_compile.ir.step_inputs import step_inputs
 from xdit_compile.passes import local_groups
 from xdit_compile.passes.pipefusion import plan_pipeline
+from xdit_compile.planner.auto import Auto, resolved
+from xdit_compile.progress import progress
 from xdit_compile.report.costs import Costs, costs_of
 from xdit_compile.report.loop_invariants import InvariantWork, invariant_work, with_invariants
 from xdit_compile.report.memory import RankMemory
@@ -38,32 +41,34 @@ MOST = 10
 """How many of the largest replicated operations are listed."""
 
 
-def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, inputs: Inputs, *,
+def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec | Auto, inputs: Inputs, *,
             rank: int = 0, dump: Dump | None = None, method: str = "forward",
-            device_memory: int | None = None) -> Explanation:
+            device_memory: int | None = None, every_rank: bool = False) -> Explanation:
     """Capture one call of ``model``, make ``rank``'s program for ``spec``, and say what it does and costs.
 
     Nothing is computed, sent or started, and the model may be on the meta device.
 
     Args:
         model: any DiT as a torch.nn.Module, in eval mode.
-        spec: as for ``parallelize``; no processes are needed, however many ranks it speaks of.
+        spec: as for ``parallelize``; no processes are needed, however many ranks it speaks of. ``auto`` has to know the
+            machine, as in ``auto,machine=8xNAME``.
         inputs: example inputs, a dict of keyword arguments or a tuple of positional ones.
         rank: whose program is described. Where shares are uneven, ranks differ.
         dump: called with the name of each pass and the program it made.
         method: which of the model's methods is called; an autoencoder's ``decode``, say.
+        every_rank: whether the figures of all ranks are counted, which takes as long again for each.
         device_memory: bytes of a device. If the rank takes more, other specs are tried that would make it fit.
 
     Raises:
         SpecError: the spec does not fit the model, or has no such rank.
         CaptureError: the model cannot be captured.
     """
-    spec = ShardingSpec.parse(spec)
-    if not 0 <= rank < spec.world_size:
-        raise SpecError(f"rank {rank} is none of the {spec.world_size} ranks of {spec}")
     if method != "forward":
         model = as_module(model, method)
     args, kwargs = call_arguments(model, inputs)
+    spec = resolved(spec, model, args, kwargs)
+    if not 0 <= rank < spec.world_size:
+        raise SpecError(f"rank {rank} is none of the {spec.world_size} ranks of {spec}")
     start = time.perf_counter()
     program = captured(model, args, kwargs)
     middle = time.perf_counter()
@@ -89,7 +94,26 @@ def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, i
         tuple(_row(n, calls) for n in notes if n.kind == "fallback"),
         tuple(replicated[:MOST]), sum(row.flops for row in replicated), costs, costs_of(whole), kept, stages,
         local.history, memory, None if device_memory is None else fits(
-            program, spec, rank, changes, groups, memory, device_memory), _weight_cuts(own))
+            program, spec, rank, changes, groups, memory, device_memory), _weight_cuts(own), block_boxes(local),
+        _figures(program, spec, changes, groups) if every_rank else ())
+
+
+def _figures(program: Program, spec: ShardingSpec, changes: Mapping[int, str],
+             groups: Sequence[ParameterGroup]) -> tuple[RankFigures, ...]:
+    """What each rank computes, sends and takes."""
+    made = []
+    for rank in range(spec.world_size):
+        with progress(f"counting rank {rank} of {spec.world_size}"):
+            if spec.pipefusion_degree > 1:
+                _, _, _, costs, _, stages, memory, _ = _stage(program, spec, rank, None, changes, groups)
+                sent = costs.sent + stages.sent(rank)
+            else:
+                compiled = compile_program(program, spec, rank, None, changes, groups)
+                costs, memory = with_invariants(costs_of(compiled.local), compiled.invariant, compiled.body), memory_of(
+                    compiled)
+                sent = costs.sent
+        made.append(RankFigures(rank, costs.flops, sent, memory))
+    return tuple(made)
 
 
 def _stage(program: Program, spec: ShardingSpec, rank: int, dump: Dump | None, changes: Mapping[int, str],

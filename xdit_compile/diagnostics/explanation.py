@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from xdit_compile.diagnostics.block_boxes import BlockBox
 from xdit_compile.diagnostics.fit import Fit
+from xdit_compile.diagnostics.html_page import write_page
 from xdit_compile.diagnostics.stage_costs import Stages
 from xdit_compile.ir.pass_record import PassRecord
 from xdit_compile.report.costs import Costs
@@ -69,6 +72,16 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class RankFigures:
+    """What one rank computes, sends and takes in a forward: operations, bytes, memory."""
+
+    rank: int
+    flops: int
+    sent: int
+    memory: RankMemory
+
+
+@dataclass(frozen=True)
 class Explanation:
     """What ``rank`` would do under ``spec``, and what one device does without it.
 
@@ -91,6 +104,8 @@ class Explanation:
         passes: what each pass did, in order.
         memory: what this rank takes; fit: whether that fits the device that was asked about.
         weights: which parameters tensor ranks share out, and how.
+        blocks: what the rank runs, block by block, in order.
+        ranks: the figures of all ranks, if they were asked for.
     """
 
     model: str
@@ -115,6 +130,8 @@ class Explanation:
     memory: RankMemory = field(default_factory=RankMemory)
     fit: Fit | None = None
     weights: tuple[WeightCut, ...] = ()
+    blocks: tuple[BlockBox, ...] = ()
+    ranks: tuple[RankFigures, ...] = ()
 
     @property
     def work_ratio(self) -> float:
@@ -147,6 +164,39 @@ class Explanation:
                 f"{size(self.local.sent)}; {staged}activations {size(self.local.activations)} of "
                 f"{size(self.whole.activations)}; {kept}{missing}")
 
+    @property
+    def figures(self) -> RankFigures:
+        """Those of the rank that is described."""
+        sent = self.local.sent + (self.stages.sent(self.rank) if self.stages else 0)
+        return RankFigures(self.rank, self.local.flops, sent, self.memory)
+
+    def write_page(self, path: str | Path, *, flops_per_second: float = 100e12, bytes_per_second: float = 10e9,
+                   steps: int = 8) -> None:
+        """Write all of it as one page for a browser, with pictures; the file is there whole or not at all.
+
+        Args:
+            flops_per_second, bytes_per_second: of each device, for the bars of time.
+            steps: of denoising, in the picture of stages.
+
+        Raises:
+            XditError: the file cannot be written.
+        """
+        write_page(self, path, flops_per_second, bytes_per_second, steps)
+
+    def verdict(self) -> str:
+        """The one line to read first: what the spec would give."""
+        ranks = self.spec.world_size
+        if ranks == 1:
+            return f"{self.model} on one device: {work(self.whole.flops)}, {size(self.memory.device)}"
+        share = self.local.flops / max(self.whole.flops, 1)
+        parts = [f"{share:.1%} of the work on each of {ranks} devices (ideal {1 / ranks:.1%})",
+                 f"{size(self.memory.device)} of memory", f"{size(self.figures.sent)} sent"]
+        if self.fallbacks:
+            parts.append(f"{plural(len(self.fallbacks), 'operator')} computed whole")
+        if self.fit is not None:
+            parts.append("fits" if self.fit.fits else "does NOT fit")
+        return f"{self.model} under {self.spec}: {', '.join(parts)}"
+
     def __rich__(self) -> RenderableType:
         ranks = self.spec.world_size
         head = Text.assemble((self.model, "bold"), f" under {self.spec}, rank {self.rank} of {ranks}")
@@ -155,7 +205,8 @@ class Explanation:
         captured = Text(f"Captured {plural(nodes, 'node')} of {plural(len(self.operators), 'operator')} in "
                         f"{self.capture_seconds:.1f} s, passes {self.passes_seconds:.1f} s. Functions: {blocks}")
         return sections(
-            Group(head, captured), _costs(self), _memory(self), self.fit, _kept(self), self.stages,
+            Text(self.verdict(), "bold"), Group(head, captured), _costs(self), _memory(self), self.fit, _kept(self),
+            self.stages,
             _rows("Where the token axes start", self.seeds, self),
             _rows("Attention", self.attentions, self, sent=True),
             _rows("Convolutions", self.convolutions, self, sent=True),

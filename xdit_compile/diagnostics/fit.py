@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from xdit_compile.report.memory import RankMemory
-from xdit_compile.report.tables import table
+from xdit_compile.report.tables import sections, table
 from xdit_compile.report.units import size
 
 
@@ -39,7 +39,7 @@ class Fit:
         if self.fits:
             return Text(f"It fits a device of {most}: this rank takes {size(self.memory.device)}")
         head = Text(f"It does not fit a device of {most}: this rank takes {size(self.memory.device)}")
-        return Group(head, self._trials())
+        return sections(head, self._trials())
 
     def _trials(self) -> Table:
         made = table("What other words would take", "spec", ">on the device", ">on the host", "fits")

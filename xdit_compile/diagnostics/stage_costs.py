@@ -79,7 +79,7 @@ class Stages:
             edge.whole if unit == WHOLE else edge.nbytes[unit]) / bytes_per_second)
 
     def draw(self, path: str | Path, steps: int, flops_per_second: float, bytes_per_second: float) -> None:
-        """Write a picture (SVG) of that."""
+        """Write a picture of that: SVG, PNG or PDF, by the name of the file."""
         draw({"predicted": self.timeline(steps, flops_per_second, bytes_per_second)}, path)
 
     def __rich__(self) -> RenderableType:

@@ -30,7 +30,7 @@ class Timelines:
     predicted: Timeline
 
     def draw(self, path: str | Path) -> None:
-        """Write a picture (SVG) of both."""
+        """Write a picture of both: SVG, PNG or PDF, by the name of the file."""
         draw({"predicted": self.predicted, "measured": self.measured}, path)
 
     def __str__(self) -> str:
@@ -57,7 +57,8 @@ def timeline(parallel: Any) -> Timelines:
 def _of(ready: ReadyProgram, executor: StageExecutor) -> Timelines:
     spec = ready.group.spec
     mine = [astuple(bar) for bar in executor.bars], {unit: program_flops(p) for unit, p in executor.stage.units.items()}
-    everyone = [([Bar(*bar) for bar in bars], work) for bars, work in ready.group.gather(mine)]
+    everyone = [([Bar(*bar) for bar in bars], work) for bars, work in ready.group.gather(
+        "timeline(), which all ranks ask for together", mine)]
     stages = [everyone[i * spec.ranks_per_stage] for i in range(spec.pipefusion_degree)]
     bars = [bar for its, _ in stages for bar in its]
     start = min((b.start for b in bars), default=0.0)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from xdit_compile.errors import XditError
+from xdit_compile.report.picture import figure
 from xdit_compile.runtime.pipefusion.schedule import WHOLE, Bar, Timeline
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ FONT = 7.0
 
 GREY = "#b8b8b8"
 
-
 def draw(timelines: Mapping[str, Timeline], path: str | os.PathLike[str]) -> None:
-    """Write an SVG picture: below each other the timelines, each moved to start at zero, with a lane for each stage.
+    """Write a picture, SVG, PNG or PDF by the name of the file: below each other the timelines, each moved to start at
+    zero, with a lane for each stage.
 
     Bars are runs, coloured by patch, with the number of their step; blank is waiting. The file is there whole or not
     at all, and the same for the same timelines.
@@ -36,30 +36,21 @@ def draw(timelines: Mapping[str, Timeline], path: str | os.PathLike[str]) -> Non
     Raises:
         XditError: there is nothing to draw, matplotlib cannot be imported, or the file cannot be written.
     """
-    try:
-        import matplotlib
-        from matplotlib import style
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ImportError as error:
-        raise XditError(f"drawing a timeline needs matplotlib, which cannot be imported ({error}); "
-                        "pip install 'xdit-compile[plots]'") from error
     if not timelines:
         raise XditError("no timeline to draw")
     units = sorted({b.unit for t in timelines.values() for b in _runs(t)})
-    shades = matplotlib.colormaps["viridis"]
-    last = max(units[-1], 1) if units else 1
-    colours = {u: GREY if u == WHOLE else matplotlib.colors.to_hex(shades(0.15 + 0.8 * u / last)) for u in units}
     longest = max(t.seconds for t in timelines.values())
     factor, unit = next(((f, u) for f, u in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")) if longest * f >= 1), (1e9, "ns"))
     crowd = max((sum(b.stage == s for b in _runs(t)) for t in timelines.values() for s in range(t.stages)), default=0)
     width = min(max(INCHES_PER_BAR * crowd, NARROWEST), WIDEST)
     heights = [HEAD + LANE * t.stages for t in timelines.values()]
-    with style.context("default"), matplotlib.rc_context({"svg.hashsalt": "timeline", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(width, sum(heights) + 2 * HEAD), layout="constrained")
-        FigureCanvasSVG(figure)
-        parts = figure.subplots(len(timelines), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    with figure(width, sum(heights) + 2 * HEAD, Path(path), "the timeline") as made:
+        import matplotlib
+        from matplotlib.patches import Patch
+
+        shades, last = matplotlib.colormaps["viridis"], max(units[-1], 1) if units else 1
+        colours = {u: GREY if u == WHOLE else matplotlib.colors.to_hex(shades(0.15 + 0.8 * u / last)) for u in units}
+        parts = made.subplots(len(timelines), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
         for at, (axes, (name, timeline)) in enumerate(zip(parts, timelines.items(), strict=True)):
             _lanes(axes, timeline, colours, factor, at, FONT * 0.65 / 72 * (longest * factor) / width)
             axes.set_title(f"{name}: {timeline.seconds * factor:.4g} {unit}, bubble {timeline.bubble():.1%}",
@@ -68,8 +59,7 @@ def draw(timelines: Mapping[str, Timeline], path: str | os.PathLike[str]) -> Non
         parts[-1].set_xlabel(f"time ({unit})")
         keys = [Patch(color=c, label="whole" if u == WHOLE else f"patch {u}") for u, c in colours.items()]
         keys.append(Patch(facecolor="white", edgecolor=GREY, label="waiting"))
-        figure.legend(handles=keys, loc="outside lower left", ncols=10, frameon=False, fontsize=8)
-        _write(figure, Path(path))
+        made.legend(handles=keys, loc="outside lower left", ncols=10, frameon=False, fontsize=8)
 
 
 def _runs(timeline: Timeline) -> Iterator[Bar]:
@@ -99,15 +89,3 @@ def _ink(colour: str) -> str:
     """Black on light colours, white on dark ones (luma of Rec. 601)."""
     red, green, blue = (int(colour[i:i + 2], 16) for i in (1, 3, 5))
     return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 128 else "white"
-
-
-def _write(figure: Any, path: Path) -> None:
-    if not path.parent.is_dir():
-        raise XditError(f"the timeline cannot be written to {path}: there is no folder {path.parent}")
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as drafts:
-            draft = Path(drafts) / "timeline.svg"
-            figure.savefig(draft, format="svg", metadata={"Date": None, "Creator": None})
-            draft.replace(path)
-    except OSError as error:
-        raise XditError(f"the timeline cannot be written to {path}: {error}") from error

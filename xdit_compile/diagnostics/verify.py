@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -59,7 +60,7 @@ def verify(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, in
     compiled, group = ready.compiled, ready.group
     assert isinstance(compiled, Compiled)
     with runner.group.control.guard("the verification", group.process_groups.bind()), torch.no_grad():
-        everyone = [[Difference(*d) for d in its] for one in ready.group.gather([
+        everyone = [[Difference(*d) for d in its] for one in ready.group.gather("the verification", [
             [astuple(difference(a, b)) for a, b in zip(got, expected, strict=True)] for got in actual]) for its in one]
         outputs = tuple(
             OutputDifference(i, tuple(x.shape), str(x.dtype).removeprefix("torch."),
@@ -68,6 +69,8 @@ def verify(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, in
         result = Verification(type(model).__name__, runner.group.spec, tolerance, outputs)
         if result.ok:
             return result
+        if runner.group.spec.approximate:
+            return replace(result, cause="approximate")
         if compiled.stage is not None:
             return replace(result, cause="stages")
         tensors, _ = flatten((args, kwargs))
@@ -82,10 +85,12 @@ def verify(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, in
 def _explained(result: Verification, ready: ReadyProgram, main: Pair, expected: Sequence[torch.Tensor]) -> Verification:
     """``result`` with the cause of its differences, and the nodes to blame."""
     captured = [astuple(difference(a, b)) for a, b in zip(main.whole(*main.whole_arguments), expected, strict=True)]
-    if any(Difference(*d).exceeds(result.tolerance) for theirs in ready.group.gather(captured) for d in theirs):
+    if any(Difference(*d).exceeds(result.tolerance) for theirs in ready.group.gather(
+            "the verification", captured) for d in theirs):
         return replace(result, cause="capture")
     compiled = ready.compiled
     assert isinstance(compiled, Compiled) and compiled.local.position is not None
     position = compiled.local.position
-    nodes = first_differences(main, position, result.tolerance, ready.group.gather)
+    nodes = first_differences(main, position, result.tolerance,
+                              partial(ready.group.gather, "the verification"))
     return replace(result, cause="rewriting" if nodes else "execution", nodes=nodes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +18,7 @@ from xdit_compile.ir.layout import length
 from xdit_compile.ir.packed_tensors import is_packed, whole_name
 from xdit_compile.ir.parameter_groups import Member
 from xdit_compile.ir.program import Part, part_of
+from xdit_compile.runtime.execution.parameter_store import Span
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Checkpoint:
                         place.set(name, opened.get_tensor(name), self.source)
 
 
-    def spans(self) -> Callable[[Member, int, int], torch.Tensor]:
+    def spans(self) -> Span:
         """What reads a part of a parameter, and no more of the file than the rows that it is in; in the file's type.
 
         Raises:
@@ -93,20 +94,10 @@ class Checkpoint:
             file = self.files[name]
             if file not in opened:
                 opened[file] = _open(file, torch.device("cpu"))
-            header = opened[file].get_slice(name)
             whole = member.layout.shape if member.layout else member.shape
-            if (shape := tuple(header.get_shape())) != whole:
+            if (shape := tuple(opened[file].get_slice(name).get_shape())) != whole:
                 raise XditError(f"{name} is {list(shape)} in {self.source} and {list(whole)} in the model")
-            if member.part is not None:
-                return _rows(header, member.part).permute(member.order).reshape(-1)[first:last]
-            if member.order != tuple(range(len(shape))) or not shape:
-                return opened[file].get_tensor(name).permute(member.order).reshape(-1)[first:last]
-            # The first dimension that says anything is that of rows.
-            dim = next((i for i, size in enumerate(shape) if size > 1), 0)
-            row = member.size // shape[dim]
-            top, bottom = first // row, -(-last // row)
-            part = header[(*[slice(None)] * dim, slice(top, bottom))]
-            return part.reshape(-1)[first - top * row : last - top * row]
+            return span_of(opened[file], name, member, first, last)
 
         return read
 
@@ -122,6 +113,23 @@ class Checkpoint:
                     opened.seek(place)
                     made.update(opened.read(64))
         return made.hexdigest()
+
+
+def span_of(file: Any, name: str, member: Member, first: int, last: int) -> torch.Tensor:
+    """A parameter's elements from one to another, in the order in which they lie in memory, of a file that is open;
+    no more of it is read than the rows that they are in."""
+    header = file.get_slice(name)
+    if member.part is not None:
+        return _rows(header, member.part).permute(member.order).reshape(-1)[first:last]
+    shape = member.shape
+    if member.order != tuple(range(len(shape))) or not shape:
+        return file.get_tensor(name).permute(member.order).reshape(-1)[first:last]
+    # The first dimension that says anything is that of rows.
+    dim = next((i for i, size in enumerate(shape) if size > 1), 0)
+    row = member.size // shape[dim]
+    top, bottom = first // row, -(-last // row)
+    part = header[(*[slice(None)] * dim, slice(top, bottom))]
+    return part.reshape(-1)[first - top * row : last - top * row]
 
 
 def _rows(header: Any, part: Part) -> torch.Tensor:

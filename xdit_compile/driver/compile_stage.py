@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+import torch
+
 from xdit_compile.driver.compile_call import NONE, Compiled, Dump, split_invariant
 from xdit_compile.frontend.gc_pause import gc_paused
 from xdit_compile.ir.layout import EVERY, PATCH, Layout
@@ -40,28 +42,13 @@ def staged(pipeline: Pipeline, rank: int, dump: Dump | None = None,
     spec = pipeline.whole.spec
     assert spec is not None
     local, position = localize_stage(pipeline, rank, dump, groups), position_of(rank, spec)
-    index, last = position[STAGE], spec.pipefusion_degree - 1
+    index = position[STAGE]
     stage = pipeline.stages[index]
-    dtypes = {name: n.meta["val"].dtype for s in pipeline.stages
-              for name, n in zip(s.sends, output_args(s.body.main.graph), strict=False)}
+    dtypes, sent = _dtypes(pipeline), _sent(pipeline)
 
     def shape(name: str, unit: int) -> tuple[int, ...]:
         return pipeline.layouts[name].local_shape({**position, PATCH: unit})
 
-    def nbytes(names: tuple[str, ...], unit: int) -> int:
-        return sum(math.prod(shape(n, unit)) * dtypes[n].itemsize for n in names)
-
-    patches = range(spec.patches)
-    sent = {(i, to): tuple(n for n, targets in s.sends.items() if to in targets)
-            for i, s in enumerate(pipeline.stages) for to in range(i + 1, last + 1)}
-    sent = {pair: names for pair, names in sent.items() if names}
-    edges = [Edge(a, b, tuple(nbytes(names, p) for p in patches), nbytes(names, EVERY),
-                  "hidden" if b == a + 1 else "skip") for (a, b), names in sent.items()]
-    results = [(lay, n.meta["val"].dtype) for lay, n in zip(
-        pipeline.results, output_args(pipeline.whole.main.graph), strict=True)]
-    sizes = [sum(math.prod(lay.local_shape({PATCH: p})) * dtype.itemsize for lay, dtype in results
-                 if _cut(lay, spec.patches) or p in (EVERY, spec.patches - 1)) for p in (*patches, EVERY)]
-    edges += [Edge(last, to, tuple(sizes[:-1]), sizes[-1], RESULT) for to in range(last)]
     place = {n.name: int(i.name.removeprefix("arg_")) for n, i in zip(
         pipeline.whole.main.graph.find_nodes(op="placeholder"), pipeline.whole.inputs, strict=True)
         if i.kind == "argument"}
@@ -74,8 +61,41 @@ def staged(pipeline: Pipeline, rank: int, dump: Dump | None = None,
         receives=receives,
         shapes={(n, u): (shape(n, u), dtypes[n]) for names in receives.values() for n in names for u in local.units},
         cuts=tuple(_cut(lay, spec.patches) for lay in pipeline.results), results=stage.results, fixed=stage.fixed,
-        edges=tuple(edges), blocks=tuple(s.blocks for s in pipeline.stages))
+        edges=stage_edges(pipeline, rank), blocks=tuple(s.blocks for s in pipeline.stages))
     return local.units[EVERY], program
+
+
+def stage_edges(pipeline: Pipeline, rank: int) -> tuple[Edge, ...]:
+    """What stages send each other for every unit, as ``rank`` and those that stand where it does in their stages do."""
+    spec = pipeline.whole.spec
+    assert spec is not None
+    position, last, dtypes = position_of(rank, spec), spec.pipefusion_degree - 1, _dtypes(pipeline)
+
+    def nbytes(names: Sequence[str], unit: int) -> int:
+        here = {**position, PATCH: unit}
+        return sum(math.prod(pipeline.layouts[n].local_shape(here)) * dtypes[n].itemsize for n in names)
+
+    patches = range(spec.patches)
+    edges = [Edge(a, b, tuple(nbytes(names, p) for p in patches), nbytes(names, EVERY),
+                  "hidden" if b == a + 1 else "skip") for (a, b), names in _sent(pipeline).items()]
+    results = [(lay, n.meta["val"].dtype) for lay, n in zip(
+        pipeline.results, output_args(pipeline.whole.main.graph), strict=True)]
+    sizes = [sum(math.prod(lay.local_shape({PATCH: p})) * dtype.itemsize for lay, dtype in results
+                 if _cut(lay, spec.patches) or p in (EVERY, spec.patches - 1)) for p in (*patches, EVERY)]
+    return tuple(edges + [Edge(last, to, tuple(sizes[:-1]), sizes[-1], RESULT) for to in range(last)])
+
+
+def _sent(pipeline: Pipeline) -> dict[tuple[int, int], tuple[str, ...]]:
+    """The names of what one stage sends another, by both."""
+    count = len(pipeline.stages)
+    sent = {(i, to): tuple(n for n, targets in s.sends.items() if to in targets)
+            for i, s in enumerate(pipeline.stages) for to in range(i + 1, count)}
+    return {pair: names for pair, names in sent.items() if names}
+
+
+def _dtypes(pipeline: Pipeline) -> dict[str, torch.dtype]:
+    return {name: n.meta["val"].dtype for s in pipeline.stages
+            for name, n in zip(s.sends, output_args(s.body.main.graph), strict=False)}
 
 
 def _cut(layout: Layout, patches: int) -> Cut | None:

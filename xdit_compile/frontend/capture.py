@@ -36,7 +36,7 @@ from xdit_compile.frontend.gc_pause import gc_paused
 from xdit_compile.frontend.left_behind import check_left
 from xdit_compile.frontend.looks import Looks, dress
 from xdit_compile.frontend.mechanisms import COMPILED, check, compiled_inside
-from xdit_compile.frontend.objects import MISSING, constants
+from xdit_compile.frontend.objects import MISSING
 from xdit_compile.frontend.opaque_modules import culprit, leaving_in_python
 from xdit_compile.frontend.operator_log import Unlike
 from xdit_compile.frontend.own_errors import not_of_capture
@@ -48,10 +48,11 @@ from xdit_compile.frontend.stand_ins import subclasses_made
 from xdit_compile.frontend.tracing import StateWritten, Traced, as_fake, export_conventions, fake_state, traced
 from xdit_compile.frontend.unguarded import check_reads
 from xdit_compile.frontend.watchers import observed_hooks
-from xdit_compile.frontend.writes import fill, has_values, refuse, settle
+from xdit_compile.frontend.writes import fill, has_values, holds_no_tensors, refuse, settle
 from xdit_compile.ir.packed_tensors import is_packed
 from xdit_compile.ir.program import Input, Program, drop_unused, graph_module, output_args, source_of
 from xdit_compile.ir.pytree import Structure, differ, flatten, sharing
+from xdit_compile.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -122,8 +123,8 @@ def recorded(model: nn.Module, args: Sequence[Any] = (),
     filled, kept, start = False, True, time.perf_counter()
     while True:
         try:
-            with gc_paused(), undisturbed(), observed_hooks(model), subclasses_made(), casts_noted(), \
-                    leaving_in_python(model, left):
+            with progress(f"capturing {type(model).__name__}"), gc_paused(), undisturbed(), observed_hooks(model), \
+                    subclasses_made(), casts_noted(), leaving_in_python(model, left):
                 # What a forward sets in the context of its thread is gone with the copy.
                 program, reads, effects = copy_context().run(_Capture(model, args, kwargs, kept).program)
             check_left(model, reads.made, program)
@@ -260,6 +261,9 @@ class _Capture:
         call = self._call(known)
         with self._unchanged(), fake_state(self.model, self.mode), self.mode:
             filled, kept = settle(self.model, lambda shown: call(*shown), self._fresh, self.before, self.reads)
+        # What is kept by types of tensors (a registry of backends) has an entry for stand-ins, which no other call
+        # meets.
+        kept = {k: c for k, c in kept.items() if not _is_stand_in(k[1])}
         tables = {k: _real(c.after, known) for k, c in kept.items()}
         self.tables = {k: made for k, made in tables.items() if made is not MISSING}
         unknown = [str(c) for k, c in kept.items() if k not in self.tables and c.after is not MISSING]
@@ -312,13 +316,18 @@ class _Capture:
         return _function_of(kind, found, constants)
 
 
+def _is_stand_in(key: Any) -> bool:
+    """Whether it is the type of a tensor that tracing alone makes."""
+    return isinstance(key, type) and issubclass(key, (FakeTensor, FunctionalTensor))
+
+
 def _any(_: object) -> bool:
     return True
 
 
 def _real(made: Any, known: ConcreteValueMode) -> Any:
     """What forward made, if all values in it are known and were computed where the model would; else MISSING."""
-    parts = [t for t in tree_leaves(made) if not constants(t)]
+    parts = [t for t in tree_leaves(made) if not holds_no_tensors(t)]
     values = {id(t): v.tensor.clone() for t in parts if isinstance(t, torch.Tensor)
               and (v := known.value(t)) is not None and v.tensor.device == t.device}
     if any(id(t) not in values for t in parts):

@@ -71,6 +71,11 @@ def _fake(name: str, inputs: list[Tensor]) -> list[Tensor]:
     return [inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in _calls[name].shapes]
 
 
+def path_of(name: str) -> str:
+    """Where in the model the module is that a program calls by this name."""
+    return _calls[name].path
+
+
 def modules_in(program: Program) -> dict[str, nn.Module]:
     """The modules that a program calls as they are, by path: it is of no use to a model that has others there."""
     called = [_calls[n.args[0]] for _, m in program.functions()

@@ -7,6 +7,7 @@ by a stream of its own, on the CPU (where a device's memory is the host's too) b
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,9 @@ _lock = threading.Lock()
 def _thread() -> ThreadPoolExecutor:
     # One: copies arrive in the order in which they were asked for.
     return ThreadPoolExecutor(1, "xdit_compile.fetch")
+
+
+os.register_at_fork(after_in_child=_thread.cache_clear)  # a child has none of its parent's threads
 
 
 @cache

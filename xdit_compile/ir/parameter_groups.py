@@ -38,7 +38,7 @@ class Member:
     names: tuple[str, ...]
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    offset: int
+    offset: int = 0
     layout: Layout | None = None
     part: Part | None = None
 
@@ -96,16 +96,20 @@ def groups_of(parameters: Iterable[tuple[str, torch.Tensor]]) -> tuple[Parameter
     for key, tensor in tensors.items():
         if _fits(tensor):
             found.setdefault((block_of(names[key][0]), tensor.dtype), []).append(key)
-    made = []
-    for (path, dtype), keys in found.items():
-        members, at, step = [], 0, _step(dtype)
-        for key in keys:
-            tensor = tensors[key]
-            members.append(Member(tuple(names[key]), tuple(tensor.shape), tuple(tensor.stride()), at))
-            at += -(-tensor.numel() // step) * step
-        if is_block(path) or sum(tensors[k].numel() for k in keys) * dtype.itemsize >= SMALL:
-            made.append(ParameterGroup(path, dtype, tuple(members), at))
-    return tuple(made)
+    return tuple(
+        group_of(path, dtype, [Member(tuple(names[k]), tuple(tensors[k].shape), tuple(tensors[k].stride()))
+                               for k in keys])
+        for (path, dtype), keys in found.items()
+        if is_block(path) or sum(tensors[k].numel() for k in keys) * dtype.itemsize >= SMALL)
+
+
+def group_of(path: str, dtype: torch.dtype, members: Iterable[Member]) -> ParameterGroup:
+    """These parameters one after the other, each where memory of its own could begin."""
+    laid, at, step = [], 0, _step(dtype)
+    for member in members:
+        laid.append(replace(member, offset=at))
+        at += -(-member.size // step) * step
+    return ParameterGroup(path, dtype, tuple(laid), at)
 
 
 def cut_groups(groups: Sequence[ParameterGroup], layouts: Mapping[str, Layout],
@@ -114,19 +118,23 @@ def cut_groups(groups: Sequence[ParameterGroup], layouts: Mapping[str, Layout],
     that were cut before stay as they are."""
     made = []
     for group in groups:
-        members, at, step = [], 0, _step(group.dtype)
+        members = []
         for member in group.members:
             if member.layout is None:
                 layout = next((layouts[n] for n in member.names if n in layouts), Layout.replicated(member.shape))
-                shape, order = layout.local_shape(position), member.order
+                shape = layout.local_shape(position)
                 part = tuple(tuple(dim.spans(position)) for dim in layout.dims) if layout.sharded else None
-                steps = {i: math.prod(shape[j] for j in order[k + 1 :]) for k, i in enumerate(order)}
-                stride = tuple(steps[i] for i in range(len(shape))) if part else member.stride
+                stride = strides_of(shape, member.order) if part else member.stride
                 member = replace(member, shape=shape, stride=stride, layout=layout, part=part)
-            members.append(replace(member, offset=at))
-            at += -(-member.size // step) * step
-        made.append(replace(group, members=tuple(members), length=at))
+            members.append(member)
+        made.append(group_of(group.path, group.dtype, members))
     return tuple(made)
+
+
+def strides_of(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
+    """Those of a tensor whose dimensions lie in memory in this order, that with the longest steps first."""
+    steps = {i: math.prod(shape[j] for j in order[k + 1 :]) for k, i in enumerate(order)}
+    return tuple(steps[i] for i in range(len(shape)))
 
 
 def block_of(name: str) -> str:

@@ -73,6 +73,13 @@ def _gone(tensor: torch.Tensor) -> torch.Tensor:
     return made
 
 
+def absent(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """A parameter that would be on ``device``, given up before it was there."""
+    made = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+    setattr(made, _HOME, device)
+    return made
+
+
 def missing_parameters(model: nn.Module, names: Collection[str]) -> list[str]:
     """Which of these parameters and buffers have no values."""
     held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from xdit_compile.ir.layout import EVERY, PATCH, Layout, Position
+from xdit_compile.ir.layout import EVERY, LATE, PATCH, Layout, Position
 from xdit_compile.ir.mesh import axis_sizes, position_of
 from xdit_compile.ir.parameter_groups import ParameterGroup, cut_groups
 from xdit_compile.ir.pass_record import source_digest
@@ -19,7 +19,7 @@ from xdit_compile.passes.canonicalize import canonicalize
 from xdit_compile.passes.interpreter import Leave, Seeds, parameter_layouts
 from xdit_compile.passes.lower_attention import lower_attention
 from xdit_compile.passes.overlap_communication import overlap
-from xdit_compile.passes.recorded import analysed, count_of_seeds, rewritten
+from xdit_compile.passes.recorded import Known, analysed, count_of_seeds, remembered, rewritten
 from xdit_compile.passes.shard import shard
 from xdit_compile.passes.shard_parameters import Arrival, arrivals, parameters_of, shard_parameters
 from xdit_compile.passes.simplify import simplify
@@ -91,15 +91,28 @@ def pass_digests() -> dict[str, str]:
     return {name: source_digest(function.__module__) for name, function in functions.items()}
 
 
-def plan(program: Program, spec: ShardingSpec, groups: Sequence[ParameterGroup] = ()) -> tuple[Program, Seeds]:
-    """The canonical program under ``spec``, and where to begin sharding it: the same on every rank. ``groups``: of the
-    model's parameters, where another program has shared them out."""
-    program = replace(rewritten("canonicalize", canonicalize, program, canonicalize), spec=spec)
+def plan_start(program: Program, spec: ShardingSpec, groups: Sequence[ParameterGroup],
+               known: Known | None = None) -> tuple[Program, Seeds, Seeds]:
+    """The canonical program under ``spec``, and its seeds of the batch and of weights, which cut the same at all times:
+    how every plan begins."""
+    program = remembered(known, "canonical", lambda: rewritten("canonicalize", canonicalize, program, canonicalize))
+    program = replace(program, spec=spec)
     check(program)
     sizes = axis_sizes(spec)
-    program, batch = analysed("batch_axis", batch_seeds, program, lambda p: batch_seeds(p, sizes), count_of_seeds)
-    program, weights = analysed("tensor_axis", tensor_seeds, program, lambda p: tensor_seeds(p, sizes, batch, groups),
-                                count_of_seeds)
+    program, batch = analysed("batch_axis", batch_seeds, program, lambda p: remembered(
+        known, ("batch", spec.batch_degree), lambda: batch_seeds(p, sizes)), count_of_seeds)
+    program, weights = analysed("tensor_axis", tensor_seeds, program, lambda p: remembered(
+        known, ("tensor", spec.tensor_degree, spec.batch_degree), lambda: tensor_seeds(p, sizes, batch, groups)),
+        count_of_seeds)
+    return program, batch, weights
+
+
+def plan(program: Program, spec: ShardingSpec, groups: Sequence[ParameterGroup] = (),
+         known: Known | None = None) -> tuple[Program, Seeds]:
+    """The canonical program under ``spec``, and where to begin sharding it: the same on every rank. ``groups``: of the
+    model's parameters, where another program has shared them out; ``known``: of this program from other specs."""
+    program, batch, weights = plan_start(program, spec, groups, known)
+    sizes = axis_sizes(spec)
     program, tokens = analysed("token_axis", choose_seeds, program, lambda p: choose_seeds(
         p, sizes, {**weights, **batch}), count_of_seeds)
     tokens_and_batch = merge_seeds(batch, tokens)
@@ -121,19 +134,19 @@ def local_groups(program: Program, seeds: Seeds, groups: Sequence[ParameterGroup
 
 
 def localize(program: Program, seeds: Seeds, rank: int, dump: Callable[[str, Program], None] | None = None, *,
-             patch: int = EVERY, given: Mapping[str, Layout] = MappingProxyType({}),
+             patch: int = EVERY, late: bool = False, given: Mapping[str, Layout] = MappingProxyType({}),
              leave: Leave | None = None, groups: Sequence[ParameterGroup] = ()) -> Program:
     """Rank ``rank``'s local program.
 
     Args:
         dump: called with each pass's name and result.
-        patch: the time it is for.
+        patch: the time it is for; late: whether of others it has what these had a step before.
         given, leave: how inputs come and results go, where they are not whole on every rank
             (``ProgramInterpreter.main``).
         groups: those of the model's parameters, where they come block by block; by default, of the program's.
     """
     assert program.spec is not None
-    position = {**position_of(rank, program.spec), PATCH: patch}
+    position = {**position_of(rank, program.spec), PATCH: patch} | ({LATE: 1} if late else {})
     order: tuple[Arrival, ...] = ()
     if program.spec.parts:
         order = arrivals(program, local_groups(program, seeds, groups or parameters_of(program), rank))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -34,6 +34,9 @@ Leave = Callable[["FunctionInterpreter", int, Value], Value]
 Seeds = Mapping[str, Layout]
 """Where to begin: how values of ``main``, by the names of their nodes, are laid out. Parameters come so."""
 LaidOut = Mapping[int, set[Layout | None]]
+Way = tuple[str, str, str]
+"""``count`` or ``bytes`` of a kind of collective along an axis."""
+ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 TURNS: Mapping[Any, Callable[..., list[int]]] = MappingProxyType({
     torch.ops.aten.t.default: lambda dims: dims[::-1],
@@ -47,9 +50,14 @@ TURNS: Mapping[Any, Callable[..., list[int]]] = MappingProxyType({
 
 @dataclass
 class Cost:
-    """What the walk met so far: work and traffic of one rank, and the decisions behind them."""
+    """What the walk met so far: work and traffic of one rank, and the decisions behind them.
+
+    Attributes:
+        attention_flops: those of ``flops`` that are attention; traffic: collectives and bytes sent, by kind and axis.
+    """
 
     flops: int = 0
+    attention_flops: int = 0
     sent: int = 0
     moved: int = 0
     stale_bytes: int = 0
@@ -58,9 +66,12 @@ class Cost:
     notes: list[Note] = field(default_factory=list)
     cut: set[str] = field(default_factory=set)  # values of main, along all of a dimension
     results: tuple[Layout, ...] = ()  # of main, as they were computed
+    traffic: Counter[Way] = field(default_factory=Counter)
 
     def add(self, other: Cost) -> None:
         self.flops += other.flops
+        self.attention_flops += other.attention_flops
+        self.traffic.update(other.traffic)
         self.sent += other.sent
         self.moved += other.moved
         self.stale_bytes += other.stale_bytes
@@ -222,7 +233,8 @@ class FunctionInterpreter:
         key = (id(value), layout)
         if key not in self._relaid:
             size = value.local_bytes(self.position)
-            self._traffic("all_reduce", 2 * size * (self.sizes[axis] - 1) // self.sizes[axis], "sum of partial results")
+            self._traffic("all_reduce", axis, 2 * size * (self.sizes[axis] - 1) // self.sizes[axis],
+                          "sum of partial results")
             node = None if self.emitter is None else self.emitter.all_reduce(self._node(value), axis)
             if node is not None:
                 node.meta["layout"] = layout
@@ -240,8 +252,30 @@ class FunctionInterpreter:
                     value = self.lay(value, i, dim.gathered(TENSOR))
         return value
 
-    def windows(self, value: Value, dim: int, spans: Sequence[Sequence[tuple[int, int]]], why: str) -> fx.Node | None:
-        """Ranges ``spans[i]`` of ``dim`` on rank i of its axis, each fetched from whoever holds it."""
+    @property
+    def displaced(self) -> bool:
+        """Whether ranks may have of others what these had a step before, while what they have now travels."""
+        return self.spec.displaced == "yes"
+
+    def displaced_whole(self, value: Value, dim: int) -> Value:
+        """``value`` with dimension ``dim`` on every rank: this rank's share as it is, others' as they were a step
+        before, but in exact steps."""
+        dim %= value.ndim
+        value = self.summed(value)
+        if value.dims[dim].axes != {SEQUENCE}:
+            return self.whole(value, dim)
+        self.note("stale", f"dimension {dim} of {value.layout} is read with other ranks' shares as they were a step "
+                  "before", value.local_bytes(self.position))
+        layout = value.layout.replace(dim, Dim.replicated(value.shape[dim]))
+        node = self._gather(value, dim, late=True)
+        if node is not None:
+            node.meta["layout"] = layout
+        return Value(node, layout, value.dtype)
+
+    def windows(self, value: Value, dim: int, spans: Sequence[Sequence[tuple[int, int]]], why: str,
+                late: bool = False) -> fx.Node | None:
+        """Ranges ``spans[i]`` of ``dim`` on rank i of its axis, each fetched from whoever holds it; if ``late``, as
+        they were there a step before."""
         old = value.dims[dim]
         (axis,) = old.axes
         me = self.position[axis]
@@ -249,8 +283,8 @@ class FunctionInterpreter:
         missing = sum(max(min(b, d) - max(a, c), 0) for i, wanted in enumerate(spans) if i != me
                       for a, b in mine for c, d in wanted)
         row = value.local_bytes(self.position) // max(old.local_size(self.position), 1)
-        self._traffic("all_to_all", missing * row, why)
-        return None if self.emitter is None else self.emitter.windows(value, dim, spans)
+        self._traffic("all_to_all", axis, missing * row, why)
+        return None if self.emitter is None else self.emitter.windows(value, dim, spans, late)
 
     def broadcast(self, *values: Value) -> tuple[list[Value], tuple[Dim, ...]]:
         """Lay out operands of an element-wise operator alike; returns them and the result's dimensions.
@@ -289,7 +323,9 @@ class FunctionInterpreter:
         """Count a distributed attention and say how it is done."""
         self.cost.attentions += 1
         self.cost.flops += plan.flops(self.position)
+        self.cost.attention_flops += plan.flops(self.position)
         self.cost.sent += plan.sent(self.position)
+        self.cost.traffic.update(plan.traffic(self.position))
         self.note("attention", str(plan), plan.sent(self.position))
 
     def note(self, kind: Any, text: str, size: int = 0) -> None:
@@ -427,6 +463,7 @@ class FunctionInterpreter:
             piece = self.emitter.call(operator.getitem, call, i)
             piece.meta["layout"] = layout
             pieces.append(Value(piece, layout, dtype))
+        self.emitter.sent += [self.emitter.call(operator.getitem, call, i) for i in range(len(layouts), len(results))]
         return tuple(pieces)
 
     # Counting
@@ -435,21 +472,24 @@ class FunctionInterpreter:
         shape = out.local_shape(self.position)
         self.cost.moved += math.prod(shape) * out.dtype.itemsize
         shapes = [a.local_shape(self.position) if isinstance(a, Value) else a for a in args]
-        self.cost.flops += flops(target, shapes, shape)
+        done = flops(target, shapes, shape)
+        self.cost.flops += done
+        self.cost.attention_flops += done if target is ATTENTION else 0
 
-    def _traffic(self, kind: str, size: int, why: str) -> None:
+    def _traffic(self, kind: str, axis: str, size: int, why: str) -> None:
         self.cost.sent += size
+        self.cost.traffic.update({("count", kind, axis): 1, ("bytes", kind, axis): size})
         self.note("collective", f"{kind}: {why}", size)
 
-    def _gather(self, value: Value, dim: int) -> fx.Node | None:
+    def _gather(self, value: Value, dim: int, late: bool = False) -> fx.Node | None:
         old = value.dims[dim]
         (axis,) = old.axes - {PATCH}
         row = value.local_bytes(self.position) // max(old.local_size(self.position), 1)
         held = max(length(old.spans({**self.position, axis: i}, sharded=True)) for i in range(self.sizes[axis]))
-        self.cost.gathers += self.function != "main"
-        self._traffic("all_gather", held * row * (self.sizes[axis] - 1),
+        self.cost.gathers += self.function != "main" and not late
+        self._traffic("all_gather", axis, held * row * (self.sizes[axis] - 1),
                       f"dimension {dim} of {value.layout} is needed whole")
-        return None if self.emitter is None else self.emitter.gather(value, dim)
+        return None if self.emitter is None else self.emitter.gather(value, dim, late)
 
     @staticmethod
     def _node(value: Value) -> fx.Node:
@@ -478,6 +518,8 @@ class ProgramInterpreter:
         self.functions: dict[str, fx.GraphModule] = {}
         self.results: dict[str, tuple[Any, ...]] = {}
         self.caches: dict[str, list[torch.Tensor]] = {}
+        self.sent: dict[str, int] = {}
+        """How many further results of each function are for the next step."""
         self.memo = memo or CostMemo()
         self._graphs = dict(program.functions())
 
@@ -527,8 +569,10 @@ class ProgramInterpreter:
                    for i, v in enumerate(outputs)]
         if emitter:
             self.notes += interpreter.cost.notes
-            out = emitter.graph.output(tuple(interpreter._node(v) for v in outputs))
-            out.meta["val"] = tuple(interpreter._node(v).meta["val"] for v in outputs)
+            ends = (*(interpreter._node(v) for v in outputs), *emitter.sent)
+            out = emitter.graph.output(ends)
+            out.meta["val"] = tuple(n.meta["val"] for n in ends)
+            self.sent[local] = len(emitter.sent)
             self.results[local] = out.meta["val"]
             self.caches[local] = [c.meta["val"] for c in emitter.caches]
             self.functions[local] = graph_module(

@@ -17,16 +17,14 @@ from xdit_compile.ir.mesh import STAGE, axis_sizes, position_of
 from xdit_compile.ir.parameter_groups import ParameterGroup
 from xdit_compile.ir.program import Program
 from xdit_compile.ir.weights_in_graphs import unpacked
-from xdit_compile.passes import localize
-from xdit_compile.passes.batch_axis import batch_seeds, merge_seeds
-from xdit_compile.passes.canonicalize import canonicalize
+from xdit_compile.passes import localize, plan_start
+from xdit_compile.passes.batch_axis import merge_seeds
 from xdit_compile.passes.hoist import hoist
 from xdit_compile.passes.interpreter import Cost, FunctionInterpreter, Leave, ProgramInterpreter, Seeds
 from xdit_compile.passes.patch_axis import cut_by_patches, patch_seeds
-from xdit_compile.passes.recorded import analysed, count_of_seeds, rewritten
+from xdit_compile.passes.recorded import Known, analysed, count_of_seeds, remembered
 from xdit_compile.passes.sharded_value import Value
 from xdit_compile.passes.stage_partition import Stage, stages
-from xdit_compile.passes.tensor_axis import tensor_seeds
 from xdit_compile.passes.token_axis import arguments, check_heads, choose_seeds
 from xdit_compile.spec import ShardingSpec
 
@@ -71,9 +69,9 @@ class LocalStage:
 
 def plan_pipeline(program: Program, spec: ShardingSpec,
                   known: Mapping[str, int] = MappingProxyType({}),
-                  groups: Sequence[ParameterGroup] = ()) -> Pipeline:
+                  groups: Sequence[ParameterGroup] = (), found: Known | None = None) -> Pipeline:
     """The stages of ``program`` under ``spec``; blocks whose paths are ``known`` go to the stages that are given;
-    ``groups`` as for ``plan``.
+    ``groups`` as for ``plan``, and ``found`` as its ``known``.
 
     Raises:
         SpecError: the model has fewer blocks than stages, fewer tokens than patches, or writes into its arguments.
@@ -81,17 +79,14 @@ def plan_pipeline(program: Program, spec: ShardingSpec,
     if program.output_spec.changes_arguments:
         raise SpecError(f"{spec} cuts the model into stages, but this call of it writes into its arguments, which only "
                         "one stage would see; use ulysses or ring")
-    program = replace(rewritten("canonicalize", canonicalize, program, canonicalize), spec=spec)
-    sizes = axis_sizes(spec)
-    program, batch = analysed("batch_axis", batch_seeds, program, lambda p: batch_seeds(p, sizes), count_of_seeds)
-    program, weights = analysed("tensor_axis", tensor_seeds, program, lambda p: tensor_seeds(p, sizes, batch, groups),
-                                count_of_seeds)
-    still = {**weights, **batch}
+    program, batch, weights = plan_start(program, spec, groups, found)
+    sizes, still = axis_sizes(spec), {**weights, **batch}
     if spec.ulysses_degree > 1:
         check_heads(program)
     if spec.patches > 1:
-        program, patches = analysed("patch_axis", patch_seeds, program, lambda p: patch_seeds(p, sizes, still),
-                                    count_of_seeds)
+        cut = ("patches", spec.patches, spec.ulysses_degree, spec.tensor_degree, spec.batch_degree)
+        program, patches = analysed("patch_axis", patch_seeds, program, lambda p: remembered(
+            found, cut, lambda: patch_seeds(p, sizes, still)), count_of_seeds)
         seeds = merge_seeds(still, patches)
         begin = cut_by_patches(seeds)
     else:

@@ -13,6 +13,8 @@ from xdit_compile.ir.pass_record import PassRecord
 from xdit_compile.ir.program import Program
 
 T = TypeVar("T")
+Known = dict[Any, Any]
+"""What passes have found of one captured program, by what it depends on: for who plans it under many specs."""
 
 
 def rewritten(name: str, function: Callable[..., Any], program: Program,
@@ -26,6 +28,15 @@ def rewritten(name: str, function: Callable[..., Any], program: Program,
     changed = {op: after[op] - before[op] for op in sorted(before.keys() | after.keys()) if after[op] != before[op]}
     return replace(made, history=(*program.history, PassRecord(
         name, function.__module__, seconds, before.total(), after.total(), dict(matched), changed)))
+
+
+def remembered(known: Known | None, key: Any, make: Callable[[], T]) -> T:
+    """What ``make`` makes, unless that is known already. What it raises is not kept: errors speak of their spec."""
+    if known is None:
+        return make()
+    if key not in known:
+        known[key] = make()
+    return known[key]
 
 
 def analysed(name: str, function: Callable[..., Any], program: Program, run: Callable[[Program], T],

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from xdit_compile.errors import XditError
+from xdit_compile.progress import progress
 
 
 @dataclass(frozen=True)
@@ -37,31 +38,44 @@ class PipelineSource:
     further: Mapping[str, Any] = field(default_factory=dict)
 
 
+def pipeline_config(source: PipelineSource) -> dict[str, Any]:
+    """What the folder says of its pipeline: its class, and library and class of each component.
+
+    Raises:
+        XditError: there is no such pipeline, or no diffusers.
+    """
+    library = _diffusers()
+    with _reading(f"a pipeline from {source.model}"):
+        found = library.DiffusionPipeline.load_config(source.model, cache_dir=source.further.get("cache_dir"))
+    return dict(found)
+
+
 def pipeline_class(source: PipelineSource) -> Any:
     """The class that will be called; None if it is code of its own, which is known only once it is loaded.
 
     Raises:
         XditError: there is no such pipeline, or no diffusers.
     """
-    library = _diffusers()
     if source.pipeline:
         return _class_named(source.pipeline, "DiffusionPipeline")
-    with _reading(f"a pipeline from {source.model}"):
-        config = library.DiffusionPipeline.load_config(source.model, cache_dir=source.further.get("cache_dir"))
-    name = config.get("_class_name")
-    return getattr(library, name, None) if isinstance(name, str) else None
+    name = pipeline_config(source).get("_class_name")
+    return getattr(_diffusers(), name, None) if isinstance(name, str) else None
 
 
-def load(source: PipelineSource, dtype: torch.dtype) -> Any:
+def load(source: PipelineSource, dtype: torch.dtype, without: Sequence[str] = ()) -> Any:
     """The pipeline with its weights and adapters, on the CPU.
+
+    Args:
+        without: components whose weights are not read, as others will take their place; they are on the meta device.
 
     Raises:
         XditError: something is missing or does not fit.
     """
     library = _diffusers()
     cls = _class_named(source.pipeline, "DiffusionPipeline") if source.pipeline else library.DiffusionPipeline
-    with _reading(f"a pipeline from {source.model}"):
-        pipe = cls.from_pretrained(source.model, torch_dtype=dtype, **source.further)
+    with progress(f"loading {source.model}"), _reading(f"a pipeline from {source.model}"):
+        stand_ins = {name: _empty(source, name) for name in without}
+        pipe = cls.from_pretrained(source.model, dtype=dtype, **source.further, **stand_ins)
     if source.scheduler:
         chosen = _class_named(source.scheduler, "SchedulerMixin")
         if getattr(pipe, "scheduler", None) is None:
@@ -76,6 +90,40 @@ def load(source: PipelineSource, dtype: torch.dtype) -> Any:
         for component in able:
             getattr(component, method)()
     return pipe
+
+
+def component_of(source: PipelineSource, name: str, cls: str) -> str:
+    """The component of a pipeline that is called ``name``, or, without a name, that is of the class ``cls``.
+
+    Raises:
+        XditError: there is none, or several are.
+    """
+    parts = _components(source)
+    found = [n for n, part in parts.items() if (n == name if name else part[1] == cls)]
+    if len(found) != 1:
+        asked = name or f"that is a {cls}"
+        raise XditError(f"{source.model} has {'no' if not found else 'more than one'} component {asked}; it has "
+                        f"{', '.join(f'{n} ({part[1]})' for n, part in parts.items())}")
+    return found[0]
+
+
+def _components(source: PipelineSource) -> dict[str, tuple[str, str]]:
+    """Library and class of each component, by name."""
+    with _reading(f"a pipeline from {source.model}"):
+        config = _diffusers().DiffusionPipeline.load_config(source.model, cache_dir=source.further.get("cache_dir"))
+    return {n: (v[0], v[1]) for n, v in config.items() if isinstance(v, (list, tuple)) and len(v) == 2 and v[1]}
+
+
+def _empty(source: PipelineSource, name: str) -> Any:
+    """A component as its configuration describes it, on the meta device."""
+    library, cls = _components(source)[name]
+    if library != "diffusers":
+        raise XditError(f"{name} of {source.model} is of {library}; only models of diffusers are made without their "
+                        "weights")
+    found = getattr(_diffusers(), cls)
+    config = found.load_config(source.model, subfolder=name, cache_dir=source.further.get("cache_dir"))
+    with import_module("accelerate").init_empty_weights():
+        return found.from_config(config)
 
 
 def pictures(files: Sequence[str]) -> Any:
@@ -119,6 +167,8 @@ def _class_named(name: str, base: str) -> Any:
 def _adapt(pipe: Any, adapters: Sequence[tuple[str, float]]) -> None:
     if not hasattr(pipe, "load_lora_weights"):
         raise XditError(f"{type(pipe).__name__} takes no adapters; leave --lora out")
+    if find_spec("peft") is None:
+        raise XditError("adapters need peft, which is not installed; pip install 'xdit-compile[lora]'")
     names = [f"lora{i}" for i in range(len(adapters))]
     for name, (path, _) in zip(names, adapters, strict=True):
         with _reading(f"the adapter {path}"):

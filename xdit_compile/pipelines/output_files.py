@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
@@ -12,8 +13,31 @@ from typing import Any
 import numpy as np
 import torch
 
+from xdit_compile.errors import XditError
+
 FILMS = "frames"
 """The field that pipelines for videos answer with, a list of frames for each video."""
+
+
+def absent(path: Path, overwrite: bool) -> None:
+    """Refuse to write over what is there.
+
+    Raises:
+        XditError: there is such a file, or something in a folder of that name, and it may not be overwritten.
+    """
+    if not overwrite and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
+        raise XditError(f"{path} is there already; choose another name, or give --overwrite")
+
+
+def kept_apart(folder: Path, overwrite: bool) -> None:
+    """Refuse to write into a folder that holds results of an earlier run.
+
+    Raises:
+        XditError: naming one that could be written over.
+    """
+    found = sorted(p for p in folder.glob("*") if re.fullmatch(r"(image|video)-\d+\.\w+|\w+\.safetensors", p.name))
+    if found and not overwrite:
+        raise XditError(f"{found[0]} is there already; choose another --output, or give --overwrite")
 
 
 def save(result: Any, folder: Path, frame_rate: int) -> tuple[list[Path], list[str]]:

@@ -159,12 +159,12 @@ def _buffers(graph: fx.Graph, blocks: Mapping[str, _Footprint]) -> dict[fx.Node,
                     for b in results}
             held[node] = tuple(here[b] for b in results)
         elif isinstance(node.meta["val"], (tuple, list)):
-            shared = held[node.args[0]] * len(node.meta["val"]) if _is_view(node) else ()
+            shared = held[node.args[0]] * len(node.meta["val"]) if is_view(node) else ()
             held[node] = shared or tuple(_Buffer(_size(v)) for v in node.meta["val"])
         elif _is_item(node):
             held[node] = (held[node.args[0]][node.args[1]],)
         else:
-            held[node] = held[node.args[0]] if _is_view(node) else (
+            held[node] = held[node.args[0]] if is_view(node) else (
                 _Buffer(_size(node.meta["val"]), _kind(node)),)
     return held
 
@@ -179,7 +179,7 @@ def _is_item(node: fx.Node) -> bool:
         node.args) else False
 
 
-def _is_view(node: fx.Node) -> bool:
+def is_view(node: fx.Node) -> bool:
     """Whether the result looks at the memory of the first argument. Operators such as reshape say only that
     they may; PyTorch's fake kernels know for these strides."""
     if node.target in WAITS:

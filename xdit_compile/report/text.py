@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.measure import Measurement
 
 WIDTH = 120
 """Columns of text that goes to no terminal."""
@@ -15,11 +16,17 @@ WIDTH = 120
 
 def plain(report: RenderableType) -> str:
     """The report without colour, as wide as the terminal."""
-    width = shutil.get_terminal_size((WIDTH, 0)).columns
+    width = max(shutil.get_terminal_size((WIDTH, 0)).columns, least_width(report))
     console = Console(width=width, color_system=None, force_terminal=False)
     with console.capture() as capture:
         console.print(report)
     return "\n".join(line.rstrip() for line in capture.get().splitlines()).rstrip()
+
+
+def least_width(report: RenderableType) -> int:
+    """Columns without which a table of the report would break a word."""
+    console = Console(width=10_000, color_system=None, force_terminal=False)
+    return Measurement.get(console, console.options, report).minimum
 
 
 def jsonable(report: Any) -> dict[str, Any]:

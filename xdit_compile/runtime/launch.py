@@ -26,12 +26,18 @@ import torch
 import torch.distributed as dist
 
 from xdit_compile.errors import LaunchError, RankFailure, XditError
+from xdit_compile.progress import patience, progress, say
 from xdit_compile.runtime.control.abort import is_peer_loss
 from xdit_compile.runtime.control.secret import VARIABLE
 from xdit_compile.runtime.control.store import LOOPBACK, attempt, listening_store, never_wait_long, stay_on_loopback
+from xdit_compile.runtime.uncaught import told_once
 
 # Seconds that the other ranks get to end by themselves once one rank has failed.
 GRACE = 5.0
+
+# What a rank is called, and how it ends when the script that it imports calls launch().
+_NAME = "xdit-rank"
+_UNGUARDED = 79
 
 _PR_SET_PDEATHSIG = 1
 # Of the jobs that this process starts, unless the user has one.
@@ -58,15 +64,19 @@ def launch(
     and the exception itself as ``__cause__`` where it can be pickled), is killed by a signal, when the time
     is over, when `fn` cannot be sent, or when this process is itself a rank.
     """
-    if dist.is_initialized() or {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+    if already_a_rank():
         raise LaunchError(
             "launch() starts ranks, but this process already is one: it has a process group, or RANK and "
             "WORLD_SIZE are set (torchrun, or another launch()). Call the function directly instead."
         )
+    if multiprocessing.current_process().name.startswith(_NAME):
+        os._exit(_UNGUARDED)  # while it imports the script, before it is a rank; its parent says what is wrong
     if world_size < 1:
         raise LaunchError(f"world_size must be at least 1, got {world_size}")
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= world_size else "cpu"
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cuda" and there < world_size:
+        raise LaunchError(f"device cuda was asked for, with a GPU for each of {world_size} ranks, but {_gpus(there)}")
+    device = device or kind_for(world_size)
     payload = pack_call(fn, args, kwargs)
     # Hosted here, on whatever port is free: no race for a port, and it outlives every rank.
     store = listening_store()
@@ -74,13 +84,17 @@ def launch(
     with ExitStack() as files:
         call = files.enter_context(Nameless())
         call.write(payload)
-        said = [Said(files.enter_context(Nameless()), files.enter_context(Nameless())) for _ in range(world_size)]
+        said = [Said(*(files.enter_context(Nameless()) for _ in Said._fields)) for _ in range(world_size)]
         ranks: list[BaseProcess] = []
         try:
             for rank in range(world_size):
                 env = rank_environment(rank, world_size, store.port)
-                ranks.append(context.Process(target=_rank_main, args=(call, said[rank], env, device, threads)))
-                ranks[-1].start()
+                ranks.append(context.Process(target=_rank_main, args=(call, said[rank], env, device, threads),
+                                             name=f"{_NAME}-{rank}"))
+            with progress(f"starting {world_size} process{'es' if world_size > 1 else ''}"):
+                for process in ranks:
+                    process.start()
+                _wait_for_start(ranks, said, timeout)
             overdue = _join(ranks, timeout)
         finally:
             kill(ranks)
@@ -102,9 +116,12 @@ def init_from_env(device: str | None = None, timeout: float = 600.0) -> torch.de
             "start the script with `torchrun --nproc-per-node N script.py`, or call "
             "xdit_compile.launch(fn, ..., world_size=N) from an ordinary process."
         )
+    told_once()
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     local = torch.device(kind)
     if local.type == "cuda":
+        if not torch.cuda.is_available() and not torch.cuda.device_count():
+            raise LaunchError(f"device {kind} was asked for, but {_gpus(0)}")
         if local.index is None:
             local = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or torch.cuda.current_device()))
         if local.index >= (there := torch.cuda.device_count()):
@@ -114,7 +131,14 @@ def init_from_env(device: str | None = None, timeout: float = 600.0) -> torch.de
         torch.cuda.set_device(local)
     if not dist.is_initialized():
         _join_job("nccl" if local.type == "cuda" else "gloo", timeout)
+        told_once()  # PyTorch puts its own hook before ours
     return local
+
+
+def _gpus(there: int) -> str:
+    """What is there of GPUs, and what to do."""
+    build = "" if torch.version.cuda or torch.version.hip else f" (PyTorch {torch.__version__} is built without CUDA)"
+    return f"PyTorch sees {there or 'no'} GPU{'s' * (there > 1)} here{build}; leave device out, or say cpu"
 
 
 def _join_job(backend: str, timeout: float) -> None:
@@ -144,10 +168,15 @@ def _join_job(backend: str, timeout: float) -> None:
 
 def _wait_for_all(store: dist.Store, rank: int, size: int, timeout: float) -> None:
     """Wait until every rank has come. Whoever gives up first says so in the store, and all raise alike."""
-    deadline, look = time.monotonic() + timeout, 0.01
+    start, look, patient = time.monotonic(), 0.01, patience() if rank == 0 else None
+    deadline = start + timeout
     try:
         store.set(f"here{rank}", "")
         while absent := _missing(store, "here", range(size)):
+            if patient is not None and time.monotonic() - start > patient:
+                patient *= 2
+                say(f"waiting for rank {', '.join(map(str, absent))} to join the job, since "
+                    f"{time.monotonic() - start:.0f} s")
             if time.monotonic() > deadline:
                 store.compare_set("absent", "", ",".join(map(str, absent)))
             if store.check(["absent"]):
@@ -176,12 +205,24 @@ def _say_good_bye(store: dist.Store, rank: int, present: Sequence[int]) -> None:
         time.sleep(0.05)
 
 
+def already_a_rank() -> bool:
+    """Whether this process was started as a rank of a job, or has joined one."""
+    return dist.is_initialized() or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+def kind_for(world_size: int) -> str:
+    """The kind of device of as many ranks on this machine: cuda where each has a GPU."""
+    return "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= world_size else "cpu"
+
+
 def place_of(world_size: int, device: str | None) -> torch.device:
     """The device of this process, be it a rank of a job (which it joins) or, for a world of one, alone."""
     if dist.is_initialized():
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     if world_size > 1:
         return init_from_env(device)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise LaunchError(f"device cuda was asked for, but {_gpus(0)}")
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -231,8 +272,8 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def become_rank(env: Mapping[str, str], device: str, threads: int) -> None:
-    """Make this freshly spawned process the rank that `env` describes, tied to the life of its parent."""
+def become_rank(env: Mapping[str, str], device: str, threads: int) -> torch.device:
+    """Make this freshly spawned process the rank that `env` describes, tied to the life of its parent; its device."""
     os.environ.update(env)
     # Ctrl-C reaches the whole terminal group; the parent alone decides, without a traceback from every rank.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -242,7 +283,7 @@ def become_rank(env: Mapping[str, str], device: str, threads: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if device == "cpu":
         torch.set_num_threads(threads)
-    init_from_env(device)
+    return init_from_env(device)
 
 
 def failure_of(error: BaseException) -> Failure:
@@ -259,10 +300,11 @@ def failure_of(error: BaseException) -> Failure:
 
 def kill(processes: list[BaseProcess]) -> None:
     """End those that still run, without ceremony: they may be stuck in a collective."""
-    for process in processes:
+    begun = [process for process in processes if process.pid is not None]
+    for process in begun:
         if process.is_alive():
             process.kill()
-    for process in processes:
+    for process in begun:
         process.join()
 
 
@@ -319,15 +361,18 @@ def _handed(duplicate: Any) -> Nameless:
 
 
 class Said(NamedTuple):
-    """Where a rank leaves what it has to say in the end: one of the two."""
+    """Where a rank leaves what it has to say: in the end, one of the first two."""
 
     result: Nameless
     failure: Nameless
+    started: Nameless
+    """Something as soon as it has joined."""
 
 
 def _rank_main(call: Nameless, said: Said, env: Mapping[str, str], device: str, threads: int) -> None:
     try:
         become_rank(env, device, threads)
+        said.started.write(b"1")
         fn, args, kwargs = pickle.loads(call.read())
         result = fn(*args, **kwargs)
         torch.save(result, said.result.opened())
@@ -339,6 +384,14 @@ def _rank_main(call: Nameless, said: Said, env: Mapping[str, str], device: str, 
         # The parent shows the traceback; the group is left alone, as destroying it may wait for dead peers.
         sys.exit(1)
     dist.destroy_process_group()
+
+
+def _wait_for_start(ranks: list[BaseProcess], said: list[Said], timeout: float | None) -> None:
+    """Wait until all ranks have joined, or one has ended."""
+    deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
+    while not all(one.started.written for one in said) and time.monotonic() < deadline:
+        if wait([process.sentinel for process in ranks], timeout=0.05):
+            return
 
 
 def _join(ranks: list[BaseProcess], timeout: float | None) -> list[int]:
@@ -371,8 +424,9 @@ def _culprit(
             failures.append(Failure(0.0, False, f"rank {rank} was killed by signal {name}"))
         elif process.exitcode or not said[rank].result.written:
             text = f"rank {rank} ended with exit code {process.exitcode} and without a result; see its output"
-            if process.exitcode == 1:
-                text += ". A script that calls launch() must do so under `if __name__ == '__main__':`"
+            if process.exitcode == _UNGUARDED:
+                text = ("every rank imports the script that calls launch(), which calls launch() again. Call it under "
+                        "`if __name__ == '__main__':`")
             failures.append(Failure(float("inf"), False, text))
     if failures:
         return min(failures, key=lambda failure: (failure.consequence, failure.when))

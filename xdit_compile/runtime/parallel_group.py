@@ -165,20 +165,13 @@ class ParallelGroup:
         """All ranks as one group. They ask for it together the first time."""
         return make_group("xdit_compile.all", self.ranks, self.control)
 
-    def gather(self, mine: Any) -> list[Any]:
-        """What every rank holds, in order: numbers, texts and containers of them, but no tensors."""
+    def gather(self, what: str, mine: Any) -> list[Any]:
+        """What every rank holds, in order: numbers, texts and containers of them, but no tensors. All ranks come here
+        together; ``what`` says for what, where one does not."""
         text, tensors = encoded(mine)
         if tensors:
             raise XditError("gather takes values without tensors")
-        if len(self.ranks) == 1:
-            return [mine]
-        group, place = self.everyone, _device_of(self.everyone)
-        sizes = [torch.empty(1, dtype=torch.int64, device=place) for _ in self.ranks]
-        dist.all_gather(sizes, torch.tensor([len(text)], device=place), group=group)
-        longest = max(int(size) for size in sizes)
-        texts = [torch.empty(longest, dtype=torch.uint8, device=place) for _ in self.ranks]
-        dist.all_gather(texts, _bytes(text.ljust(longest), place), group=group)
-        return [decoded(one.cpu().numpy().tobytes(), _none) for one in texts]
+        return [decoded(one.encode(), _none) for one in self.control.gather(what, text.decode())]
 
     def broadcast(self, value: Any, owner: int, device: torch.device) -> Any:
         """What rank ``owner`` holds, on all; tensors arrive on ``device``. Of any of ``codec``'s types."""

@@ -15,7 +15,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import fx
 
-from xdit_compile.ir.program import brings_parameters, is_collective, is_write
+from xdit_compile.ir.program import brings_parameters, crosses_steps, is_collective, is_write
+from xdit_compile.progress import progress
 from xdit_compile.runtime.compilation.graph_segments import Function, outline_segments
 from xdit_compile.runtime.compilation.inductor_backend import inductor_compiler, usual_strides
 from xdit_compile.runtime.compilation.onediff_backend import onediff_compiler
@@ -49,7 +50,7 @@ def compiled(main: fx.GraphModule, spec: ShardingSpec) -> Function:
         # A module whose code is written when it is first called is not what torch.compile can look into.
         made = compiler(fx.GraphModule({}, module.graph))
         if log.isEnabledFor(logging.INFO):
-            made = _timed(made, f"{spec.backend} compiled a function of {len(module.graph.nodes)} nodes")
+            made = _timed(made, f"compiling a function of {len(module.graph.nodes)} nodes by {spec.backend}")
         _SHARED[key] = made
         return made
 
@@ -70,8 +71,9 @@ def _timed(call: Function, what: str) -> Function:
         if told:
             return call(*tensors)
         start, told = time.perf_counter(), True
-        results = call(*tensors)
-        log.info("%s in %.2f s", what, time.perf_counter() - start)
+        with progress(what):
+            results = call(*tensors)
+        log.info("%s took %.2f s", what, time.perf_counter() - start)
         return results
 
     return called
@@ -83,8 +85,9 @@ def _stays(node: fx.Node) -> bool:
 
 
 def _stays_for_inductor(node: fx.Node) -> bool:
-    """Writes into memory that outlives a call; and how parameters come, which goes on while functions run."""
-    return is_write(node) or brings_parameters(node)
+    """Writes into memory that outlives a call; and what goes on while functions run, whose memory a compiler would
+    use again: how parameters come, and what has until the next step to arrive."""
+    return is_write(node) or brings_parameters(node) or crosses_steps(node)
 
 
 def compiler_for(spec: ShardingSpec) -> Callable[[fx.GraphModule], Function]:

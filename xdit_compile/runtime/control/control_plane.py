@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, ProcessGroup
 
 from xdit_compile.errors import RankFailure, RankMismatch, XditError
+from xdit_compile.progress import patience, say
 from xdit_compile.runtime.control.abort import Connections, abort, is_peer_loss, missing_connections
 from xdit_compile.runtime.control.agreement_channel import (
     DIGEST,
@@ -151,7 +152,8 @@ class ControlPlane:
         start = time.monotonic()
         outer, heart.waiting = heart.waiting, True
         try:
-            comparison.done.wait()
+            with heart.needing_others():
+                comparison.done.wait()
         finally:
             heart.waiting = outer
         if comparison.error is None:
@@ -197,7 +199,8 @@ class ControlPlane:
         heart.call, heart.label = heart.call + 1, what
         start = time.monotonic()
         try:
-            return do(text)
+            with heart.needing_others():
+                return do(text)
         except RuntimeError as error:
             if not is_peer_loss(error):
                 raise
@@ -228,7 +231,8 @@ class ControlPlane:
                 if group not in self._watched:
                     self._watched[group] = Connections(group)
                     heart.connections.append(self._watched[group])
-            yield
+            with heart.needing_others():
+                yield
         except BaseException as error:
             self._failed(heart, error, label, groups, start)
             raise
@@ -313,10 +317,11 @@ class ControlPlane:
         thread.start()
         outer, heart.waiting = heart.waiting, True
         try:
-            while thread.is_alive():
-                thread.join(BEAT)
-                if thread.is_alive() and (heart.known or self._lost_a_peer()):
-                    raise RankFailure(*self._find(RuntimeError("a peer is gone"), what, start))
+            with heart.needing_others():
+                while thread.is_alive():
+                    thread.join(BEAT)
+                    if thread.is_alive() and (heart.known or self._lost_a_peer()):
+                        raise RankFailure(*self._find(RuntimeError("a peer is gone"), what, start))
         finally:
             heart.waiting = outer
         if raised and isinstance(raised[0], RuntimeError):
@@ -347,8 +352,13 @@ class ControlPlane:
         """
         start = time.monotonic()
         default = dist.group.WORLD
-        look = _LOOK
+        look, patient = _LOOK, patience()
         while absent := heart.absent():
+            if patient is not None and time.monotonic() - start > patient:
+                patient *= 2
+                if all(rank in absent for rank in self.ranks if rank < self.rank):
+                    say(f"waiting for rank {', '.join(map(str, absent))} to come to parallelize or load, since "
+                        f"{time.monotonic() - start:.0f} s")
             if verdict := heart.verdict():
                 raise RankFailure(*verdict)
             if heart.refused:

@@ -6,11 +6,13 @@ import json
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 from torch.distributed import Store
 
+from xdit_compile.progress import doing, patience, say
 from xdit_compile.runtime.control.abort import Connections, abort
 from xdit_compile.runtime.control.secret import VARIABLE, signed, verified
 
@@ -44,7 +46,8 @@ class Beat(NamedTuple):
 
     number: int  # grows with every beat
     call: int  # how many agreements it has begun
-    label: str  # the last of them
+    label: str  # the last of them, or what it does that takes long
+    inside: bool  # it is in there
     left: bool  # it said good-bye
     step: int  # how many calls of models it has begun
     ended: int  # the last agreement after which a body that fails together came to its end
@@ -73,6 +76,7 @@ class Heartbeat:
         self.step: Callable[[], int] = int
         self.failed: Point | None = None
         self.waiting = False  # this rank is inside a parallel call
+        self.since: float | None = None  # when it began what needs the others
         self.connections: list[Connections] = []  # what a failure has to end
         self.known: Verdict | None = None  # the verdict, once this rank has met it
         self._store, self._rank, self._peers, self._timeout = store, rank, tuple(peers), timeout
@@ -80,6 +84,8 @@ class Heartbeat:
         self._number = 0
         self._last: dict[int, Beat] = {}
         self._heard: dict[int, float] = {}
+        self._moved: dict[int, float] = {}  # when a peer last came to something else
+        self._told_after = 0.0
         self._refused: set[str] = set()
         self._stop = threading.Event()
         self._try(self._beat)
@@ -151,6 +157,16 @@ class Heartbeat:
         """Tell the others at once where this rank is."""
         self._try(self._beat)
 
+    @contextmanager
+    def needing_others(self) -> Iterator[None]:
+        """Around what this rank can end only together with the others."""
+        outer = self.since
+        self.since = outer or time.monotonic()
+        try:
+            yield
+        finally:
+            self.since = outer
+
     def _run(self) -> None:
         while not self._stop.wait(BEAT):
             self._try(self._beat)
@@ -162,10 +178,28 @@ class Heartbeat:
                 continue
             if self.store_lost:
                 self.known = self.known or self.quiet()
+            self._tell_of_wait(beats)
             if self.verdict() or (self.waiting and self._release(beats)):
                 self._try(self._beat)
                 abort(self.connections)
                 return
+
+    def _tell_of_wait(self, beats: dict[int, Beat]) -> None:
+        """Say for whom this rank waits, when it has for long, ever less often. Of ranks that wait, the first speaks."""
+        since, seconds = self.since, patience()
+        if since is None or seconds is None:
+            self._told_after = 0.0
+            return
+        if time.monotonic() - since < max(seconds, self._told_after):
+            return
+        late = [rank for rank, b in beats.items() if b.call < self.call or b.step < self.step()]
+        if late and self._rank == min(rank for rank in (self._rank, *beats) if rank not in late):
+            self._told_after = 2 * (time.monotonic() - since)
+            for rank in late:
+                where = f"it is in {beats[rank].label}" if beats[rank].inside else (
+                    f"it is in code of its own, after {beats[rank].label}")
+                say(f"waiting for rank {rank} in {self.label}: {where}, since "
+                    f"{time.monotonic() - self._moved[rank]:.0f} s")
 
     def _release(self, beats: dict[int, Beat]) -> bool:
         """Whether a peer has been silent for so long that waiting for it has no point."""
@@ -185,8 +219,8 @@ class Heartbeat:
 
     def _beat(self) -> None:
         self._number += 1
-        beat = Beat(self._number, self.call, self.label, self._stop.is_set(), self.step(), self.ended, self.failed,
-                    self.known is not None)
+        beat = Beat(self._number, self.call, doing() or self.label, bool(doing()) or self.since is not None,
+                    self._stop.is_set(), self.step(), self.ended, self.failed, self.known is not None)
         key = f"beat{self._rank}"
         self._store.set(key, signed(self._key, self._in_store(key), json.dumps(beat)))
 
@@ -204,8 +238,11 @@ class Heartbeat:
             found = self._read(keys[rank], held, len(Beat._fields))
             if found is None:
                 continue
-            beat = Beat(*found)._replace(failed=Point(*found[6]) if found[6] else None)
+            beat = Beat(*found)
+            beat = beat._replace(failed=Point(*beat.failed) if beat.failed else None)
             if rank not in self._last or beat.number > self._last[rank].number:  # not an old one, shown again
+                if rank not in self._last or beat[1:] != self._last[rank][1:]:
+                    self._moved[rank] = time.monotonic()
                 self._last[rank], self._heard[rank] = beat, time.monotonic()
         return dict(self._last)
 

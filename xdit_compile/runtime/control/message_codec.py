@@ -8,8 +8,8 @@ import dataclasses
 import json
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,31 +20,44 @@ Json = Any
 _LISTED = "None, bool, int, float, str, bytes, list, tuple, dict, Size, dtype, device, tensors and outputs of models"
 
 
-def encoded(value: Any) -> tuple[bytes, list[torch.Tensor]]:
+class Kind(NamedTuple):
+    """A further type that may be sent, told by ``fits``: as a value of those that are listed, and back."""
+
+    name: str
+    fits: Callable[[Any], bool]
+    write: Callable[[Any], Any]
+    read: Callable[[Any], Any]
+
+
+def encoded(value: Any, further: Sequence[Kind] = ()) -> tuple[bytes, list[torch.Tensor]]:
     """``value`` as text, and the tensors in it, which travel beside it.
 
     Raises:
         XditError: it holds something of another type than those that are sent.
     """
     tensors: list[torch.Tensor] = []
-    return json.dumps(_written(value, tensors)).encode(), tensors
+    return json.dumps(_written(value, tensors, further)).encode(), tensors
 
 
-def decoded(text: bytes, tensor: Callable[[tuple[int, ...], torch.dtype], torch.Tensor]) -> Any:
+def decoded(text: bytes, tensor: Callable[[tuple[int, ...], torch.dtype], torch.Tensor], further: Sequence[Kind] = (),
+            unknown: Callable[[dict[str, Any]], Any] | None = None) -> Any:
     """The value that was encoded; ``tensor`` gives each tensor in it, in their order, by shape and type.
+
+    Args:
+        unknown: makes an output of a model of its fields where this process does not know the class.
 
     Raises:
         XditError: the text is none that ``encoded`` makes.
     """
     try:
-        return _read(json.loads(text), tensor)
+        return _read(json.loads(text), tensor, {kind.name: kind.read for kind in further}, unknown)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise XditError(f"a message of another rank cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _written(value: Any, tensors: list[torch.Tensor]) -> Json:
+def _written(value: Any, tensors: list[torch.Tensor], further: Sequence[Kind]) -> Json:
     def of(part: Any) -> Json:
-        return _written(part, tensors)
+        return _written(part, tensors, further)
 
     kind = type(value)
     if value is None or kind in (bool, int, float, str):
@@ -66,20 +79,26 @@ def _written(value: Any, tensors: list[torch.Tensor]) -> Json:
         return {"device": str(value)}
     if _is_output(kind):
         return {"output": f"{kind.__module__}:{kind.__qualname__}", "fields": [[k, of(v)] for k, v in value.items()]}
+    for one in further:
+        if one.fits(value):
+            return {one.name: of(one.write(value))}
     raise XditError(f"a {kind.__module__}.{kind.__qualname__} cannot be sent to other ranks; what can is {_LISTED}")
 
 
-def _read(held: Json, tensor: Callable[[tuple[int, ...], torch.dtype], torch.Tensor]) -> Any:
+def _read(held: Json, tensor: Callable[[tuple[int, ...], torch.dtype], torch.Tensor],
+          further: Mapping[str, Callable[[Any], Any]], unknown: Callable[[dict[str, Any]], Any] | None) -> Any:
     def of(part: Json) -> Any:
-        return _read(part, tensor)
+        return _read(part, tensor, further, unknown)
 
     if held is None or isinstance(held, (bool, int, float, str)):
         return held
     if isinstance(held, list):
         return [of(v) for v in held]
     if "output" in held:
-        return _output(held["output"], {str(k): of(v) for k, v in held["fields"]})
+        return _output(held["output"], {str(k): of(v) for k, v in held["fields"]}, unknown)
     ((kind, content),) = held.items()
+    if kind in further:
+        return further[kind](of(content))
     make: Mapping[str, Callable[[Any], Any]] = {
         "tensor": lambda c: tensor(tuple(map(int, c[0])), _dtype(c[1])), "tuple": lambda c: tuple(map(of, c)),
         "size": lambda c: torch.Size(map(int, c)), "dict": lambda c: {of(k): of(v) for k, v in c},
@@ -103,10 +122,12 @@ def _is_output(cls: Any) -> bool:
     return isinstance(cls, type) and issubclass(cls, OrderedDict) and dataclasses.is_dataclass(cls)
 
 
-def _output(name: str, fields: dict[str, Any]) -> Any:
+def _output(name: str, fields: dict[str, Any], unknown: Callable[[dict[str, Any]], Any] | None) -> Any:
     module, _, path = name.partition(":")
     cls: Any = getattr(sys.modules.get(module), path, None)
     if not _is_output(cls):
+        if unknown is not None:
+            return unknown(fields)
         raise XditError(f"another rank sent a {name}, which this process does not know as a model's output")
     return cls(**fields)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from xdit_compile.errors import XditError
+from xdit_compile.errors import XditError, did_you_mean
 from xdit_compile.ir.call_arguments import Inputs
 
 
@@ -31,7 +31,8 @@ def load(target: str) -> Callable[[], Any]:
     if not callable(function):
         there = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")
                  and getattr(v, "__module__", "") == module.__name__]
-        raise XditError(f"{where} has no function {name!r}; it has {', '.join(there) or 'none'}")
+        raise XditError(f"{where} has no function {name!r}{did_you_mean(name, there)}; it has "
+                        f"{', '.join(there) or 'none'}")
     return function
 
 
@@ -52,6 +53,8 @@ def build(function: Callable[[], Any]) -> tuple[nn.Module, Inputs]:
 def _from_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise XditError(f"there is no file {path}")
+    if (path.parent / "__init__.py").is_file():
+        return _in_package(path)
     # As when the file is run as a script, it may import its neighbours; a name of its own, lest a `types.py`
     # pass for Python's module.
     sys.path.insert(0, str(path.parent.resolve()))
@@ -60,8 +63,25 @@ def _from_file(path: Path) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        if "attempted relative import" not in str(error):
+            raise
+        del sys.modules[name]
+        return _in_package(path)  # a package without an __init__.py
     return module
+
+
+def _in_package(path: Path) -> ModuleType:
+    """The module of a file of a package, by its name in there, so that it may import its siblings relatively."""
+    root = path.resolve().parent
+    names = [root.name, path.stem]
+    while (root / "__init__.py").is_file() and (root.parent / "__init__.py").is_file():
+        root = root.parent
+        names.insert(0, root.name)
+    sys.path.insert(0, str(root.parent))
+    return importlib.import_module(".".join(names))
 
 
 def _from_name(name: str) -> ModuleType:

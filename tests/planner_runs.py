@@ -1,0 +1,49 @@
+"""What ranks do in the tests of spec="auto"."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pipelines
+import torch
+import zoo
+from cases import made
+
+import xdit_compile
+
+
+def chosen(name: str, spec: str) -> dict[str, Any]:
+    """A model under ``spec``: its difference to the plain one, and what was chosen."""
+    case = zoo.CASES[name]
+    model, inputs = made(case), case.inputs(1, False)
+    with torch.no_grad():
+        expected = model(**inputs, return_dict=False)[0]
+        parallel = xdit_compile.parallelize(model, spec, ranks=range(2))
+        got = parallel(**inputs, return_dict=False)[0] + 0
+        again = parallel(**inputs, return_dict=False)[0] + 0
+    error = max(float((x - expected).abs().max() / expected.abs().max()) for x in (got, again))
+    return {"error": error, "spec": str(parallel.runners["forward"].group.spec)}
+
+
+def refused(spec: str) -> str:
+    """The error that ``spec`` ends with."""
+    case = zoo.CASES["dit"]
+    model, inputs = made(case), case.inputs(1, False)
+    try:
+        xdit_compile.parallelize(model, spec, ranks=range(2))(**inputs)
+    except xdit_compile.XditError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def pipeline(name: str, root: str, spec: str) -> dict[str, Any]:
+    """A pipeline under ``spec``, called twice with one generator each: differences to the plain one."""
+    case = pipelines.PIPELINES[name]
+    folder = Path(root) / name
+    plain = pipelines.run(pipelines.load(folder), case)
+    parallel = xdit_compile.parallelize(pipelines.load(folder), spec, ranks=range(2))
+    kind = type(parallel).__name__
+    results = [pipelines.run(parallel, case) for _ in range(2)]
+    return {"error": max(float((r - plain).abs().max() / plain.abs().max()) for r in results), "kind": kind,
+            "spec": str(parallel.parallel_group.spec)}

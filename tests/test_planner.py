@@ -1,0 +1,372 @@
+"""The planner: machines that are read and checked, counts that are those of programs, plans whose words go."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import planner_runs
+import pytest
+import zoo
+from cases import made
+from pool import Pool
+
+import xdit_compile
+from xdit_compile.cli.main import main
+from xdit_compile.errors import SpecError
+from xdit_compile.passes import localize, plan
+from xdit_compile.planner.auto import Auto
+from xdit_compile.planner.calibrate import write, written
+from xdit_compile.planner.candidates import approximate, candidates
+from xdit_compile.planner.costs import Loop, loop_seconds
+from xdit_compile.planner.machine import FOLDER, Link, Machine, Rates, machine, networks, read, shipped
+from xdit_compile.planner.plan import Planner, Question
+from xdit_compile.planner.work import Staged, Work, WorkCounter
+from xdit_compile.report.costs import costs_of
+from xdit_compile.spec import ShardingSpec
+
+TOML = """
+name = "two"
+devices = 2
+[device]
+memory_gb = 8
+element_wise_gb_per_s = 100
+launch_us = 5
+collective_us = 20
+[rates.float32]
+products_tflops = 10
+attention_tflops = 5
+[[links]]
+latency_us = 10
+gb_per_s = 1.0
+"""
+
+
+def simple(devices: int = 4, bandwidth: float = 1e9, latency: float = 0.0, **changes: object) -> Machine:
+    """A machine whose figures are easily reckoned with."""
+    made = Machine("simple", devices, 10**12, {"float32": Rates(1e12, 1e12)}, 1e18, 0.0, 1.0, True, 0.0, 0.0, 1e12,
+                   (Link(0, 0, "any", latency, bandwidth),))
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+@functools.cache
+def counter(name: str, batch: int = 1) -> WorkCounter:
+    case = zoo.CASES[name]
+    return WorkCounter(xdit_compile.capture(made(case), case.inputs(batch, False)))
+
+
+# Machines
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_machines_are_sound_and_say_where_figures_are_from(name: str) -> None:
+    found = machine(f"{name}")
+    text = (FOLDER / f"{name}.toml").read_text()
+    assert "data sheet" in text or "white paper" in text
+    assert all("#" in line for line in text.splitlines() if line.startswith(("memory_gb", "element_wise", "products")))
+    for rates in found.rates.values():
+        assert rates.products >= rates.attention
+    for ranks in range(2, found.devices + 1):
+        assert found.link(range(ranks), "all_to_all").bandwidth > 0
+
+
+def test_nodes_are_joined_by_a_network() -> None:
+    two = machine("2x8xl40-pcie+ethernet-100g")
+    assert (two.world_size, two.nodes) == (16, 2)
+    assert two.link([0, 8], "ring").shared and not two.link([0, 7], "ring").shared
+    assert two.link([0, 1], "all_to_all").bandwidth > two.link([0, 3], "all_to_all").bandwidth
+    assert machine("8xl40-pcie", 16).nodes == 2 and machine("h100", 4).world_size == 4
+    assert set(networks()) >= {"ethernet-100g", "infiniband-400g"}
+
+
+@pytest.mark.parametrize(("change", "complaint"), [
+    (("devices = 2", ""), "lacks devices"),
+    (("devices = 2", "devices = 0"), "devices is a whole number of at least 1, got 0"),
+    (("memory_gb = 8", "memory_gb = -1"), "memory_gb is a number above 0, got -1"),
+    (("memory_gb = 8", "memory_gb = 'much'"), "memory_gb is a number above 0, got 'much'"),
+    (("launch_us = 5", "launch_us = nan"), "launch_us is a number of at least 0, got nan"),
+    (("launch_us = 5", "launch_us = 5\\nfans = 3"), "has fans, which means nothing there"),
+    (("[rates.float32]", "[rates.int3]"), "[rates] has int3; dtypes are"),
+    (("[[links]]", "[[link]]"), "lacks links"),
+    (("gb_per_s = 1.0", "gb_per_s = 1.0\\npattern = 'gossip'"), "pattern is one of any"),
+    (("[device]", "[device"), "is no TOML"),
+])
+def test_a_wrong_file_is_refused_with_the_place(change: tuple[str, str], complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(TOML.replace(change[0], change[1].replace("\\n", "\n")))
+    with pytest.raises(SpecError) as error:
+        read(path)
+    assert complaint in str(error.value) and "mine.toml" in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "complaint"), [
+    ("8xunknown", "there is no machine '8xunknown'"), ("2x8xh100+carrier-pigeon", "there is no network"),
+    ("absent.toml", "cannot be read"), ("", "there is no machine"),
+])
+def test_a_machine_that_is_not_there_is_refused(text: str, complaint: str) -> None:
+    with pytest.raises(SpecError, match=complaint.replace("+", r"\+")):
+        machine(text)
+
+
+def test_a_machine_is_written_as_it_is_read(tmp_path: Path) -> None:
+    found = machine("2x8xa100-pcie+ethernet-100g")
+    write(found, tmp_path / "deep" / "a.toml")
+    again = read(tmp_path / "deep" / "a.toml")
+    assert written(again).splitlines()[1:] == written(found).splitlines()[1:] and again.world_size == 16
+    for one, other in zip(again.links, found.links, strict=True):
+        assert (one.devices, one.ranks, one.pattern, one.shared) == (
+            other.devices, other.ranks, other.pattern, other.shared)
+        assert math.isclose(one.bandwidth, other.bandwidth, rel_tol=1e-3)
+    assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep" / "a.toml"]
+
+
+# Counts
+
+
+@pytest.mark.parametrize("spec", ["ulysses=2", "ring=2", "ulysses=2,ring=2", "tensor=2", "tensor=2,ulysses=2", "cfg=2"])
+@pytest.mark.parametrize("name", ["flux"])
+def test_what_is_counted_without_programs_is_what_programs_do(name: str, spec: str) -> None:
+    found, parsed = counter(name, 2), ShardingSpec.parse(spec)
+    work = found.exact(parsed)
+    whole, seeds = plan(found.captured, parsed)
+    costs = costs_of(localize(whole, seeds, 0))
+    assert isinstance(work, Work)
+    # Of equal nodes a program has one; the busiest rank may be another.
+    assert work.flops == pytest.approx(costs.flops, rel=0.01)
+    assert work.sent == pytest.approx(costs.sent, rel=0.05)
+    assert sum(x.count for x in work.exchanges if x.nbytes) == pytest.approx(
+        sum(c.times for c in costs.collectives if c.size), rel=0.1)
+    assert found.exact(parsed) == WorkCounter(found.captured).exact(parsed), "what is remembered changes nothing"
+
+
+def test_an_estimate_is_close_to_the_count() -> None:
+    found = counter("flux")
+    for spec in ("ulysses=2,ring=2", "ring=2,tensor=2", "pipefusion=2,patches=2", "pipefusion=2,patches=4"):
+        parsed, here = ShardingSpec.parse(spec), simple(bandwidth=1e8)
+        exact, quick = (loop_seconds(count(parsed), found.whole, parsed, here, Loop(8)).total
+                        for count in (found.exact, found.quick))
+        assert quick == pytest.approx(exact, rel=0.35), spec
+
+
+# Seconds
+
+
+def test_seconds_of_a_forward_are_operations_over_rates_and_bytes_over_links() -> None:
+    found = counter("dit")
+    spec = ShardingSpec(ulysses_degree=4)
+    work = found.exact(spec)
+    assert isinstance(work, Work)
+    seconds = loop_seconds(work, found.whole, spec, simple(), Loop(5))
+    assert seconds.products + seconds.attention == pytest.approx(5 * work.flops / 1e12)
+    assert sum(seconds.links.values()) == pytest.approx(5 * work.sent / 1e9)
+    slow = loop_seconds(work, found.whole, spec, simple(latency=1.0), Loop(5))
+    assert slow.total - seconds.total == pytest.approx(5 * sum(x.count for x in work.exchanges), rel=1e-3)
+
+
+def test_a_host_that_is_slower_than_its_device_decides() -> None:
+    found, spec = counter("dit"), ShardingSpec()
+    work = found.exact(spec)
+    assert isinstance(work, Work)
+    for asynchronous in (True, False):
+        here = simple(launch=1.0, asynchronous=asynchronous)
+        total = loop_seconds(work, found.whole, spec, here, Loop(1)).total
+        assert total == pytest.approx(work.launches, rel=1e-6)
+
+
+def test_a_ring_hides_behind_attention_what_ulysses_does_not() -> None:
+    found, here = counter("dit"), simple(bandwidth=1e10, overlap=0.9, rates={"float32": Rates(1e12, 1e6)})
+    ring, ulysses = (sum(loop_seconds(found.exact(s), found.whole, s, here, Loop(1)).links.values()) / max(
+        sum(x.nbytes for x in found.exact(s).exchanges), 1) for s in (  # type: ignore[union-attr]
+            ShardingSpec(ring_degree=4), ShardingSpec(ulysses_degree=4)))
+    assert ring < 0.5 * ulysses
+
+
+def test_stages_take_the_time_of_their_schedule() -> None:
+    found, spec = counter("flux"), ShardingSpec(pipefusion_degree=2, num_patches=4)
+    work = found.exact(spec)
+    assert isinstance(work, Staged)
+    many, few = (loop_seconds(work, found.whole, spec, simple(bandwidth=1e15), Loop(n)).total for n in (21, 11))
+    alone = sum(w.flops for w in (*work.once, *(u for us in work.units for i, u in us.items() if i >= 0))) / 1e12
+    # Two stages that are always busy, and no more than that.
+    assert alone / 2 <= (many - few) / 10 <= 1.4 * alone / 2
+
+
+def test_one_adapter_for_a_node_is_shared_by_its_devices() -> None:
+    found, spec = counter("dit"), ShardingSpec(ulysses_degree=4)
+    apart, shared = (sum(loop_seconds(found.exact(spec), found.whole, spec, replace(
+        simple(devices=2, nodes=2), links=(Link(0, 0, "any", 0.0, 1e9, how),)), Loop(1)).links.values())
+        for how in (False, True))
+    # Two ranks of a node send two thirds of what they send to the other node.
+    assert shared == pytest.approx(apart * 4 / 3, rel=1e-6)
+
+
+# Plans
+
+
+def test_all_ways_to_share_eight_devices_are_candidates() -> None:
+    found = {str(s) for s in candidates(ShardingSpec(), 8, Loop(calls=2), False)}
+    assert {"ulysses=8", "ring=8", "tensor=8", "ulysses=4,cfg=2", "ulysses=2,ring=2,tensor=2",
+            "pipefusion=8,patches=16", "ulysses=2,cfg=2,pipefusion=2,patches=2"} <= found
+    assert all(ShardingSpec.parse(s).world_size == 8 for s in found)
+    assert not any("ring" in s and "pipefusion" in s for s in found)
+    assert {str(s) for s in candidates(ShardingSpec(), 6, Loop(), True)} >= {"ulysses=3,ring=2", "ulysses=2,ring=3"}
+
+
+def test_slow_links_and_fast_links_have_other_plans() -> None:
+    planner = Planner(counter("flux").captured)
+    fast = planner.plan(Question(simple(bandwidth=1e13), 4, Loop(20)))
+    slow = planner.plan(Question(simple(bandwidth=1e6), 4, Loop(20)))
+    assert fast.best.spec != slow.best.spec
+    assert slow.best.spec.pipefusion_degree > 1, "it sends least"
+    exact = planner.plan(Question(simple(bandwidth=1e6), 4, Loop(20), exact=True))
+    assert not any(approximate(o.spec) for o in exact.options)
+    assert any("approximate" in r.reason for r in exact.refused)
+
+
+def test_the_best_is_no_slower_than_any_other_that_was_counted() -> None:
+    planner = Planner(counter("flux").captured)
+    question = Question(simple(bandwidth=3e8), 4, Loop(10))
+    found = planner.plan(question)
+    assert [o.cost for o in found.options] == sorted(o.cost for o in found.options)
+    for option in found.estimated:
+        assert planner.option(option.spec, question).cost >= 0.75 * found.best.cost, option.spec
+
+
+def test_memory_that_is_too_small_leads_to_shares_of_weights_or_to_a_refusal() -> None:
+    planner = Planner(counter("dit").captured)
+    whole = planner.counter.whole
+    fast = simple(bandwidth=1e15)
+    roomy = planner.plan(Question(fast, 2, Loop(4), exact=True)).best
+    tight = planner.plan(Question(fast, 2, Loop(4), exact=True, memory=int(0.9 * whole.parameters)))
+    assert roomy.spec.replicas == 2 and tight.best.memory <= 0.9 * whole.parameters < roomy.memory
+    with pytest.raises(SpecError, match=r"does not fit: a rank takes .*, a device has 1\.00 kB"):
+        planner.plan(Question(simple(), 2, Loop(4), memory=1000))
+
+
+def test_ranks_that_plan_alike_choose_alike() -> None:
+    captured = counter("flux", 2).captured
+    found = [Planner(captured).plan(Question(simple(), 4, Loop(8, batch=2))) for _ in range(2)]
+    assert found[0].to_dict() | {"planning_seconds": 0} == found[1].to_dict() | {"planning_seconds": 0}
+
+
+QUICK = ["dit", "sana"]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.whole) for n in zoo.CASES])
+def test_no_plan_proposes_what_parallelize_refuses(name: str, request: pytest.FixtureRequest) -> None:
+    case = zoo.CASES[name]
+    whole = request.config.getoption("--whole")
+    for batch in (1, 2):
+        model, inputs = made(case), case.inputs(batch, batch == 2)
+        planner = Planner(xdit_compile.capture(model, inputs))
+        for world in range(2, 17) if whole else (2, 6):
+            question = Question(simple(world, bandwidth=1e8), world, Loop(4, batch=batch), exact=world % 2 == 1)
+            try:
+                found = planner.plan(question)
+            except SpecError as error:
+                assert "no spec for" in str(error)
+                continue
+            for option in found.options:
+                # Raises what parallelize would at the first call.
+                xdit_compile.explain(model, option.spec, inputs, rank=world - 1)
+
+
+# What people see
+
+
+def test_a_plan_says_why(tmp_path: Path) -> None:
+    found = Planner(counter("flux").captured, model="Mine").plan(Question(simple(bandwidth=1e7), 4, Loop(10)))
+    text = "\n".join(found.reasons())
+    assert f"Best: {found.best.spec}." in text and "Next: " in text
+    assert "With links of 4 times the bandwidth it would take" in text
+    assert "Guidance first, then Ulysses (ulysses=4): takes" in text and "more of exchanges (ulysses)" in text
+    assert found.line().startswith(f"auto: {found.best.spec} for Mine on simple: ") and "\n" not in found.line()
+
+
+MODEL = '''
+import torch
+from diffusers import DiTTransformer2DModel
+def example():
+    with torch.device("meta"):
+        model = DiTTransformer2DModel(num_attention_heads=4, attention_head_dim=8, in_channels=4, num_layers=4,
+                                      sample_size=16, num_embeds_ada_norm=10).eval()
+    return model, dict(hidden_states=torch.empty(2, 4, 16, 16, device="meta"), timestep=torch.tensor([1, 1]),
+                       class_labels=torch.tensor([1, 2]))
+'''
+
+
+def test_plan_as_json_and_as_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.py").write_text(MODEL)
+    (tmp_path / "two.toml").write_text(TOML)
+    arguments = ["plan", f"{tmp_path}/model.py:example", "--machine", f"{tmp_path}/two.toml", "--steps", "5"]
+    assert main([*arguments, "--json", "--plot", f"{tmp_path}/plan.svg"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["options"][0]["checked"] and report["steps"] == 5 and report["world_size"] == 2
+    svg = (tmp_path / "plan.svg").read_text()
+    assert "best mix" in svg and "ulysses" in svg and "devices" in svg
+    assert main([*arguments, "--exact"]) == 0
+    assert "Best: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "complaint"), [
+    (["--machine", "8xnothing"], "there is no machine"), (["--machine", "two.toml", "--world", "0"], "--world is a"),
+    (["--machine", "h100", "--device-memory", "much"], "cannot read 'much' as a size"),
+])
+def test_a_user_s_mistake_is_one_line(arguments: list[str], complaint: str, tmp_path: Path,
+                                      capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.py").write_text(MODEL)
+    (tmp_path / "two.toml").write_text(TOML)
+    assert main(["plan", "model.py:example", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert complaint in said and "Traceback" not in said
+
+
+# auto
+
+
+def test_words_of_auto() -> None:
+    found = Auto.parse("auto,goal=throughput,exact=no,device_memory=24GB,backend=inductor,vae=2,machine=8xh100")
+    assert found == Auto("throughput", False, 24 * 10**9, "8xh100", vae=2, base=ShardingSpec(backend="inductor"))
+    assert Auto.parse("auto") == Auto() and Auto().exact, "nothing is approximated that nobody asked for"
+    assert Auto.parse("ulysses=2") is None and Auto.parse({"ulysses": 2}) is None
+
+
+@pytest.mark.parametrize(("text", "complaint"), [
+    ("auto,ulysses=2", "ulysses is for auto to choose"), ("auto,exact=maybe", "exact is yes or no"),
+    ("auto,goal=fun", "goal is latency or throughput"), ("auto,colour=red", "unknown word 'colour'"),
+    ("auto,exact=yes,exact=no", "exact is given twice"), ("auto,world=none", "world is a whole number"),
+])
+def test_words_that_auto_does_not_know_are_refused(text: str, complaint: str) -> None:
+    with pytest.raises(SpecError, match=complaint):
+        Auto.parse(text)
+
+
+def test_auto_chooses_alike_on_all_ranks_and_gives_the_plain_numbers(pool: Pool, tmp_path: Path) -> None:
+    (tmp_path / "two.toml").write_text(TOML)
+    for name, spec in (("dit", f"auto,machine={tmp_path}/two.toml"), ("flux", "auto,exact=yes")):
+        found = pool.run(planner_runs.chosen, name, spec, ranks=range(2), timeout=240)
+        assert found[0]["spec"] == found[1]["spec"] and max(f["error"] for f in found) <= 1e-5
+        assert ShardingSpec.parse(found[0]["spec"]).world_size == 2
+
+
+def test_auto_looks_at_a_pipeline_s_first_call(pool: Pool, tmp_path: Path) -> None:
+    import pipelines
+
+    (tmp_path / "two.toml").write_text(TOML)
+    pipelines.folder("dit", tmp_path)
+    found = pool.run(planner_runs.pipeline, "dit", str(tmp_path), f"auto,machine={tmp_path}/two.toml", ranks=range(2),
+                     timeout=240)
+    assert found[0] == found[1] | {"error": found[0]["error"]}
+    assert found[0]["kind"] == "DiTPipeline" and max(f["error"] for f in found) <= 1e-4
+
+
+def test_what_stands_in_the_way_of_auto_is_told_on_every_rank(pool: Pool, tmp_path: Path) -> None:
+    (tmp_path / "two.toml").write_text(TOML)
+    for spec, complaint in (("auto,machine=absent.toml", "cannot be read"),
+                            (f"auto,device_memory=1kB,machine={tmp_path}/two.toml", "does not fit")):
+        for said in pool.run(planner_runs.refused, spec, ranks=range(2), timeout=120):
+            assert said.startswith("SpecError") and complaint in said
