@@ -39,8 +39,10 @@ from xdit_compile.planner.candidates import candidates
 from xdit_compile.planner.costs import Loop, loop_seconds
 from xdit_compile.planner.machine import Link, Machine, Rates, machine
 from xdit_compile.planner.work import Staged, Whole, Work, WorkCounter
-from xdit_compile.report.operations import program_flops
 from xdit_compile.spec import ShardingSpec
+
+STARTED = 30e-6
+"""Seconds of the host per operator, where a row does not tell: what eager calls of diffusers' modules take."""
 
 SPANS = (2, 4, 8, 16)
 """Sizes of groups that have a latency and a bandwidth of their own."""
@@ -52,13 +54,30 @@ ENCODER = 4.7e9
 """Parameters of T5-XXL's encoder."""
 
 
+CONVOLUTIONS = 0.4
+"""Of the rate of matrix products, what an autoencoder's convolutions reach."""
+
+ONCE = 0.2
+"""Seconds of a whole pipeline besides: tokens of the text, the picture."""
+
+
 @dataclass(frozen=True)
 class Counted:
-    """What was counted of one model: on one device, under specs, and of its encoder and autoencoder (operations)."""
+    """What was counted of one model: on one device, under specs, and what every rank does besides: operations of the
+    text encoder, and the autoencoder's work."""
 
     whole: Whole
     work: Mapping[str, Work | Staged]
-    aside: float
+    encoder: float
+    decoder: Work
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What was fitted: a machine, and of each model how fast its kernels are beside those of the machine's others."""
+
+    machine: Machine
+    models: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -131,14 +150,13 @@ def count_model(key: tuple[str, str], asked: Iterable[tuple[ShardingSpec | None,
                     work[str(other)] = counter.quick(other)
                 except XditError:
                     continue  # it does not fit the model
-    return Counted(counter.whole, work, _aside(what))
+    return Counted(counter.whole, work, 2.0 * ENCODER * what.text, _decoder(what))
 
 
-def _aside(what: Any) -> float:
-    """Operations of encoding the text and decoding the picture, done by every rank."""
-    encoder = 2.0 * ENCODER * what.text
+def _decoder(what: Any) -> Work:
+    """What decoding the picture takes."""
     if not what.size:
-        return encoder
+        return Work()
     from diffusers import AutoencoderKL
 
     with torch.device("meta"):
@@ -147,23 +165,23 @@ def _aside(what: Any) -> float:
     decode = as_module(vae.to(torch.bfloat16).eval(), "decode")
     side = what.size // 8
     latents = torch.empty(1, what.latents, side, side, dtype=torch.bfloat16, device="meta")
-    return encoder + program_flops(captured(decode, (latents,), {}))
+    return WorkCounter(captured(decode, (latents,), {})).whole.work
 
 
 # Fitting
 
 
 def predicted(rows: Sequence[Timing], counted: Mapping[tuple[str, str], Counted]
-              ) -> tuple[list[Prediction], dict[tuple[str, str, str], Machine]]:
+              ) -> tuple[list[Prediction], dict[tuple[str, ...], Constants]]:
     """All rows predicted, and the machines with the constants that were fitted."""
     found: list[Prediction] = []
     constants = {}
-    by_machine: dict[tuple[str, str, str], list[Timing]] = defaultdict(list)
+    by_machine: dict[tuple[str, ...], list[Timing]] = defaultdict(list)
     for r in rows:
         by_machine[r.machine].append(r)
     for key, mine in by_machine.items():
         chosen = fitting_rows(mine)
-        made = constants[key] = fitted(key, [r for r in mine if r.line in chosen], counted)
+        made = constants[key] = fitted(key, [r for r in mine if r.line in chosen], {r.n for r in mine}, counted)
         for r in mine:
             seconds, spec = seconds_of(r, counted[r.model, r.shape], made)
             found.append(Prediction(r, seconds, r.line in chosen, spec))
@@ -176,8 +194,7 @@ def fitting_rows(rows: Sequence[Timing]) -> set[int]:
     chosen = {r.line for r in rows if r.n == 1}
     seen: set[tuple[int, bool]] = set()
     for r in rows:
-        axes = [] if r.spec is None else [d for d in (r.spec.ulysses_degree, r.spec.ring_degree, r.spec.tensor_degree)
-                                          if d > 1]
+        axes = [] if r.spec is None else [d for d in (r.spec.ulysses_degree, r.spec.ring_degree) if d > 1]
         if r.spec is not None and len(axes) == 1 and axes[0] == r.n:
             kind = r.n, r.spec.ring_degree > 1
             if kind not in seen:
@@ -186,42 +203,52 @@ def fitting_rows(rows: Sequence[Timing]) -> set[int]:
     return chosen
 
 
-def fitted(key: tuple[str, str, str], rows: Sequence[Timing], counted: Mapping[tuple[str, str], Counted]) -> Machine:
+def fitted(key: tuple[str, ...], rows: Sequence[Timing], sizes: set[int], counted: Mapping[tuple[str, str], Counted]
+           ) -> Constants:
     """The shipped machine with constants that fit ``rows`` best, in the logarithm of seconds; where rows leave them
     open, as they are shipped."""
-    shipped = machine(f"16x{GPUS[key[0]]}" if key[0] == "L40" else f"8x{GPUS[key[0]]}")
-    shipped = replace(shipped, devices=8)
-    start = _links(shipped, key)
-    names = [(span, ring) for span in SPANS for ring in (False, True)]
+    shipped = replace(machine(f"8x{GPUS[key[0]]}"), launch=STARTED)
+    start = _links(shipped, sizes - {1})
+    models = sorted({r.model for r in rows if r.n == 1})
 
     def made(values: Sequence[float]) -> Machine:
-        links = tuple(Link(x.devices, 0, x.pattern, x.latency * math.exp(values[1 + 2 * i]),
-                           x.bandwidth * math.exp(values[2 + 2 * i])) for i, x in enumerate(start))
+        # What is not known of a size is as of the one before: sizes take turns with patterns.
+        more = numpy.asarray(values[2:2 + 2 * len(start)]).reshape(-1, 2, 2).cumsum(axis=0).reshape(-1, 2)
+        links = tuple(Link(x.devices, 0, x.pattern, x.latency * math.exp(latency), x.bandwidth * math.exp(bandwidth))
+                      for x, (latency, bandwidth) in zip(start, more, strict=True))
         scale = math.exp(values[0])
         rates = {d: Rates(r.products * scale, r.attention * scale) for d, r in shipped.rates.items()}
-        return replace(shipped, rates=rates, moved=shipped.moved * scale, links=links)
+        return replace(shipped, rates=rates, moved=shipped.moved * scale, links=links,
+                       launch=shipped.launch * math.exp(values[1]))
 
     def errors(values: Sequence[float]) -> list[float]:
-        guess = made(values)
+        guess = Constants(made(values), dict(zip(models, map(math.exp, values[len(start) * 2 + 2:]), strict=True)))
         apart = [math.log(seconds_of(r, counted[r.model, r.shape], guess)[0] / r.seconds) for r in rows]
-        return [*(10 * e for e in apart), *(v / 2 for v in values)]
+        return [*(10 * e for e in apart), *(v / s for v, s in zip(values, spread, strict=True))]
 
-    return made(least_squares(errors, numpy.zeros(1 + 2 * len(names)), diff_step=1e-3, max_nfev=40).x)
+    spread = [2.0, 0.5] + [1.0, 2.0] * len(start) + [0.3] * len(models)
+    best = least_squares(errors, numpy.zeros(len(spread)), diff_step=1e-3, max_nfev=40).x
+    return Constants(made(best), dict(zip(models, map(math.exp, best[len(start) * 2 + 2:]), strict=True)))
 
 
-def _links(shipped: Machine, key: tuple[str, str, str]) -> list[Link]:
-    """The shipped links, as one for groups that lie within each of SPANS devices, for all patterns and for rings."""
+def _links(shipped: Machine, sizes: set[int]) -> list[Link]:
+    """The shipped links, as one for groups that lie within each number of devices, for all-to-alls and for what goes
+    around a ring."""
     found = []
-    for span in SPANS:
+    for span in sorted({*SPANS, *sizes}):
         for pattern in ("any", "ring"):
             here = shipped.link(range(min(span, 8)), "ring" if pattern == "ring" else "all_to_all")
-            slow = 8.0 if span > 8 and "Ethernet" in key[1] else 1.0
+            slow = 8.0 if span > 8 else 1.0
             found.append(Link(span, 0, pattern, here.latency, here.bandwidth / slow))
     return found
 
 
-def seconds_of(row: Timing, counted: Counted, made: Machine) -> tuple[float, str]:
+def seconds_of(row: Timing, counted: Counted, constants: Constants) -> tuple[float, str]:
     """What a row is predicted to take, and under which spec."""
+    scale = constants.models.get(row.model, 1.0)
+    made = constants.machine
+    made = replace(made, moved=made.moved * scale, rates={
+        d: Rates(r.products * scale, r.attention * scale) for d, r in made.rates.items()})
     loop = Loop(row.steps, 1, 2 if MODELS[row.model, row.shape].guided else 1)
     backend = "inductor" if row.mode == "compile" else "eager"
     if row.spec is not None:
@@ -233,8 +260,11 @@ def seconds_of(row: Timing, counted: Counted, made: Machine) -> tuple[float, str
         spec = replace(ShardingSpec.parse(text), backend=backend)
         options.append((loop_seconds(counted.work[text], counted.whole, spec, made, loop).total, text))
     best, text = min(options)
-    aside = counted.aside / made.rates_of(counted.whole.dtype).products if row.whole else 0.0
-    return best + aside, text
+    if not row.whole:
+        return best, text
+    products, decoder = made.rates_of(counted.whole.dtype).products, counted.decoder
+    once = ONCE if counted.decoder.products else 0.0
+    return best + once + (counted.encoder + decoder.products / CONVOLUTIONS) / products + decoder.moved / made.moved, text
 
 
 # Judging
@@ -245,7 +275,7 @@ def ordered(found: Sequence[Prediction]) -> list[tuple[tuple[str, ...], bool, st
     published order, and which pair does not."""
     groups: dict[tuple[str, ...], list[Prediction]] = defaultdict(list)
     for p in found:
-        if not p.fitted:
+        if not p.fitted and p.row.spec is not None:
             groups[p.row.table].append(p)
     made = []
     for table, rows in groups.items():
@@ -262,8 +292,6 @@ def _apart(a: Prediction, b: Prediction) -> bool:
 
 
 CAUSES: Sequence[tuple[Any, str]] = (
-    (lambda p: "skips" in p.row.method, "long skips go through every stage between in the published run, here straight to "
-                                        "theirs"),
     (lambda p: p.row.method == "xDiT" or "FSDP" in p.row.method, "the method is not said, or weights are in shares"),
     (lambda p: p.row.n == 16 and p.row.spec is None, "the best mix of the published run crosses nodes otherwise"),
     (lambda p: p.row.eye, "read from a plot by eye"),
@@ -285,7 +313,7 @@ def cause(p: Prediction) -> str:
 
 
 def page(found: Sequence[Prediction], left: Sequence[tuple[int, str]],
-         constants: Mapping[tuple[str, str, str], Machine], plot: Path | None) -> str:
+         constants: Mapping[tuple[str, ...], Constants], plot: Path | None) -> str:
     """The whole document."""
     out = [p for p in found if not p.fitted]
     errors = sorted(abs(p.error) for p in out)
@@ -309,13 +337,14 @@ def page(found: Sequence[Prediction], left: Sequence[tuple[int, str]],
     lines += [f"| {p.row} | {p.row.seconds:.4g} s | {p.seconds:.4g} s | {p.error:+.0%} | {cause(p)} |"
               for p in out if abs(p.error) > 0.25]
     lines += ["", "| group | pairs the other way round |", "|---|---|"]
-    lines += [f"| {', '.join(t[3:6])} devices, {t[0]} {t[1]}, {t[2]} | {text} |" for t, ok, text in orders if not ok]
-    lines += ["", "## Constants", "", "| machine | mode | products, TFLOPS | links |", "|---|---|---:|---|"]
-    for (gpu, link, mode), made in constants.items():
+    lines += [f"| {', '.join(t[4:7])} devices, {t[0]} {t[1]}, {t[2]}, {t[3]} | {text} |" for t, ok, text in orders if not ok]
+    lines += ["", "## Constants", "", "| machine | mode | an operator | products, TFLOPS | links |", "|---|---|---:|---:|---|"]
+    for (gpu, link, software, mode), fitted_to in constants.items():
+        made = fitted_to.machine
         rates = made.rates_of("bfloat16")
         text = "; ".join(f"{x.devices} {'ring ' if x.pattern == 'ring' else ''}{x.latency * 1e6:.0f} us + "
                          f"{x.bandwidth / 1e9:.3g} GB/s" for x in made.links)
-        lines.append(f"| {gpu} {link} | {mode} | {rates.products / 1e12:.0f} | {text} |")
+        lines.append(f"| {gpu} {link}, {software} | {mode} | {made.launch * 1e6:.0f} us | {rates.products / 1e12:.0f} | {text} |")
     lines += ["", "## All rows", "", "| row | spec | published | predicted | error | |", "|---|---|---:|---:|---:|---|"]
     lines += [f"| {p.row} | {p.spec} | {p.row.seconds:.4g} s | {p.seconds:.4g} s | {p.error:+.0%} | "
               f"{'fitted' if p.fitted else ''} |" for p in found]

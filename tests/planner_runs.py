@@ -13,7 +13,7 @@ from cases import made
 import xdit_compile
 
 
-def chosen(name: str, spec: str, folder: str) -> dict[str, Any]:
+def chosen(name: str, spec: str) -> dict[str, Any]:
     """A model under ``spec``: its difference to the plain one, and what was chosen."""
     case = zoo.CASES[name]
     model, inputs = made(case), case.inputs(1, False)

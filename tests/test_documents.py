@@ -169,7 +169,7 @@ def shell(line: str, reader: dict[str, Any], pools: dict[int, Pool]) -> None:
             ran(words[5:], reader, pool)
         else:
             pool.run(example_runs.script, words[3], str(reader["home"]), *words[4:], timeout=240)
-    elif words[0] == "xdit-compile" and words[1] == "run":
+    elif words[0] == "xdit-compile" and words[1] in ("run", "verify"):
         spec = words[words.index("--spec") + 1] if "--spec" in words else "ulysses=2"  # that of the artifact
         ran(words[1:], reader, pools[ShardingSpec.parse(spec).world_size])
     elif words[0] == "xdit-compile":
@@ -180,7 +180,8 @@ def shell(line: str, reader: dict[str, Any], pools: dict[int, Pool]) -> None:
 
 def ran(words: list[str], reader: dict[str, Any], pool: Pool) -> None:
     """A command in all of these processes."""
-    answers = pool.run(example_runs.command, str(reader["home"]), *words, "--overwrite", timeout=240)
+    more = ["--overwrite"] if words[0] == "run" else []
+    answers = pool.run(example_runs.command, str(reader["home"]), *words, *more, timeout=240)
     assert all(status == 0 for status, _ in answers), answers
 
 

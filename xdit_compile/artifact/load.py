@@ -288,6 +288,7 @@ class StoredProgram:
     output_spec: OutputSpec
     unsharded: bool
     stage: StageProgram | None = None
+    step: None = None
     lost: str = ""
 
     @property

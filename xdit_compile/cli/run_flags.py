@@ -37,7 +37,8 @@ exit status: 0 if the files are written, 2 if not.
 
 _SCHEME = "how weights are cut is found by trying; leave it out"
 _ENCODERS = "encoders are not cut, but each can live on a rank of its own: use --spec encoders=spread"
-_EXACT = "nothing is skipped or approximated here; for faster steps use more devices, as in --ulysses_degree"
+_EXACT = "attention is whole at each step; for faster steps use --use_fbcache, or more devices, as in --ulysses_degree"
+_CACHES = "caches have other names here; use --use_fbcache, or --spec cache=first_block, teacache or taylor"
 _PRECISION = "weights and traffic keep the model's type; choose it with --dtype, or load a folder quantized before"
 _TOGETHER = "all processes take part in everything; leave it out"
 _KERNEL = "kernels have other names here; use --spec attention_kernel=torch, flash_attn or yunchang"
@@ -58,8 +59,8 @@ VALUES: dict[str, tuple[tuple[str, ...], str]] = {
     "dit_parallel_size": (("0",), _TOGETHER),
     "vae_parallel_size": (("0",), f"{_TOGETHER}, and use --use_parallel_vae"),
     "ray_world_size": (("1",), _RAY),
-    "cache_method": ((), _EXACT),
-    "cache_config": ((), _EXACT),
+    "cache_method": ((), _CACHES),
+    "cache_config": ((), _CACHES),
     "attention_backend": ((), _KERNEL),
     "cross_attention_backend": ((), _KERNEL),
     "gemm_quantization": (("none",), _PRECISION),
@@ -94,7 +95,7 @@ VALUES: dict[str, tuple[tuple[str, ...], str]] = {
 """Flags of xDiT with values that ask for something else than this package does: the values that do not, and why."""
 
 SWITCHES: dict[str, str] = {
-    **dict.fromkeys(("use_teacache", "use_fbcache", "use_fast_attn", "use_hybrid_attn_schedule"), _EXACT),
+    **dict.fromkeys(("use_fast_attn", "use_hybrid_attn_schedule"), _EXACT),
     **dict.fromkeys(("use_fp8_t5_encoder", "use_fp8_text_encoder", "use_fp8_gemms", "use_fp4_gemms", "use_int8_gemms",
                      "use_fp8_comms", "use_hybrid_gemm_schedule"), _PRECISION),
     **dict.fromkeys(("shard_dit", "memory_efficient_sharding"), _SHARD),
@@ -193,6 +194,8 @@ def _add_xdit(group: Any) -> None:
     for name, text in {
         "use_cfg_parallel": "the spec's cfg=2",
         "use_parallel_vae": "the spec's vae=N, N being all processes",
+        "use_fbcache": "the spec's cache=first_block (approximate)",
+        "use_teacache": "the spec's cache=teacache (approximate)",
         "use_torch_compile": "the spec's backend=inductor",
         "use_onediff": "the spec's backend=onediff",
         "no_use_resolution_binning": "take height and width as they are",
@@ -257,6 +260,10 @@ def _spec(options: argparse.Namespace) -> ShardingSpec | Auto:
                                 "--pipefusion_parallel_degree N")
     if options.use_cfg_parallel:
         words["cfg"] = "2"
+    if options.use_fbcache and options.use_teacache:
+        raise SpecError("--use_fbcache and --use_teacache name two caches; give one of them")
+    if options.use_fbcache or options.use_teacache:
+        words["cache"] = "first_block" if options.use_fbcache else "teacache"
     if options.use_torch_compile and options.use_onediff:
         raise SpecError("--use_torch_compile and --use_onediff name two compilers; give one of them")
     if options.use_torch_compile or options.use_onediff:

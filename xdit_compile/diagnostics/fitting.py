@@ -50,7 +50,8 @@ def _others(spec: ShardingSpec) -> Iterator[ShardingSpec]:
             yield replace(spec, offload="block", shard_degree=shards[-1])
     if spec.pipefusion_degree == 1 and spec.ring_degree == 1 and spec.ulysses_degree > 1:
         # The same ranks as stages.
-        yield replace(spec, ulysses_degree=1, pipefusion_degree=spec.ulysses_degree, shard_degree=1)
+        yield replace(spec, ulysses_degree=1, exchange="together", pipefusion_degree=spec.ulysses_degree,
+                      shard_degree=1)
 
 
 def _trial(program: Program, spec: ShardingSpec, rank: int, changes: Mapping[int, str],

@@ -63,7 +63,8 @@ class ParallelPipeline:
             type(self).__name__, group.spec, group.rank,
             tuple(part for name, module in modules.items() for part in _parts(name, module, group)),
             dict(round_robin.fetched) if round_robin else {}, round_robin.sent if round_robin else 0,
-            sum(c.sent for c in communicators), sum(c.results_sent for c in communicators), group.counts["kept"])
+            sum(c.sent for c in communicators), sum(c.results_sent for c in communicators), group.counts["kept"],
+            group.counts["skipped"], group.counts["decided"])
 
 
 def parallel_pipeline(pipe: Any, group: ParallelGroup, check_inputs: CheckInputs, dump: Dump | None,

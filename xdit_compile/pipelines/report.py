@@ -51,6 +51,8 @@ class PipelineReport:
 
     Attributes:
         kept: calls that used what was kept of a step before.
+        skipped: steps that left blocks out, of those ``decided`` upon; approximate: the words of the spec that change
+            results.
         fetched: how often results of calls that groups take turns in were exchanged, by how many calls each exchange
             served; with one, groups waited for each other and nothing was gained.
         sent: bytes this rank sent in those exchanges; stages_sent, results_sent: as a stage of a pipeline, to later
@@ -66,10 +68,16 @@ class PipelineReport:
     stages_sent: int = 0
     results_sent: int = 0
     kept: int = 0
+    skipped: int = 0
+    decided: int = 0
+
+    @property
+    def approximate(self) -> str:
+        return self.spec.approximate
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as what JSON can say."""
-        return jsonable(self) | {"spec": str(self.spec)}
+        return jsonable(self) | {"spec": str(self.spec), "approximate": self.approximate}
 
     def __rich__(self) -> RenderableType:
         rows = table("Components", "component", "class", "how", ">operations", ">x ranks", ">sent", ">activations",
@@ -87,10 +95,17 @@ class PipelineReport:
         staged = Text(f"{size(self.stages_sent)} sent to later stages, {size(self.results_sent)} of results"
                       ) if self.spec.pipefusion_degree > 1 else None
         kept = Text(f"{plural(self.kept, 'call')} used what was kept of a step before")
-        return sections(head, rows, kept, turns if self.fetched else None, sent, staged)
+        skipped = Text(said_of_steps(self.skipped, self.decided)) if self.decided else None
+        loose = Text(f"approximate by {self.approximate}") if self.approximate else None
+        return sections(head, rows, kept, skipped, loose, turns if self.fetched else None, sent, staged)
 
     def __str__(self) -> str:
         return plain(self)
+
+
+def said_of_steps(skipped: int, decided: int) -> str:
+    """What steps have left out."""
+    return f"{skipped} of {plural(decided, 'step')} left blocks out, and added what these had added before"
 
 
 def component_report(component: str, model: str, what: str, compiled: Compiled) -> ComponentReport:

@@ -79,7 +79,7 @@ def measure(progress: Progress = lambda _: None) -> Machine:
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else f"{platform.machine()} CPU"
     found = Machine(
         name, local, int(memory * USABLE), rates, moved, launch, 0.35 if place.type == "cuda" else 0.8,
-        place.type == "cuda", 15e-6, _host_copy(place), links or (Link(0, 0, "any", 1e-4, 1e9),),
+        place.type == "cuda", 0.0, 15e-6, _host_copy(place), links or (Link(0, 0, "any", 1e-4, 1e9),),
         max(world // local, 1))
     return found
 
@@ -208,7 +208,8 @@ def written(machine: Machine) -> str:
              f"devices = {machine.devices}", f"nodes = {machine.nodes}", "", "[device]",
              f"memory_gb = {machine.memory / 1e9:.4g}", f"element_wise_gb_per_s = {machine.moved / 1e9:.4g}",
              f"launch_us = {machine.launch * 1e6:.4g}", f"left_by_a_compiler = {machine.compiled:.4g}",
-             f"asynchronous = {str(machine.asynchronous).lower()}", f"collective_us = {machine.collective * 1e6:.4g}",
+             f"asynchronous = {str(machine.asynchronous).lower()}", f"overlap = {machine.overlap:.4g}",
+             f"collective_us = {machine.collective * 1e6:.4g}",
              f"host_copy_gb_per_s = {machine.host_copy / 1e9:.4g}"]
     for dtype, rates in machine.rates.items():
         lines += ["", f"[rates.{dtype}]", f"products_tflops = {rates.products / 1e12:.4g}",

@@ -1,7 +1,7 @@
 """Seconds of a loop of denoising under a spec, from what its ranks do and how fast the machine is.
 
 A device computes while its host starts the next operators, if it is asynchronous; exchanges are waited for, but for
-what a ring brings while attention goes on (arXiv 2310.01889), and for parameters that come while a block computes.
+what a ring brings while attention goes on (arXiv 2310.01889), as far as a machine does that, and for parameters that come while a block computes.
 Stages follow PipeFusion's schedule, which is simulated.
 """
 
@@ -21,9 +21,6 @@ from xdit_compile.spec import ALL, ShardingSpec
 
 SIMULATED = 4
 """Steps in patches that are simulated; all that follow take as long as the last of them."""
-
-SHOWN = 0.9
-"""Of what a ring brings, the part that attention can hide."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +112,7 @@ def forward_seconds(work: Work, whole: Whole, spec: ShardingSpec, machine: Machi
     for x in work.exchanges:
         seconds = _link_seconds(x, spec, machine)
         if x.kind == "ring":
-            hidden = attention * (spec.ring_degree - 1) / spec.ring_degree
-            seconds = max(seconds - SHOWN * min(hidden, seconds), seconds * (1 - SHOWN))
+            seconds -= machine.overlap * min(seconds, attention * (spec.ring_degree - 1) / spec.ring_degree)
         links[x.axis] += seconds
     started = work.launches * left * machine.launch + sum(x.count for x in work.exchanges) * machine.collective
     device = products + attention + rest + sum(links.values())

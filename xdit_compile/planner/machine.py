@@ -24,6 +24,9 @@ ANY = "any"
 PATTERNS = (ANY, "all_to_all", "all_gather", "all_reduce", "ring")
 """Ways to talk. ``ring`` is what neighbours pass to each other, in a ring or from stage to stage."""
 
+AROUND = ("all_gather", "all_reduce")
+"""Patterns that are carried out around a ring (Patarasuk and Yuan, 2009), where nothing else is known of them."""
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -75,6 +78,7 @@ class Machine:
         launch: seconds of the host per operator that it starts; compiled: of those, what a compiler leaves, and of
             bytes that element-wise work moves (0 to 1).
         asynchronous: whether the host goes on while the device works, as with GPUs.
+        overlap: of what a ring brings, the part that attention can hide (0 to 1).
         collective: seconds of the host per collective.
         host_copy: bytes per second from the host's memory to one device.
         links: how ranks talk, the narrowest placement first.
@@ -88,6 +92,7 @@ class Machine:
     launch: float
     compiled: float
     asynchronous: bool
+    overlap: float
     collective: float
     host_copy: float
     links: tuple[Link, ...]
@@ -115,14 +120,15 @@ class Machine:
         Raises:
             SpecError: no link reaches so far.
         """
-        held = [x for x in self.links if x.pattern in (pattern, ANY)]
+        wanted = [pattern, *(["ring"] if pattern in AROUND else []), ANY]
+        held = [x for x in self.links if x.pattern in wanted]
         held = [x for x in held if not x.devices or len({r // x.devices for r in ranks}) == 1]
         if not held:
             raise SpecError(f"{self.name} has no link between devices {sorted(ranks)}; add one with devices = 0 to "
                             "[[links]] of the machine's file, or give a network: 2x8xNAME+NETWORK")
         narrow = min(x.devices or math.inf for x in held)
         held = [x for x in held if (x.devices or math.inf) == narrow]
-        return min(held, key=lambda x: (x.pattern != pattern,
+        return min(held, key=lambda x: (wanted.index(x.pattern),
                                         abs(math.log(x.ranks / len(ranks))) if x.ranks else math.inf, x.ranks))
 
     @cached_property
@@ -193,7 +199,7 @@ def read(path: Path) -> Machine:
                for dtype, t in known.items()},
         moved=device.number("element_wise_gb_per_s") * 1e9, launch=device.number("launch_us", least=0) / 1e6,
         compiled=device.number("left_by_a_compiler", 0.3), asynchronous=device.flag("asynchronous", True),
-        collective=device.number("collective_us", least=0) / 1e6,
+        overlap=device.number("overlap", 0.0, least=0), collective=device.number("collective_us", least=0) / 1e6,
         host_copy=device.number("host_copy_gb_per_s", 10.0) * 1e9,
         links=tuple(_link(t) for t in data.tables("links")))
     if not made.rates:

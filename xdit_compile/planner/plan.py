@@ -30,8 +30,8 @@ from xdit_compile.spec import ShardingSpec
 
 GOALS = ("latency", "throughput")
 
-CHECKED = 3
-"""So many of the best are counted as the passes plan them, and shown as proposals."""
+CHECKED = 2
+"""So many of the best, that differ in more than patches, are counted as the passes plan them, and shown as proposals."""
 
 FASTER = 4.0
 """Times the bandwidth of links, for the question what a faster one would gain."""
@@ -89,9 +89,13 @@ class Planner:
         start = time.perf_counter()
         tried, refused = self._estimated(question, progress)
         options: list[Option] = []
+        others: list[Option] = []
         while tried and len(options) < CHECKED:
             tried.sort(key=lambda o: o.cost)
             option = tried.pop(0)
+            if any(replace(o.spec, num_patches=option.spec.num_patches) == option.spec for o in options):
+                others.append(option)
+                continue
             progress(f"checking {option.spec}")
             try:
                 found = option if option.checked else self._checked(option, question)
@@ -105,7 +109,7 @@ class Planner:
                             f"{self.model}: " + "; ".join(f"{r.spec}: {r.reason}" for r in refused[:4]))
         faster = self._seconds(options[0].spec, replace(question, machine=question.machine.faster(FASTER)))
         return Plan(self.model, question.machine.name, question.world, question.goal, question.exact,
-                    question.loop.steps, question.loop.calls, tuple(options), tuple(tried), tuple(refused),
+                    question.loop.steps, question.loop.calls, tuple(options), (*others, *tried), tuple(refused),
                     self._folklore(question), FASTER, faster.total, time.perf_counter() - start)
 
     def option(self, spec: ShardingSpec, question: Question) -> Option:

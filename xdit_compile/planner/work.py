@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -32,7 +32,10 @@ from xdit_compile.spec import ShardingSpec
 FEW = 128
 """Rows of a matrix product below which a device waits for the weights, not for the product."""
 
-PACKING, MERGING = 6, 12
+VIEW = 0.5
+"""Of the host's time for an operator, what one takes that starts nothing on the device."""
+
+PACKING, MERGING = 3, 4
 """Operators around an exchange, and around a part of attention that a ring brings."""
 
 MANY = 1000
@@ -159,7 +162,7 @@ class WorkCounter:
             if key not in self._tokens:
                 self.exact(replace(flat, tensor_degree=1))
             seeds = {**weights, **merge_seeds(batch, self._tokens[key])}
-            work = self._work(_walk(program, seeds, flat), flat)
+            work = self._work(_walk(program, seeds, flat, [0]), flat)
         if stages == 1:
             return work
         blocks = max(self._blocks, 1)
@@ -219,10 +222,10 @@ class WorkCounter:
                     whole.work.weights / spec.tensor_degree, whole.work.launches + started, exchanges, cost.stale_bytes)
 
 
-def _walk(program: Program, seeds: Seeds, spec: ShardingSpec) -> Cost:
-    """What the busiest of the first and the last rank has to do."""
+def _walk(program: Program, seeds: Seeds, spec: ShardingSpec, ranks: Collection[int] = ()) -> Cost:
+    """What the busiest of ``ranks`` has to do; by default of the first and the last, which hold the largest remainders."""
     sizes = axis_sizes(spec)
-    ends = sorted({0, spec.world_size - 1})
+    ends = ranks or sorted({0, spec.world_size - 1})
     return max((ProgramInterpreter(program, seeds, position_of(rank, spec), sizes).main().cost for rank in ends),
                key=lambda cost: cost.flops)
 
@@ -233,14 +236,17 @@ def _tokens_among(seeds: Seeds) -> Seeds:
 
 
 def _whole(program: Program, walked: int) -> Whole:
-    calls, moved, weights, launches = program.calls(), 0, 0, 0
+    calls, moved, weights, launches = program.calls(), 0, 0, 0.0
     flops: Counter[str] = Counter()
     dtypes: Counter[torch.dtype] = Counter()
     for name, module in program.functions():
         for node in module.graph.nodes:
-            if node.op != "call_function" or node.target is operator.getitem or is_view(node):
+            if node.op != "call_function" or node.target is operator.getitem:
                 continue
             cost, times = node_flops(node), calls[name]
+            if is_view(node):
+                launches += VIEW * times
+                continue
             launches += times
             if cost:
                 flops["attention" if node.target is ATTENTION else "products"] += cost * times

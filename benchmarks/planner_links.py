@@ -1,0 +1,212 @@
+"""What the planner predicts for machines with slow and fast links between them, and what they take.
+
+Two to four network namespaces, joined by links of a chosen rate, are machines of one thread each; torchrun runs a
+mid-size model on them over gloo. For each rate the machines are measured as `xdit-compile calibrate` does, each spec is
+predicted from that and timed, in one run. Needs root, ip and tc.
+
+    python benchmarks/planner_links.py                             # ten rates, two machines: about half an hour on quiet cores
+    python benchmarks/planner_links.py --machines 4 --rates 50mbit 1gbit
+    python benchmarks/planner_links.py --quick                     # a small model, two rates: a minute
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from shaped_network import UNLIMITED, Network
+from torch import nn
+from tqdm import tqdm
+
+import xdit_compile
+from xdit_compile.planner.calibrate import measure, written
+from xdit_compile.planner.costs import Loop
+from xdit_compile.planner.machine import read
+from xdit_compile.planner.plan import Planner, Question
+from xdit_compile.spec import ShardingSpec
+
+RATES = ("20mbit", "50mbit", "100mbit", "200mbit", "400mbit", "800mbit", "1600mbit", "3gbit", "6gbit", UNLIMITED)
+
+SPECS = {
+    2: ("ulysses=2", "ring=2", "cfg=2", "pipefusion=2,patches=2", "pipefusion=2,patches=4"),
+    3: ("ulysses=3", "ring=3", "pipefusion=3,patches=3"),
+    4: ("ulysses=4", "ring=4", "ulysses=2,ring=2", "cfg=2,ulysses=2", "cfg=2,ring=2", "pipefusion=4,patches=4",
+        "cfg=2,pipefusion=2,patches=2", "pipefusion=2,ulysses=2,patches=2"),
+}
+
+CALLS = 2
+"""Of the model in each step: with a condition and without."""
+
+NEAR, CLOSE = 1.05, 0.20
+"""How much slower than the fastest a pick may be, and by how much a prediction may be wrong."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of what is run: of the model, and how long."""
+
+    width: int = 384
+    layers: int = 8
+    side: int = 48
+    steps: int = 4
+    loops: int = 3
+
+
+QUICK = Scale(width=128, layers=4, side=24, steps=3, loops=2)
+
+
+@dataclass(frozen=True)
+class Found:
+    """One spec at one rate: seconds of a loop, predicted and measured (of each repetition)."""
+
+    rate: str
+    spec: str
+    predicted: float
+    measured: tuple[float, ...]
+
+    @property
+    def seconds(self) -> float:
+        return median(self.measured)
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.seconds - 1
+
+
+def build(scale: Scale) -> tuple[nn.Module, dict[str, Any]]:
+    """The model, the same on every machine, and the arguments of one call."""
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(num_attention_heads=scale.width // 64, attention_head_dim=64, in_channels=4,
+                                  num_layers=scale.layers, sample_size=scale.side, num_embeds_ada_norm=10)
+    given = {"hidden_states": torch.randn(1, 4, scale.side, scale.side), "timestep": torch.tensor([900]),
+             "class_labels": torch.tensor([1])}
+    return model.eval().requires_grad_(False), given
+
+
+def loop(model: Any, given: dict[str, Any], scale: Scale) -> torch.Tensor:
+    """Denoising with guidance in two calls, as a pipeline does it."""
+    x = given["hidden_states"]
+    labels = torch.tensor([1]), torch.tensor([10])
+    for step in range(scale.steps):
+        when = torch.tensor([900 - 100 * step])
+        one, other = (model(hidden_states=x, timestep=when, class_labels=c, return_dict=False)[0][:, :4]
+                      for c in labels)
+        x = x - 0.1 * (other + 3.0 * (one - other))
+    return x + 0
+
+
+def worker(job: Path) -> None:
+    """What one machine does: is measured, and runs each spec."""
+    warnings.simplefilter("ignore")
+    asked = json.loads(job.read_text())
+    scale = Scale(**asked["scale"])
+    xdit_compile.init_from_env()
+    torch.set_num_threads(1)
+    toml = written(measure())
+    taken = {}
+    for spec in asked["specs"]:
+        model, given = build(scale)
+        with torch.no_grad():
+            parallel = xdit_compile.parallelize(model, spec)
+            loop(parallel, given, scale)  # captures, plans, connects
+            dist.barrier()
+            taken[spec] = []
+            for _ in range(scale.loops):
+                start = time.perf_counter()
+                loop(parallel, given, scale)
+                dist.barrier()
+                taken[spec].append(time.perf_counter() - start)
+    if dist.get_rank() == 0:
+        job.with_suffix(".found").write_text(json.dumps({"toml": toml, "taken": taken}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(machines: int, rates: Sequence[str], specs: Sequence[str], scale: Scale,
+        patience: float = 3600.0) -> list[Found]:
+    """All specs at all rates.
+
+    Raises:
+        Unavailable: namespaces cannot be made here.
+    """
+    model, given = build(scale)
+    planner = Planner(xdit_compile.capture(model, given), model="the model")
+    found = []
+    with Network(machines) as net, tempfile.TemporaryDirectory() as folder:
+        for rate in tqdm(rates, "rates", disable=not sys.stderr.isatty()):
+            net.shape(rate)
+            job = Path(folder) / "job.json"
+            job.write_text(json.dumps({"scale": asdict(scale), "specs": list(specs)}))
+            net.torchrun([sys.executable, __file__, "--worker", str(job)], patience)
+            answer = json.loads(job.with_suffix(".found").read_text())
+            toml = Path(folder) / "machine.toml"
+            toml.write_text(answer["toml"])
+            question = Question(read(toml), machines, Loop(scale.steps, CALLS, 1))
+            for spec in specs:
+                option = planner.option(ShardingSpec.parse(spec), question)
+                found.append(Found(rate, spec, option.seconds.total, tuple(answer["taken"][spec])))
+    return found
+
+
+def page(found: Sequence[Found]) -> tuple[str, bool]:
+    """A table, and whether the planner's promise is kept."""
+    lines = ["| links | spec | predicted | measured | error | |", "|---:|---|---:|---:|---:|---|"]
+    kept = 0
+    rates = list(dict.fromkeys(f.rate for f in found))
+    for rate in rates:
+        here = [f for f in found if f.rate == rate]
+        fastest, pick = min(f.seconds for f in here), min(here, key=lambda f: f.predicted)
+        good = pick.seconds <= NEAR * fastest
+        kept += good
+        for f in here:
+            marks = [*(["picked" if good else "picked, and slower than the fastest"] if f is pick else []),
+                     *(["fastest"] if f.seconds == fastest else [])]
+            lines.append(f"| {rate} | {f.spec} | {f.predicted:.2f} s | {f.seconds:.2f} s | {f.error:+.0%} | "
+                         f"{', '.join(marks)} |")
+    close = sum(abs(f.error) <= CLOSE for f in found)
+    lines += ["", f"The pick is the fastest or within {NEAR - 1:.0%} of it at {kept} of {len(rates)} rates; "
+                  f"{close} of {len(found)} predictions are within {CLOSE:.0%}."]
+    return "\n".join(lines), kept >= 0.9 * len(rates) and close == len(found)
+
+
+def main() -> int:
+    options = _options()
+    if options.worker:
+        worker(options.worker)
+        return 0
+    scale, rates = (QUICK, ("50mbit", UNLIMITED)) if options.quick else (Scale(), RATES)
+    found = run(options.machines, options.rates or rates, options.specs or SPECS[options.machines], scale)
+    text, good = page(found)
+    print(text)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(f) for f in found], indent=2) + "\n")
+    return 0 if good else 1
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python benchmarks/planner_links.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--machines", type=int, choices=sorted(SPECS), default=2)
+    parser.add_argument("--rates", nargs="+", metavar="RATE", help="in tc's words, or unlimited (default: ten)")
+    parser.add_argument("--specs", nargs="+", metavar="SPEC", help="default: one of each method, and mixes")
+    parser.add_argument("--quick", action="store_true", help="a small model and two rates")
+    parser.add_argument("--json", type=Path, help="all figures")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
