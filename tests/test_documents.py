@@ -204,7 +204,7 @@ def named(words: list[str]) -> None:
 
 def test_few_blocks_are_not_run() -> None:
     assert len(BLOCKS) > 20
-    assert len([b for b in BLOCKS if b.why_not]) <= 2
+    assert len([b for b in BLOCKS if b.why_not]) <= 3
 
 
 def test_the_page_for_users_of_xdit_names_every_flag_that_is_known() -> None:
