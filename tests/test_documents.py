@@ -65,6 +65,8 @@ def blocks(path: Path) -> Iterator[Block]:
 
 
 BLOCKS = [block for path in DOCUMENTS for block in blocks(path)]
+LONG = ("xdit-compile plan ", "xdit-compile serve ")
+"""What takes long, and has quick tests of its own: blocks of these run with ``--whole``."""
 
 FILE = re.compile(r"# (\w+\.py)(?:, further down)?\n")
 """How a block begins that is a file, or more of one."""
@@ -80,6 +82,7 @@ STAND_INS = {
     "--num_inference_steps 28": "--num_inference_steps 2 --height 64 --width 64",
     '--prompt "a cat"': '--prompt "a cat" --num_inference_steps 2 --height 64 --width 64',
     "num_inference_steps=200": "num_inference_steps=20",
+    "plan mine.py:flux": "plan mine.py:small_flux",
     "examples/shapes/model": "{repository}/examples/shapes/model",
     'pipe("a cat", generator=': 'pipe("a cat", num_inference_steps=2, height=64, width=64, generator=',
     'parallel("a cat", generator=': 'parallel("a cat", num_inference_steps=2, height=64, width=64, generator=',
@@ -122,7 +125,8 @@ def tiny(folder: str) -> dict[str, Any]:
             "pipe": pipelines.load(Path(folder))}
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@pytest.mark.parametrize("block", [
+    pytest.param(b, marks=pytest.mark.whole if any(word in b.text for word in LONG) else ()) for b in BLOCKS], ids=str)
 def test_a_block_runs(block: Block, reader: dict[str, Any], pools: dict[int, Pool],
                       monkeypatch: pytest.MonkeyPatch) -> None:
     if block.why_not:
