@@ -48,8 +48,8 @@ ARROWS: dict[str, set[str]] = {
                     "runtime.deferred", "runtime.pipefusion", "progress"},
     "engine": {"errors", "spec", "ir", "driver", "artifact", "pipelines", "api", "runtime", "runtime.control"},
     "serve": {"errors", "engine", "pipelines"},
-    "cli": {"errors", "spec", "ir", "frontend", "report", "runtime", "planner", "pipelines", "artifact", "api", "diagnostics", "engine",
-            "serve", "progress"},
+    "cli": {"errors", "spec", "ir", "frontend", "report", "runtime", "planner", "pipelines", "artifact", "api",
+            "diagnostics", "engine", "serve", "progress"},
     "compat": {"errors", "spec", "runtime", "pipelines", "api", "cli"},
     "__main__": {"cli"},
 }  # fmt: skip
