@@ -395,11 +395,11 @@ Where a row is the best of several methods, so is the prediction; such rows are 
 **What the figures are worth.** The rows left out were not fitted to, but they were looked at while the planner was
 made, and these choices were made because of them: an operator takes the host 30 us where rows do not tell (28, 33 and
 38 us were tried too: then 90.8%, 90.1% and 89.5% of the rows came within 25%, which is at the border of what was
-hoped for); what a ring brings is not hidden; views cost half of an operator; an autoencoder's convolutions reach 0.4 of the rate of products, and a picture
-takes 0.2 s besides; the figures of one model are taken to leave its autoencoder out; software has constants of its
-own; rows marked "(skips)" are not asked for. About ten variants were compared. So take the first line below for how
-well one such model can describe what is published. The last line is of models whose rows were first looked at after
-all that was settled.
+hoped for); what a ring brings is not hidden; views cost half of an operator; an autoencoder's convolutions reach 0.4 of
+the rate of products, and a picture takes 0.2 s besides; the figures of one model are taken to leave its autoencoder
+out; software has constants of its own; rows marked "(skips)" are not asked for. About ten variants were compared. So
+take the first line below for how well one such model can describe what is published. The last line is of models whose
+rows were first looked at after all that was settled.
 
 What the planner does, and how to use it, is in the [README](../README.md#plan) and in [rooms.md](rooms.md#planner).
 """
