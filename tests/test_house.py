@@ -49,8 +49,8 @@ ARROWS: dict[str, set[str]] = {
     "engine": {"errors", "spec", "ir", "driver", "artifact", "pipelines", "planner", "api", "runtime",
                "runtime.control", "progress"},
     "serve": {"errors", "engine", "pipelines"},
-    "cli": {"errors", "spec", "ir", "frontend", "report", "runtime", "planner", "pipelines", "artifact", "api", "diagnostics", "engine",
-            "serve", "progress"},
+    "cli": {"errors", "spec", "ir", "frontend", "report", "runtime", "planner", "pipelines", "artifact", "api",
+            "diagnostics", "engine", "serve", "progress"},
     "compat": {"errors", "spec", "runtime", "pipelines", "api", "cli"},
     "__main__": {"cli"},
 }  # fmt: skip
