@@ -69,6 +69,8 @@ def latents(name: str, root: Path, **call: Any) -> torch.Tensor:
     ("--fully_shard_degree 2 --ulysses_degree 4", "ulysses=4,shard=2"),
     ("--use_torch_compile --ulysses_degree 1", "backend=inductor"),
     ("--use_onediff", "backend=onediff"),
+    ("--use_fbcache --ulysses_degree 2", "cache=first_block,ulysses=2"),
+    ("--use_teacache", "cache=teacache"),
     ("--spec cfg=2,attention_kernel=torch --ulysses_degree 2", "cfg=2,ulysses=2,kernel=torch"),
     ("--spec ulysses_degree=2 --ulysses_degree 2", "ulysses=2"),
     ("--use_parallel_vae --use_cfg_parallel --ring_degree 2", "cfg=2,ring=2,vae=4"),

@@ -72,7 +72,7 @@ VALUES: dict[str, tuple[tuple[str, ...], str]] = {
     "task": ((), "the class of the pipeline decides what it does; name another with --pipeline"),
     "batch_size": (("1",), "give several prompts, or --arg num_images_per_prompt=N"),
     "dataset_path": ((), "give the prompts with --prompt"),
-    "teacache_thresh": (("0.2",), _EXACT),
+    "teacache_thresh": (("0.2",), _CACHES),
     **{name: ((default,), _EXACT) for name, default in (
         ("n_calib", "8"), ("threshold", "0.5"), ("window_size", "64"))},
     "coco_path": ((), _EXACT),
@@ -98,7 +98,7 @@ SWITCHES: dict[str, str] = {
                      "use_fp8_comms", "use_hybrid_gemm_schedule"), _PRECISION),
     **dict.fromkeys(("shard_dit", "memory_efficient_sharding"), _SHARD),
     **dict.fromkeys(("enable_sequential_cpu_offload", "enable_group_cpu_offload"), _OFFLOAD),
-    **dict.fromkeys(("teacache_use_ret_steps", "use_cache"), _EXACT),
+    **dict.fromkeys(("teacache_use_ret_steps", "use_cache"), _CACHES),
     **dict.fromkeys(("use_ssta_sparse_text_to_image", "use_spargeattn_head_balance"), _SPARSE),
     "profile": _PROFILE,
     "no_reshard_after_forward": "a block's parameters are dropped after it, always; leave it out",
