@@ -70,6 +70,8 @@ def latents(name: str, root: Path, **call: Any) -> torch.Tensor:
     ("--use_torch_compile --ulysses_degree 1", "backend=inductor"),
     ("--use_onediff", "backend=onediff"),
     ("--use_teacache --wan-teacache-thresh 0.3 --ulysses_degree 2", "ulysses=2,cache=teacache,threshold=0.3"),
+    ("--use_fbcache --ulysses_degree 2", "cache=first_block,ulysses=2"),
+    ("--use_teacache", "cache=teacache"),
     ("--spec cfg=2,attention_kernel=torch --ulysses_degree 2", "cfg=2,ulysses=2,kernel=torch"),
     ("--spec ulysses_degree=2 --ulysses_degree 2", "ulysses=2"),
     ("--use_parallel_vae --use_cfg_parallel --ring_degree 2", "cfg=2,ring=2,vae=4"),
