@@ -54,7 +54,7 @@ def serving(*arguments: str) -> Iterator[tuple[httpx.Client, psutil.Process]]:
                                    stdout=log, stderr=log, cwd=REPOSITORY)
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as client:
-                ready(client, 600)
+                ready(client, 600, lambda: process.poll() is None or sys.exit(Path(log.name).read_text()))
                 yield client, psutil.Process(process.pid)
             process.terminate()
             assert process.wait(60) == 0, Path(log.name).read_text()

@@ -9,7 +9,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,9 +61,11 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def ready(client: httpx.Client, seconds: float = 120) -> None:
+def ready(client: httpx.Client, seconds: float = 120, lives: Callable[[], object] = lambda: None) -> None:
+    """Wait until a server takes calls; ``lives`` raises if it has ended."""
     deadline = time.monotonic() + seconds
     while True:
+        lives()
         try:
             if client.get("/ready").status_code == 200:
                 return

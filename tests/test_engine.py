@@ -20,6 +20,7 @@ import pipelines
 import psutil
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
 import xdit_compile
@@ -173,6 +174,14 @@ def test_an_own_model_is_parallelized(tmp_path: Path) -> None:
         assert torch.allclose(engine(**inputs), expected, atol=1e-6)
 
 
+def adapted(pipe: Any, folder: Path) -> Path:
+    """The folder of an adapter that ``pipe`` has at half its strength from now on."""
+    pipe.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q"]))
+    pipe.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(pipe.transformer))
+    pipe.transformer.set_adapters(["default"], [0.5])
+    return folder
+
+
 def test_a_pipeline_answers_as_in_one_process(tmp_path: Path) -> None:
     folder = pipelines.folder("sd3", tmp_path)
     call = pipelines.PIPELINES["sd3"].call() | {"output_type": "np"}
@@ -199,6 +208,13 @@ def test_a_pipeline_answers_as_in_one_process(tmp_path: Path) -> None:
         assert sorted(previews) == list(range(1, count + 1)) and torch.equal(previews[count], latents)
         with pytest.raises(ArgumentError, match=r"refuses its arguments: .height. and .width. have to be divisible"):
             engine(**call | {"height": 15, "width": 16})
+        style = adapted(plain, tmp_path / "style")
+        expected = plain(**call, generator=torch.Generator().manual_seed(0)).images
+        engine.load_lora(style, name="style", scale=0.5)
+        assert np.abs(engine(**call, seed=0).images - expected).max() < 1e-5
+        assert np.abs(expected - found.images).max() > 1e-3
+        engine.unload_lora()
+        assert np.array_equal(engine(**call, seed=0).images, again.images)
         # Within the model: its groups break, and are made anew while the processes stay.
         pids = {p.pid for p in psutil.Process().children()}
         with pytest.raises((XditError, RuntimeError)):

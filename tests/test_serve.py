@@ -282,13 +282,14 @@ def test_the_page_in_a_browser(client: httpx.Client, tmp_path: Path) -> None:
 def test_the_command_serves_until_it_is_told_to_stop(tmp_path: Path) -> None:
     port = serving.free_port()
     command = [sys.executable, "-m", "xdit_compile.cli", "serve", "--model", serving.PAINTER, "--spec", "ulysses=2",
-               "--device", "cpu", "--port", str(port), "--grace", "20"]
+               "--device", "cpu", "--port", str(port), "--grace", "20", "--max-steps", "20"]
     log = tmp_path / "log"
     with log.open("w") as file:
         process = subprocess.Popen(command, stderr=file)
     answers: list[httpx.Response] = []
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
         serving.ready(client)
+        refused(client.post(IMAGES, json={"prompt": "a", "num_inference_steps": 21}), 400, "from 1 to 20")
         late = threading.Thread(target=lambda: answers.append(
             client.post(IMAGES, json={"prompt": "a", "seed": 1, "pause": 0.4})))
         late.start()

@@ -74,7 +74,6 @@ VALUES: dict[str, tuple[tuple[str, ...], str]] = {
     "task": ((), "the class of the pipeline decides what it does; name another with --pipeline"),
     "batch_size": (("1",), "give several prompts, or --arg num_images_per_prompt=N"),
     "dataset_path": ((), "give the prompts with --prompt"),
-    "teacache_thresh": (("0.2",), _EXACT),
     **{name: ((default,), _EXACT) for name, default in (
         ("n_calib", "8"), ("threshold", "0.5"), ("window_size", "64"))},
     "coco_path": ((), _EXACT),
@@ -100,7 +99,8 @@ SWITCHES: dict[str, str] = {
                      "use_fp8_comms", "use_hybrid_gemm_schedule"), _PRECISION),
     **dict.fromkeys(("shard_dit", "memory_efficient_sharding"), _SHARD),
     **dict.fromkeys(("enable_sequential_cpu_offload", "enable_group_cpu_offload"), _OFFLOAD),
-    **dict.fromkeys(("teacache_use_ret_steps", "use_cache"), _EXACT),
+    "teacache_use_ret_steps": "give the model's coefficients, as in --spec cache=teacache,coefficients=[...]",
+    "use_cache": _EXACT,
     **dict.fromkeys(("use_ssta_sparse_text_to_image", "use_spargeattn_head_balance"), _SPARSE),
     "profile": _PROFILE,
     "no_reshard_after_forward": "a block's parameters are dropped after it, always; leave it out",
@@ -188,6 +188,7 @@ def _add_call(group: Any) -> None:
 def _add_xdit(group: Any) -> None:
     for name, word in (DEGREES | PIPEFUSION).items():
         group.add_argument(f"--{name}", type=int, metavar="N", help=f"the spec's {word}=N")
+    group.add_argument("--teacache_thresh", type=float, metavar="X", help="the spec's threshold=X, with --use_teacache")
     group.add_argument("--attn_layer_num_for_pp", type=int, nargs="*", metavar="N",
                        help="blocks of each stage, the spec's stage_blocks=N+N")
     for name, text in {
@@ -266,6 +267,10 @@ def _spec(options: argparse.Namespace) -> ShardingSpec | Auto:
         raise SpecError("--use_fbcache and --use_teacache name two caches; give one of them")
     if options.use_fbcache or options.use_teacache:
         words["cache"] = "first_block" if options.use_fbcache else "teacache"
+    if options.use_teacache and options.teacache_thresh is not None:
+        words["threshold"] = str(options.teacache_thresh)
+    elif options.teacache_thresh not in (None, 0.2):
+        raise SpecError(f"--teacache_thresh {options.teacache_thresh} belongs to a cache; add --use_teacache")
     if options.use_torch_compile and options.use_onediff:
         raise SpecError("--use_torch_compile and --use_onediff name two compilers; give one of them")
     if options.use_torch_compile or options.use_onediff:

@@ -74,6 +74,7 @@ def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec | 
     program = captured(model, args, kwargs)
     middle = time.perf_counter()
     changes, stages = step_inputs(model, args, kwargs), None
+    left_out: tuple[str, ...] = ()
     groups = parameter_groups(model)
     if spec.pipefusion_degree > 1:
         whole, body, local, costs, kept, stages, memory, own = _stage(program, spec, rank, dump, changes, groups)
@@ -82,7 +83,7 @@ def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec | 
         whole, local = compiled.whole, compiled.local
         body, costs = whole, with_invariants(costs_of(local), compiled.invariant, compiled.body)
         kept = invariant_work(local, compiled.invariant, compiled.body, compiled.changes, costs.flops)
-        memory, own = memory_of(compiled), compiled.groups
+        memory, own, left_out = memory_of(compiled), compiled.groups, compiled.left_out
     end = time.perf_counter()
     notes, calls = local.notes, local.calls()
     replicated = sorted(_replicated(local), key=lambda row: -row.flops) if spec.world_size > 1 else []
@@ -96,7 +97,7 @@ def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec | 
         tuple(replicated[:MOST]), sum(row.flops for row in replicated), costs, costs_of(whole), kept, stages,
         local.history, memory, None if device_memory is None else fits(
             program, spec, rank, changes, groups, memory, device_memory), _weight_cuts(own), block_boxes(local),
-        _figures(program, spec, changes, groups) if every_rank else ())
+        _figures(program, spec, changes, groups) if every_rank else (), left_out)
 
 
 def _figures(program: Program, spec: ShardingSpec, changes: Mapping[int, str],

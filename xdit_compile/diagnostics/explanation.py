@@ -106,6 +106,7 @@ class Explanation:
         weights: which parameters tensor ranks share out, and how.
         blocks: what the rank runs, block by block, in order.
         ranks: the figures of all ranks, if they were asked for.
+        left_out: the paths of blocks that steps may leave out; ``local`` is of a step that does not.
     """
 
     model: str
@@ -132,6 +133,7 @@ class Explanation:
     weights: tuple[WeightCut, ...] = ()
     blocks: tuple[BlockBox, ...] = ()
     ranks: tuple[RankFigures, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def work_ratio(self) -> float:
@@ -193,6 +195,9 @@ class Explanation:
                  f"{size(self.memory.device)} of memory", f"{size(self.figures.sent)} sent"]
         if self.fallbacks:
             parts.append(f"{plural(len(self.fallbacks), 'operator')} computed whole")
+        if self.spec.approximate:
+            blocks = f", leaving out up to {plural(len(self.left_out), 'block')} in a step" if self.left_out else ""
+            parts.append(f"approximate by {self.spec.approximate}{blocks}")
         if self.fit is not None:
             parts.append("fits" if self.fit.fits else "does NOT fit")
         return f"{self.model} under {self.spec}: {', '.join(parts)}"

@@ -21,6 +21,8 @@ from xdit_compile.runtime.launch import GRACE
 
 log = logging.getLogger(__name__)
 
+LOAD, CHOOSE, UNLOAD = ADAPTERS = ("load_lora_weights", "set_adapters", "unload_lora_weights")
+"""Methods of diffusers' pipelines."""
 # Seconds between two looks at limits while nothing is said.
 _LOOK = 1.0
 
@@ -121,10 +123,17 @@ class Dispatcher:
         event = self._together(call.message(), f"a call of {self._recipe.source}", call)
         call.timing = event.get("timing", {})
         if call.do == "invoke" and not call.answers:
-            self._repeated.append(call)
+            self._remember(call)
         for ours, state in zip(generators((call.args, call.kwargs)), event.get("generators", ()), strict=False):
             ours.set_state(state)
         return event["value"]
+
+    def _remember(self, call: Call) -> None:
+        """Call a method again when ranks start anew, and none before whose effect it undoes."""
+        undone = {UNLOAD: ADAPTERS, CHOOSE: (CHOOSE,)}.get(call.method, ())
+        while self._repeated and self._repeated[-1].method in undone:
+            self._repeated.pop()
+        self._repeated.append(call)
 
     @staticmethod
     def _all_there(ranks: Ranks) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from xdit_compile.engine.call import Call, OnPreview, OnStep
-from xdit_compile.engine.dispatcher import Dispatcher
+from xdit_compile.engine.dispatcher import CHOOSE, LOAD, UNLOAD, Dispatcher
 from xdit_compile.engine.process_ranks import ProcessRanks
 from xdit_compile.engine.ranks import Start
 from xdit_compile.engine.ray_ranks import RayRanks, ray_library
@@ -155,17 +155,17 @@ class Engine:
         """Load an adapter on all ranks, as ``pipe.load_lora_weights`` does, and set its scale if one is given."""
         text = str(Path(path).resolve()) if Path(path).exists() else str(path)
         named = {"adapter_name": name, **kwargs} if name else kwargs
-        self.invoke("load_lora_weights", text, **named)
+        self.invoke(LOAD, text, **named)
         if scale is not None:
             self.set_adapters([name or "default_0"], [scale])
 
     def set_adapters(self, names: str | list[str], scales: float | list[float] | None = None) -> None:
         """Which of the loaded adapters are active, and how strongly."""
-        self.invoke("set_adapters", names, *([] if scales is None else [scales]))
+        self.invoke(CHOOSE, names, *([] if scales is None else [scales]))
 
     def unload_lora(self) -> None:
         """Give up all adapters."""
-        self.invoke("unload_lora_weights")
+        self.invoke(UNLOAD)
 
     def invoke(self, method: str, *args: Any, answers: bool = False, **kwargs: Any) -> Any:
         """Call a method of what the ranks hold, on all of them, between two calls. It is called again when the engine

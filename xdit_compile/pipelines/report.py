@@ -145,6 +145,7 @@ def component_report(component: str, model: str, what: str, compiled: Compiled) 
     invariant = compiled.stage.invariant if compiled.stage else compiled.invariant
     fallbacks = sum(note.kind == "fallback" for note in compiled.local.notes)
     said = f"{what}; {plural(fallbacks, 'operator')} computed whole for want of a rule" if fallbacks else what
+    said += f"; steps may leave out {plural(len(compiled.left_out), 'block')}" if compiled.left_out else ""
     return ComponentReport(
         component, model, said, compiled.local.spec, local.flops, local.sent, local.activations, whole.flops,
         whole.activations, program_flops(invariant) if invariant else 0, result_bytes(invariant) if invariant else 0)
