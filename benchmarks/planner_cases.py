@@ -88,6 +88,8 @@ def _timing(line: int, row: dict[str, str]) -> Timing | str:
     if row["confidence"].startswith("REJECT") or "contested" in row["confidence"]:
         return "the table itself calls it implausible, or its steps contested"
     shape = row["shape"].split(" ")[0].rstrip("?")
+    if "frames per README" in row["shape"]:
+        return "its frames are not known"
     if (row["model"], shape) not in MODELS:
         return "a model or size that is not among those checked"
     if not row["steps"].isdecimal():
@@ -231,7 +233,6 @@ MODELS: dict[tuple[str, str], Model] = {
     ("Wan2.1-I2V-14B-480P", "832x480x81"): Model(_video(published_videos.wan21_i2v_14b_720p, 21, 60, 104), True),
     ("Wan2.1-I2V-14B-720P", "1280x720x81"): Model(published_videos.wan21_i2v_14b_720p, True),
     ("ConsisID (CogVideoX-5b)", "720x480x49"): Model(published_videos.consisid, True, fresh=True),
-    ("Mochi-1", "848x480"): Model(published.mochi_480p, True, fresh=True),
     # Its autoencoder takes 32 pixels for one, four times as many as the others.
     ("SANA-1.6B", "4096x4096"): Model(_image(published_images.sana_1600m_1024, 4096 // 4), True, fresh=True),
     **{("Qwen-Image", s): Model(lambda n=n: _qwen(n), True, fresh=True) for s, n in IMAGES.items()},

@@ -4,9 +4,9 @@ Two to four network namespaces, joined by links of a chosen rate, are machines o
 mid-size model on them over gloo. For each rate the machines are measured as `xdit-compile calibrate` does, each spec is
 predicted from that and timed, in one run. Needs root, ip and tc.
 
-    python benchmarks/planner_links.py                             # ten rates, two machines: about half an hour on quiet cores
+    python benchmarks/planner_links.py                # ten rates, two machines: about half an hour on quiet cores
     python benchmarks/planner_links.py --machines 4 --rates 50mbit 1gbit
-    python benchmarks/planner_links.py --quick                     # a small model, two rates: a minute
+    python benchmarks/planner_links.py --quick        # a small model, two rates: a minute
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from shaped_network import UNLIMITED, Network
+from shaped_network import UNLIMITED, Network, Unavailable
 from torch import nn
 from tqdm import tqdm
 
@@ -62,6 +62,8 @@ class Scale:
     steps: int = 4
     loops: int = 3
 
+
+__all__ = ["QUICK", "Unavailable", "page", "run"]
 
 QUICK = Scale(width=128, layers=4, side=24, steps=3, loops=2)
 

@@ -25,7 +25,7 @@ def test_numbers_of_the_method(pool: Pool, name: str) -> None:
         for one in ranks:
             assert max(one["errors"]) <= EXACT, spec
             assert one["exact"][0] <= EXACT and min(one["exact"][1:]) > 1e-4, "after the first step, others are late"
-            assert one["counts"] == (2 * (displaced_runs.STEPS - 1), 2 * displaced_runs.STEPS)
+            assert one["counts"] == (displaced_runs.STEPS - 1, displaced_runs.STEPS)
             assert torch.equal(one["actual"], ranks[0]["actual"])
 
 

@@ -13,7 +13,7 @@ from xdit_compile.errors import SpecError, did_you_mean
 
 BACKENDS = ("eager", "inductor", "onediff")
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
-ENCODERS = ("everywhere", "spread")
+ENCODERS = ("everywhere", "spread", "shard")
 KEEP = ("on", "off")
 OFFLOAD = ("none", "block")
 APART = "apart"
@@ -63,8 +63,9 @@ class ShardingSpec:
             the block before runs. ``none`` keeps them on the device.
         vae_degree: ranks that share the height or width of what a pipeline's autoencoder encodes and decodes; the same
             ranks as above, in groups of this many, each of which computes the whole.
-        encoders: where a pipeline's text and image encoders live: ``everywhere``, or ``spread``: each on one rank,
-            which sends the others the embeddings.
+        encoders: where a pipeline's text and image encoders live: ``everywhere``; ``spread``: each on one rank, which
+            sends the others the embeddings; or ``shard``: parameters cut over all ranks, a block's gathered while the
+            block before runs.
         keep: ``on`` computes what does not change from step to step once, as long as the tensors it is made of stay
             the same and are not written into; ``off`` at each step.
         cache: which steps leave blocks out, and add what these added in a step before (approximate). ``first_block``:

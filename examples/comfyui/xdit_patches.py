@@ -143,17 +143,21 @@ class Sent:
     """Which patches the ranks have: those that stay as they are go once."""
 
     def __init__(self) -> None:
-        self._last: Any = None
-        self._keep: Any = None
+        self._quick: Any = None
+        self._values: Any = None
+        self._alive: Any = None
         self._number = 0
 
     def message(self, options: Mapping[str, Any], again: bool = False) -> dict[str, Any]:
         """What to send of ``transformer_options``; ``again``: all of it."""
         sent = packed(dict(options))
         fixed = {k: v for k, v in sent.items() if _holds_objects(v)}
-        look = _look(fixed)
-        if look != self._last:
-            self._last, self._keep, self._number, again = look, dict(options), self._number + 1, True
+        if fixed and (quick := _look(fixed, False)) != self._quick:
+            # ComfyUI copies what is on a model: the same values in other memory are the same patches.
+            values = _look(fixed, True)
+            if values != self._values:
+                self._number, again = self._number + 1, True
+            self._quick, self._values, self._alive = quick, values, dict(options)
         return {"step": {k: v for k, v in sent.items() if k not in fixed}, "number": self._number if fixed else 0,
                 "fixed": fixed if again and fixed else None}
 
@@ -164,17 +168,17 @@ def _holds_objects(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and any(map(_holds_objects, value))
 
 
-def _look(value: Any) -> Any:
-    """What tells one state of patches from another."""
+def _look(value: Any, by_value: bool) -> Any:
+    """What tells one state of patches from another; of tensors their memory and versions, or their values."""
     if isinstance(value, torch.Tensor):
         # ComfyUI makes most of its tensors in inference mode, where nobody counts what is written into them.
-        version = _digest(value) if value.is_inference() else (value.data_ptr(), value._version)
-        return "tensor", version, tuple(value.shape), value.dtype
+        where = _digest(value) if by_value or value.is_inference() else (value.data_ptr(), value._version)
+        return "tensor", where, tuple(value.shape), value.dtype
     if isinstance(value, dict):
-        return "dict", tuple((k, _look(v)) for k, v in value.items())
+        return "dict", tuple((k, _look(v, by_value)) for k, v in value.items())
     if isinstance(value, np.ndarray):
         return "array", value.tobytes(), value.shape, str(value.dtype)
-    return tuple(map(_look, value)) if isinstance(value, (list, tuple)) else value
+    return tuple(_look(v, by_value) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 def _digest(tensor: torch.Tensor) -> bytes:

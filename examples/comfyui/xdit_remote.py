@@ -58,7 +58,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         self.add_patches({})
 
     def add_object_patch(self, name: str, obj: Any) -> None:
-        if name.startswith("diffusion_model"):
+        if name.startswith("diffusion_model") or name == "manual_cast_dtype":
             raise ValueError(f"{name} is in other processes and cannot be replaced by {obj!r} here: use ComfyUI's own "
                              "loader for this model")
         super().add_object_patch(name, obj)

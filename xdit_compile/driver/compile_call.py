@@ -61,6 +61,11 @@ class Compiled:
         return self.captured.output_spec
 
     @property
+    def left_out(self) -> tuple[str, ...]:
+        """The paths of blocks that a step may leave out."""
+        return self.step.left_out if isinstance(self.step, CachedStep) else ()
+
+    @property
     def unsharded(self) -> bool:
         return not self.seeds
 

@@ -192,7 +192,7 @@ class ModelRunner:
                 raise XditError(f"{type(self.model).__name__} {LATE}")
         if begun.here or begun.before or self.changes != self.source.changes:
             self.changes = self.source.changes
-            if self.group.spec.keeps_steps and (begun.here or begun.before):
+            if self.group.spec.keeps_steps:
                 self.loops.end()
             for ready in self.programs.values():
                 ready.executor.forget(begun.before)
@@ -321,8 +321,8 @@ class ModelRunner:
             warnings.warn(f"{type(self.model).__name__} under {group.spec}: {compiled.lost}", stacklevel=4)
         round_robin = group is not self.group and self.group.round_robin is not None and (
             not compiled.output_spec.changes_arguments)
-        if compiled.stage is not None or self.store is not None:
-            # Weights that were given up just now are no change that another call makes.
+        if compiled.stage is not None or self.store is not None or compiled.step is not None:
+            # Weights that were given up just now, and tables made, are no change that another call makes.
             self.source.find(args, kwargs)
             self.changes = self.source.changes
         self.programs[id(kind)] = ReadyProgram(kind, compiled, executor, group, round_robin)

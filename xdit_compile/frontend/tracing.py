@@ -240,7 +240,7 @@ def _check_kernels() -> None:
     if gone := _callers_kernels.get(left) - left - {"CUDNN_ATTENTION"}:
         raise CaptureError(f"the forward chooses the kernels of attention itself ({', '.join(sorted(left))}, by "
                            f"torch.nn.attention.sdpa_kernel, without {', '.join(sorted(gone))}), which no program "
-                           "holds. Leave the choice out (of a model of diffusers, set_attention_backend('native')), and "
+                           "holds. Leave the choice out (of a model of diffusers, set_attention_backend('native')) and "
                            "say attention_kernel=NAME in the spec, or call the model inside of sdpa_kernel")
 
 

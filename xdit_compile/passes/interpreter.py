@@ -283,7 +283,7 @@ class FunctionInterpreter:
         missing = sum(max(min(b, d) - max(a, c), 0) for i, wanted in enumerate(spans) if i != me
                       for a, b in mine for c, d in wanted)
         row = value.local_bytes(self.position) // max(old.local_size(self.position), 1)
-        self._traffic("all_to_all", axis, missing * row, why)
+        self._traffic("all_to_all", axis, missing * row, why, late)
         return None if self.emitter is None else self.emitter.windows(value, dim, spans, late)
 
     def broadcast(self, *values: Value) -> tuple[list[Value], tuple[Dim, ...]]:
@@ -476,8 +476,9 @@ class FunctionInterpreter:
         self.cost.flops += done
         self.cost.attention_flops += done if target is ATTENTION else 0
 
-    def _traffic(self, kind: str, axis: str, size: int, why: str) -> None:
-        self.cost.sent += size
+    def _traffic(self, kind: str, axis: str, size: int, why: str, late: bool = False) -> None:
+        # What travels while the whole step runs costs no time, as long as links keep up.
+        self.cost.sent += 0 if late else size
         self.cost.traffic.update({("count", kind, axis): 1, ("bytes", kind, axis): size})
         self.note("collective", f"{kind}: {why}", size)
 
@@ -488,7 +489,7 @@ class FunctionInterpreter:
         held = max(length(old.spans({**self.position, axis: i}, sharded=True)) for i in range(self.sizes[axis]))
         self.cost.gathers += self.function != "main" and not late
         self._traffic("all_gather", axis, held * row * (self.sizes[axis] - 1),
-                      f"dimension {dim} of {value.layout} is needed whole")
+                      f"dimension {dim} of {value.layout} is needed whole", late)
         return None if self.emitter is None else self.emitter.gather(value, dim, late)
 
     @staticmethod

@@ -1,8 +1,8 @@
 """Seconds of a loop of denoising under a spec, from what its ranks do and how fast the machine is.
 
 A device computes while its host starts the next operators, if it is asynchronous; exchanges are waited for, but for
-what a ring brings while attention goes on (arXiv 2310.01889), as far as a machine does that, and for parameters that come while a block computes.
-Stages follow PipeFusion's schedule, which is simulated.
+what a ring brings while attention goes on (arXiv 2310.01889), as far as a machine does that, and for parameters that
+come while a block computes. Stages follow PipeFusion's schedule, which is simulated.
 """
 
 from __future__ import annotations

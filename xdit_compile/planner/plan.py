@@ -31,7 +31,7 @@ from xdit_compile.spec import ShardingSpec
 GOALS = ("latency", "throughput")
 
 CHECKED = 2
-"""So many of the best, that differ in more than patches, are counted as the passes plan them, and shown as proposals."""
+"""So many of the best, which differ in more than patches, are counted as the passes plan them, and are proposals."""
 
 FASTER = 4.0
 """Times the bandwidth of links, for the question what a faster one would gain."""

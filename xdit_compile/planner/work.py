@@ -223,7 +223,7 @@ class WorkCounter:
 
 
 def _walk(program: Program, seeds: Seeds, spec: ShardingSpec, ranks: Collection[int] = ()) -> Cost:
-    """What the busiest of ``ranks`` has to do; by default of the first and the last, which hold the largest remainders."""
+    """What the busiest of ``ranks`` has to do; by default of the first and the last, with the largest remainders."""
     sizes = axis_sizes(spec)
     ends = ranks or sorted({0, spec.world_size - 1})
     return max((ProgramInterpreter(program, seeds, position_of(rank, spec), sizes).main().cost for rank in ends),
