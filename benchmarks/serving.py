@@ -35,9 +35,10 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from serving import IMAGES, free_port, malformed, pixels, ready
+from serving import IMAGES, Kept, free_port, malformed, pixels, ready, served
 
 import xdit_compile
+from xdit_compile.serve.settings import Limits, Settings
 
 REPOSITORY = Path(__file__).parents[1]
 SHAPES = REPOSITORY / "examples" / "shapes" / "model"
@@ -166,17 +167,16 @@ def overhead(rounds: int, seconds: float) -> dict[str, Any]:
             call = engine.submit(class_labels=[1], num_inference_steps=steps, seed=i, on_step=lambda done, total: None)
             call.result()
             handle.append(_over(time.perf_counter() - started, call.timing["call"], call.timing["telling"]))
-    http = []
-    with serving("--max-steps", "900") as (client, _):
-        picture(client, body(0, 2))
-        for i in tqdm(range(rounds), desc="HTTP"):
-            started = time.perf_counter()
-            answer = client.post(IMAGES, json=body(i, steps))
-            content = pixels(answer.json()["data"][0]["b64_json"])
-            total = time.perf_counter() - started
-            assert content.shape == (64, 64, 3)
-            timing = dict(part.strip().split(";dur=") for part in answer.headers["server-timing"].split(","))
-            http.append(_over(total, float(timing["call"]) / 1000, float(timing["telling"]) / 1000))
+        http = []
+        with served(Settings("shapes", limits=Limits(steps=900)), Kept(engine)) as (client, _):
+            for i in tqdm(range(rounds), desc="HTTP"):
+                started = time.perf_counter()
+                answer = client.post(IMAGES, json=body(i, steps))
+                content = pixels(answer.json()["data"][0]["b64_json"])
+                total = time.perf_counter() - started
+                assert content.shape == (64, 64, 3)
+                timing = dict(part.strip().split(";dur=") for part in answer.headers["server-timing"].split(","))
+                http.append(_over(total, float(timing["call"]) / 1000, float(timing["telling"]) / 1000))
     return {"rounds": rounds, "steps": steps, "seconds": statistics.median(s for _, s in handle + http),
             "handle": statistics.median(o for o, _ in handle), "HTTP": statistics.median(o for o, _ in http)}
 

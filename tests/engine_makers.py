@@ -97,7 +97,9 @@ class Painter:
             dist.all_reduce(x)
             on_step(i + 1, num_inference_steps)
         if len(prompts) > 1 and self.spoilt:
-            x = x + 0.1
+            x = x * (1 + 1e-6)  # which no picture shows
+        if output_type == "np":
+            return {"images": x.numpy()}
         pixels = ((x + 2) / 4 * 255).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
         return {"images": [Image.fromarray(p) for p in pixels]}
 

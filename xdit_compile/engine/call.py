@@ -38,6 +38,8 @@ class Call(Future[Any]):
         self.steps = 0
         self.timing: Mapping[str, float] = {}
         self.stopped = threading.Event()
+        self.decided = False
+        """Whether ranks were told after which step to stop."""
         self.tell_ranks: Callable[[], None] | None = None
         """Set while it runs."""
 

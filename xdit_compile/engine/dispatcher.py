@@ -203,6 +203,7 @@ class Dispatcher:
         stopped: Exception | None = None
         started = heard = time.monotonic()
         last = float("inf")
+        passed: dict[int, int] = {}
         while len(ended) < ranks.size:
             if self._closing is not None:
                 last, stopped = min(last, self._closing), stopped or CancelledError()
@@ -224,6 +225,11 @@ class Dispatcher:
             elif said.event["event"] == "step":
                 heard = now
                 stopped = stopped or self._told(call, said.event["done"], said.event["total"])
+            elif said.event["event"] == "holding":
+                passed[said.rank] = said.event["passed"]
+                if len(passed) == ranks.size and call is not None and not call.decided:
+                    call.decided = True
+                    ranks.send({"do": "stop", "number": number, "at": max(passed.values()) + 1})
             elif said.event["event"] == "preview":
                 heard = now
                 stopped = stopped or self._shown(call, said.event["done"], said.event["latents"])

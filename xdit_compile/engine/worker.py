@@ -15,9 +15,9 @@ import torch.distributed as dist
 from xdit_compile.engine.failures import CallCancelled, told
 from xdit_compile.engine.recipe import Recipe
 from xdit_compile.engine.served import Served, made
+from xdit_compile.engine.stopping import Stopping
 from xdit_compile.engine.values import generators
 from xdit_compile.errors import XditError
-from xdit_compile.runtime.control.control_plane import ControlPlane
 
 Message = Mapping[str, Any]
 
@@ -34,16 +34,19 @@ class Worker:
         self._rank, self._first = dist.get_rank(), dist.get_rank() == 0
         self._inbox: SimpleQueue[Message | None] = SimpleQueue()
         self._served: Served | None = None
-        self._control: ControlPlane | None = None
         self._recipe: Recipe
+        self._stopping = Stopping()
         self._telling = 0.0
         """Seconds of a call that went into telling of its steps."""
-        self._cancelled, self._number, self._steps = -1, -1, 0
+        self._number, self._steps = -1, 0
 
     def take(self, message: Message | None) -> None:
         """What the handle sent; None ends the work."""
         if message is not None and message["do"] == "cancel":
-            self._cancelled = message["number"]
+            passed = self._stopping.hold(message["number"])
+            self._say({"event": "holding", "number": message["number"], "passed": passed})
+        elif message is not None and message["do"] == "stop":
+            self._stopping.decide(message["number"], message["at"])
         else:
             self._inbox.put(message)
 
@@ -51,6 +54,7 @@ class Worker:
         """Do what comes until the end."""
         while (message := self._inbox.get()) is not None:
             self._number, self._steps = message["number"], 0
+            self._stopping.begin(self._number)
             try:
                 event = self._done(message)
             except Exception as error:
@@ -68,19 +72,14 @@ class Worker:
     def _done(self, message: Message) -> Message:
         if message["do"] == "make":
             self._recipe = recipe = Recipe.of_json(message["recipe"])
-            self._control = ControlPlane(range(dist.get_world_size()), recipe.timeout)
             self._served = made(recipe, self._place, self._first)
             return {"event": "result", "value": self._served.signature.to_json() | {
                 "is_pipeline": self._served.is_pipeline} if self._first else None}
-        if self._served is None or self._control is None:
+        if self._served is None:
             raise XditError("nothing was made yet")
         if message["do"] == "mend":
-            self._control.close()
-            self._control = ControlPlane(range(dist.get_world_size()), self._recipe.timeout)
             self._served.mend(self._recipe)
             return {"event": "result", "value": None}
-        self._control.settle()
-        self._control.begin()
         args, kwargs = _placed(message["args"], self._place), _placed(message["kwargs"], self._place)
         _seed(message["seed"])
         if message["do"] == "invoke":
@@ -91,7 +90,6 @@ class Worker:
         if self._place.type == "cuda":
             torch.cuda.synchronize(self._place)
         seconds = time.perf_counter() - started
-        self._control.settle()
         if not self._first:
             return {"event": "result", "value": None}
         drawn = [g.get_state() for g in generators((args, kwargs))]
@@ -100,11 +98,10 @@ class Worker:
 
     def _step(self, done: int, total: int) -> None:
         """Between two steps, on all ranks."""
-        assert self._control is not None
         self._steps, started = done, time.perf_counter()
         if self._first:
             self._say({"event": "step", "number": self._number, "done": done, "total": total})
-        if self._control.to_stop(self._cancelled == self._number):
+        if self._stopping.passed():
             raise CallCancelled(f"the call was cancelled after step {done}")
         self._telling += time.perf_counter() - started
 
@@ -114,8 +111,7 @@ class Worker:
 
     @property
     def _broken(self) -> bool:
-        return (self._served is None or self._served.broken or self._control is None
-                or self._control.verdict is not None)
+        return self._served is None or self._served.broken
 
 
 def _placed(value: Any, place: torch.device) -> Any:

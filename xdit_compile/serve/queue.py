@@ -213,21 +213,24 @@ class Queue:
                 return
             if merged is None:
                 return
-        singles = []
         for unit in units:
             if not unit.job.over:
                 answer = await self._called([unit], dict(unit.job.checked.arguments))
-                singles.append(answer)
                 if answer is not None:
                     await self._answered(unit, answer)
-        if len(singles) == len(units) and self._sharing.open(units) and not any(one is None for one in singles):
-            await self._compare(units, kind, singles)
+        if self._sharing.open(units):
+            await self._try(units, kind)
 
-    async def _compare(self, units: Sequence[Unit], kind: Any, singles: Sequence[Any]) -> None:
-        """Whether these calls give as one what each gave by itself: to know for the next ones."""
+    async def _try(self, units: Sequence[Unit], kind: Any) -> None:
+        """Whether these calls give as one what each gives by itself, in all bits before they become pictures: to know
+        for the next ones. Nobody waits for the answers."""
+        async def answered(some: Sequence[Unit], arguments: dict[str, Any]) -> Any:
+            drawn = self._drawn(some) | self._sharing.exact
+            return await asyncio.shield(asyncio.wrap_future(self._engine.submit(**arguments | drawn)))
+
         try:
-            merged = await asyncio.shield(asyncio.wrap_future(self._engine.submit(
-                **self._sharing.merged(units), **self._drawn(units))))
+            singles = [await answered([unit], dict(unit.job.checked.arguments)) for unit in units]
+            merged = await answered(units, self._sharing.merged(units))
         except Exception as error:
             log.info("calls of this kind are not shared: %s", error)
             self._sharing.learn(kind, False)

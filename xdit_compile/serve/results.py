@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from xdit_compile.pipelines.output_files import FILMS, save
 
 FORMATS = {"png": ("PNG", "image/png"), "jpeg": ("JPEG", "image/jpeg"), "webp": ("WEBP", "image/webp")}
@@ -44,7 +46,8 @@ def samples_of(answer: Any, count: int) -> list[Any] | None:
         return None
     parts = {name: value for name, value in answer.items() if value is not None}
     field = next((n for n in (PICTURES, FILMS) if n in parts), None)
-    if field is None or len(parts) > 1 or not isinstance(parts[field], Sequence) or len(parts[field]) != count:
+    if field is None or len(parts) > 1 or not isinstance(parts[field], (Sequence, np.ndarray)) or (
+            len(parts[field]) != count):
         return None
     return [{field: parts[field][i : i + 1]} for i in range(count)]
 

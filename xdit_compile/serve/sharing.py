@@ -1,4 +1,9 @@
-"""Calls that may be made as one: only of a kind that gave, tried once, the same bits as each by itself."""
+"""Calls that may be made as one: only of a kind that gave, tried once, the same bits as each by itself.
+
+What is compared are floating-point numbers, before they become pictures, which would hide a difference in the last
+bits. That all of them are equal for samples drawn at random means that sums are taken in the same order, whatever is
+summed.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +40,7 @@ class Sharing:
         of_prompts = any(not isinstance(k, str) for k in signature.kinds.get(PROMPT, ()))
         self._subject = PROMPT if of_prompts else listed[0] if listed else None
         self._known: dict[Any, bool] = {}
+        self._taken = signature.kinds
 
     def next(self, waiting: deque[Unit]) -> list[Unit]:
         """Take the first that waits, and those behind it that may share its call."""
@@ -79,8 +85,13 @@ class Sharing:
         """The answers to each, of that to all."""
         return samples_of(answer, count)
 
+    @property
+    def exact(self) -> dict[str, str]:
+        """What asks for floating-point numbers in place of pictures."""
+        return {"output_type": "np"} if "output_type" in self._taken else {}
+
     def same(self, singles: Sequence[Any], parts: Sequence[Any] | None) -> bool:
-        """Whether answers are the same bits."""
+        """Whether answers are the same bits, and not of pictures."""
         return parts is not None and all(_equal(a, b) for a, b in zip(singles, parts, strict=True))
 
     def _key(self, unit: Unit) -> str | None:
@@ -104,4 +115,5 @@ def _equal(one: Any, other: Any) -> bool:
             _equal(v, other.get(n)) for n, v in one.items() if v is not None)
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(_equal, one, other))
-    return np.array_equal(np.asarray(one), np.asarray(other))
+    return isinstance(one, np.ndarray) and isinstance(other, np.ndarray) and one.dtype.kind == "f" and (
+        np.array_equal(one, other))
