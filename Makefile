@@ -6,7 +6,7 @@ RUN := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python
 # Half of the tests run in one process, the others in up to four of one thread that often wait: two cores are enough.
 BY_TWO := -n 2 --dist loadfile
 
-.PHONY: demo test test-whole campaign lint published coverage coverage-sample operators mutants quality benchmark gpu clean
+.PHONY: demo test test-whole campaign lint published coverage coverage-sample operators mutants quality benchmark gpu compat clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
@@ -55,6 +55,10 @@ benchmark: .venv/ready
 # On a machine with one GPU, in at most nine minutes. Not from .venv, whose PyTorch may be one for CPUs.
 gpu:
 	$(PYTHON) benchmarks/gpu.py --output gpu.json --write docs/performance.md
+
+# An environment for each combination of versions, and an hour of tests in each.
+compat: .venv/ready
+	$(RUN) benchmarks/compat.py
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -62,16 +62,34 @@ def _diffusers(model: nn.Module, world_size: int) -> nn.Module:
     return model
 
 
-def _cache_dit(**config: Any) -> Callable[[nn.Module, int], nn.Module]:
+def _diffusers_tensor(model: nn.Module, world_size: int) -> nn.Module:
+    """On a mesh of CPUs, which are not among the devices that it was written for, and work."""
+    from diffusers import TensorParallelConfig
+    from diffusers.hooks import tensor_parallel
+    from diffusers.utils import logging
+    from torch.distributed.device_mesh import init_device_mesh
+
+    logging.set_verbosity_error()
+    devices = (*tensor_parallel._SUPPORTED_TP_DEVICES, "cpu")
+    with mock.patch.object(torch.accelerator, "device_count", lambda: 1), mock.patch.object(
+        tensor_parallel, "_SUPPORTED_TP_DEVICES", devices
+    ):
+        model.enable_parallelism(config=TensorParallelConfig(mesh=init_device_mesh("cpu", (world_size,))))
+    return model
+
+
+def _cache_dit(sizes: str = "ulysses_size", **config: Any) -> Callable[[nn.Module, int], nn.Module]:
     def build(model: nn.Module, world_size: int) -> nn.Module:
         os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")
         if importlib.util.find_spec("cache_dit") is None:
             raise Absent(f"cache-dit is not installed ({INSTALL})")
         import cache_dit
 
-        return cache_dit.enable_cache(
-            model, parallelism_config=cache_dit.ParallelismConfig(ulysses_size=world_size, **config)
-        )
+        # Its tensor parallelism asks for an accelerator's meshes, and works on those of CPUs.
+        with mock.patch.object(torch.accelerator, "current_accelerator", lambda *_: torch.device("cpu")):
+            return cache_dit.enable_cache(
+                model, parallelism_config=cache_dit.ParallelismConfig(**{sizes: world_size}, **config)
+            )
 
     return build
 
@@ -96,6 +114,9 @@ CONTESTANTS: dict[str, Contestant] = {
             _cache_dit(ulysses_async=True),
             "the same, exchange and work overlapping",
         ),
+        Contestant("tensor", "xdit_compile", _ours("tensor={n}"), "ours, weights shared out"),
+        Contestant("diffusers-tensor", "diffusers", _diffusers_tensor, "diffusers' tensor parallelism"),
+        Contestant("cache-dit-tensor", "cache_dit", _cache_dit("tp_size"), "cache-dit's tensor parallelism"),
     )
 }
 DEFAULT = ("single", "ulysses", "ring", "diffusers", "cache-dit", "cache-dit-async")

@@ -2,7 +2,7 @@
 
 Every case of the tests is compared with plain PyTorch on real processes, in float32 and, one case of each model,
 in bfloat16; every published size of the examples is planned for 2, 4 and 8 ranks without running it. All of it
-takes about an hour. With --json it can be interrupted and goes on where it was.
+takes about an hour and a half. With --json it can be interrupted and goes on where it was.
 
     python benchmarks/coverage.py --output docs/coverage.md
     python benchmarks/coverage.py --cases dit flux --published dit_xl_512
@@ -40,7 +40,7 @@ from benchmarks.coverage_page import failures, page
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = f"torch {torch.__version__.partition('+')[0]}, diffusers {diffusers.__version__}"
-SECTIONS = ("cases", "bfloat16", "published", "test_sizes")
+SECTIONS = ("cases", "shared", "bfloat16", "published", "test_sizes")
 
 
 class Measured:
@@ -56,7 +56,7 @@ class Measured:
                     f"{path} was measured with {held['versions']}, and this is {VERSIONS}: use another file"
                 )
             for name in SECTIONS:
-                self.sections[name] = {k: v for k, v in held[name].items() if k not in again}
+                self.sections[name] = {k: v for k, v in held.get(name, {}).items() if k not in again}
 
     def once(self, section: str, name: str, measure: Callable[[], measures.Record]) -> measures.Record:
         """The record, measured now unless it is there."""
@@ -94,11 +94,13 @@ def main() -> int:
             covered.add(found["class"])
             sized.append(name)
             measured.once("test_sizes", name, lambda n=name: measures.planned_test(pool, n))
+        measured.once("shared", name, lambda n=name: measures.shared(pool, n))
         if name in zoo.BASIC:
             measured.once("bfloat16", name, lambda n=name: measures.halved(pool, n))
     pool.close()
     chosen = {
         "cases": options.cases,
+        "shared": options.cases,
         "bfloat16": options.cases,
         "published": options.published,
         "test_sizes": sized,

@@ -11,6 +11,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import diffusers
+import emulation
 import exactness
 import published
 import published_images
@@ -31,6 +32,10 @@ from xdit_compile.passes import NOTHING
 PUBLISHED = published.PUBLISHED | published_images.PUBLISHED | published_videos.PUBLISHED
 
 SPECS = ("ulysses=2", "ring=3")
+TENSOR = ("tensor=2", "tensor=3", "tensor=2,ulysses=2")
+"""Of tensor parallelism, in lock-step in one process."""
+SHARD = {"data=2,shard=2": "data=2", "ulysses=2,shard=2": "ulysses=2"}
+"""Of shares of parameters, in the same way, with the spec whose bits they must give."""
 DEGREES = (2, 4, 8)
 PATIENCE = 400.0
 """Seconds that one message to the workers may take."""
@@ -79,6 +84,42 @@ def compare(name: str) -> Record:
 def class_of(name: str) -> str:
     quiet()
     return type(exactness.built(name)).__name__
+
+
+def shared(pool: Pool, name: str) -> Record:
+    """How far a case whose ranks share out its weights is from plain PyTorch, and whether shares change a bit."""
+    try:
+        return pool.run(share, name, ranks=[0], timeout=PATIENCE)[0]
+    except RemoteError as error:
+        return {"problem": told(error)}
+
+
+def share(name: str) -> Record:
+    """Runs on one worker, all ranks by turns."""
+    quiet()
+    case = zoo.CASES[name]
+    model, arguments, expected, program = emulation._captured(case, 2, True)
+    record: Record = {"tolerance": case.tolerance, "tensor": {}, "shard": {}}
+    for spec in TENSOR:
+        try:
+            error = emulation.together(model, arguments, expected, program, spec).error
+            record["tensor"][spec] = {"error": error}
+        except SpecError as misfit:
+            record["tensor"][spec] = {"misfit": str(misfit).splitlines()[0]}
+    for spec, plain in SHARD.items():
+        try:
+            (_, whole), (_, mine) = (emulation.on_ranks(model, arguments, program, s) for s in (plain, spec))
+            pairs = [pair for ranks in zip(whole, mine, strict=True) for pair in zip(*ranks, strict=True)]
+            same = all(equal(a, b) for a, b in pairs)
+            record["shard"][spec] = {"same": same}
+        except SpecError as misfit:
+            record["shard"][spec] = {"misfit": str(misfit).splitlines()[0]}
+    return record
+
+
+def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """To the bit, but that numbers which are none are alike."""
+    return torch.equal(a.nan_to_num(), b.nan_to_num()) if a.is_floating_point() else torch.equal(a, b)
 
 
 def halved(pool: Pool, name: str) -> Record:

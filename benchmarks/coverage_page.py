@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from benchmarks.coverage_measures import DEGREES, SPECS, Record
+from benchmarks.coverage_measures import DEGREES, SHARD, SPECS, TENSOR, Record
 from xdit_compile.report.units import plural, size, work
 
 Sections = dict[str, dict[str, Record]]
@@ -24,7 +24,9 @@ Made by `{command}` ({versions}).
 
 Two things are measured. *Numbers*: every test case, a small model with random weights, runs at batch 2 and odd sizes
 on 2 processes with `ulysses=2` and on 3 with `ring=3` (gloo, CPU), and is compared with plain PyTorch: all outputs,
-and all arguments that the model writes into; one case of each model also in bfloat16. *Work*: every published size is
+and all arguments that the model writes into; one case of each model also in bfloat16. Weights that ranks share out
+({tensor}) are compared with plain PyTorch too, and shares of them ({shard}) with the same spec without
+shares, to the bit, all ranks by turns in one process. *Work*: every published size is
 captured on the meta device, batch 1, and planned for {degrees} ranks; nothing of it is run.
 """
 
@@ -34,6 +36,8 @@ One row for each class of model.
 - *exact*: cases whose difference is within their tolerance, which is 1e-5 unless the model rounds to bfloat16 inside.
 - *largest error*: largest difference over largest value, the worst of all cases.
 - *attention*: how it is distributed under the two specs; *as it is* where every rank attends for itself.
+- *tensor*: the same with weights shared out, the worst of all specs; *not shared* where no cut of a weight saves work.
+- *shard*: cases whose bits are those without shares, of those whose batch or tokens can be cut.
 - *bfloat16*: see below; one case of a model.
 - *FLOPs*: operations of rank 0 times N over those of one device, the worst of N = {degrees} and of all published
   sizes. 1.000 is ideal. Where a class has no published size, it is that of a test case, marked *test size*: there
@@ -80,16 +84,18 @@ def page(found: Sections, command: str, versions: str) -> str:
     """The whole document."""
     degrees = f"{', '.join(map(str, DEGREES[:-1]))} and {DEGREES[-1]}"
     words = {"command": command, "versions": versions, "degrees": degrees, "most": DEGREES[-1]}
-    words |= {"limit": ROUNDING, "near": NEAR}
+    words |= {"limit": ROUNDING, "near": NEAR, "tensor": ", ".join(f"`{s}`" for s in TENSOR)}
+    words["shard"] = ", ".join(f"`{s}`" for s in SHARD)
     parts = [f"{HEAD.format(**words)}\n{_summary(found)}"]
     for title, text, columns, rows in (
-        ("Classes", CLASSES, "class, cases:, exact:, largest error:, attention, bfloat16:, FLOPs:", _classes),
+        ("Classes", CLASSES, "class, cases:, exact:, largest error:, attention, tensor:, shard:, bfloat16:, "
+                             "FLOPs:", _classes),
         ("Sizes", SIZES, "class, size, spec, FLOPs:, sent:, collectives:, in blocks:, gathers:, "
                          "largest replicated, capture s:, plan s:", _sizes),
         ("bfloat16", HALVES, "case, ulysses=2:, kernels:, rounding:, of the yardstick:", _halves),
         ("Exceptions", EXCEPTIONS, "size, N:, FLOPs:, repeated:, operator, source, share:", _exceptions),
         ("Nothing to gain", NOTHING, "class, cases, reason", _nothing),
-        ("Cases", CASES, "case, class, ulysses=2:, ring=3:, capture s:", _cases),
+        ("Cases", CASES, "case, class, ulysses=2:, ring=3:, tensor:, shard, capture s:", _cases),
     ):  # fmt: skip
         table = _table(columns.split(", "), rows(found))
         if table:
@@ -102,11 +108,14 @@ def failures(found: Sections) -> dict[str, str]:
     bad = {}
     for section, records in found.items():
         for name, record in records.items():
-            what = {"bfloat16": f"{name} in bfloat16", "test_sizes": f"{name} planned"}.get(section, name)
+            said = {"bfloat16": "in bfloat16", "test_sizes": "planned", "shared": "with weights shared out"}
+            what = f"{name} {said[section]}" if section in said else name
             if "problem" in record:
                 bad[what] = record["problem"]
             elif section == "cases" and not _exact(record):
                 bad[what] = f"errors {_joined(_errors(record))}, tolerance {record['tolerance']:.0e}"
+            elif section == "shared" and not _shared_exact(record):
+                bad[what] = f"error {_small(_shared_error(record))}, bits alike {_alike(record)}"
             elif section == "bfloat16" and "misfit" not in record and not _yardstick(record) <= ROUNDING:
                 bad[what] = f"{_yardstick(record):.2f} times the yardstick"
             elif section == "published" and (
@@ -128,6 +137,14 @@ def _summary(found: Sections) -> str:
         classes, whole = len(_by_class(cases)), sum(map(_idle, cases.values()))
         lines.append(f"Numbers: {plural(len(cases), 'case')} of {classes} classes, {exact} exact.")
         lines.append(f"Not split, as nothing is gained: {plural(whole, 'case')}.")
+    shared = [r for r in found["shared"].values() if "problem" not in r]
+    if shared:
+        cut = [r for r in shared if _shared_errors(r)]
+        exact = sum(_shared_error(r) <= r["tolerance"] for r in cut)
+        lines.append(f"Weights shared out: {plural(len(cut), 'case')} of {len(shared)}, {exact} exact.")
+        alike = [_alike(r) for r in shared if _alike(r)]
+        same = sum(a.partition(" of ")[0] == a.partition(" of ")[2] for a in alike)
+        lines.append(f"Shares of parameters: {plural(len(alike), 'case')}, {same} the same to the bit.")
     halves = [r for r in found["bfloat16"].values() if "rounding" in r]
     if halves:
         within = sum(_yardstick(r) <= ROUNDING for r in halves)
@@ -150,6 +167,9 @@ def _classes(found: Sections) -> Iterator[Sequence[Any]]:
         halves = [
             _yardstick(found["bfloat16"][n]) for n in cases if "rounding" in found["bfloat16"].get(n, {})
         ]
+        shared = [r for n in cases if "problem" not in (r := found["shared"].get(n, {"problem": ""}))]
+        apart = [_shared_error(r) for r in shared if _shared_errors(r)]
+        bits = [s["same"] for r in shared for s in r["shard"].values() if "same" in s]
         sizes = [w for r in published.get(name, {}).values() if (w := _worst(r)) < math.inf]
         small = [w for r in tests.get(name, {}).values() if (w := _worst(r)) < math.inf]
         flops = f"{max(sizes):.3f}" if sizes else f"{max(small):.3f}, test size" if small else ""
@@ -160,6 +180,8 @@ def _classes(found: Sections) -> Iterator[Sequence[Any]]:
             exact,
             _small(max(errors)) if errors else "",
             ", ".join(sorted(methods, reverse=True)) or ("as it is" if errors else ""),
+            _small(max(apart)) if apart else "not shared" if shared else "",
+            f"{sum(bits)} of {len(bits)}" if bits else "",
             f"{max(halves):.2f}" if halves else "",
             flops,
         )
@@ -236,7 +258,13 @@ def _cases(found: Sections) -> Iterator[Sequence[Any]]:
             yield name, _class(record["class"]), f"failed: {record['problem']}"
         else:
             seconds = f"{record['capture_seconds']:.1f}" if "capture_seconds" in record else ""
-            yield name, _class(record["class"]), *(_error(record, spec) for spec in SPECS), seconds
+            shared = found["shared"].get(name, {})
+            both = ("", "")
+            if "tensor" in shared:
+                tensor = _small(_shared_error(shared)) if _shared_errors(shared) else "not shared"
+                both = (tensor if _shared_error(shared) <= shared["tolerance"] else f"{tensor} **inexact**",
+                        _alike(shared))
+            yield name, _class(record["class"]), *(_error(record, spec) for spec in SPECS), *both, seconds
 
 
 # --------------------------------------------------------------------------------------------------
@@ -252,6 +280,26 @@ def _error(record: Record, spec: str) -> str:
     if "misfit" in one:
         return f"does not fit: {one['misfit']}"
     return _small(one["error"]) + ("" if one["error"] <= record["tolerance"] else " **inexact**")
+
+
+def _shared_errors(record: Record) -> list[float]:
+    """Of those specs of tensor parallelism that fit."""
+    return [s["error"] for s in record["tensor"].values() if "error" in s]
+
+
+def _shared_error(record: Record) -> float:
+    return max(_shared_errors(record), default=0.0)
+
+
+def _alike(record: Record) -> str:
+    """Under how many specs shares change no bit; nothing where none fits."""
+    same = [s["same"] for s in record["shard"].values() if "same" in s]
+    return f"{sum(same)} of {len(same)}" if same else ""
+
+
+def _shared_exact(record: Record) -> bool:
+    return _shared_error(record) <= record["tolerance"] and all(
+        s.get("same", True) for s in record["shard"].values())
 
 
 def _exact(record: Record) -> bool:

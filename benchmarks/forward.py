@@ -8,6 +8,7 @@ process, the plain model in one process while the others wait without using thei
     python benchmarks/forward.py --tokens 256 --text 64 --hidden 256 --double 2 --single 2
     python benchmarks/forward.py --patience 600  # on a machine that has other work now and then
     python benchmarks/forward.py --contestants single ulysses ulysses-inductor diffusers
+    python benchmarks/forward.py --contestants tensor diffusers-tensor cache-dit-tensor
 
 "seconds" is the median over the rounds of the slowest rank, "times as fast" the median of the plain model
 divided by it, "in pairs" the median of the ratios within each round (slow drifts of the machine disturb it less), "at

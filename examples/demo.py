@@ -91,7 +91,7 @@ def sheet(images: np.ndarray, labels: list[str], scale: int = 2, largest: float 
         pen.text((x, y + side + 2), label, fill="black")
     if largest is None:
         return page
-    ruled = Image.new("RGB", (page.width, page.height + 40), "white")
+    ruled = Image.new("RGB", (max(page.width, 420), page.height + 40), "white")
     ruled.paste(page)
     pen = ImageDraw.Draw(ruled)
     for i in range(200):

@@ -83,7 +83,10 @@ def _flux_kontext(batch: int, odd: bool) -> Inputs:
 
 def _flux_control(batch: int, odd: bool) -> Inputs:
     rows, columns = patch_grid(odd)
-    residual = lambda seed: 0.1 * randn(seed, batch, rows * columns, WIDTH)
+
+    def residual(seed: int) -> torch.Tensor:
+        return 0.1 * randn(seed, batch, rows * columns, WIDTH)
+
     return _flux_inputs(batch, odd) | {"control": {"input": [residual(5), None], "output": [residual(6)]}}
 
 
@@ -195,8 +198,7 @@ def _qwen_image() -> nn.Module:
 
 def _qwen_image_inputs(batch: int, odd: bool) -> Inputs:
     rows, columns = patch_grid(odd)
-    return dict(x=randn(1, batch, 4, 1, 2 * rows, 2 * columns), timestep=times(batch),
-                context=randn(2, batch, text_length(odd), 24), transformer_options=options(batch))
+    return image(batch, odd, 4, 24, timestep=times(batch)) | {"x": randn(1, batch, 4, 1, 2 * rows, 2 * columns)}
 
 
 def _omnigen2() -> nn.Module:
@@ -227,8 +229,7 @@ def _hunyuan3d() -> nn.Module:
 
 
 def _hunyuan3d_inputs(batch: int, odd: bool) -> Inputs:
-    return dict(x=randn(1, batch, 8, 35 if odd else 24), context=randn(2, batch, text_length(odd), 24),
-                timestep=times(batch), transformer_options=options(batch))
+    return image(batch, odd, 8, 24, timestep=times(batch)) | {"x": randn(1, batch, 8, 35 if odd else 24)}
 
 
 CASES = {case.name: case for case in [

@@ -70,6 +70,17 @@ def together(model: nn.Module, arguments: tuple[Any, Any], expected: list[torch.
 
 
 @torch.no_grad()
+def on_ranks(model: nn.Module, arguments: tuple[Any, Any], program: Program,
+             spec: str) -> tuple[list[Program], list[tuple[Any, ...]]]:
+    """The ranks' programs of ``program``, that of this call, and what each returns in lock-step."""
+    canonical, seeds = plan(program, ShardingSpec.parse(spec))
+    groups = parameter_groups(model)
+    ranks = [localize(canonical, seeds, r, groups=groups) for r in range(ShardingSpec.parse(spec).world_size)]
+    tensors, _ = flatten(arguments)
+    return ranks, lockstep.run([r.main for r in ranks], [held(model, r, tensors) for r in ranks])
+
+
+@torch.no_grad()
 def sharded(model: nn.Module, arguments: tuple[Any, Any], expected: list[torch.Tensor], whole: Program,
             seeds: Seeds) -> Found:
     """All ranks' programs of ``whole``, a canonical program under a spec, sharded from these seeds."""

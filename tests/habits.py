@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ import numpy as np
 import pipelines
 import torch
 from emulation import difference
+from safetensors.torch import save_file
 
 import xdit_compile
+from xdit_compile.ir.pytree import flatten
+from xdit_compile.pipelines.components import Role, role_of
 from xdit_compile.runtime.deferred.deferred_tensor import DeferredTensor
 
 SCHEDULERS = ["UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler",
@@ -270,8 +274,6 @@ def decoded(name: str, root: str, spec: str) -> float:
 
 def spread(name: str, root: str) -> tuple[float, tuple[int, int]]:
     """The difference to one process; bytes of encoders' weights here, and as they were."""
-    from xdit_compile.pipelines.components import Role, role_of
-
     case, alone, pipe = both(name, root, "cfg=2,encoders=spread")
 
     def held(which: Any) -> int:
@@ -320,3 +322,68 @@ def modular(name: str, root: str) -> tuple[float, dict[int, int]]:
 
     pipe = xdit_compile.parallelize(load(), "cfg=2", ranks=range(2), timeout=60)
     return difference(run(pipe), run(load())), dict(pipe.parallel_group.round_robin.fetched)
+
+
+def _encoders(which: Any) -> dict[str, torch.nn.Module]:
+    return {n: c for n, c in which.components.items() if isinstance(c, torch.nn.Module) and (
+        role_of(c) is Role.ENCODER)}
+
+
+def _shares(encoders: Mapping[str, Any]) -> int:
+    return sum(t.nbytes for e in encoders.values() for t in [
+        *(p for p in e.parameters() if not p.is_meta), *e.shares.store.values()])
+
+
+def _embedded(which: Any, case: Any, times: int = 2) -> list[torch.Tensor]:
+    """What encoders return in some calls."""
+    found: list[torch.Tensor] = []
+    taken = [e.register_forward_hook(lambda _, args, out: found.extend(t.clone() for t in flatten(out)[0]))
+             for e in _encoders(which).values()]
+    for _ in range(times):
+        pipelines.run(which, case)
+    for hook in taken:
+        hook.remove()
+    return found
+
+
+def cut(name: str, root: str) -> dict[str, Any]:
+    """Whether encoders give the bits of one process; bytes held here and of all; what is said of edits afterwards."""
+    case, alone, pipe = both(name, root, "cfg=2,encoders=shard")
+    pipe.to("cpu")
+    expected, found = _embedded(alone, case), _embedded(pipe, case)
+    encoders = _encoders(pipe)
+    said = []
+    encoder = next(iter(encoders.values()))
+    held, report = _shares(encoders), [p.what for p in pipe.report().parts]
+    for edit in (encoder.state_dict, lambda: [next(encoder.parameters()).mul_(2), pipelines.run(pipe, case)]):
+        try:
+            with torch.no_grad():
+                edit()
+        except xdit_compile.XditError as error:
+            said.append(str(error))
+    return {"same": len(found) == len(expected) > 0 and all(map(torch.equal, found, expected)), "held": held,
+            "all": sum(p.nbytes for e in _encoders(alone).values() for p in e.parameters()), "report": report,
+            "said": said}
+
+
+def cut_from_files(name: str, root: str) -> tuple[bool, int, int]:
+    """The same with encoders on the meta device, whose weights are in files; bytes held here and of all."""
+    path = pipelines.folder(name, Path(root))
+    case, alone, other = pipelines.PIPELINES[name], pipelines.load(path), pipelines.load(path)
+    names = list(_encoders(alone))
+    for component in names:
+        made: dict[int, torch.nn.Parameter] = {}  # what is one parameter stays one
+        for module in getattr(other, component).modules():
+            for leaf, p in module._parameters.items():
+                if p is not None:
+                    module._parameters[leaf] = made.setdefault(id(p), torch.nn.Parameter(p.to("meta"), False))
+    folder = Path(root) / f"encoders-{rank()}"
+    for component in names:
+        (folder / component).mkdir(parents=True, exist_ok=True)
+        state = {n: p.detach().clone() for n, p in getattr(alone, component).named_parameters()}
+        save_file(state, folder / component / "model.safetensors")
+    pipe = xdit_compile.parallelize(other, "cfg=2,encoders=shard", ranks=range(2), timeout=60,
+                                    weights={n: folder / n for n in names})
+    expected, found = _embedded(alone, case, 1), _embedded(pipe, case, 1)
+    return (len(found) == len(expected) > 0 and all(map(torch.equal, found, expected)), _shares(_encoders(pipe)),
+            sum(p.nbytes for e in _encoders(alone).values() for p in e.parameters()))

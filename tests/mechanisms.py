@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import torch.nn.utils.prune
 from emulation import difference
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import xdit_compile
 
@@ -836,9 +837,25 @@ def fused() -> float:
     return both(lambda m: m.fuse_qkv_projections(), flux, differs=False)
 
 
-@row("`set_attention_backend`", "honoured")
+@row("`set_attention_backend` of another package", "honoured")
 def attention_backend() -> float:
-    return both(lambda m: m.set_attention_backend("_native_math"), flux, differs=False)
+    return both(lambda m: m.set_attention_backend("flex"), flux, differs=False)
+
+
+@row("`set_attention_backend` of one of PyTorch's kernels", "refused", "chooses the kernels of attention itself")
+def pytorchs_kernel() -> None:
+    model = flux()
+    with sdpa_kernel(SDPBackend.MATH):  # the caller's
+        assert difference(answer(parallel(model)), answer(flux())) <= 1e-5
+    refused = []
+    for name in ("_native_flash", "_native_efficient", "_native_math"):
+        model.set_attention_backend(name)
+        try:
+            answer(parallel(model))
+        except xdit_compile.XditError as error:
+            refused.append(error)
+    assert len(refused) == 3
+    raise refused[0]
 
 
 @row("adapters of peft", "honoured")

@@ -58,7 +58,7 @@ def _raise(kind: str) -> None:
     if kind == "own":
         raise ZeroDivisionError("of rank 1") if rank == 1 else RankFailure(1, "failed: ZeroDivisionError: of rank 1")
     if kind == "killed":
-        raise RankFailure(3, f"is gone (its connections have ended) {os.getppid()}")
+        raise RankFailure(7, f"is gone (its connections have ended) {os.getppid()}")
     raise KeyboardInterrupt
 
 

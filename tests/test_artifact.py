@@ -19,6 +19,7 @@ import pytest
 import torch
 import zoo
 from accelerate import init_empty_weights
+from marks import whole
 from pool import Pool
 from safetensors.torch import load_file, save, save_file
 from test_pipelines import folders  # noqa: F401
@@ -85,10 +86,11 @@ def test_artifacts_run_without_the_model_s_code(tmp_path: Path) -> None:
     assert found["wan-ring=2"]["class"] == "WanTransformer3DModel"
 
 
-def test_functions_compiled_ahead(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spec", ["ulysses=2", whole("tensor=2"), whole("ulysses=2,shard=2")])
+def test_functions_compiled_ahead(tmp_path: Path, spec: str) -> None:
     (tmp_path / "block").mkdir()
     block = calls.Block(16, 4, 0.0).requires_grad_(False).eval()
-    write(tmp_path / "block", block, {"x": torch.randn(2, 12, 16)}, "ulysses=2", native=True, weights="included")
+    write(tmp_path / "block", block, {"x": torch.randn(2, 12, 16)}, spec, native=True, weights="included")
     found = alone(tmp_path, 2)
     assert found["block"]["error"] <= EXACT
 

@@ -20,6 +20,7 @@ from emulation import held
 from pool import Pool
 from torch import fx, nn
 from torch._dynamo.utils import counters
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import xdit_compile
 from xdit_compile.driver.compile_stage import compile_stage
@@ -29,7 +30,7 @@ from xdit_compile.ir.program import Program
 from xdit_compile.passes import localize, plan
 from xdit_compile.runtime.compilation import regional as compiling
 from xdit_compile.runtime.compilation.graph_segments import outline_segments
-from xdit_compile.runtime.compilation.inductor_backend import own_options
+from xdit_compile.runtime.compilation.inductor_backend import _Bare, inductor_compiler, own_options
 from xdit_compile.spec import ShardingSpec
 
 EXACT = 1e-5
@@ -229,3 +230,19 @@ def test_another_process_finds_what_was_compiled(tmp_path: Path) -> None:
     said = [subprocess.run([sys.executable, "-c", AGAIN], env=env, capture_output=True, text=True, check=True).stdout
             for _ in range(2)]
     assert [s.split() for s in said] == [["0", "3", "0", "0", "3", "0"], ["3", "0", "0", "3", "0", "0"]]
+
+
+def test_results_that_are_views_of_arguments_stay_views() -> None:
+    """What is around a function at each call is left out only where it does nothing."""
+    kinds = []
+    for function in (lambda x, y: (x.mT, x @ y), lambda x, y: (x @ y, (x + y).mT)):
+        module = make_fx(function)(torch.ones(3, 3), torch.ones(3, 3))
+        call = inductor_compiler(ShardingSpec(backend="inductor"))(module)
+        for _ in range(3):
+            x, y = torch.randn(3, 3), torch.randn(3, 3)
+            with torch.no_grad():
+                found, expected = call(x, y), function(x, y)
+            assert all(map(torch.equal, found, expected))
+            assert [r.data_ptr() == x.data_ptr() for r in found] == [r.data_ptr() == x.data_ptr() for r in expected]
+        kinds.append(type(*call._made.values()))
+    assert kinds[1] is _Bare and kinds[0] is not _Bare

@@ -16,12 +16,15 @@ from typing import Any
 
 import engine_makers
 import numpy as np
+import pipelines
 import psutil
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
 import xdit_compile
+from xdit_compile.cli.main import main
 from xdit_compile.engine.channel import Channel, ChannelClosed
 from xdit_compile.engine.recipe import named
 from xdit_compile.engine.values import written
@@ -171,28 +174,69 @@ def test_an_own_model_is_parallelized(tmp_path: Path) -> None:
         assert torch.allclose(engine(**inputs), expected, atol=1e-6)
 
 
-def test_a_pipeline_answers_as_in_one_process() -> None:
-    from diffusers import DDIMScheduler, DiTPipeline
+def adapted(pipe: Any, folder: Path) -> Path:
+    """The folder of an adapter that ``pipe`` has at half its strength from now on."""
+    pipe.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q"]))
+    pipe.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(pipe.transformer))
+    pipe.transformer.set_adapters(["default"], [0.5])
+    return folder
 
-    call: dict[str, Any] = {"class_labels": [1, 3], "num_inference_steps": 3, "output_type": "np"}
-    plain = DiTPipeline.from_pretrained(SHAPES)
-    plain.scheduler = DDIMScheduler.from_config(plain.scheduler.config)
-    plain.set_progress_bar_config(disable=True)
+
+def test_a_pipeline_answers_as_in_one_process(tmp_path: Path) -> None:
+    folder = pipelines.folder("sd3", tmp_path)
+    call = pipelines.PIPELINES["sd3"].call() | {"output_type": "np"}
+    plain = pipelines.load(folder)
+    plain.scheduler = type(plain.scheduler).from_config(plain.scheduler.config)
     expected = plain(**call, generator=torch.Generator().manual_seed(0)).images
     steps: list[tuple[int, int]] = []
-    with xdit_compile.start(SHAPES, "cfg=2", device="cpu", options={"scheduler": "DDIMScheduler"}) as engine:
-        found = engine(**call, generator=torch.Generator().manual_seed(0),
-                       on_step=lambda done, total: steps.append((done, total)))
-        assert isinstance(found.images, np.ndarray) and found[0] is found.images
-        long = engine.submit(class_labels=[1], num_inference_steps=900)
+    previews: dict[int, torch.Tensor] = {}
+    with xdit_compile.start(folder, "cfg=2", device="cpu") as engine:
+        assert engine.is_pipeline
+        found = engine(**call, seed=0, on_step=lambda done, total: steps.append((done, total)))
+        assert np.abs(found.images - expected).max() < 1e-5 and found[0] is found.images
+        count = steps[-1][1]
+        assert steps == [(i + 1, count) for i in range(count)]
+        long = engine.submit(**call | {"num_inference_steps": 900})
         while long.steps < 2:
             time.sleep(0.01)
         long.cancel()
         with pytest.raises(CancelledError):
             long.result(60)
-        again = engine(**call, generator=torch.Generator().manual_seed(0)).images
-    assert np.abs(found.images - expected).max() < 1e-5
-    assert np.array_equal(found.images, again) and steps == [(1, 3), (2, 3), (3, 3)]
+        again = engine(**call, seed=0, on_preview=lambda done, latents: previews.update({done: latents}))
+        assert np.array_equal(found.images, again.images)
+        latents = engine(**call | {"output_type": "latent"}, seed=0).images
+        assert sorted(previews) == list(range(1, count + 1)) and torch.equal(previews[count], latents)
+        with pytest.raises(ArgumentError, match=r"refuses its arguments: .height. and .width. have to be divisible"):
+            engine(**call | {"height": 15, "width": 16})
+        style = adapted(plain, tmp_path / "style")
+        expected = plain(**call, generator=torch.Generator().manual_seed(0)).images
+        engine.load_lora(style, name="style", scale=0.5)
+        assert np.abs(engine(**call, seed=0).images - expected).max() < 1e-5
+        assert np.abs(expected - found.images).max() > 1e-3
+        engine.unload_lora()
+        assert np.array_equal(engine(**call, seed=0).images, again.images)
+        # Within the model: its groups break, and are made anew while the processes stay.
+        pids = {p.pid for p in psutil.Process().children()}
+        with pytest.raises((XditError, RuntimeError)):
+            engine(**call | {"latents": torch.zeros(1, 3, 8, 8)}, seed=0)
+        assert np.array_equal(engine(**call, seed=0).images, again.images)
+        assert {p.pid for p in psutil.Process().children()} == pids
+
+
+@pytest.mark.whole
+def test_a_pipeline_takes_its_model_from_an_artifact(tmp_path: Path) -> None:
+    from diffusers import DiTPipeline
+
+    path, call = tmp_path / "model.xdit", {"class_labels": [1], "num_inference_steps": 3, "output_type": "np"}
+    assert main(["export", "--model", str(SHAPES), "--spec", "cfg=2", "--arg", "class_labels=[1]", "-o",
+                 str(path)]) == 0
+    plain = DiTPipeline.from_pretrained(SHAPES)
+    plain.set_progress_bar_config(disable=True)
+    expected = plain(**call, generator=torch.Generator().manual_seed(0)).images
+    with xdit_compile.start(SHAPES, artifact=path, device="cpu") as engine:
+        assert np.abs(engine(**call, seed=0).images - expected).max() < 1e-5
+    with pytest.raises(XditError, match="an artifact has its own spec"):
+        xdit_compile.start(SHAPES, "cfg=2", artifact=path)
 
 
 SCRIPT = f"""
@@ -217,8 +261,8 @@ def test_from_standard_input_and_workers_end_with_their_parent() -> None:
 def test_what_cannot_be_started_is_explained(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match=r"workers import it by name.*no lambda"):
         xdit_compile.start(lambda: None)
-    with pytest.raises(SpecError, match="world_size=N"):
-        xdit_compile.start(SHAPES, "auto")
+    with pytest.raises(SpecError, match=r"auto,world=4 needs 4 processes"):
+        xdit_compile.start(SHAPES, "auto,world=4", world_size=2)
     with pytest.raises(SpecError):
         xdit_compile.start(SHAPES, "ulysses=2", world_size=3)
     with pytest.raises(XditError, match=r"there is no folder .*nowhere\.xdit"):

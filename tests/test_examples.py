@@ -107,6 +107,7 @@ def test_the_notebook_and_a_model_of_one_s_own(tmp_path: Path) -> None:
     assert (tmp_path / "explained.html").read_text().startswith("<!DOCTYPE html>")
 
 
+@pytest.mark.whole
 def test_two_nodes(folders: str, tmp_path: Path) -> None:  # noqa: F811
     """Each a torchrun of its own with one rank, as on two machines."""
     sd3 = pipelines.folder("sd3", Path(folders))

@@ -88,9 +88,11 @@ def test_what_scripts_read_of_the_configuration() -> None:
 
 
 @pytest.mark.parametrize(("made", "complaint"), [
-    (lambda: asked("--use_teacache"), "--use_teacache: nothing is skipped"),
+    (lambda: asked("--use_fast_attn"), "--use_fast_attn: attention is whole"),
+    (lambda: asked("--wan_teacache_thresh", "0.3"), "--teacache_thresh 0.3 belongs to a cache; add --use_teacache"),
+    (lambda: asked("--use_teacache", "--use_fbcache"), "name two caches"),
     (lambda: asked("--ulysses_degree", "2"), "needs 2 x 1 = 2 processes, but 1 is running"),
-    (lambda: xFuserArgs(model="x", cache_method="fora"), "--cache_method fora: nothing is skipped"),
+    (lambda: xFuserArgs(model="x", cache_method="fora"), "--cache_method fora: caches have other names here"),
     (lambda: xFuserArgs(model="x", ulyses_degree=2), "xFuserArgs has no ulyses_degree; did you mean 'ulysses_degree'?"),
 ])  # fmt: skip
 def test_what_is_not_there_is_refused(made: Any, complaint: str) -> None:

@@ -141,6 +141,20 @@ def test_encoders_on_one_rank_each(pool: Pool, folders: str, name: str) -> None:
     assert held[0][1] == held[1][1] == whole, "each weight is on one rank"
 
 
+@pytest.mark.parametrize("name", ["flux_true", whole("sdxl"), whole("hunyuan_video"), whole("sana"), whole("wan")])
+def test_encoders_cut_over_ranks(pool: Pool, folders: str, name: str) -> None:  # noqa: F811
+    for found in act(pool, habits.cut, name, folders):
+        assert found["same"], "to the bit"
+        # What is smaller than 1 kB outside of blocks is on every rank.
+        assert found["held"] <= 0.6 * found["all"] and "parameters cut over 2 ranks" in found["report"]
+        assert all("the first call" in text for text in found["said"]) and len(found["said"]) == 2
+
+
+def test_encoders_on_the_meta_device_read_shares(pool: Pool, folders: str) -> None:  # noqa: F811
+    for same, held, whole_of in act(pool, habits.cut_from_files, "flux_true", folders):
+        assert same and held <= 0.6 * whole_of
+
+
 def test_words_that_a_pipeline_has_no_part_for(pool: Pool, folders: str) -> None:  # noqa: F811
     for encoders, model, uneven in act(pool, habits.unfit, "dit", folders):
         assert "encoders=spread is for text and image encoders" in encoders

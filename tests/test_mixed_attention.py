@@ -23,9 +23,10 @@ from xdit_compile.ir.program import Program, is_collective
 from xdit_compile.passes import localize, plan
 from xdit_compile.passes.attention_plan import AttentionPlan
 from xdit_compile.report.costs import costs_of
-from xdit_compile.spec import ShardingSpec
+from xdit_compile.spec import EXCHANGE, ShardingSpec
 
 EXACT = 1e-5
+START = torch.ops._c10d_functional.all_to_all_single.default
 
 
 class Mixed(nn.Module):
@@ -76,6 +77,7 @@ def test_numbers_and_bytes(seed: int) -> None:
     batch = rng.choice([(2,), (2,), (1,), (2, 3)])
     tensors = [torch.randn(*batch, rng.randint(16, 25), 5), torch.randn(*batch, rng.choice([1, 3, 8]), 16)]
     spec = rng.choice([s for s in map(ShardingSpec.parse, SPECS) if s.ulysses_degree <= model.heads])
+    spec = replace(spec, exchange=EXCHANGE[seed % 2])
     with torch.no_grad():
         whole, seeds = plan(capture(model, tensors), spec)
         ranks = [localize(whole, seeds, rank) for rank in range(spec.world_size)]
@@ -85,6 +87,22 @@ def test_numbers_and_bytes(seed: int) -> None:
     for local in ranks:
         sent = sum(c.size * c.times for c in costs_of(local).collectives if c.why.startswith("attention"))
         assert sent == sum(n.size for n in local.notes if n.kind == "attention") > 0
+
+
+@pytest.mark.parametrize(("spec", "messages", "before"), [
+    ("ulysses=2", 2, 4), ("ulysses=2,exchange=apart", 4, 2), ("ring=3", 2, 3), ("ring=3,exchange=apart", 4, 2)])
+def test_apart_a_message_leaves_before_the_next_is_computed(spec: str, messages: int, before: int) -> None:
+    """``before``: for how many linear layers the first waits. One embeds tokens, the others make queries, keys and
+    values."""
+    model = Mixed(random.Random(0)).requires_grad_(False).eval()
+    model.joint, model.mask = True, ""
+    with torch.no_grad():
+        captured = capture(model, [torch.randn(1, 24, 5), torch.randn(1, 6, 16)])
+        local = localize(*plan(captured, ShardingSpec.parse(spec)), 0)
+    nodes = [n for n in local.main.graph.nodes if n.target in (START, torch.ops.aten.linear.default)]
+    sent = [n for n in nodes if n.target is START]
+    assert len(sent) == messages
+    assert nodes.index(sent[0]) == before
 
 
 @settings(max_examples=100)

@@ -16,6 +16,7 @@ import newcomer
 import pipelines
 import pytest
 import torch
+from marks import whole
 from newcomer import heard
 from pool import Pool
 from test_pipelines import folders  # noqa: F401
@@ -189,7 +190,7 @@ def test_verify_and_export_take_the_folder_of_a_pipeline_without_a_prompt(
     assert status == 0 and "SD3Transformer2DModel" in out, err
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "wan", "qwen_image"])
+@pytest.mark.parametrize("name", ["flux", "wan", whole("sd3"), whole("qwen_image")])
 def test_an_artifact_in_the_place_of_a_pipeline_s_model(
     pool: Pool, folders: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
 ) -> None:
@@ -323,13 +324,14 @@ def test_a_timeline_that_one_rank_asks_for(pool: Pool) -> None:
 
 @pytest.mark.parametrize(("kind", "lines"), [
     ("alike", r"xdit_compile: .*newcomer.py:\d+: SpecError: the same on every rank"), ("own", "ZeroDivisionError"),
-    ("killed", "RankFailure: rank 3 is gone"), ("interrupt", "xdit_compile: interrupted")])
+    ("killed", "RankFailure: rank 7 is gone"), ("interrupt", "xdit_compile: interrupted")])
 def test_what_ends_all_ranks_is_printed_once(pool: Pool, kind: str, lines: str) -> None:
     printed = [text for text in pool.run(newcomer.uncaught, kind) if text]
     assert len(printed) == 1 and re.search(lines, printed[0]), printed
     assert kind == "own" or printed[0].count("\n") == 1
 
 
+@pytest.mark.whole
 def test_under_torchrun_the_culprit_tells(tmp_path: Path) -> None:
     script = tmp_path / "failing.py"
     script.write_text("import torch, xdit_compile\nxdit_compile.init_from_env('cpu')\n"

@@ -10,6 +10,7 @@ import pipeline_runs
 import pipelines
 import pytest
 from pool import Pool
+from torch import nn
 
 EXACT = 1e-4  # of the largest value, after six steps in float32
 
@@ -77,3 +78,19 @@ def test_the_report_says_what_each_component_does(pool: Pool, folders: str) -> N
     assert parts["vae"]["activations"] < 0.75 * parts["vae"]["whole_activations"]
     assert parts["text_encoder"]["what"] == "whole on every rank, as it is"
     assert report["fetched"] == {"2": 6} and report["sent"] > 0
+
+
+def test_the_report_says_what_memory_each_component_takes(pool: Pool, folders: str) -> None:
+    whole = pipelines.load(pipelines.folder("dit", Path(folders)))
+    modules = {n: m for n, m in whole.components.items() if isinstance(m, nn.Module)}
+    nbytes = {n: sum(p.nbytes for p in m.parameters()) for n, m in modules.items()}
+    for report in pool.run(pipeline_runs.reported, "dit", folders, "ulysses=2,shard=2", ranks=range(2), timeout=300):
+        found = {m["component"]: m["memory"] for m in report["memory"]}
+        assert found.keys() == nbytes.keys()
+        assert 0.48 * nbytes["transformer"] < found["transformer"]["weights"] < 0.55 * nbytes["transformer"]
+        assert found["vae"]["weights"] >= nbytes["vae"]
+        of = found["transformer"]
+        assert 0 < of["gathered"] < nbytes["transformer"] and of["activations"] and of["arguments"]
+        both = report["memory_of_all"]
+        assert both["device"] == of["weights"] + found["vae"]["weights"] + sum(
+            of[k] for k in ("gathered", "activations", "exchanged", "kept", "arguments"))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xdit_compile import ShardingSpec, SpecError
-from xdit_compile.spec import MODES
+from xdit_compile.spec import EXCHANGE, MODES
 
 values = st.booleans() | st.integers() | st.text('ab,{}"=', max_size=5)
 options = st.dictionaries(st.text('ab,{}"=', max_size=5), values | st.lists(values, max_size=2), max_size=2)
@@ -19,7 +19,8 @@ options = st.dictionaries(st.text('ab,{}"=', max_size=5), values | st.lists(valu
 specs = st.builds(
     ShardingSpec,
     ulysses_degree=st.integers(1, 128),
-    ring_degree=st.integers(1, 128),
+    ring_degree=st.integers(2, 128),
+    exchange=st.sampled_from(EXCHANGE),
     cfg_degree=st.integers(1, 2),
     data_degree=st.integers(1, 4),
     pipefusion_degree=st.just(1),

@@ -6,6 +6,7 @@ from xdit_compile.artifact.export import export
 from xdit_compile.artifact.inspection import inspect
 from xdit_compile.artifact.load import load
 from xdit_compile.decorator import parallel
+from xdit_compile.diagnostics.approximation import verify_approximate
 from xdit_compile.diagnostics.explain import explain
 from xdit_compile.diagnostics.timeline import timeline
 from xdit_compile.diagnostics.verify import verify
@@ -52,4 +53,5 @@ __all__ = [
     "start",
     "timeline",
     "verify",
+    "verify_approximate",
 ]

@@ -10,11 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.nn.attention import SDPBackend
 
 import xdit_compile
 from gpu_parts import models
 from gpu_parts.run import Figures, Run, difference
 from xdit_compile.kernels import KERNELS, attention_lse
+from xdit_compile.runtime.compilation.cuda_graphs import GraphedFunction
+
+c10d = torch.ops._c10d_functional
 
 ENOUGH = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest differences over largest values that rounding explains."""
@@ -57,6 +62,48 @@ def kernels(run: Run) -> Figures:
     return found
 
 
+def grouped(run: Run) -> Figures:
+    """Which of its kernels PyTorch takes where several query heads read one key head. The one that holds all scores in
+    memory (MATH) must not be it, where there is another."""
+    found: Figures = {}
+    for dtype in (run.dtype, torch.float32):
+        for batch, heads, kv, queries, keys, width, masked in KINDS[1:]:
+            q, k, v = (models.random(i, batch, *shape, width).to(run.device, dtype)
+                       for i, shape in enumerate(((heads, queries), (kv, keys), (kv, keys))))
+            mask = models.random(9, queries, keys).to(run.device) > -0.5 if masked else None
+            choice = torch._fused_sdp_choice(q, k, v, mask, 0.0, False, scale=None, enable_gqa=heads != kv)
+            name = f"{dtype}, {heads} heads over {kv}, {'a mask' if masked else 'no mask'}"
+            found[name] = SDPBackend(choice).name if choice >= 0 else "none"
+            assert masked or not run.on_gpu or dtype not in (torch.float16, torch.bfloat16) or (
+                found[name] != "MATH"), f"{name}: all scores are held in memory"
+    return found
+
+
+def communicators(run: Run) -> Figures:
+    """Collectives of two groups, each with a communicator of its own, in one CUDA graph."""
+    if not run.on_gpu:
+        return {"skipped": "CUDA graphs and NCCL need a GPU"}
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        groups = [dist.new_group([0]) for _ in range(2)]
+
+        def function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            for group in groups:
+                x = c10d.wait_tensor(c10d.all_reduce(x, "sum", group.group_name)) * 2
+            return (x,)
+
+        call, first = GraphedFunction(function, [False]), None
+        for i in range(5):
+            x = torch.full((1024,), float(i), device=run.device)
+            (result,) = call(x)
+            assert torch.equal(result, x * 4), i
+            first = result if first is None else first
+        assert not first.any(), "a later replay has written into the results of a call before"
+        return {"difference": 0.0}
+    finally:
+        dist.destroy_process_group()
+
+
 def artifact(run: Run, native: bool = False) -> Figures:
     """Exported on this device and loaded again, the model gives the same."""
     model, inputs = small(run.device)
@@ -93,7 +140,8 @@ def small(device: str, batch: int = 1) -> tuple[torch.nn.Module, Figures]:
     return model, models.image_inputs(models.SMALL_FLUX, device, torch.float32, batch)
 
 
-CHECKS: dict[str, Callable[[Run], Figures]] = {"kernels": kernels, "artifact": artifact}
+CHECKS: dict[str, Callable[[Run], Figures]] = {
+    "kernels": kernels, "grouped heads": grouped, "two communicators in one graph": communicators, "artifact": artifact}
 COMPILING: dict[str, Callable[[Run], Figures]] = {"compiled": compiled, "native": native}
 """Those that take a compiler's time."""
 

@@ -89,6 +89,20 @@ def viewed(device: str, spec: str, path: str) -> Figures:
     return {"difference": 0.0}
 
 
+def empty(device: str, spec: str, path: str) -> Figures:
+    """An all-to-all in which a rank sends nothing to one and gets nothing from one, or takes no part at all."""
+    c10d, group = torch.ops._c10d_functional, dist.group.WORLD.group_name
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    for length in (3, 0):
+        # Only to the next.
+        give, take = [0] * ranks, [0] * ranks
+        give[(rank + 1) % ranks] = take[(rank - 1) % ranks] = length
+        mine = torch.full((length,), float(rank), device=device)
+        result = c10d.wait_tensor(c10d.all_to_all_single(mine, take, give, group))
+        assert result.tolist() == [float((rank - 1) % ranks)] * length, result
+    return {"difference": 0.0}
+
+
 def placed(device: str, spec: str, path: str) -> Figures:
     """LOCAL_RANK chooses the device; one that this machine does not have is an error, not another device."""
     if device != "cuda":
@@ -111,8 +125,8 @@ Task = tuple[Callable[[str, str, str], Figures], str]
 def tasks(run: Run) -> dict[str, Task]:
     """By name, what both ranks do."""
     specs = SPECS if run.tiny else (*SPECS, COMPILED)
-    return {"view before wait": (viewed, ""), "LOCAL_RANK": (placed, ""), "artifact": (loaded, EXPORTED),
-            **{spec: (sharded, spec) for spec in specs}}
+    return {"view before wait": (viewed, ""), "empty shares": (empty, ""), "LOCAL_RANK": (placed, ""),
+            "artifact": (loaded, EXPORTED), **{spec: (sharded, spec) for spec in specs}}
 
 
 @torch.no_grad()

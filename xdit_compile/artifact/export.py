@@ -75,6 +75,10 @@ def export(model: nn.Module, spec: str | dict | ShardingSpec | Auto, example_inp
     spec, path = resolved(spec, model, *call_arguments(model, calls[0])), Path(path)
     if weights not in ("reference", "included"):
         raise ArtifactError(f"weights are left by 'reference' or 'included', not {weights!r}")
+    if spec.keeps_steps:
+        raise ArtifactError(f"{spec} lets steps use values of steps before ({spec.approximate}), which "
+                            "artifacts cannot hold yet; leave cache and displaced out here, or parallelize the model "
+                            "itself with them")
     if native and spec.offload != "none":
         raise ArtifactError(f"offload={spec.offload} has copies that go on while functions run, which no compiled "
                             "function can start; leave native=True (--native) out, or offload")

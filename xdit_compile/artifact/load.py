@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from xdit_compile.artifact.entries import Entry
 from xdit_compile.artifact.files import LARGEST_TEXT, ArtifactFolder
 from xdit_compile.artifact.graph_reader import Setting, Watch
-from xdit_compile.artifact.json_values import Fields, look_of, look_text, nbytes_of, signature_of, structure_of
+from xdit_compile.artifact.json_values import look_of, look_text, nbytes_of, structure_of
+from xdit_compile.artifact.loaded_model import model_class
 from xdit_compile.artifact.memory import Memory, memory_of
 from xdit_compile.artifact.native_reader import check_target
 from xdit_compile.artifact.parameter_shares import groups_of, share_look
@@ -213,7 +212,8 @@ class ArtifactLoader:
             stored = WeightFiles.of(manifest, self.folder, weights)
             tensors = stored.load(self.parameters(group.rank), self.device)
             shared = [m.name for g in self.shares(group.rank).values() for m in g.members]
-            model = placed(_class(manifest), tensors | stored.meta(shared, self.device), stored.buffers - set(shared))
+            given = tensors | stored.meta(shared, self.device)
+            model = placed(model_class(manifest), given, stored.buffers - set(shared))
             store = self._store(model, group.rank, stored)
         except XditError as error:
             group.control.agree("the artifact", {"error": str(error)})
@@ -288,6 +288,7 @@ class StoredProgram:
     output_spec: OutputSpec
     unsharded: bool
     stage: StageProgram | None = None
+    step: None = None
     lost: str = ""
 
     @property
@@ -441,46 +442,3 @@ class _Calls:
 
 def _text(shape: Sequence[int], dtype: torch.dtype) -> str:
     return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
-
-
-class LoadedModel(nn.Module):
-    """A model without code: its parameters, and what callers ask of a model of diffusers."""
-
-    config: Fields
-
-    @contextmanager
-    def cache_context(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Pipelines call their model inside of this, for caches of steps, which no artifact has."""
-        yield
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
-
-    @property
-    def device(self) -> torch.device:
-        return next((p.device for p in self.parameters()), torch.device("cpu"))
-
-
-def _constants_of(entry: Entry) -> Any:
-    structure = structure_of(entry)
-    if structure.tensor_count:
-        raise entry.wrong("plain value")
-    return structure.build(())
-
-
-def _class(manifest: Entry) -> type[LoadedModel]:
-    """One with the signature of the original's forward, by its name."""
-    signature = signature_of(manifest["signature"])
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("calls of a loaded model go to its runner")
-
-    forward.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # type: ignore[attr-defined]
-    described = manifest["model"]
-    config = Fields({k: _constants_of(v) for k, v in described["config"].items()})
-    name = described["class"].text() if described["class"].text().isidentifier() else "Model"
-    return type(name, (LoadedModel,), {"forward": forward, "config": config, "__module__": __name__})
-
-

@@ -26,7 +26,7 @@ class Memory:
     """Bytes that one rank takes.
 
     Attributes:
-        weights: that its programs use; constants: that come with the artifact.
+        weights: that its programs use, and its shares of them, on the host too; constants: that come with the artifact.
         kept: from step to step, for one prompt and one condition; a rank has as many as a pipeline uses by turns.
         values: of one call at the worst moment, or the largest of them if that is more, as a view may be.
         workspace: what kernels may need for themselves beside that: scores of attention, windows of convolutions.

@@ -40,8 +40,11 @@ class CompiledFunction(nn.Module):
         super().__init__()
         from torch._inductor import aoti_load_package  # as slow to import as PyTorch itself
 
-        self._run = aoti_load_package(str(package))
-        self._strides = [n.meta["val"].stride() for n in graph.find_nodes(op="placeholder")]
+        takes = [n.meta["val"] for n in graph.find_nodes(op="placeholder")]
+        # Else the code runs where it was compiled, whatever device it is given tensors of.
+        index = next((t.device.index for t in takes if t.device.type == "cuda"), None)
+        self._run = aoti_load_package(str(package), device_index=-1 if index is None else index)
+        self._strides = [t.stride() for t in takes]
 
     def forward(self, *tensors: torch.Tensor) -> Any:
         # The code does not look at how tensors lie in memory, but relies on it.

@@ -31,6 +31,7 @@ from xdit_compile.cli.pass_dump import PassDump
 from xdit_compile.cli.record_calls import record
 from xdit_compile.cli.run import Request, run
 from xdit_compile.cli.run_result import Run
+from xdit_compile.diagnostics.approximation import Approximation, verify_approximate
 from xdit_compile.diagnostics.explain import explain
 from xdit_compile.diagnostics.explanation import Explanation
 from xdit_compile.diagnostics.verification import Verification
@@ -75,6 +76,7 @@ examples:
   xdit-compile verify model.py:example --spec ulysses=2,ring=2
   xdit-compile verify model.py:example --spec ulysses=4 --device cpu --tolerance 1e-4 --json
   torchrun --nproc-per-node 8 -m xdit_compile.cli verify model.py:example --spec ulysses=8
+  xdit-compile verify model.py:example --spec ulysses=2,cache=first_block --approximate --steps 28
 
 exit status: 0 if every output is within the tolerance, 1 if not, 2 if there was no comparison.
 """
@@ -101,9 +103,9 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(flags.spelled(words))
+    options = _parser().parse_args(words if words[:1] in (["serve"], ["inspect"]) else flags.spelled(words))
     _quieten()
-    report: Explanation | Verification | Run | Inspection | Plan | Calibration
+    report: Explanation | Verification | Approximation | Run | Inspection | Plan | Calibration
     try:
         if options.command == "serve":
             return serve_flags.run(options)
@@ -138,17 +140,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if speaks():
         _show(report, options.json)
-    return 1 if isinstance(report, Verification) and not report.ok else 0
+    return 1 if isinstance(report, (Verification, Approximation)) and not report.ok else 0
 
 
 def verify_target(target: str | tuple[Request, str | None], spec: ShardingSpec, tolerance: float,
-                  device: str | None) -> Verification:
+                  device: str | None, steps: int = 0) -> Verification | Approximation:
     """What one rank of a verification does. Every rank draws the target's weights from the same seed."""
     _quieten()
     place = place_of(spec.world_size, device)
     model, inputs = _built(target)
     if place.type != "cpu" and not any(p.is_meta for p in model.parameters()):
         model, inputs = model.to(place), pytree.tree_map_only(torch.Tensor, lambda t: t.to(place), inputs)
+    if steps:
+        return verify_approximate(model, spec, inputs, steps=steps)
     return verify(model, spec, inputs, tolerance=tolerance)
 
 
@@ -196,13 +200,13 @@ def _explain(options: argparse.Namespace) -> Explanation:
     return made
 
 
-def _verify(options: argparse.Namespace) -> Verification:
+def _verify(options: argparse.Namespace) -> Verification | Approximation:
     target = _target(options)
     spec = spec_of(options.spec) if isinstance(target, str) else target[0].spec
     if isinstance(spec, Auto):
         model, inputs = _built(target)
         spec = resolved(spec, model, *call_arguments(model, inputs))
-    task = (target, spec, options.tolerance, options.device)
+    task = (target, spec, options.tolerance, options.device, options.steps if options.approximate else 0)
     with _progress(f"verifying {options.target or options.model} on {spec.world_size} ranks"):
         if "RANK" in os.environ:
             return verify_target(*task)
@@ -245,7 +249,8 @@ def _bytes(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _show(report: Explanation | Verification | Run | Inspection | Plan | Calibration, as_json: bool) -> None:
+def _show(report: Explanation | Verification | Approximation | Run | Inspection | Plan | Calibration,
+          as_json: bool) -> None:
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     elif sys.stdout.isatty():
@@ -293,7 +298,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("inspect", help=INSPECT.partition("\n")[0], description=INSPECT,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("path", metavar="FOLDER", help="an artifact")
-    command.add_argument("--check-all", "--check_all", action="store_true", help="compare the hashes of weights too")
+    command.add_argument("--check-all", action="store_true", help="compare the hashes of weights too")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
     command = commands.add_parser("plan", help=planning.HELP.partition("\n")[0], description=planning.HELP,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -330,6 +335,9 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--world-size", "--world_size", type=int, metavar="N",
                                  help="processes to start (default: what the spec needs)")
             command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if it fits")
+            command.add_argument("--approximate", action="store_true",
+                                 help="for a spec that approximates: how far a loop of steps ends from one device's")
+            command.add_argument("--steps", type=int, default=20, metavar="N", help="of that loop (default 20)")
             command.add_argument("--tolerance", type=float, default=1e-5,
                                  help="largest difference over the largest value (default 1e-5)")
     return parser

@@ -28,6 +28,7 @@ from xdit_compile.pipelines.loading import (
     pipeline_config,
 )
 from xdit_compile.pipelines.output_files import kept_apart, save
+from xdit_compile.pipelines.report import said_of_steps
 from xdit_compile.planner.auto import Auto
 from xdit_compile.progress import speaks
 from xdit_compile.runtime.launch import launch, place_of
@@ -110,6 +111,10 @@ def run_rank(request: Request) -> Run:
         seconds = time.perf_counter() - started
         peaks = group.gather("the peaks of memory", torch.cuda.max_memory_allocated(place)) if (
             place.type == "cuda") else ()
+        if group.spec.approximate:
+            notes.append(f"the result is approximate, as {group.spec.approximate} asks for" + (
+                f": {said_of_steps(group.counts['skipped'], group.counts['decided'])}"
+                if group.counts["decided"] else ""))
         files: list[Path] = []
         if first:
             rate = request.frame_rate or int(_value(parallel, arguments, "frame_rate") or FRAME_RATE)

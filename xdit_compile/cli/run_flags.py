@@ -36,12 +36,15 @@ exit status: 0 if the files are written, 2 if not.
 """
 
 _SCHEME = "how weights are cut is found by trying; leave it out"
-_ENCODERS = "encoders are not cut, but each can live on a rank of its own: use --spec encoders=spread"
-_EXACT = "nothing is skipped or approximated here; for faster steps use more devices, as in --ulysses_degree"
+_ENCODERS = "encoders' work is not cut, but their parameters can be: use --shard_t5_encoder (--spec encoders=shard)"
+_EXACT = "attention is whole at each step; for faster steps use --use_fbcache, or more devices, as in --ulysses_degree"
+_CACHES = "caches have other names here; use --use_fbcache, or --spec cache=first_block, teacache or taylor"
 _PRECISION = "weights and traffic keep the model's type; choose it with --dtype, or load a folder quantized before"
 _TOGETHER = "all processes take part in everything; leave it out"
 _KERNEL = "kernels have other names here; use --spec attention_kernel=torch, flash_attn or yunchang"
 _TILES = "tiles keep the autoencoder's own size; use --enable_tiling alone"
+_RAY = ("processes are started by torchrun, or by this command itself; on a Ray cluster by serve --executor ray, or "
+        "xdit_compile.start(..., executor='ray')")
 _REPEAT = "one call is timed and kept; calls before it are asked for with --warmup_calls"
 _OFFLOAD = "parallel models read their weights themselves; use --enable_model_cpu_offload, or --spec offload=block"
 _SPARSE = "attention is exact here: no kernel leaves out blocks; leave it out"
@@ -55,9 +58,9 @@ VALUES: dict[str, tuple[tuple[str, ...], str]] = {
     "split_scheme": (("row",), _SCHEME),
     "dit_parallel_size": (("0",), _TOGETHER),
     "vae_parallel_size": (("0",), f"{_TOGETHER}, and use --use_parallel_vae"),
-    "ray_world_size": (("1",), "processes are started by torchrun, or by this command itself"),
-    "cache_method": ((), _EXACT),
-    "cache_config": ((), _EXACT),
+    "ray_world_size": (("1",), _RAY),
+    "cache_method": ((), _CACHES),
+    "cache_config": ((), _CACHES),
     "attention_backend": ((), _KERNEL),
     "cross_attention_backend": ((), _KERNEL),
     "gemm_quantization": (("none",), _PRECISION),
@@ -71,7 +74,6 @@ VALUES: dict[str, tuple[tuple[str, ...], str]] = {
     "task": ((), "the class of the pipeline decides what it does; name another with --pipeline"),
     "batch_size": (("1",), "give several prompts, or --arg num_images_per_prompt=N"),
     "dataset_path": ((), "give the prompts with --prompt"),
-    "teacache_thresh": (("0.2",), _EXACT),
     **{name: ((default,), _EXACT) for name, default in (
         ("n_calib", "8"), ("threshold", "0.5"), ("window_size", "64"))},
     "coco_path": ((), _EXACT),
@@ -92,18 +94,18 @@ VALUES: dict[str, tuple[tuple[str, ...], str]] = {
 """Flags of xDiT with values that ask for something else than this package does: the values that do not, and why."""
 
 SWITCHES: dict[str, str] = {
-    **dict.fromkeys(("use_teacache", "use_fbcache", "use_fast_attn", "use_hybrid_attn_schedule"), _EXACT),
+    **dict.fromkeys(("use_fast_attn", "use_hybrid_attn_schedule"), _EXACT),
     **dict.fromkeys(("use_fp8_t5_encoder", "use_fp8_text_encoder", "use_fp8_gemms", "use_fp4_gemms", "use_int8_gemms",
                      "use_fp8_comms", "use_hybrid_gemm_schedule"), _PRECISION),
     **dict.fromkeys(("shard_dit", "memory_efficient_sharding"), _SHARD),
     **dict.fromkeys(("enable_sequential_cpu_offload", "enable_group_cpu_offload"), _OFFLOAD),
-    **dict.fromkeys(("teacache_use_ret_steps", "use_cache"), _EXACT),
+    "teacache_use_ret_steps": "give the model's coefficients, as in --spec cache=teacache,coefficients=[...]",
+    "use_cache": _EXACT,
     **dict.fromkeys(("use_ssta_sparse_text_to_image", "use_spargeattn_head_balance"), _SPARSE),
     "profile": _PROFILE,
     "no_reshard_after_forward": "a block's parameters are dropped after it, always; leave it out",
     "use_vae_channels_last_format": "the autoencoder keeps its memory format; call .to(memory_format=...) in a script",
-    "shard_t5_encoder": _ENCODERS,
-    "use_ray": "processes are started by torchrun, or by this command itself",
+    "use_ray": _RAY,
     "resize_input_images": "give pictures of the size wanted",
 }
 """Flags of xDiT without a value, of the same kind."""
@@ -186,11 +188,15 @@ def _add_call(group: Any) -> None:
 def _add_xdit(group: Any) -> None:
     for name, word in (DEGREES | PIPEFUSION).items():
         group.add_argument(f"--{name}", type=int, metavar="N", help=f"the spec's {word}=N")
+    group.add_argument("--teacache_thresh", type=float, metavar="X", help="the spec's threshold=X, with --use_teacache")
     group.add_argument("--attn_layer_num_for_pp", type=int, nargs="*", metavar="N",
                        help="blocks of each stage, the spec's stage_blocks=N+N")
     for name, text in {
         "use_cfg_parallel": "the spec's cfg=2",
         "use_parallel_vae": "the spec's vae=N, N being all processes",
+        "shard_t5_encoder": "the spec's encoders=shard",
+        "use_fbcache": "the spec's cache=first_block (approximate)",
+        "use_teacache": "the spec's cache=teacache (approximate)",
         "use_torch_compile": "the spec's backend=inductor",
         "use_onediff": "the spec's backend=onediff",
         "no_use_resolution_binning": "take height and width as they are",
@@ -255,6 +261,16 @@ def _spec(options: argparse.Namespace) -> ShardingSpec | Auto:
                                 "--pipefusion_parallel_degree N")
     if options.use_cfg_parallel:
         words["cfg"] = "2"
+    if options.shard_t5_encoder:
+        words["encoders"] = "shard"
+    if options.use_fbcache and options.use_teacache:
+        raise SpecError("--use_fbcache and --use_teacache name two caches; give one of them")
+    if options.use_fbcache or options.use_teacache:
+        words["cache"] = "first_block" if options.use_fbcache else "teacache"
+    if options.use_teacache and options.teacache_thresh is not None:
+        words["threshold"] = str(options.teacache_thresh)
+    elif options.teacache_thresh not in (None, 0.2):
+        raise SpecError(f"--teacache_thresh {options.teacache_thresh} belongs to a cache; add --use_teacache")
     if options.use_torch_compile and options.use_onediff:
         raise SpecError("--use_torch_compile and --use_onediff name two compilers; give one of them")
     if options.use_torch_compile or options.use_onediff:

@@ -9,12 +9,13 @@ import sys
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from xdit_compile.cli.run import DTYPES
 from xdit_compile.cli.run_flags import adapter
 from xdit_compile.engine.handle import start
-from xdit_compile.engine.recipe import AUTO
 from xdit_compile.errors import XditError
+from xdit_compile.planner.auto import Auto
 from xdit_compile.serve.server import serve
 from xdit_compile.serve.settings import Limits, Settings
 from xdit_compile.spec import ShardingSpec
@@ -40,7 +41,10 @@ _LIMITS = {"side": "pixels of a side", "pixels": "pixels of a picture or frame",
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of the command."""
-    add = parser.add_argument
+    def add(name: str, **options: Any) -> None:
+        # With dashes or underscores, as flags of all commands.
+        parser.add_argument(*dict.fromkeys((name, f"--{name[2:].replace('-', '_')}")), **options)
+
     add("--model", required=True, metavar="DIR_OR_ID",
         help="a folder of a pipeline, its name on the hub, or a function that makes one (file.py:function)")
     add("--spec", default="", help="how to shard, as in cfg=2,ulysses=2 (default: one process)")
@@ -81,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     spec = options.spec
     batch = options.batch
     if batch is None:
-        batch = 1 if not spec or spec.startswith(AUTO) else ShardingSpec.parse(spec).data_degree
+        batch = 1 if Auto.parse(spec) else ShardingSpec.parse(spec).data_degree
     limits = Limits(**{f.name: vars(options)[f"max_{f.name}"] for f in fields(Limits)})
     if options.host not in ("127.0.0.1", "localhost", "::1") and not options.api_key:
         print(f"xdit-compile: {options.host} can be reached from other machines, and no --api-key is asked for",

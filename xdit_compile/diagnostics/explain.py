@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from xdit_compile.diagnostics.block_boxes import block_boxes
 from xdit_compile.diagnostics.explanation import Explanation, RankFigures, Row, Traffic, WeightCut
-from xdit_compile.diagnostics.fitting import fits, memory_of, memory_of_stage
+from xdit_compile.diagnostics.fitting import fits
 from xdit_compile.diagnostics.origins import Piece, global_functions, pieces
 from xdit_compile.diagnostics.stage_costs import Stages, stages_of
 from xdit_compile.driver.compile_call import Dump, compile_program, split_invariant
@@ -29,6 +29,7 @@ from xdit_compile.ir.program import Note, Program, module_of, source_of
 from xdit_compile.ir.step_inputs import step_inputs
 from xdit_compile.passes import local_groups
 from xdit_compile.passes.pipefusion import plan_pipeline
+from xdit_compile.pipelines.memory import memory_of, memory_of_stage
 from xdit_compile.planner.auto import Auto, resolved
 from xdit_compile.progress import progress
 from xdit_compile.report.costs import Costs, costs_of
@@ -73,6 +74,7 @@ def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec | 
     program = captured(model, args, kwargs)
     middle = time.perf_counter()
     changes, stages = step_inputs(model, args, kwargs), None
+    left_out: tuple[str, ...] = ()
     groups = parameter_groups(model)
     if spec.pipefusion_degree > 1:
         whole, body, local, costs, kept, stages, memory, own = _stage(program, spec, rank, dump, changes, groups)
@@ -81,7 +83,7 @@ def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec | 
         whole, local = compiled.whole, compiled.local
         body, costs = whole, with_invariants(costs_of(local), compiled.invariant, compiled.body)
         kept = invariant_work(local, compiled.invariant, compiled.body, compiled.changes, costs.flops)
-        memory, own = memory_of(compiled), compiled.groups
+        memory, own, left_out = memory_of(compiled), compiled.groups, compiled.left_out
     end = time.perf_counter()
     notes, calls = local.notes, local.calls()
     replicated = sorted(_replicated(local), key=lambda row: -row.flops) if spec.world_size > 1 else []
@@ -95,7 +97,7 @@ def explain(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec | 
         tuple(replicated[:MOST]), sum(row.flops for row in replicated), costs, costs_of(whole), kept, stages,
         local.history, memory, None if device_memory is None else fits(
             program, spec, rank, changes, groups, memory, device_memory), _weight_cuts(own), block_boxes(local),
-        _figures(program, spec, changes, groups) if every_rank else ())
+        _figures(program, spec, changes, groups) if every_rank else (), left_out)
 
 
 def _figures(program: Program, spec: ShardingSpec, changes: Mapping[int, str],

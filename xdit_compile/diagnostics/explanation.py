@@ -18,7 +18,7 @@ from xdit_compile.diagnostics.stage_costs import Stages
 from xdit_compile.ir.pass_record import PassRecord
 from xdit_compile.report.costs import Costs
 from xdit_compile.report.loop_invariants import InvariantWork
-from xdit_compile.report.memory import RankMemory
+from xdit_compile.report.memory import RankMemory, by_kind
 from xdit_compile.report.tables import name, place, sections, table
 from xdit_compile.report.text import jsonable, plain
 from xdit_compile.report.units import plural, size, work
@@ -106,6 +106,7 @@ class Explanation:
         weights: which parameters tensor ranks share out, and how.
         blocks: what the rank runs, block by block, in order.
         ranks: the figures of all ranks, if they were asked for.
+        left_out: the paths of blocks that steps may leave out; ``local`` is of a step that does not.
     """
 
     model: str
@@ -132,6 +133,7 @@ class Explanation:
     weights: tuple[WeightCut, ...] = ()
     blocks: tuple[BlockBox, ...] = ()
     ranks: tuple[RankFigures, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def work_ratio(self) -> float:
@@ -193,6 +195,9 @@ class Explanation:
                  f"{size(self.memory.device)} of memory", f"{size(self.figures.sent)} sent"]
         if self.fallbacks:
             parts.append(f"{plural(len(self.fallbacks), 'operator')} computed whole")
+        if self.spec.approximate:
+            blocks = f", leaving out up to {plural(len(self.left_out), 'block')} in a step" if self.left_out else ""
+            parts.append(f"approximate by {self.spec.approximate}{blocks}")
         if self.fit is not None:
             parts.append("fits" if self.fit.fits else "does NOT fit")
         return f"{self.model} under {self.spec}: {', '.join(parts)}"
@@ -232,11 +237,7 @@ def _costs(e: Explanation) -> Table:
 
 def _memory(e: Explanation) -> Table:
     made = table("Memory of this rank, at the worst moment", "", ">bytes")
-    for what, nbytes in (
-            ("weights", e.memory.weights), ("parameters of blocks in flight", e.memory.gathered),
-            ("activations", e.memory.activations), ("buffers of collectives", e.memory.exchanged),
-            ("kept from step to step, constants", e.memory.kept), ("arguments", e.memory.arguments),
-            ("all on the device", e.memory.device), ("weights in the host's memory", e.memory.host)):
+    for what, nbytes in by_kind(e.memory).items():
         if nbytes:
             made.add_row(what, size(nbytes))
     return made

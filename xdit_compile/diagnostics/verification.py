@@ -15,7 +15,7 @@ from xdit_compile.report.text import jsonable, plain
 from xdit_compile.report.units import plural
 from xdit_compile.spec import ShardingSpec
 
-Cause = Literal["", "capture", "rewriting", "execution", "stages"]
+Cause = Literal["", "capture", "rewriting", "execution", "stages", "approximate"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Verification:
         cause: where a difference comes from. ``capture``: the captured program is not the model;
             ``rewriting``: ``nodes`` are the first values that ranks hold wrongly; ``execution``: every value
             is right when nodes run one by one, so it is what the backend makes of the program; ``stages``: no rank
-            has all parameters any more, so that the node cannot be found; verify under ``ulysses`` finds it.
+            has all parameters any more, so that the node cannot be found; verify under ``ulysses`` finds it;
+            ``approximate``: the spec asks for less than all, and ``verify_approximate`` says what of it is lost.
     """
 
     model: str
@@ -93,6 +94,9 @@ def _blame(v: Verification) -> str:
     if v.cause == "stages":
         return ("No rank has all parameters any more, so that the first operator that differs cannot be named; verify "
                 "the model under ulysses=2, which names it.")
+    if v.cause == "approximate":
+        return (f"The spec approximates by {v.spec.approximate}: verify --approximate says how far a loop of steps "
+                "ends from one device's; without these words the results are equal.")
     if v.cause == "execution":
         return f"Run node by node every value is right: the difference is made by backend={v.spec.backend}."
     first = v.nodes[0]

@@ -69,6 +69,8 @@ def verify(model: nn.Module, spec: str | Mapping[str, object] | ShardingSpec, in
         result = Verification(type(model).__name__, runner.group.spec, tolerance, outputs)
         if result.ok:
             return result
+        if runner.group.spec.approximate:
+            return replace(result, cause="approximate")
         if compiled.stage is not None:
             return replace(result, cause="stages")
         tensors, _ = flatten((args, kwargs))

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from xdit_compile.errors import SpecError
 from xdit_compile.frontend.gc_pause import gc_paused
 from xdit_compile.frontend.program_cache import captured
 from xdit_compile.ir.call_arguments import bind_call
@@ -21,6 +22,10 @@ from xdit_compile.ir.step_inputs import step_inputs
 from xdit_compile.passes import local_groups, localize, pass_digests, plan
 from xdit_compile.passes.hoist import split_loop_invariant
 from xdit_compile.passes.interpreter import Seeds
+from xdit_compile.passes.recorded import analysed
+from xdit_compile.passes.step_cache import find_cut, localize_parts, parts_of
+from xdit_compile.runtime.execution.cached_step import CachedStep
+from xdit_compile.runtime.execution.displaced_step import DisplacedStep
 from xdit_compile.runtime.pipefusion.stage_executor import StageProgram, parameters_of, shares_of
 from xdit_compile.spec import ShardingSpec
 
@@ -36,6 +41,8 @@ class Compiled:
         body: what a rank runs of ``local`` at each step; invariant: the rest, run when its arguments have changed.
         changes: the names of the arguments that change at each step.
         groups: what this rank has of the model's parameters, where they come block by block.
+        step: the programs that are run in place of ``body``, where steps may leave blocks out, or have of other ranks
+            what these had a step before.
     """
 
     captured: Program
@@ -47,10 +54,16 @@ class Compiled:
     changes: tuple[str, ...] = ()
     stage: StageProgram | None = None
     groups: tuple[ParameterGroup, ...] = ()
+    step: CachedStep | DisplacedStep | None = None
 
     @property
     def output_spec(self) -> OutputSpec:
         return self.captured.output_spec
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The paths of blocks that a step may leave out."""
+        return self.step.left_out if isinstance(self.step, CachedStep) else ()
 
     @property
     def unsharded(self) -> bool:
@@ -106,10 +119,31 @@ def compile_program(captured: Program, spec: ShardingSpec, rank: int = 0, dump: 
     """
     with gc_paused():
         whole, seeds = plan(captured, spec, groups)
+        parts = None
+        if spec.cache != "none":
+            whole, cut = analysed("step_cache", find_cut, whole, lambda p: find_cut(p, {f"arg_{i}" for i in changes}),
+                                  lambda cut: {"block": len(cut.left_out)})
+            parts = parts_of(cut)
         groups = local_groups(whole, seeds, groups, rank)
         local = localize(whole, seeds, rank, dump, groups=groups)
         invariant, body = split_invariant(captured, local, changes)
-        return Compiled(captured, whole, seeds, local, body, invariant, tuple(changes.values()), groups=groups)
+        step: CachedStep | DisplacedStep | None = None
+        if spec.displaced == "yes":
+            if not changes or captured.output_spec.changes_arguments:
+                raise SpecError(f"{spec}: a call of the model without a time, or that writes into its arguments, is no "
+                                "step of a loop; leave displaced out")
+            exact, local = local, localize(whole, seeds, rank, late=True, groups=groups)
+            late = split_invariant(captured, local, changes)[::-1]
+            step = DisplacedStep(split_invariant(captured, exact, changes)[::-1], late)
+            body, invariant = late
+        if parts is not None:
+            mine = localize_parts(parts, seeds, rank, groups)
+            head, blocks, rest = (split_invariant(captured, p, changes)[::-1]
+                                  for p in (mine.head, mine.blocks, mine.rest))
+            step = CachedStep(head, blocks, rest, mine.passed, mine.leaving, mine.streams, mine.left_out,
+                              mine.all_blocks)
+        return Compiled(captured, whole, seeds, local, body, invariant, tuple(changes.values()), groups=groups,
+                        step=step)
 
 
 def split_invariant(captured: Program, local: Program, changes: Mapping[int, str]) -> tuple[Program | None, Program]:

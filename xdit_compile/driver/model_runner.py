@@ -6,7 +6,7 @@ import inspect
 import logging
 import time
 import warnings
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from xdit_compile.ir.mesh import SHARD, position_of
 from xdit_compile.ir.parameter_groups import ParameterGroup, parameter_groups
 from xdit_compile.ir.pytree import flatten
 from xdit_compile.ir.released_parameters import missing_parameters, release_parameters
-from xdit_compile.ir.step_inputs import condition_among, timestep_inputs
+from xdit_compile.ir.step_inputs import condition, condition_among, timestep_inputs
 from xdit_compile.passes import NOTHING
 from xdit_compile.progress import progress
 from xdit_compile.runtime.control.agreement_channel import Facts
@@ -31,6 +31,8 @@ from xdit_compile.runtime.control.one_call_at_a_time import alone
 from xdit_compile.runtime.control.replicas import FACT, Replicas
 from xdit_compile.runtime.control.tensor_digest import Fingerprint
 from xdit_compile.runtime.deferred.deferred_tensor import DeferredTensor, materialize
+from xdit_compile.runtime.execution.cached_step import CachedStepExecutor
+from xdit_compile.runtime.execution.displaced_step import DisplacedStep, DisplacedStepExecutor
 from xdit_compile.runtime.execution.executor import NONE, Executor
 from xdit_compile.runtime.execution.loop_invariant_cache import LATE
 from xdit_compile.runtime.execution.parameter_store import ParameterStore
@@ -46,6 +48,8 @@ log = logging.getLogger(__name__)
 PLAIN = frozenset({torch.Tensor, nn.Parameter, DeferredTensor})
 """Types of tensors that a call may be made with."""
 
+SteppingExecutor = CachedStepExecutor | DisplacedStepExecutor
+
 RESTARTS = 8
 """First steps in a row that are more than a pipeline's terms of guidance."""
 
@@ -56,7 +60,7 @@ class ReadyProgram:
 
     kind: Any
     compiled: Runnable
-    executor: Executor | StageExecutor
+    executor: Executor | StageExecutor | SteppingExecutor
     group: ParallelGroup
     round_robin: bool
 
@@ -141,9 +145,9 @@ class ModelRunner:
                     loop = self._loop(ready, named, samples, fingerprint)
                 results = self._through_stages(ready, ready.executor, tensors, loop)
             elif ready.round_robin:
-                results = self._in_turn(ready, ready.executor, tensors)
+                results = self._in_turn(ready, self._bound(ready, ready.executor, tensors, named))
             else:
-                results = self._together(ready, ready.executor, tensors)
+                results = self._together(ready, self._bound(ready, ready.executor, tensors, named))
         except BaseException as error:
             # What all ranks raise alike before any collective ends nothing: the next call may well succeed.
             try:
@@ -188,26 +192,41 @@ class ModelRunner:
                 raise XditError(f"{type(self.model).__name__} {LATE}")
         if begun.here or begun.before or self.changes != self.source.changes:
             self.changes = self.source.changes
+            if self.group.spec.keeps_steps:
+                self.loops.end()
             for ready in self.programs.values():
                 ready.executor.forget(begun.before)
         return kind, begun.here or begun.before
 
-    def _together(self, ready: ReadyProgram, executor: Executor,
-                  tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def _bound(self, ready: ReadyProgram, executor: Executor | SteppingExecutor, tensors: Sequence[torch.Tensor],
+               named: Mapping[str, torch.Tensor]) -> Callable[[], Sequence[torch.Tensor]]:
+        """What computes the results of this call. All ranks ask for it, also those that will not compute them."""
+        if isinstance(executor, Executor):
+            return lambda: executor(tensors)
+        # Whether this step goes on from the one before is known when its time is, wherever that lies.
+        epoch, times, rest = self.group.epoch, times_later(named)(), condition(named)
+        # Within a pipeline's call, what a step is made with may change from step to step.
+        texts = Fingerprint({}, {} if self.group.running else rest)
+        loop = self.loops.next(Step((id(ready), self.loops.branch(id(ready), times, epoch)), list(rest.values()),
+                                    lambda: tuple(texts().items()), lambda: times, epoch, executor.begin))
+        if loop.steps == 1:
+            loop.caches = executor.begin()
+        return lambda: executor(tensors, loop.caches)
+
+    def _together(self, ready: ReadyProgram, compute: Callable[[], Sequence[torch.Tensor]]) -> Sequence[torch.Tensor]:
         """The results, computed by all ranks."""
         self.group.counts["shared"] += ready.group is self.group
         with self.group.control.guard("the forward pass", ready.group.process_groups.bind()):
-            return executor(tensors)
+            return compute()
 
-    def _in_turn(self, ready: ReadyProgram, executor: Executor, tensors: Sequence[torch.Tensor]
-                 ) -> Sequence[DeferredTensor]:
+    def _in_turn(self, ready: ReadyProgram, compute: Callable[[], Sequence[torch.Tensor]]) -> Sequence[DeferredTensor]:
         """The results as promised by the group whose turn it is, which computes them now."""
         round_robin, results = self.group.round_robin, None
         assert round_robin is not None
         owner = round_robin.next(self)
         if owner == round_robin.mine:
             with self.group.control.guard("the forward pass", ready.group.process_groups.bind()):
-                results = executor(tensors)
+                results = compute()
         return round_robin.promise(owner, results, ready.compiled.output_spec.likes)
 
     def _loop(self, ready: ReadyProgram, named: Mapping[str, torch.Tensor], samples: Collection[str],
@@ -302,8 +321,8 @@ class ModelRunner:
             warnings.warn(f"{type(self.model).__name__} under {group.spec}: {compiled.lost}", stacklevel=4)
         round_robin = group is not self.group and self.group.round_robin is not None and (
             not compiled.output_spec.changes_arguments)
-        if compiled.stage is not None or self.store is not None:
-            # Weights that were given up just now are no change that another call makes.
+        if compiled.stage is not None or self.store is not None or compiled.step is not None:
+            # Weights that were given up just now, and tables made, are no change that another call makes.
             self.source.find(args, kwargs)
             self.changes = self.source.changes
         self.programs[id(kind)] = ReadyProgram(kind, compiled, executor, group, round_robin)
@@ -344,9 +363,14 @@ class ModelRunner:
                                             spec.offload != "none")
             self.store.take(self.model, compiled.shares, self.weights.spans if self.weights else None, device)
 
-    def _executor(self, compiled: Runnable, group: ParallelGroup) -> Executor | StageExecutor:
+    def _executor(self, compiled: Runnable, group: ParallelGroup) -> Executor | StageExecutor | SteppingExecutor:
         """What runs the program here. All ranks come to it together."""
         stage, shares = compiled.stage, self.store or NONE
+        if compiled.step is not None:
+            kind = DisplacedStepExecutor if isinstance(compiled.step, DisplacedStep) else CachedStepExecutor
+            stepping = kind(compiled.step, self.model, self.group.counts, shares)  # type: ignore[arg-type]
+            stepping.check_groups(group.process_groups.all())
+            return stepping
         if stage is None:
             executor = Executor(compiled.body, self.model, compiled.invariant, self.group.counts, shares)
             executor.check_groups(group.process_groups.all())

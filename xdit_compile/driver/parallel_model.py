@@ -11,17 +11,20 @@ import copyreg
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
+from xdit_compile.driver.edits import edits
 from xdit_compile.driver.model_runner import ModelRunner
 from xdit_compile.errors import XditError
 from xdit_compile.frontend.mechanisms import COMPILED
 from xdit_compile.ir.released_parameters import check_whole, device_of_model, moving
+from xdit_compile.runtime.execution.parameter_store import ParameterStore
+from xdit_compile.runtime.parallel_group import ParallelGroup
 
 
 class Parallel:
@@ -56,8 +59,14 @@ def parallel_model(model: nn.Module, runners: Mapping[str, ModelRunner]) -> Any:
     if isinstance(inspect.getattr_static(type(model), "device", None), property):
         # Of parameters that are given up, where they were.
         members["device"] = property(device_of_model)
-    members["_apply"] = _apply(type(model))
+    members["_apply"] = moved(type(model))
+    members |= edits(type(model), functools.partial(_shares, list(runners.values())))
     return instance_of_subclass(model, Parallel, {**members, "runners": dict(runners)}, vars(model))
+
+
+def _shares(runners: Sequence[ModelRunner]) -> tuple[ParameterStore, ParallelGroup] | None:
+    """What this rank has of the parameters, and with whom; None as long as it has all."""
+    return next(((r.store, r.group) for r in runners if r.store is not None), None)
 
 
 def instance_of_subclass(original: Any, mixin: type, members: Mapping[str, Any], state: dict[str, Any]) -> Any:
@@ -209,7 +218,7 @@ def _method(model: nn.Module, name: str, runner: ModelRunner) -> Method:
     return Method(name, getattr(model, name), method)
 
 
-def _apply(cls: Any) -> Callable[..., Any]:
+def moved(cls: Any) -> Callable[..., Any]:
     """Moving or casting a model: parameters that were given up remember where they would be."""
     def apply(self: Any, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         return cls._apply(self, moving(fn), recurse)

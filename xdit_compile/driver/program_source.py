@@ -8,6 +8,8 @@ from typing import Any, Protocol
 from xdit_compile.ir.output_spec import OutputSpec
 from xdit_compile.ir.parameter_groups import ParameterGroup
 from xdit_compile.ir.program import Program
+from xdit_compile.runtime.execution.cached_step import CachedStep
+from xdit_compile.runtime.execution.displaced_step import DisplacedStep
 from xdit_compile.runtime.pipefusion.stage_executor import StageProgram
 from xdit_compile.spec import ShardingSpec
 
@@ -24,6 +26,10 @@ class Runnable(Protocol):
 
     @property
     def stage(self) -> StageProgram | None: ...
+
+    @property
+    def step(self) -> CachedStep | DisplacedStep | None:
+        """Where steps use more of steps before than what stays the same, the programs of a step."""
 
     @property
     def output_spec(self) -> OutputSpec: ...

@@ -24,11 +24,30 @@ LONGEST_TEXT = 256 * 2**20
 # Tensors begin at multiples of this in the shared memory.
 _ALIGNED = 64
 # Seconds in which the other process takes a message; it reads in a thread that does nothing else.
-_PATIENCE = 60.0
+_PATIENCE = 60
 
 
 class ChannelClosed(XditError):
     """Raised where the process at the other end is gone."""
+
+
+class Message:
+    """A value that is ready to be sent, to one or to several: its text, and its tensors in shared memory.
+
+    Raises:
+        XditError: it holds what cannot be sent.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.text, tensors = written(value)
+        self.memory = _filled(tensors) if tensors else None
+
+    def __enter__(self) -> Message:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.memory is not None:
+            os.close(self.memory)
 
 
 class Channel:
@@ -36,6 +55,8 @@ class Channel:
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
+        # Of the socket itself, as Python's own limit would be one of a reader in another thread too.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", _PATIENCE, 0))
         self._lock = threading.Lock()
 
     def fileno(self) -> int:
@@ -47,22 +68,25 @@ class Channel:
         Raises:
             XditError: it holds what cannot be sent. ChannelClosed: nobody takes it any more.
         """
-        text, tensors = written(value)
-        memory = _filled(tensors) if tensors else None
+        with Message(value) as message:
+            self.post(message)
+
+    def post(self, message: Message) -> None:
+        """Send what is ready.
+
+        Raises:
+            ChannelClosed: nobody takes it any more.
+        """
         try:
             with self._lock:
-                self._socket.settimeout(_PATIENCE)
-                header = struct.pack("!Q", len(text))
-                if memory is None:
+                header = struct.pack("!Q", len(message.text))
+                if message.memory is None:
                     self._socket.sendall(header)
                 else:
-                    socket.send_fds(self._socket, [header], [memory])
-                self._socket.sendall(text)
+                    socket.send_fds(self._socket, [header], [message.memory])
+                self._socket.sendall(message.text)
         except OSError as error:
             raise ChannelClosed(f"the other process takes no messages any more: {error}") from error
-        finally:
-            if memory is not None:
-                os.close(memory)
 
     def receive(self) -> Any:
         """The next value, waited for.
@@ -71,7 +95,6 @@ class Channel:
             ChannelClosed: the other process is gone. XditError: what it sent is no message.
         """
         try:
-            self._socket.settimeout(None)
             header, handed, _, _ = socket.recv_fds(self._socket, 8, 1)
             header += self._bytes(8 - len(header)) if header else b""
             if not header:

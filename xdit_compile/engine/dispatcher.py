@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
@@ -16,10 +16,13 @@ from xdit_compile.engine.ranks import Ranks, Start
 from xdit_compile.engine.recipe import Recipe
 from xdit_compile.engine.values import generators
 from xdit_compile.errors import RankFailure, XditError
+from xdit_compile.progress import progress
 from xdit_compile.runtime.launch import GRACE
 
 log = logging.getLogger(__name__)
 
+LOAD, CHOOSE, UNLOAD = ADAPTERS = ("load_lora_weights", "set_adapters", "unload_lora_weights")
+"""Methods of diffusers' pipelines."""
 # Seconds between two looks at limits while nothing is said.
 _LOOK = 1.0
 
@@ -35,6 +38,8 @@ class Dispatcher:
         self.started: Future[Mapping[str, Any]] = Future()
         self._recipe, self._starter = recipe, starter
         self._ranks: Ranks | None = None
+        self._torn = False
+        """Whether ranks live, but cannot go on together as they are."""
         self._number = 0
         self._waiting: deque[Call] = deque()
         self._running: Call | None = None
@@ -108,17 +113,27 @@ class Dispatcher:
                     return call
 
     def _made(self, call: Call) -> Any:
+        if self._torn:
+            self._mend()
         if self._ranks is None or not self._all_there(self._ranks):
             self._end(0)
             self._start()
         if call.stopped.is_set():
             raise CancelledError
         event = self._together(call.message(), f"a call of {self._recipe.source}", call)
+        call.timing = event.get("timing", {})
         if call.do == "invoke" and not call.answers:
-            self._repeated.append(call)
+            self._remember(call)
         for ours, state in zip(generators((call.args, call.kwargs)), event.get("generators", ()), strict=False):
             ours.set_state(state)
         return event["value"]
+
+    def _remember(self, call: Call) -> None:
+        """Call a method again when ranks start anew, and none before whose effect it undoes."""
+        undone = {UNLOAD: ADAPTERS, CHOOSE: (CHOOSE,)}.get(call.method, ())
+        while self._repeated and self._repeated[-1].method in undone:
+            self._repeated.pop()
+        self._repeated.append(call)
 
     @staticmethod
     def _all_there(ranks: Ranks) -> bool:
@@ -132,9 +147,10 @@ class Dispatcher:
     def _start(self) -> None:
         """Start the ranks and have them make what they are to serve, in the state that it was in."""
         started = time.monotonic()
-        self._ranks = self._starter()
         try:
-            made = self._together({"do": "make", "recipe": self._recipe.to_json()}, "the start", None)
+            with progress(f"starting the ranks of {self._recipe.source}"):
+                self._ranks = self._starter()
+                made = self._together({"do": "make", "recipe": self._recipe.to_json()}, "the start", None)
             for call in self._repeated:
                 self._together(call.message(), f"{call.method} after the engine was started anew", None)
         except BaseException:
@@ -143,6 +159,15 @@ class Dispatcher:
         log.info("engine of %s ready on %d ranks in %.1f s", self._recipe, self._ranks.size, time.monotonic() - started)
         if not self.started.done():
             self.started.set_result(made["value"])
+
+    def _mend(self) -> None:
+        """Have ranks that live begin anew together with what they have loaded; where they cannot, end them."""
+        self._torn = False
+        try:
+            self._together({"do": "mend"}, "mending", None)
+        except Exception as error:
+            log.info("ranks are started anew: %s", error)
+            self._end(0)
 
     def _together(self, message: dict[str, Any], during: str, call: Call | None) -> Mapping[str, Any]:
         """Have all ranks do something; the event of rank 0. Where they cannot go on afterwards, they are ended. What
@@ -161,7 +186,9 @@ class Dispatcher:
                 raise error
             return ended[0]
         fine = len(ended) == ranks.size and alike(ended)
-        if not fine:
+        if not fine and len(ended) == ranks.size and not any(e["event"] == "gone" for e in ended.values()):
+            self._torn = True
+        elif not fine:
             self._end(0)
         if error is None:
             error = blamed(ended, during)
@@ -197,6 +224,9 @@ class Dispatcher:
             elif said.event["event"] == "step":
                 heard = now
                 stopped = stopped or self._told(call, said.event["done"], said.event["total"])
+            elif said.event["event"] == "preview":
+                heard = now
+                stopped = stopped or self._shown(call, said.event["done"], said.event["latents"])
             else:
                 heard, ended[said.rank] = now, said.event
                 if said.event["event"] == "error":
@@ -219,15 +249,27 @@ class Dispatcher:
         if call is None:
             return None
         call.steps = done
-        if call.on_step is not None and not call.stopped.is_set():
-            try:
-                call.on_step(done, total)
-            except Exception as error:
-                call.cancel()
-                return error
-        return None
+        return _caught(call, call.on_step, done, total)
+
+    @staticmethod
+    def _shown(call: Call | None, done: int, latents: Any) -> Exception | None:
+        """The same of a preview."""
+        return None if call is None else _caught(call, call.on_preview, done, latents)
 
     def _end(self, seconds: float) -> None:
         if self._ranks is not None:
             self._ranks.end(seconds)
             self._ranks = None
+        self._torn = False
+
+
+def _caught(call: Call, told: Callable[[Any, Any], None] | None, *what: Any) -> Exception | None:
+    """Call a function of the user's, unless the call is cancelled; what it raises cancels the call."""
+    if told is None or call.stopped.is_set():
+        return None
+    try:
+        told(*what)
+    except Exception as error:
+        call.cancel()
+        return error
+    return None

@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 import torch
 
-from xdit_compile.engine.call import Call, OnStep
-from xdit_compile.engine.dispatcher import Dispatcher
+from xdit_compile.engine.call import Call, OnPreview, OnStep
+from xdit_compile.engine.dispatcher import CHOOSE, LOAD, UNLOAD, Dispatcher
 from xdit_compile.engine.process_ranks import ProcessRanks
 from xdit_compile.engine.ranks import Start
+from xdit_compile.engine.ray_ranks import RayRanks, ray_library
 from xdit_compile.engine.recipe import Recipe, named, size_of
 from xdit_compile.errors import LaunchError, XditError
 from xdit_compile.pipelines.call_signature import CallSignature
@@ -73,6 +74,9 @@ def start(source: str | Path | Callable[..., Any], spec: str = "", *, world_size
 def _starter(executor: str, size: int, device: str, threads: int, timeout: float) -> Start:
     if executor == "processes":
         return lambda: ProcessRanks(size, device, threads)
+    if executor == "ray":
+        ray_library()
+        return lambda: RayRanks(size, device, threads, timeout)
     raise XditError(f"there is no executor {executor!r}; there are processes and ray")
 
 
@@ -106,7 +110,7 @@ class Engine:
         self.signature = CallSignature.of_json(made)
 
     def __call__(self, *args: Any, seed: int | None = None, on_step: OnStep | None = None,
-                 time_limit: float | None = None, **kwargs: Any) -> Any:
+                 on_preview: OnPreview | None = None, time_limit: float | None = None, **kwargs: Any) -> Any:
         """One call, waited for; takes what the pipeline's call takes and returns what that returns, tensors on the CPU.
 
         Generators go on from where they are, and are afterwards where the pipeline has left them. Without one and
@@ -116,13 +120,15 @@ class Engine:
         Args:
             seed: of all that is drawn: a generator on the CPU, if the call takes one, and the ranks' random state.
             on_step: called with the steps done and their number (0 if unknown) after each, from another thread.
+            on_preview: called with the steps done and the latents then. Stages and groups of ranks wait for each other
+                at each step for its sake; the pipeline must take diffusers' callback at the end of a step.
             time_limit: seconds after which the call is cancelled.
 
         Raises:
             ArgumentError: arguments that it does not take. RankFailure: naming the rank that died or gave no news.
             TimeoutError: the limit was reached. Anything that the pipeline raised on all ranks.
         """
-        call = self.submit(*args, seed=seed, on_step=on_step, time_limit=time_limit, **kwargs)
+        call = self.submit(*args, seed=seed, on_step=on_step, on_preview=on_preview, time_limit=time_limit, **kwargs)
         try:
             return call.result()
         except BaseException:
@@ -130,14 +136,14 @@ class Engine:
             raise
 
     def submit(self, *args: Any, seed: int | None = None, on_step: OnStep | None = None,
-               time_limit: float | None = None, **kwargs: Any) -> Call:
+               on_preview: OnPreview | None = None, time_limit: float | None = None, **kwargs: Any) -> Call:
         """The same as a future, at once; ``cancel`` works while it runs too."""
         self.signature.check_names(kwargs)
         if seed is not None and "generator" in self.signature.kinds:
             kwargs.setdefault("generator", torch.Generator("cpu").manual_seed(seed))
         if seed is not None and "seed" in self.signature.kinds:
             kwargs["seed"] = seed
-        call = Call("call", "", args, kwargs, on_step, time_limit)
+        call = Call("call", "", args, kwargs, on_step, time_limit, on_preview=on_preview)
         call.seed = call.seed if seed is None else seed
         return self._dispatcher.submit(call)
 
@@ -149,17 +155,17 @@ class Engine:
         """Load an adapter on all ranks, as ``pipe.load_lora_weights`` does, and set its scale if one is given."""
         text = str(Path(path).resolve()) if Path(path).exists() else str(path)
         named = {"adapter_name": name, **kwargs} if name else kwargs
-        self.invoke("load_lora_weights", text, **named)
+        self.invoke(LOAD, text, **named)
         if scale is not None:
             self.set_adapters([name or "default_0"], [scale])
 
     def set_adapters(self, names: str | list[str], scales: float | list[float] | None = None) -> None:
         """Which of the loaded adapters are active, and how strongly."""
-        self.invoke("set_adapters", names, *([] if scales is None else [scales]))
+        self.invoke(CHOOSE, names, *([] if scales is None else [scales]))
 
     def unload_lora(self) -> None:
         """Give up all adapters."""
-        self.invoke("unload_lora_weights")
+        self.invoke(UNLOAD)
 
     def invoke(self, method: str, *args: Any, answers: bool = False, **kwargs: Any) -> Any:
         """Call a method of what the ranks hold, on all of them, between two calls. It is called again when the engine

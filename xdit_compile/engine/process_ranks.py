@@ -12,7 +12,7 @@ import time
 from collections import deque
 from contextlib import suppress
 
-from xdit_compile.engine.channel import DESCRIPTOR, Channel, ChannelClosed
+from xdit_compile.engine.channel import DESCRIPTOR, Channel, ChannelClosed, Message
 from xdit_compile.engine.ranks import Event, Said
 from xdit_compile.errors import XditError
 from xdit_compile.runtime.control.store import listening_store
@@ -55,9 +55,10 @@ class ProcessRanks:
         self._selector.register(ours, selectors.EVENT_READ, rank)
 
     def send(self, message: Event) -> None:
-        for channel in self._channels:
-            with suppress(ChannelClosed):
-                channel.send(message)
+        with Message(message) as ready:
+            for channel in self._channels:
+                with suppress(ChannelClosed):
+                    channel.post(ready)
 
     def next(self, timeout: float) -> Said | None:
         if not self._said:

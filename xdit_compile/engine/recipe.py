@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xdit_compile.artifact.files import MANIFEST, ArtifactFolder
-from xdit_compile.errors import LaunchError, SpecError, XditError
+from xdit_compile.errors import LaunchError, XditError
 from xdit_compile.pipelines.loading import PipelineSource
+from xdit_compile.planner.auto import Auto
 from xdit_compile.spec import ShardingSpec
 
 Kind = Literal["pipeline", "function", "artifact"]
-AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,11 @@ def size_of(spec: str, world_size: int | None, artifact: str | None) -> int:
     """How many ranks there will be.
 
     Raises:
-        SpecError: the spec asks for another number than ``world_size``, or leaves it open and none is given.
+        SpecError: the spec asks for another number than ``world_size``.
     """
-    if spec == AUTO or spec.startswith(f"{AUTO},"):
-        if world_size is None:
-            raise SpecError("spec='auto' chooses how to use the devices that it is given; say how many with "
-                            "world_size=N")
-        return world_size
+    if (auto := Auto.parse(spec)) is not None:
+        auto.check_world(world_size or auto.world_size)
+        return world_size or auto.world_size
     if artifact is not None:
         return world_size_of(artifact)
     parsed = ShardingSpec.parse(spec)

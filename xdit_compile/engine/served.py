@@ -17,13 +17,16 @@ from xdit_compile.artifact.load import load as load_artifact
 from xdit_compile.driver.parallel_model import Parallel
 from xdit_compile.engine.recipe import Recipe
 from xdit_compile.engine.target import load as function_named
-from xdit_compile.errors import XditError
+from xdit_compile.errors import ArgumentError, XditError
 from xdit_compile.pipelines.call_signature import CallSignature, refusals_told
 from xdit_compile.pipelines.loading import component_of, load, only_one_speaks
 from xdit_compile.pipelines.parallel_pipeline import ParallelPipeline, is_pipeline
 
 OnStep = Callable[[int, int], None]
 """Told how many steps are done, of how many (0 where that is not known)."""
+OnPreview = Callable[[int, torch.Tensor], None]
+"""Told how many steps are done, and the latents then."""
+CALLBACK = "callback_on_step_end"
 ON_STEP = "on_step"
 """The argument by which own functions are told of progress."""
 
@@ -33,10 +36,11 @@ class Served:
 
     Args:
         target: a pipeline, a model, or anything else that can be called.
+        original: what it is the parallel form of, if it is one.
     """
 
-    def __init__(self, target: Any) -> None:
-        self.target = target
+    def __init__(self, target: Any, original: Any = None) -> None:
+        self.target, self._original = target, original
         cls = type(target)
         self.is_pipeline = is_pipeline(target)
         if isinstance(target, nn.Module):
@@ -47,17 +51,32 @@ class Served:
             self.signature = CallSignature.of(cls.__name__, cls.__call__)
         self._tells = not self.is_pipeline and ON_STEP in self.signature.kinds
 
-    def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], on_step: OnStep) -> Any:
-        """One call. ``on_step`` may raise, on all ranks alike.
+    def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], on_step: OnStep,
+             on_preview: OnPreview | None = None) -> Any:
+        """One call. ``on_step`` may raise, on all ranks alike; so does ``on_preview`` have to be given on all.
 
         Raises:
-            ArgumentError: a pipeline refuses its arguments.
+            ArgumentError: a pipeline refuses its arguments, or shows no latents.
         """
+        if on_preview is not None:
+            kwargs = {**kwargs, CALLBACK: self._previewing(on_preview)}
         with torch.no_grad(), refusals_told(self.signature.name):
             if self.is_pipeline:
                 with _steps_told(self.target, on_step):
                     return self.target(*args, **kwargs)
             return self.target(*args, **kwargs, **({ON_STEP: on_step} if self._tells else {}))
+
+    def _previewing(self, on_preview: OnPreview) -> Callable[..., dict[str, Any]]:
+        """A callback of diffusers that shows latents."""
+        if not self.is_pipeline or CALLBACK not in self.signature.kinds:
+            raise ArgumentError(f"{self.signature.name} takes no {CALLBACK}, and so shows nothing before it is done; "
+                                "leave on_preview out")
+
+        def shown(pipe: Any, step: int, time: Any, held: dict[str, Any]) -> dict[str, Any]:
+            on_preview(step + 1, held["latents"])
+            return held
+
+        return shown
 
     def invoke(self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call a method by its name.
@@ -69,6 +88,19 @@ class Served:
         if method.startswith("_") or not inspect.isroutine(found):
             raise XditError(f"{type(self.target).__name__} has no method {method!r}")
         return found(*args, **kwargs)
+
+    def mend(self, recipe: Recipe) -> None:
+        """Parallelize the original anew, after ranks have failed together and all of them live. Weights, adapters and
+        programs are kept with it.
+
+        Raises:
+            XditError: there is none, or it has given up weights.
+        """
+        original = self._original
+        modules = (original.components.values() if self.is_pipeline else [original]) if original is not None else ()
+        if original is None or any(p.is_meta for m in modules if isinstance(m, nn.Module) for p in m.parameters()):
+            raise XditError("it has to be made anew")
+        self.target = parallelize(original, recipe.spec, timeout=recipe.timeout)
 
     @property
     def broken(self) -> bool:
@@ -87,7 +119,7 @@ def made(recipe: Recipe, place: torch.device, first: bool) -> Served:
     if recipe.kind == "artifact":
         return Served(load_artifact(recipe.source, recipe.weights, timeout=recipe.timeout, device=place))
     if recipe.kind == "function":
-        return Served(_of_function(recipe, place))
+        return _of_function(recipe, place)
     dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
     dtype = dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     replaced = {component_of(recipe.pipeline, name, _class_in(path)): path for name, path in recipe.artifacts.items()}
@@ -101,10 +133,14 @@ def made(recipe: Recipe, place: torch.device, first: bool) -> Served:
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module) and name not in replaced:
             part.to(place)
-    return Served(pipe if replaced else parallelize(pipe, recipe.spec, timeout=recipe.timeout))
+    return Served(pipe) if replaced else _parallel(pipe, recipe)
 
 
-def _of_function(recipe: Recipe, place: torch.device) -> Any:
+def _parallel(original: Any, recipe: Recipe) -> Served:
+    return Served(parallelize(original, recipe.spec, timeout=recipe.timeout), original)
+
+
+def _of_function(recipe: Recipe, place: torch.device) -> Served:
     function = function_named(recipe.source)
     given = dict(recipe.arguments)
     with suppress(TypeError, ValueError):  # of a builtin
@@ -115,13 +151,13 @@ def _of_function(recipe: Recipe, place: torch.device) -> Any:
         target = target[0]  # with example inputs, as `explain` and `verify` take it
     if is_pipeline(target) and not isinstance(target, ParallelPipeline):
         target.set_progress_bar_config(disable=True)
-        return parallelize(target.to(place), recipe.spec, timeout=recipe.timeout)
+        return _parallel(target.to(place), recipe)
     if isinstance(target, nn.Module) and not isinstance(target, Parallel):
-        return parallelize(target.to(place).eval(), recipe.spec, timeout=recipe.timeout)
+        return _parallel(target.to(place).eval(), recipe)
     if not callable(target):
         raise XditError(f"{recipe.source} must return a pipeline, a model or something that can be called; it returned "
                         f"a {type(target).__name__}")
-    return target
+    return Served(target)
 
 
 def _class_in(path: str) -> str:
@@ -141,9 +177,9 @@ def _steps_told(pipe: Any, on_step: OnStep) -> Iterator[None]:
     try:
         yield
     finally:
-        if held is None:
-            del pipe.progress_bar
-        else:
+        # A pipeline whose spec is chosen at its first call has become another one meanwhile.
+        vars(pipe).pop("progress_bar", None)
+        if held is not None:
             pipe.progress_bar = held
 
 

@@ -77,6 +77,27 @@ def read(text: bytes, tensor: Callable[[tuple[int, ...], torch.dtype], torch.Ten
     return decoded(text, tensor, KINDS, Result)
 
 
+Packed = tuple[bytes, list[Any]]
+"""Text, and the bytes of each tensor as an array, which others than this package move."""
+
+
+def packed(value: Any) -> Packed:
+    """As text and arrays. Raises XditError as `written`."""
+    text, tensors = written(value)
+    return text, [t.reshape(-1).view(torch.uint8).numpy() for t in tensors]
+
+
+def unpacked(held: Packed) -> Any:
+    """What was packed. Its tensors are copies: what was moved may be shared, and not to be written into."""
+    text, arrays = held
+    waiting = iter(arrays)
+
+    def tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.from_numpy(np.array(next(waiting))).view(dtype).reshape(shape)
+
+    return read(text, tensor)
+
+
 def generators(value: Any) -> Iterator[torch.Generator]:
     """Those in a call's arguments, in order, each time they occur."""
     if isinstance(value, torch.Generator):

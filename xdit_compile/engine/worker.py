@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Mapping
 from queue import SimpleQueue
 from typing import Any
@@ -34,6 +35,9 @@ class Worker:
         self._inbox: SimpleQueue[Message | None] = SimpleQueue()
         self._served: Served | None = None
         self._control: ControlPlane | None = None
+        self._recipe: Recipe
+        self._telling = 0.0
+        """Seconds of a call that went into telling of its steps."""
         self._cancelled, self._number, self._steps = -1, -1, 0
 
     def take(self, message: Message | None) -> None:
@@ -63,13 +67,18 @@ class Worker:
 
     def _done(self, message: Message) -> Message:
         if message["do"] == "make":
-            recipe = Recipe.of_json(message["recipe"])
+            self._recipe = recipe = Recipe.of_json(message["recipe"])
             self._control = ControlPlane(range(dist.get_world_size()), recipe.timeout)
             self._served = made(recipe, self._place, self._first)
             return {"event": "result", "value": self._served.signature.to_json() | {
                 "is_pipeline": self._served.is_pipeline} if self._first else None}
         if self._served is None or self._control is None:
             raise XditError("nothing was made yet")
+        if message["do"] == "mend":
+            self._control.close()
+            self._control = ControlPlane(range(dist.get_world_size()), self._recipe.timeout)
+            self._served.mend(self._recipe)
+            return {"event": "result", "value": None}
         self._control.settle()
         self._control.begin()
         args, kwargs = _placed(message["args"], self._place), _placed(message["kwargs"], self._place)
@@ -77,23 +86,31 @@ class Worker:
         if message["do"] == "invoke":
             result = self._served.invoke(message["method"], args, kwargs)
             return {"event": "result", "value": result if self._first and message["answers"] else None}
-        result = self._served.call(args, kwargs, self._step)
+        self._telling, started = 0.0, time.perf_counter()
+        result = self._served.call(args, kwargs, self._step, self._preview if message["previews"] else None)
         if self._place.type == "cuda":
             torch.cuda.synchronize(self._place)
+        seconds = time.perf_counter() - started
         self._control.settle()
         if not self._first:
             return {"event": "result", "value": None}
         drawn = [g.get_state() for g in generators((args, kwargs))]
-        return {"event": "result", "value": result, "generators": drawn}
+        return {"event": "result", "value": result, "generators": drawn,
+                "timing": {"call": seconds, "telling": self._telling}}
 
     def _step(self, done: int, total: int) -> None:
         """Between two steps, on all ranks."""
         assert self._control is not None
-        self._steps = done
+        self._steps, started = done, time.perf_counter()
         if self._first:
             self._say({"event": "step", "number": self._number, "done": done, "total": total})
         if self._control.to_stop(self._cancelled == self._number):
             raise CallCancelled(f"the call was cancelled after step {done}")
+        self._telling += time.perf_counter() - started
+
+    def _preview(self, done: int, latents: torch.Tensor) -> None:
+        if self._first:
+            self._say({"event": "preview", "number": self._number, "done": done, "latents": latents})
 
     @property
     def _broken(self) -> bool:

@@ -36,7 +36,7 @@ from xdit_compile.frontend.gc_pause import gc_paused
 from xdit_compile.frontend.left_behind import check_left
 from xdit_compile.frontend.looks import Looks, dress
 from xdit_compile.frontend.mechanisms import COMPILED, check, compiled_inside
-from xdit_compile.frontend.objects import MISSING, constants
+from xdit_compile.frontend.objects import MISSING
 from xdit_compile.frontend.opaque_modules import culprit, leaving_in_python
 from xdit_compile.frontend.operator_log import Unlike
 from xdit_compile.frontend.own_errors import not_of_capture
@@ -48,7 +48,7 @@ from xdit_compile.frontend.stand_ins import subclasses_made
 from xdit_compile.frontend.tracing import StateWritten, Traced, as_fake, export_conventions, fake_state, traced
 from xdit_compile.frontend.unguarded import check_reads
 from xdit_compile.frontend.watchers import observed_hooks
-from xdit_compile.frontend.writes import fill, has_values, refuse, settle
+from xdit_compile.frontend.writes import fill, has_values, holds_no_tensors, refuse, settle
 from xdit_compile.ir.packed_tensors import is_packed
 from xdit_compile.ir.program import Input, Program, drop_unused, graph_module, output_args, source_of
 from xdit_compile.ir.pytree import Structure, differ, flatten, sharing
@@ -327,7 +327,7 @@ def _any(_: object) -> bool:
 
 def _real(made: Any, known: ConcreteValueMode) -> Any:
     """What forward made, if all values in it are known and were computed where the model would; else MISSING."""
-    parts = [t for t in tree_leaves(made) if not constants(t)]
+    parts = [t for t in tree_leaves(made) if not holds_no_tensors(t)]
     values = {id(t): v.tensor.clone() for t in parts if isinstance(t, torch.Tensor)
               and (v := known.value(t)) is not None and v.tensor.device == t.device}
     if any(id(t) not in values for t in parts):

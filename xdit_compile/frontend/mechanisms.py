@@ -132,7 +132,8 @@ def _registered_hooks(module: nn.Module, path: str) -> str | None:
     for name, hook in getattr(registry, "hooks", {}).items():
         if getattr(hook, "_is_stateful", False):
             return (f"the hook {name!r} ({_name(type(hook))}) on {_at(path)} keeps values from step to step, as caches "
-                    "of steps do; a program would repeat its first step. Take it off (model.disable_cache())")
+                    "of steps do; a program would repeat its first step. Take it off (model.disable_cache()); in its "
+                    "place give cache=first_block (or teacache, taylor, interval) in the spec")
         # One that only casts weights, or changes arguments, is captured with the module.
         if _overrides(hook, "pre_forward") and (held := _held_beside_constants(hook)):
             return (f"the hook {name!r} ({_name(type(hook))}) on {_at(path)} acts before the module is called, and "

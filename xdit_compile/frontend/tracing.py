@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,7 +186,8 @@ class _Respelled(TorchFunctionMode):
     """What tracing would refuse or get wrong, written in another way.
 
     Autocast casts the operands of the matrix product inside einsum; kept whole, einsum would hide that. Filling a
-    diagonal in place goes through a strided view, which cannot be made functional; filling a mask can.
+    diagonal in place goes through a strided view, which cannot be made functional; filling a mask can. A choice among
+    the kernels of one operator is no part of a graph.
     """
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -209,9 +211,37 @@ class _Respelled(TorchFunctionMode):
                     low = torch.get_autocast_dtype(device)
                     parts = [p.to(low) if p.is_floating_point() and p.dtype is not torch.float64 else p for p in parts]
                 return torch.einsum(equation, *parts)
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            _check_kernels()
         # Around operators alone: what the model is told of libraries is what they are set to.
         with _NoBackend():
             return func(*args, **(kwargs or {}))
+
+
+def _kernels() -> frozenset[str]:
+    """Of attention, those of PyTorch's that are switched on."""
+    cuda = torch.backends.cuda
+    return frozenset(name for name, on in (
+        ("FLASH_ATTENTION", cuda.flash_sdp_enabled()), ("EFFICIENT_ATTENTION", cuda.mem_efficient_sdp_enabled()),
+        ("MATH", cuda.math_sdp_enabled()), ("CUDNN_ATTENTION", cuda.cudnn_sdp_enabled())) if on)
+
+
+_callers_kernels: ContextVar[frozenset[str]] = ContextVar("callers_kernels")
+"""Those that were switched on when the model was called."""
+
+
+def _check_kernels() -> None:
+    """Refuse a choice that the forward makes.
+
+    Raises:
+        CaptureError: naming what it chose.
+    """
+    left = _kernels()
+    if gone := _callers_kernels.get(left) - left - {"CUDNN_ATTENTION"}:
+        raise CaptureError(f"the forward chooses the kernels of attention itself ({', '.join(sorted(left))}, by "
+                           f"torch.nn.attention.sdpa_kernel, without {', '.join(sorted(gone))}), which no program "
+                           "holds. Leave the choice out (of a model of diffusers, set_attention_backend('native')) and "
+                           "say attention_kernel=NAME in the spec, or call the model inside of sdpa_kernel")
 
 
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
@@ -241,7 +271,7 @@ def _fakes(values: Sequence[Tensor], mode: FakeTensorMode) -> Iterator[Tensor]:
 def export_conventions() -> Iterator[None]:
     """Within, ``traced`` may be called: composite operators that neither write nor return views of their inputs are
     recorded as they are."""
-    own = FunctionalTensor.tolist, FunctionalTensor.__repr__
+    own, kernels = (FunctionalTensor.tolist, FunctionalTensor.__repr__), _callers_kernels.set(_kernels())
     # Its own ask the tensor inside, where nobody who knows the values is asked.
     FunctionalTensor.tolist = Tensor.tolist  # type: ignore[method-assign]
     FunctionalTensor.__repr__ = Tensor.__repr__  # type: ignore[method-assign, assignment]
@@ -250,6 +280,7 @@ def export_conventions() -> Iterator[None]:
             yield
     finally:
         FunctionalTensor.tolist, FunctionalTensor.__repr__ = own  # type: ignore[method-assign]
+        _callers_kernels.reset(kernels)
 
 
 class _NoBackend:

@@ -25,7 +25,17 @@ from torch.utils._pytree import tree_leaves
 
 from xdit_compile.errors import CaptureError
 from xdit_compile.frontend.concrete_values import READS, writes
-from xdit_compile.frontend.objects import MISSING, constants, content, elements, entries, inside
+from xdit_compile.frontend.objects import (
+    MISSING,
+    constants,
+    content,
+    elements,
+    entries,
+    inside,
+    is_library,
+    is_plain,
+    namespace,
+)
 from xdit_compile.frontend.opaque_modules import OPAQUE, path_of
 from xdit_compile.frontend.reads import Reads
 from xdit_compile.frontend.side_effects import Before, Change, Key
@@ -192,6 +202,8 @@ def _differs(a: Any, b: Any, first: Follow, second: Follow, seen: dict[int, Any]
         return "" if same else f"{_short(a)} after the first call, {_short(b)} after the second"
     if type(a) is not type(b):
         return "another kind of value after each call"
+    if namespace(a) is not None:  # what code reaches through a module of Python is looked at where it does
+        return "" if a is b else "another module after each call"
     if id(a) in seen:
         return ""
     seen[id(a)] = a
@@ -219,11 +231,25 @@ def _tensors(value: Any, seen: dict[int, Any] | None = None) -> list[Tensor]:
     seen = {} if seen is None else seen
     if isinstance(value, Tensor):
         return [value]
-    if constants(value) or isinstance(value, type) or value is MISSING or id(value) in seen:
+    if (constants(value) or isinstance(value, type) or value is MISSING or namespace(value) is not None
+            or id(value) in seen):
         return []
     seen[id(value)] = value
     parts = [*_entries(value).values(), *_elements(value).values(), *(v for _, v in inside(value))]
     return [t for part in parts for t in _tensors(part, seen)]
+
+
+def holds_no_tensors(value: Any, seen: dict[int, Any] | None = None) -> bool:
+    """Whether a value is known throughout, and there is nothing of a trace in it."""
+    seen = {} if seen is None else seen
+    if constants(value) or isinstance(value, type) or namespace(value) is not None or id(value) in seen:
+        return True
+    seen[id(value)] = value
+    plain = is_plain(type(value)) and not is_library(type(value).__module__)
+    if not plain and type(value) not in (dict, list, tuple, set, frozenset):
+        return False
+    parts = [*_entries(value).items(), *_elements(value).values(), *(v for _, v in inside(value))]
+    return all(holds_no_tensors(part, seen) for part in parts)
 
 
 def _short(value: Any) -> str:

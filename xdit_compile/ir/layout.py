@@ -37,6 +37,9 @@ BATCH = "batch"
 PATCH = "patch"
 """Where a program stands in time: its patch, or EVERY."""
 
+LATE = "late"
+"""Whether a program is that of a step in which ranks have of others what these had a step before."""
+
 EVERY = -1
 """All patches at once."""
 

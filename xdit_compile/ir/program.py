@@ -55,7 +55,7 @@ def part_of(tensor: torch.Tensor, part: Part) -> torch.Tensor:
 class Note:
     """One thing a pass decided, for the report and for the check that all ranks decided the same."""
 
-    kind: Literal["seed", "attention", "gather", "fallback", "collective", "canonical", "stale"]
+    kind: Literal["seed", "attention", "gather", "fallback", "collective", "canonical", "stale", "cache"]
     node: str
     text: str
     module: str = ""
@@ -86,6 +86,8 @@ class Program:
         spec, position: for which sharding spec and rank this is the local program; None for the global one.
         notes: what the passes decided, in order.
         history: the passes that made it, in order.
+        for_next_step: how many results, after the model's, are collectives that the next step waits for, and takes as
+            its caches.
     """
 
     main: fx.GraphModule
@@ -101,6 +103,7 @@ class Program:
     part: bool = False
     apart: tuple[int, ...] = ()
     history: tuple[PassRecord, ...] = field(default=(), repr=False, compare=False)
+    for_next_step: int = field(default=0, repr=False)
 
     def functions(self) -> Iterator[tuple[str, fx.GraphModule]]:
         """``main`` and each block function, by name."""
@@ -129,7 +132,8 @@ class Program:
     @property
     def output_spec(self) -> OutputSpec:
         """How the results become what the model returns."""
-        likes = tuple(n.meta["val"] for n in output_args(self.main.graph))
+        ends = output_args(self.main.graph)
+        likes = tuple(n.meta["val"] for n in ends[: len(ends) - self.for_next_step])
         return OutputSpec(self.outputs, self.written, likes, self.apart)
 
     def print_readable(self, print_output: bool = True) -> str:
@@ -173,6 +177,16 @@ ARRIVAL = "arrival"
 def brings_parameters(node: fx.Node) -> bool:
     """Whether a node is part of how parameters come: a start, a wait, or a view of what has come."""
     return ARRIVAL in node.meta
+
+
+def crosses_steps(node: fx.Node) -> bool:
+    """Whether a node starts a collective that a later step waits for, or waits for one of a step before: such a one
+    reads memory after its own step is over."""
+    if not is_collective(node):
+        return False
+    wait = torch.ops._c10d_functional.wait_tensor.default
+    return node.args[0].op == "placeholder" if node.target is wait else not any(  # type: ignore[union-attr]
+        u.target is wait for u in node.users)
 
 
 def is_write(node: fx.Node) -> bool:

@@ -22,9 +22,18 @@ def timestep_inputs(named: Mapping[str, torch.Tensor]) -> Collection[str]:
 
 def condition_among(named: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
     """Which tensors a call is made with beside its times and its sample, by identity."""
+    return tuple(id(t) for t in condition(named).values())
+
+
+def condition(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a call is made with beside its times and its sample."""
     times = timestep_inputs(named)
     sample = next((_head(n) for n, t in named.items() if t.ndim > 2 and n not in times), None)
-    return tuple(id(t) for n, t in named.items() if n not in times and _head(n) != sample)
+    return {n: t for n, t in named.items() if n not in times and _head(n) != sample}
+
+
+PROBE = "probe_before"
+"""The input of a part of a step that the features come as by which it is compared with a step before."""
 
 
 def step_inputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[int, str]:

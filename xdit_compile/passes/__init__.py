@@ -9,7 +9,7 @@ from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from xdit_compile.ir.layout import EVERY, PATCH, Layout, Position
+from xdit_compile.ir.layout import EVERY, LATE, PATCH, Layout, Position
 from xdit_compile.ir.mesh import axis_sizes, position_of
 from xdit_compile.ir.parameter_groups import ParameterGroup, cut_groups
 from xdit_compile.ir.pass_record import source_digest
@@ -134,19 +134,19 @@ def local_groups(program: Program, seeds: Seeds, groups: Sequence[ParameterGroup
 
 
 def localize(program: Program, seeds: Seeds, rank: int, dump: Callable[[str, Program], None] | None = None, *,
-             patch: int = EVERY, given: Mapping[str, Layout] = MappingProxyType({}),
+             patch: int = EVERY, late: bool = False, given: Mapping[str, Layout] = MappingProxyType({}),
              leave: Leave | None = None, groups: Sequence[ParameterGroup] = ()) -> Program:
     """Rank ``rank``'s local program.
 
     Args:
         dump: called with each pass's name and result.
-        patch: the time it is for.
+        patch: the time it is for; late: whether of others it has what these had a step before.
         given, leave: how inputs come and results go, where they are not whole on every rank
             (``ProgramInterpreter.main``).
         groups: those of the model's parameters, where they come block by block; by default, of the program's.
     """
     assert program.spec is not None
-    position = {**position_of(rank, program.spec), PATCH: patch}
+    position = {**position_of(rank, program.spec), PATCH: patch} | ({LATE: 1} if late else {})
     order: tuple[Arrival, ...] = ()
     if program.spec.parts:
         order = arrivals(program, local_groups(program, seeds, groups or parameters_of(program), rank))

@@ -1,10 +1,11 @@
 """Carry out distributed attention: Ulysses all-to-alls, a ring of keys and values, or both.
 
 Inside a group of ``ulysses`` ranks one all-to-all turns (all heads, my tokens) into (my heads, the group's
-tokens) for queries, keys and values together, and another turns the result back (DeepSpeed-Ulysses, arXiv
-2309.14509). Across groups, keys and values travel around a ring while the chunk at hand is attended to, and the
-partial results are merged by log-sum-exp in fp32 (Ring Attention, arXiv 2310.01889). Buffers put tokens first,
-so that what arrives, of however uneven shares, is the whole sequence without another copy.
+tokens) for queries, keys and values together (with ``exchange=apart`` one for each, while the next is still
+computed), and another turns the result back (DeepSpeed-Ulysses, arXiv 2309.14509). Across groups, keys and values
+travel around a ring while the chunk at hand is attended to, and the partial results are merged by log-sum-exp in
+fp32 (Ring Attention, arXiv 2310.01889). Buffers put tokens first, so that what arrives, of however uneven shares,
+is the whole sequence without another copy.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import torch
 from torch import fx
 
 from xdit_compile import kernels
-from xdit_compile.ir.layout import Spans, length
+from xdit_compile.ir.layout import Dim, Spans, length
 from xdit_compile.ir.mesh import RING, ULYSSES
 from xdit_compile.ir.stale_cache import update_and_read
 from xdit_compile.passes.attention_plan import AttentionPlan
 from xdit_compile.passes.emitter import Emitter
+from xdit_compile.passes.low_bit_wire import WHOLE, decode, encode
 
 aten = torch.ops.aten
 ours = torch.ops.xdit_compile
@@ -57,11 +59,15 @@ class _Lowering:
             first = sum(length(plan.replicated_share(i)) for i in range(self.r))
             q_fixed = e.narrow(q_fixed, 2, first, first + length(plan.replicated_share(self.r)))
         if plan.ulysses > 1:
-            if plan.queries == plan.keys:
-                q_moving, k_moving, v_moving = self._scatter_heads([q_moving, k_moving, v_moving], plan.queries)
+            if plan.apart:
+                (q_moving,) = self._scatter_heads([q_moving], plan.queries, "q")
+                (k_moving,) = self._scatter_heads([k_moving], plan.keys, "k")
+                (v_moving,) = self._scatter_heads([v_moving], plan.keys, "v")
+            elif plan.queries == plan.keys:
+                q_moving, k_moving, v_moving = self._scatter_heads([q_moving, k_moving, v_moving], plan.queries, "qkv")
             else:
-                (q_moving,) = self._scatter_heads([q_moving], plan.queries, first=0)
-                k_moving, v_moving = self._scatter_heads([k_moving, v_moving], plan.keys, first=1)
+                (q_moving,) = self._scatter_heads([q_moving], plan.queries, "q")
+                k_moving, v_moving = self._scatter_heads([k_moving, v_moving], plan.keys, "kv")
             q_fixed = q_fixed and e.narrow(q_fixed, 1, *self.cuts[self.u : self.u + 2])
             k_fixed, v_fixed = (x and e.narrow(x, 1, *plan.kv_range(self.u)) for x in (k_fixed, v_fixed))
         queries = e.cat([x for x in (q_fixed, q_moving) if x is not None], 2)
@@ -95,14 +101,18 @@ class _Lowering:
         """Heads of rank ``u``: of the queries (0), or of keys and values."""
         return self.plan.kv_range(u) if which else (self.cuts[u], self.cuts[u + 1])
 
-    def _scatter_heads(self, tensors: list[fx.Node], dim, first: int = 0) -> list[fx.Node]:
+    def _scatter_heads(self, tensors: list[fx.Node], dim: Dim, roles: str) -> list[fx.Node]:
         """(B, H, s, D) of my tokens -> (B, h, S, D) of the group's, for all ``tensors`` in one all-to-all.
 
-        ``first`` is 0 if ``tensors`` begins with the queries. The buffer is (rank, token, batch, head and width).
+        ``roles`` says of each whether it is the queries, keys or values (``"qkv"``). The buffer is (rank, token, batch,
+        head and width).
         """
         e, n = self.e, self.plan.ulysses
+        dtype = _val(tensors[0]).dtype
+        forms = [self.plan.wire_keys if role == "k" else self.plan.wire for role in roles]
+        tensors = [self._encoded(t, form) for t, form in zip(tensors, forms, strict=True)]
         batch = _val(tensors[0]).shape[0]
-        kinds = [min(first + i, 1) for i in range(len(tensors))]
+        kinds = [int(role != "q") for role in roles]
         mine = _val(tensors[0]).shape[2]
         widths = [[(b - a) * _val(t).shape[3] for t, which in zip(tensors, kinds, strict=True)
                    for a, b in [self._heads(which, u)]] for u in range(n)]
@@ -139,7 +149,20 @@ class _Lowering:
             piece = e.call(aten.reshape.default, piece, [sum(theirs), batch, b - a, _val(t).shape[3]])
             out.append(e.call(aten.permute.default, piece, [1, 2, 0, 3]))
             at += width
-        return out
+        return [self._decoded(x, form, dtype) for x, form in zip(out, forms, strict=True)]
+
+    def _encoded(self, x: fx.Node, form: str) -> fx.Node:
+        """As it travels: in bytes, if any of what travels with it has fewer bits."""
+        if self.plan.wire == WHOLE:
+            return x
+        (made,) = self.e.inline(lambda t: (encode(t, form),), x)
+        return made
+
+    def _decoded(self, x: fx.Node, form: str, dtype: torch.dtype) -> fx.Node:
+        if self.plan.wire == WHOLE:
+            return x
+        (made,) = self.e.inline(lambda t: (decode(t, form, dtype),), x)
+        return made
 
     def _even(self, kinds: list[int], tensors: list[fx.Node]) -> bool:
         n = self.plan.ulysses
@@ -166,6 +189,7 @@ class _Lowering:
 
     def _gather_heads(self, out: fx.Node, share: int) -> tuple[fx.Node | None, fx.Node]:
         e, plan, n = self.e, self.plan, self.plan.ulysses
+        dtype, out = _val(out).dtype, self._encoded(out, plan.wire)
         batch, heads, _, width = _val(out).shape
         counts = [plan.moving(plan.queries, u, self.r) for u in range(n)]
         x = e.call(aten.permute.default, out, [2, 0, 1, 3])
@@ -190,7 +214,7 @@ class _Lowering:
                 parts.append(e.call(aten.permute.default, part, [1, 0, 2, 3]))
                 at += size
             got = e.cat(parts, 2)
-        got = e.call(aten.transpose.int, got, 1, 2)
+        got = self._decoded(e.call(aten.transpose.int, got, 1, 2), plan.wire, dtype)
         return (e.narrow(got, 2, 0, share) if share else None), (e.narrow(got, 2, share, rows) if share else got)
 
     def _gather_shares(self, fixed: fx.Node | None, moving: fx.Node) -> fx.Node:
@@ -219,21 +243,19 @@ class _Lowering:
     def _ring(self, queries: fx.Node, k_fixed: fx.Node | None, v_fixed: fx.Node | None, k: fx.Node, v: fx.Node,
               rows: Spans) -> fx.Node:
         e, plan, n = self.e, self.plan, self.plan.ring
-        batch, heads, _, width = _val(k).shape
-        value_width = _val(v).shape[3]
+        dtype, sent = _val(k).dtype, [self._encoded(k, plan.wire_keys), self._encoded(v, plan.wire)]
+        batch, heads, _, width = _val(sent[0]).shape
+        value_width = _val(sent[1]).shape[3]
         sizes = [length(plan.group_spans(plan.keys, i)) for i in range(n)]
-        flat = (width + value_width) * batch * heads
+        flat = batch * heads
         acc: tuple[fx.Node, fx.Node] | None = None
-        chunk = self._pack(k, v)
+        chunks = [(e.call(aten.reshape.default, x, [_val(x).numel()]), flat * _val(x).shape[3]) for x in sent]
+        if not plan.apart:
+            chunks = [(e.call(aten.cat.default, [x for x, _ in chunks], 0), sum(row for _, row in chunks))]
         for step in range(n):
             source = (self.r - step) % n
-            arriving = None
-            if step < n - 1:
-                # A ring shift is an all-to-all in which only one neighbour is given anything.
-                send, receive = [0] * n, [0] * n
-                send[(self.r + 1) % n] = sizes[source] * flat
-                receive[(self.r - 1) % n] = sizes[(source - 1) % n] * flat
-                arriving = e.start_all_to_all(chunk, receive, send, RING)
+            arriving = [] if step == n - 1 else [
+                (self._shift(chunk, sizes[source] * row, sizes[(source - 1) % n] * row), row) for chunk, row in chunks]
             columns = plan.group_spans(plan.keys, source)
             keys, values = k, v
             if step == 0 and k_fixed is not None:
@@ -241,20 +263,29 @@ class _Lowering:
                 columns = plan.replicated(plan.keys) + columns
             part = self._attend_lse(queries, keys, values, rows, columns)
             acc = part if acc is None else self._merge(acc, part)
-            if arriving is not None:
-                chunk = e.wait(arriving)
-                k, v = self._unpack(chunk, sizes[(source - 1) % n], batch, heads, width, value_width)
+            if arriving:
+                chunks = [(e.wait(started), row) for started, row in arriving]
+                k, v = self._unpack([x for x, _ in chunks], sizes[(source - 1) % n], batch, heads, width, value_width)
+                k, v = self._decoded(k, plan.wire_keys, dtype), self._decoded(v, plan.wire, dtype)
         assert acc is not None
         return e.call(aten._to_copy.default, acc[0], dtype=_val(queries).dtype)
 
-    def _pack(self, k: fx.Node, v: fx.Node) -> fx.Node:
-        flat = [self.e.call(aten.reshape.default, x, [_val(x).numel()]) for x in (k, v)]
-        return self.e.call(aten.cat.default, flat, 0)
+    def _shift(self, chunk: fx.Node, sent: int, received: int) -> fx.Node:
+        """Start to send ``chunk`` to the next group and to receive that of the one before: an all-to-all in which only
+        one neighbour is given anything."""
+        n = self.plan.ring
+        send, receive = [0] * n, [0] * n
+        send[(self.r + 1) % n], receive[(self.r - 1) % n] = sent, received
+        return self.e.start_all_to_all(chunk, receive, send, RING)
 
-    def _unpack(self, chunk: fx.Node, size: int, batch: int, heads: int, width: int,
+    def _unpack(self, chunks: Sequence[fx.Node], size: int, batch: int, heads: int, width: int,
                 value_width: int) -> tuple[fx.Node, fx.Node]:
-        at = batch * heads * size * width
-        k, v = self.e.narrow(chunk, 0, 0, at), self.e.narrow(chunk, 0, at, _val(chunk).shape[0])
+        """Keys and values, which came as one or as two."""
+        if len(chunks) == 1:
+            at = batch * heads * size * width
+            chunks = [self.e.narrow(chunks[0], 0, 0, at),
+                      self.e.narrow(chunks[0], 0, at, _val(chunks[0]).shape[0])]
+        k, v = chunks
         return (self.e.call(aten.reshape.default, k, [batch, heads, size, width]),
                 self.e.call(aten.reshape.default, v, [batch, heads, size, value_width]))
 

@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from xdit_compile.errors import PlanError
 from xdit_compile.ir.layout import PATCH, SEQUENCE, Dim, Layout, Position, Spans, even_offsets, length
 from xdit_compile.ir.mesh import RING, ULYSSES
+from xdit_compile.passes.low_bit_wire import WHOLE, row_bytes
+from xdit_compile.spec import APART
 
 
 def sharded_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
@@ -33,7 +35,8 @@ class AttentionPlan:
 
     ``queries`` and ``keys`` are the layouts of the two token dimensions. Replicated tokens are not sent: for them
     each rank slices its heads. Heads need not divide evenly; with fewer key heads than query heads (GQA) each
-    rank gets the key heads its query heads read.
+    rank gets the key heads its query heads read. ``apart``: whether queries, keys and values are sent by themselves.
+    ``wire`` and ``wire_keys`` say in which form queries, values and results, and keys, travel (``low_bit_wire``).
     """
 
     queries: Dim
@@ -47,6 +50,9 @@ class AttentionPlan:
     ulysses: int
     ring: int
     patch: int | None = None
+    apart: bool = False
+    wire: str = WHOLE
+    wire_keys: str = WHOLE
 
     @property
     def method(self) -> str:
@@ -101,7 +107,9 @@ class AttentionPlan:
     def traffic(self, position: Position) -> dict[tuple[str, str, str], int]:
         """Collectives that this rank takes part in, and bytes it sends in them, by kind and axis."""
         u, r = position[ULYSSES], position[RING]
-        cuts, unit = self.head_cuts(), self.batch * self.element_size
+        cuts, size = self.head_cuts(), self.element_size
+        query, key = row_bytes(self.head_dim, self.wire, size), row_bytes(self.head_dim, self.wire_keys, size)
+        value = row_bytes(self.value_dim, self.wire, size)
         own_q, own_k = self.moving(self.queries, u, r), self.moving(self.keys, u, r)
         own_heads = cuts[u + 1] - cuts[u]
         own_kv = (lambda a, b: b - a)(*self.kv_range(u))
@@ -110,27 +118,28 @@ class AttentionPlan:
         for other in range(self.ulysses):
             if other != u:
                 a, b = self.kv_range(other)
-                exchanged += own_q * (cuts[other + 1] - cuts[other]) * self.head_dim
-                exchanged += own_k * (b - a) * (self.head_dim + self.value_dim)
+                exchanged += own_q * (cuts[other + 1] - cuts[other]) * query
+                exchanged += own_k * (b - a) * (key + value)
                 back = self.moving(self.queries, other, r) + share
-                exchanged += back * own_heads * self.value_dim
+                exchanged += back * own_heads * value
         for step in range(self.ring - 1):
             chunk = length(self.group_spans(self.keys, (r - step) % self.ring))
-            passed += chunk * own_kv * (self.head_dim + self.value_dim)
+            passed += chunk * own_kv * (key + value)
         # Shares are gathered padded to the largest; a rank may have none of its own.
         most = -(-length(self.replicated(self.queries)) // self.ring)
-        shares = (self.ring - 1) * most * self.heads * self.value_dim
-        found = {("count", "all_gather", RING): int(shares > 0), ("bytes", "all_gather", RING): shares * unit,
-                 ("count", "ring", RING): self.ring - 1, ("bytes", "ring", RING): passed * unit}
+        shares = (self.ring - 1) * most * self.heads * self.value_dim * size
+        found = {("count", "all_gather", RING): int(shares > 0), ("bytes", "all_gather", RING): shares * self.batch,
+                 ("count", "ring", RING): self.ring - 1, ("bytes", "ring", RING): passed * self.batch}
         if self.ulysses > 1:
             found |= {("count", "all_to_all", ULYSSES): 2 if self.queries == self.keys else 3,
-                      ("bytes", "all_to_all", ULYSSES): exchanged * unit}
+                      ("bytes", "all_to_all", ULYSSES): exchanged * self.batch}
         return found
 
     def __str__(self) -> str:
         heads = f"{self.heads}" + (f" over {self.kv_heads} key heads" if self.kv_heads != self.heads else "")
         return (f"{self.method}: queries [{self.queries}], keys [{self.keys}], heads {heads} cut "
-                f"{'/'.join(str(b - a) for a, b in pairwise(self.head_cuts()))}")
+                f"{'/'.join(str(b - a) for a, b in pairwise(self.head_cuts()))}" + (
+                    f"; {self.wire} on the wire, keys {self.wire_keys}" if self.wire != WHOLE else ""))
 
 
 def cut(spans: Spans, start: int, stop: int) -> Spans:
@@ -156,4 +165,5 @@ def plan_attention(q, k, v, spec, position) -> AttentionPlan:
         queries=q.dims[-2], keys=k.dims[-2], heads=local_heads(q, position),
         kv_heads=local_heads(k, position), head_dim=q.shape[-1], value_dim=v.shape[-1],
         batch=math.prod(Layout(q.dims[:-3]).local_shape(position)), element_size=q.dtype.itemsize,
-        ulysses=spec.ulysses_degree, ring=spec.ring_degree, patch=position.get(PATCH))
+        ulysses=spec.ulysses_degree, ring=spec.ring_degree, patch=position.get(PATCH), apart=spec.exchange == APART,
+        wire=spec.wire, wire_keys=spec.wire_keys)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from xdit_compile.ir.layout import PATCH, Dim, Layout, Position, Spans, length
+from xdit_compile.ir.layout import LATE, PATCH, Dim, Layout, Position, Spans, length
 from xdit_compile.ir.mesh import group_name
 from xdit_compile.ir.program import output_args
 from xdit_compile.passes.sharded_value import Value
@@ -32,6 +32,8 @@ class Emitter:
         self._origin: fx.Node | None = None
         self._last_input: fx.Node | None = None
         self.caches: list[fx.Node] = []
+        self.sent: list[fx.Node] = []
+        """Collectives of which a later step reads the result."""
 
     @contextmanager
     def standing_for(self, node: fx.Node) -> Iterator[None]:
@@ -145,20 +147,30 @@ class Emitter:
     def wait(self, x: fx.Node) -> fx.Node:
         return self.call(c10d.wait_tensor.default, x)
 
-    def all_gather(self, x: fx.Node, axis: str) -> fx.Node:
-        """Every rank's ``x`` (equal shapes) along dim 0."""
+    def all_gather(self, x: fx.Node, axis: str, late: bool = False) -> fx.Node:
+        """Every rank's ``x`` (equal shapes) along dim 0; if ``late``, others' of a step before (`arrived`)."""
         x = self.call(aten.contiguous.default, x)
-        return self.wait(self.call(c10d.all_gather_into_tensor.default, x, self.sizes[axis],
-                                   group_name(axis, self.sizes)))
+        start = self.call(c10d.all_gather_into_tensor.default, x, self.sizes[axis], group_name(axis, self.sizes))
+        return self.arrived(start) if late else self.wait(start)
+
+    def arrived(self, start: fx.Node) -> fx.Node:
+        """What a collective gives that has the whole step for its way: in a step that is exact its result, in others
+        that of the same collective in the step before. Its own is left for the next step."""
+        self.sent.append(start)
+        if not self.position.get(LATE):
+            return self.wait(start)
+        val = start.meta["val"]
+        return self.wait(self.cache(val.shape, val.dtype, val))
 
     def all_reduce(self, x: fx.Node, axis: str) -> fx.Node:
         return self.wait(self.call(c10d.all_reduce.default, x, "sum", group_name(axis, self.sizes)))
 
     # Changes of layout
 
-    def gather(self, v: Value, dim: int) -> fx.Node:
-        """All of dimension ``dim`` on every rank. Shares are padded to the largest, because gloo's all-gather wants
-        equal sizes; the padding is cut off again before anything sees it."""
+    def gather(self, v: Value, dim: int, late: bool = False) -> fx.Node:
+        """All of dimension ``dim`` on every rank; if ``late``, others' shares as `arrived` has them. Shares are padded
+        to the largest, because gloo's all-gather wants equal sizes; the padding is cut off again before anything sees
+        it."""
         assert v.node is not None
         old, shape = v.dims[dim], list(v.node.meta["val"].shape)
         (axis,) = old.axes - {PATCH}
@@ -170,7 +182,7 @@ class Emitter:
             held = [*shape[:dim], rows, shape[dim] // rows, *shape[dim + 1 :]]
             grid = self.call(aten.reshape.default, v.node, held)
             split = (Dim.replicated(rows), Dim.of(old.segments[:1]))
-            full = self.gather(Value(grid, Layout((*v.dims[:dim], *split, *v.dims[dim + 1 :])), v.dtype), dim + 1)
+            full = self.gather(Value(grid, Layout((*v.dims[:dim], *split, *v.dims[dim + 1 :])), v.dtype), dim + 1, late)
             return self.call(aten.reshape.default, full, [*shape[:dim], old.size, *shape[dim + 1 :]])
         most = max(map(length, owned))
         x = self.take(v.node, dim, old.local_spans(self.position, sharded=True))
@@ -179,8 +191,14 @@ class Emitter:
             pad = [0] * (2 * x.meta["val"].ndim)
             pad[-1] = most - x.meta["val"].shape[0]  # pads are listed from the last dimension to the first
             x = self.call(aten.constant_pad_nd.default, x, pad)
-        full = self.all_gather(x, axis)
+        full = self.all_gather(x, axis, late)
         full = self.call(aten.transpose.int, full, 0, dim) if dim else full
+        if late and self.position.get(LATE):
+            # This rank's own share is of this step.
+            own = self.position[axis] * most
+            x = self.call(aten.transpose.int, x, 0, dim) if dim else x
+            full = self.cat([self.narrow(full, dim, 0, own), x,
+                             self.narrow(full, dim, own + most, full.meta["val"].shape[dim])], dim)
         if len(old.segments) == 1 and len(set(map(length, owned))) == 1:
             return full
         # Global order: each span from the rank that owns it, replicated ones from here.
@@ -195,9 +213,10 @@ class Emitter:
                 parts.append((p.start, self.narrow(v.node, dim, p.at, p.at + p.stop - p.start)))
         return self.cat([part for _, part in sorted(parts, key=lambda item: item[0])], dim)
 
-    def windows(self, v: Value, dim: int, wanted: Sequence[Spans]) -> fx.Node:
+    def windows(self, v: Value, dim: int, wanted: Sequence[Spans], late: bool = False) -> fx.Node:
         """Index ranges ``wanted[i]`` of dimension ``dim`` on rank i, whoever holds them now; ranges of different
-        ranks may overlap (halos). One all-to-all in which only what is missing travels."""
+        ranks may overlap (halos). One all-to-all in which only what is missing travels; if ``late``, it is used as
+        `arrived` has it."""
         assert v.node is not None
         old = v.dims[dim]
         (axis,) = old.axes
@@ -213,7 +232,8 @@ class Emitter:
                            for pairs in ([(me, i) for i in range(len(ranks))], [(i, me) for i in range(len(ranks))]))
         parts = [mine(a, b) for spans in leaving for a, b in spans] or [self.narrow(x, 0, 0, 0)]
         receive, send = [length(spans) for spans in coming], [length(spans) for spans in leaving]
-        received = self.all_to_all(self.cat(parts, 0), receive, send, axis)
+        start = self.start_all_to_all(self.cat(parts, 0), receive, send, axis)
+        received = self.arrived(start) if late else self.wait(start)
         at = [sum(receive[:i]) for i in range(len(ranks))]
         result = []
         for source, a, b in plan[me]:

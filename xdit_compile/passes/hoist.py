@@ -36,7 +36,8 @@ def split_loop_invariant(program: Program, begin: Collection[str]) -> tuple[Prog
     nothing, and what parameters alone become before they are used as weights, of which there would else be two.
     """
     holders = program.main.graph.find_nodes(op="placeholder")
-    names = {n.name for n, i in zip(holders, program.inputs, strict=True) if i.kind == "argument" and i.name in begin}
+    names = {n.name for n, i in zip(holders, program.inputs, strict=True)
+             if i.kind == "received" or (i.kind == "argument" and i.name in begin)}
     parted, flowing = hoist(program, names, _spared)
     graph = parted.main.graph
     holders = graph.find_nodes(op="placeholder")
@@ -66,7 +67,7 @@ def hoist(program: Program, begin: Collection[str],
     new = fx.Graph()
     env: dict[Any, fx.Node] = {}
     flowing: set[fx.Node] = set()
-    given = {n: i.kind == "argument" for n, i in zip(
+    given = {n: i.kind in ("argument", "received") for n, i in zip(
         program.main.graph.find_nodes(op="placeholder"), program.inputs, strict=True)}
     asked = following(program.main.graph, [n for n, argument in given.items() if argument])
     starts = {name for name, module in functions.items() if any(map(_starts, module.graph.nodes))}

@@ -252,8 +252,30 @@ class FunctionInterpreter:
                     value = self.lay(value, i, dim.gathered(TENSOR))
         return value
 
-    def windows(self, value: Value, dim: int, spans: Sequence[Sequence[tuple[int, int]]], why: str) -> fx.Node | None:
-        """Ranges ``spans[i]`` of ``dim`` on rank i of its axis, each fetched from whoever holds it."""
+    @property
+    def displaced(self) -> bool:
+        """Whether ranks may have of others what these had a step before, while what they have now travels."""
+        return self.spec.displaced == "yes"
+
+    def displaced_whole(self, value: Value, dim: int) -> Value:
+        """``value`` with dimension ``dim`` on every rank: this rank's share as it is, others' as they were a step
+        before, but in exact steps."""
+        dim %= value.ndim
+        value = self.summed(value)
+        if value.dims[dim].axes != {SEQUENCE}:
+            return self.whole(value, dim)
+        self.note("stale", f"dimension {dim} of {value.layout} is read with other ranks' shares as they were a step "
+                  "before", value.local_bytes(self.position))
+        layout = value.layout.replace(dim, Dim.replicated(value.shape[dim]))
+        node = self._gather(value, dim, late=True)
+        if node is not None:
+            node.meta["layout"] = layout
+        return Value(node, layout, value.dtype)
+
+    def windows(self, value: Value, dim: int, spans: Sequence[Sequence[tuple[int, int]]], why: str,
+                late: bool = False) -> fx.Node | None:
+        """Ranges ``spans[i]`` of ``dim`` on rank i of its axis, each fetched from whoever holds it; if ``late``, as
+        they were there a step before."""
         old = value.dims[dim]
         (axis,) = old.axes
         me = self.position[axis]
@@ -261,8 +283,8 @@ class FunctionInterpreter:
         missing = sum(max(min(b, d) - max(a, c), 0) for i, wanted in enumerate(spans) if i != me
                       for a, b in mine for c, d in wanted)
         row = value.local_bytes(self.position) // max(old.local_size(self.position), 1)
-        self._traffic("all_to_all", axis, missing * row, why)
-        return None if self.emitter is None else self.emitter.windows(value, dim, spans)
+        self._traffic("all_to_all", axis, missing * row, why, late)
+        return None if self.emitter is None else self.emitter.windows(value, dim, spans, late)
 
     def broadcast(self, *values: Value) -> tuple[list[Value], tuple[Dim, ...]]:
         """Lay out operands of an element-wise operator alike; returns them and the result's dimensions.
@@ -441,6 +463,7 @@ class FunctionInterpreter:
             piece = self.emitter.call(operator.getitem, call, i)
             piece.meta["layout"] = layout
             pieces.append(Value(piece, layout, dtype))
+        self.emitter.sent += [self.emitter.call(operator.getitem, call, i) for i in range(len(layouts), len(results))]
         return tuple(pieces)
 
     # Counting
@@ -453,20 +476,21 @@ class FunctionInterpreter:
         self.cost.flops += done
         self.cost.attention_flops += done if target is ATTENTION else 0
 
-    def _traffic(self, kind: str, axis: str, size: int, why: str) -> None:
-        self.cost.sent += size
+    def _traffic(self, kind: str, axis: str, size: int, why: str, late: bool = False) -> None:
+        # What travels while the whole step runs costs no time, as long as links keep up.
+        self.cost.sent += 0 if late else size
         self.cost.traffic.update({("count", kind, axis): 1, ("bytes", kind, axis): size})
         self.note("collective", f"{kind}: {why}", size)
 
-    def _gather(self, value: Value, dim: int) -> fx.Node | None:
+    def _gather(self, value: Value, dim: int, late: bool = False) -> fx.Node | None:
         old = value.dims[dim]
         (axis,) = old.axes - {PATCH}
         row = value.local_bytes(self.position) // max(old.local_size(self.position), 1)
         held = max(length(old.spans({**self.position, axis: i}, sharded=True)) for i in range(self.sizes[axis]))
-        self.cost.gathers += self.function != "main"
+        self.cost.gathers += self.function != "main" and not late
         self._traffic("all_gather", axis, held * row * (self.sizes[axis] - 1),
-                      f"dimension {dim} of {value.layout} is needed whole")
-        return None if self.emitter is None else self.emitter.gather(value, dim)
+                      f"dimension {dim} of {value.layout} is needed whole", late)
+        return None if self.emitter is None else self.emitter.gather(value, dim, late)
 
     @staticmethod
     def _node(value: Value) -> fx.Node:
@@ -495,6 +519,8 @@ class ProgramInterpreter:
         self.functions: dict[str, fx.GraphModule] = {}
         self.results: dict[str, tuple[Any, ...]] = {}
         self.caches: dict[str, list[torch.Tensor]] = {}
+        self.sent: dict[str, int] = {}
+        """How many further results of each function are for the next step."""
         self.memo = memo or CostMemo()
         self._graphs = dict(program.functions())
 
@@ -544,8 +570,10 @@ class ProgramInterpreter:
                    for i, v in enumerate(outputs)]
         if emitter:
             self.notes += interpreter.cost.notes
-            out = emitter.graph.output(tuple(interpreter._node(v) for v in outputs))
-            out.meta["val"] = tuple(interpreter._node(v).meta["val"] for v in outputs)
+            ends = (*(interpreter._node(v) for v in outputs), *emitter.sent)
+            out = emitter.graph.output(ends)
+            out.meta["val"] = tuple(n.meta["val"] for n in ends)
+            self.sent[local] = len(emitter.sent)
             self.results[local] = out.meta["val"]
             self.caches[local] = [c.meta["val"] for c in emitter.caches]
             self.functions[local] = graph_module(

@@ -25,7 +25,8 @@ def shard(program: Program, seeds: Seeds, position: Position, sizes: Mapping[str
                    for n, what in zip(holders, program.inputs, strict=True))
     caches = tuple(Input("cache", str(i)) for i in range(len(interpreter.caches["main"])))
     return program.having("sharded", main=interpreter.functions["main"], position=dict(position),
-                          inputs=inputs + caches, notes=program.notes + tuple(interpreter.notes))
+                          for_next_step=interpreter.sent["main"], inputs=inputs + caches,
+                          notes=program.notes + tuple(interpreter.notes))
 
 
 def _part(layout: Layout, position: Position) -> Part:

@@ -62,7 +62,7 @@ def stages(program: Program, flowing: Collection[str], count: int, given: Sequen
     """
     graph = program.main.graph
     flow = [n for n in graph.nodes if n.name in flowing and n.op in ("call_function", "call_module")]
-    blocks = _blocks(program, flow)
+    blocks = blocks_in(program, flow)
     if known:
         stage_of_block = {path: known.get(path, count - 1) for path in blocks}
     else:
@@ -70,7 +70,7 @@ def stages(program: Program, flowing: Collection[str], count: int, given: Sequen
     stage: dict[fx.Node, int] = {n: 0 for n in graph.nodes if n.name in flowing and n.op == "placeholder"}
     for node in flow:
         before = max((stage[n] for n in node.all_input_nodes if n in stage), default=0)
-        stage[node] = before if node.target is operator.getitem else max(before, stage_of_block.get(_block(node), 0))
+        stage[node] = before if node.target is operator.getitem else max(before, stage_of_block.get(block_of(node), 0))
     outputs = output_args(graph)
     asked = following(graph, arguments(program))
     made = []
@@ -114,21 +114,21 @@ def _program(program: Program, main: fx.Graph, taken: Sequence[fx.Node], held: C
 # Blocks
 
 
-def _block(node: fx.Node) -> str:
+def block_of(node: fx.Node) -> str:
     """The path of the block that made ``node``: that of the outermost numbered module."""
     names = module_of(node).split(".")
     numbered = next((i for i, name in enumerate(names) if name.isdecimal()), -1)
     return ".".join(names[: numbered + 1])
 
 
-def _blocks(program: Program, flow: Sequence[fx.Node]) -> dict[str, int]:
+def blocks_in(program: Program, flow: Sequence[fx.Node]) -> dict[str, int]:
     """Blocks in the order in which they run, and their operations; those with less than a tenth of the largest's are
     none, but heads and embeddings."""
     functions = dict(program.functions())
     cost: dict[str, int] = {}
     for node in flow:
         own = _work(functions[str(node.target)].graph) if node.op == "call_module" else _flops(node)
-        if path := _block(node):
+        if path := block_of(node):
             cost[path] = cost.get(path, 0) + own
     most = max(cost.values(), default=0)
     return {path: c for path, c in cost.items() if 10 * c >= most}

@@ -50,10 +50,13 @@ def choose_seeds(program: Program, sizes: Mapping[str, int], batch: Seeds) -> Se
         return estimator(merge_seeds(batch, seeds))
 
     whole = estimate({})
+    # Nothing hides an exchange that a block waits for; and what ranks have each for itself is not the same on all of
+    # them once they have read what is late, so that it must not be put together again from several.
+    displaced = program.spec is not None and program.spec.displaced == "yes"
 
     def score(cost: Cost) -> float:
         return cost.flops / max(whole.flops, 1) + TRAFFIC_WEIGHT * cost.sent / max(whole.moved, 1) + (
-            0.01 * cost.moved / max(whole.moved, 1))
+            0.01 * cost.moved / max(whole.moved, 1)) + (cost.gathers if displaced else 0)
 
     def gathered(tried: Sequence[tuple[Cost, Seeds]]) -> tuple[Cost, Seeds]:
         """The best choice, and with it all that lowers its cost further."""

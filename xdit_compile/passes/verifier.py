@@ -37,6 +37,6 @@ def check(program: Program) -> None:
             if layout is not None and layout.sharded:
                 raise PlanError(f"output {node.name} is {layout}; the caller expects all of it on every rank")
     values = [n.meta["val"] for n in output_args(program.main.graph)]
-    wanted = len(program.written) + program.outputs.tensor_count
+    wanted = len(program.written) + program.outputs.tensor_count + program.for_next_step
     if not all(isinstance(v, torch.Tensor) for v in values) or len(values) != wanted:
         raise PlanError(f"the program returns {len(values)} values, the model {wanted} tensors")

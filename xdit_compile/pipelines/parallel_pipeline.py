@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from xdit_compile.driver.captured_programs import CapturedPrograms
@@ -20,8 +21,11 @@ from xdit_compile.frontend.mechanisms import unwrapped
 from xdit_compile.frontend.method_module import as_module
 from xdit_compile.pipelines.call_fingerprint import call_fingerprint
 from xdit_compile.pipelines.components import Role, role_of
-from xdit_compile.pipelines.report import ComponentReport, PipelineReport, component_report
+from xdit_compile.pipelines.memory import device_of, memory_of_component
+from xdit_compile.pipelines.report import ComponentMemory, ComponentReport, PipelineReport, component_report
+from xdit_compile.pipelines.shard_encoders import sharded
 from xdit_compile.pipelines.spread_encoders import spread
+from xdit_compile.report.units import plural
 from xdit_compile.runtime.control.one_call_at_a_time import alone
 from xdit_compile.runtime.control.replicas import Replicas
 from xdit_compile.runtime.deferred.deferred_tensor import materialize
@@ -57,13 +61,16 @@ class ParallelPipeline:
         """What ran so far: how each component is shared out, what a call of it costs this rank, and whether calls
         that follow each other ran at once."""
         modules = {n: c for n, c in vars(self).items() if isinstance(c, nn.Module)}
-        group = self.parallel_group
+        group, place = self.parallel_group, device_of(modules.values())
         round_robin, communicators = group.round_robin, group.communicators
         return PipelineReport(
             type(self).__name__, group.spec, group.rank,
             tuple(part for name, module in modules.items() for part in _parts(name, module, group)),
             dict(round_robin.fetched) if round_robin else {}, round_robin.sent if round_robin else 0,
-            sum(c.sent for c in communicators), sum(c.results_sent for c in communicators), group.counts["kept"])
+            sum(c.sent for c in communicators), sum(c.results_sent for c in communicators), group.counts["kept"],
+            group.counts["skipped"], group.counts["decided"],
+            tuple(ComponentMemory(n, memory_of_component(m, place)) for n, m in modules.items()),
+            torch.cuda.max_memory_allocated(place) if place.type == "cuda" else 0)
 
 
 def parallel_pipeline(pipe: Any, group: ParallelGroup, check_inputs: CheckInputs, dump: Dump | None,
@@ -77,8 +84,10 @@ def parallel_pipeline(pipe: Any, group: ParallelGroup, check_inputs: CheckInputs
     roles = {n: role_of(c) for n, c in modules.items()}
     _check(pipe, group.spec, modules, roles)
     encoders = [n for n, role in roles.items() if role is Role.ENCODER]
-    if unknown := weights.keys() - {n for n, role in roles.items() if role is Role.DENOISER}:
-        raise XditError(f"weights are read for what runs at each step, which {', '.join(sorted(unknown))} is not")
+    reading = {Role.DENOISER, Role.ENCODER} if group.spec.encoders == "shard" else {Role.DENOISER}
+    if unknown := weights.keys() - {n for n, role in roles.items() if role in reading}:
+        raise XditError("weights are read for what runs at each step, and for encoders under encoders=shard; "
+                        f"{', '.join(sorted(unknown))} is neither")
     make = functools.partial(_parallel, group=group, check_inputs=check_inputs, dump=dump)
     parts = {n: make(c, encoders.index(n) if n in encoders else 0, weights=weights.get(n)) for n, c in modules.items()}
     members = {"__call__": _call(type(pipe)), "parallel_group": group,
@@ -93,7 +102,8 @@ def _check(pipe: Any, spec: ShardingSpec, modules: Mapping[str, nn.Module], role
             (Role.DENOISER, True, "none of them takes a timestep; parallelize the model that is to be shared out by "
                                   "itself and give it to the pipeline"),
             (Role.AUTOENCODER, spec.vae_degree > 1, f"vae={spec.vae_degree} is for one that encodes and decodes"),
-            (Role.ENCODER, spec.encoders == "spread", "encoders=spread is for text and image encoders")):
+            (Role.ENCODER, spec.encoders != "everywhere",
+             f"encoders={spec.encoders} is for text and image encoders")):
         if asked and role not in roles.values():
             raise SpecError(f"{spec} does not fit this {type(pipe).__name__} with the components "
                             f"{', '.join(f'{n} ({type(c).__name__})' for n, c in modules.items())}: {lack}")
@@ -102,7 +112,7 @@ def _check(pipe: Any, spec: ShardingSpec, modules: Mapping[str, nn.Module], role
 def _parallel(module: Any, turn: int = 0, *, group: ParallelGroup, check_inputs: CheckInputs, dump: Dump | None,
               weights: Checkpoint | None = None) -> Any:
     """A component as the spec wants it: a denoiser always, an autoencoder for ``vae`` and ``data``, an encoder if it is
-    to be spread. Of encoders, number ``turn`` lives on rank ``turn`` (all over again when ranks run out)."""
+    to be spread or cut. Of spread ones, number ``turn`` lives on rank ``turn`` (all over again when ranks run out)."""
     if not isinstance(module, nn.Module) or isinstance(module, Parallel):
         return module
     role = role_of(module)
@@ -119,6 +129,8 @@ def _parallel(module: Any, turn: int = 0, *, group: ParallelGroup, check_inputs:
                                        for name, part in parts.items()})
     if role is Role.ENCODER and group.spec.encoders == "spread" and len(group.ranks) > 1:
         return spread(module, group, turn % len(group.ranks))
+    if role is Role.ENCODER and group.spec.encoders == "shard" and len(group.ranks) > 1:
+        return sharded(unwrapped(module), group, check_inputs, weights)
     return module
 
 
@@ -205,7 +217,10 @@ def _parts(name: str, module: nn.Module, group: ParallelGroup) -> Iterator[Compo
             yield component_report(name, model, how, compiled) if isinstance(
                 compiled, Compiled) else ComponentReport(name, model, how)
     if not runners:
-        how = "on one rank" if isinstance(module, Parallel) else "whole on every rank, as it is"
+        how = "whole on every rank, as it is"
+        if isinstance(module, Parallel):
+            how = f"parameters cut over {plural(len(group.ranks), 'rank')}" if hasattr(module, "shares") else (
+                "on one rank")
         yield ComponentReport(name, model, how)
 
 

@@ -50,6 +50,15 @@ class RankMemory:
         return sum(asdict(self).values()) - self.host
 
 
+def by_kind(memory: RankMemory) -> dict[str, int]:
+    """Bytes of each kind, and of all, by words for people."""
+    return {
+        "weights": memory.weights, "parameters of blocks in flight": memory.gathered,
+        "activations": memory.activations, "buffers of collectives": memory.exchanged,
+        "kept from step to step, constants": memory.kept, "arguments": memory.arguments,
+        "all on the device": memory.device, "weights in the host's memory": memory.host}
+
+
 def rank_memory(programs: Sequence[Program], lasting: Sequence[Program] = ()) -> RankMemory:
     """What a rank takes that runs ``programs`` by turns.
 

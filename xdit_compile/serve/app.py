@@ -251,7 +251,8 @@ async def _images(server: Server, request: Request, given: dict[str, Any], pictu
 
     if not stream:
         await _waited(server, request, job)
-        return JSONResponse(await asyncio.to_thread(answered))
+        timing = ", ".join(f"{name};dur={1000 * seconds:.3f}" for name, seconds in job.timing.items())
+        return JSONResponse(await asyncio.to_thread(answered), headers={"Server-Timing": timing})
 
     async def told() -> AsyncIterator[str]:
         try:

@@ -14,6 +14,8 @@ from xdit_compile.serve.metrics import Metrics
 from xdit_compile.serve.refusals import Refusal
 from xdit_compile.serve.settings import Settings
 
+LOCAL = ("127.0.0.1", "localhost", "::1")
+"""Addresses of this machine alone."""
 OPEN = ("/", "/health", "/ready")
 """Routes that need no key: they tell and do nothing that is anybody's."""
 
@@ -60,7 +62,11 @@ class Guards:
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self._settings.limits.body:
             raise self._too_long()
-        # A page of another site that someone has open must not use their machine.
+        # A page of another site that someone has open must not use their machine, nor one whose name was made to
+        # lead here.
+        name = headers.get("host", "").rpartition(":")[0] or headers.get("host", "")
+        if self._settings.host in LOCAL and name.strip("[]") not in LOCAL:
+            raise Refusal(403, f"this server is this machine's alone, and is not called {name[:80]!r}", "foreign_host")
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2] != headers.get("host"):
             raise Refusal(403, f"requests from pages of {origin[:80]} are not taken", "foreign_origin")

@@ -39,6 +39,7 @@ class Job:
     Attributes:
         done: calls that have ended; ``step`` of ``steps`` that of the one under way.
         refusal: what went wrong.
+        timing: seconds of its calls on rank 0, as those of a `Call`.
     """
 
     checked: Checked
@@ -53,6 +54,7 @@ class Job:
     files: list[File] = field(default_factory=list)
     refusal: Refusal | None = None
     seconds: float = 0.0
+    timing: dict[str, float] = field(default_factory=dict)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     @property
@@ -138,8 +140,8 @@ class Queue:
         return found
 
     def place(self, job: Job) -> int:
-        """How many calls of others come before it."""
-        before = 0
+        """How many calls of others come before it, what runs included."""
+        before = int(any(unit.job is not job for unit in self._running))
         for unit in self._waiting:
             if unit.job is job:
                 break
@@ -251,7 +253,10 @@ class Queue:
                 unit.call = call
             if all(unit.job.over for unit in units):
                 call.cancel()
-            return await asyncio.shield(asyncio.wrap_future(call))
+            answer = await asyncio.shield(asyncio.wrap_future(call))
+            for unit in units:
+                unit.job.timing = {k: v + unit.job.timing.get(k, 0.0) for k, v in call.timing.items()}
+            return answer
         except asyncio.CancelledError:
             if call is None or not call.done():
                 raise  # it is this task that ends

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 from collections.abc import Callable
 from importlib import import_module
 
@@ -38,5 +40,9 @@ def serve(settings: Settings, start: Callable[[], Engine]) -> bool:
     patience = int(settings.grace) + 5
     server = uvicorn.Server(uvicorn.Config(application, settings.host, settings.port, log_level="warning",
                                            timeout_graceful_shutdown=patience))
+    # uvicorn hands a signal on when it is done; it has been heeded by then.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(number, lambda *_: None)
     server.run()
     return not failed

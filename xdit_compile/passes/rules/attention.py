@@ -100,7 +100,11 @@ def _within_reach(s, q, k, v, mask):
     # Of ranks that hold other samples too: all of them decide alike.
     heads = min(local_heads(q, position) for position in s.positions(q.dims[-3])) if q.ndim > 2 else 1
     parts = max(len(seg.offsets) - 1 for seg in tokens.segments if seg.cut)
-    if PATCH in tokens.axes and SEQUENCE not in tokens.axes & q.dims[-2].axes:
+    if s.displaced and tokens.axes == {SEQUENCE} and q.shape[-2] >= parts:
+        s.cost.attentions += 1
+        q = q if q.dims[-2].sharded else s.lay(q, -2, Dim.even(q.shape[-2], parts, SEQUENCE))
+        k, v = _both_late(s, k, v)
+    elif PATCH in tokens.axes and SEQUENCE not in tokens.axes & q.dims[-2].axes:
         # Of this step what has come already, of the step before what has not: all of it is here.
         s.cost.attentions += 1
         k, v = s.whole(k, -2), s.whole(v, -2)
@@ -118,6 +122,18 @@ def _within_reach(s, q, k, v, mask):
         else:
             k, v = s.whole(k, -2), s.whole(v, -2)
     return q, k, v
+
+
+def _both_late(s, k, v):
+    """All keys and values, those of other ranks as they were a step before: one exchange for both."""
+    if k.dtype != v.dtype or k.dims[:-1] != v.dims[:-1]:
+        return s.displaced_whole(k, -2), s.displaced_whole(v, -2)
+    wide = Dim.replicated(k.shape[-1] + v.shape[-1])
+    both = s.displaced_whole(s.emit(k.layout.replace(-1, wide), [k, v], -1, target=aten.cat.default), -2)
+    cuts = ((0, k.shape[-1]), (k.shape[-1], wide.size))
+    k, v = (s.emit(both.layout.replace(-1, x.dims[-1]), both, -1, *cut, target=aten.slice.Tensor)
+            for x, cut in zip((k, v), cuts, strict=True))
+    return k, v
 
 
 def _by_rows(mask, q, k, v):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from xdit_compile.ir.layout import PATCH, TENSOR, Dim, Layout, Segment, merge
+from xdit_compile.ir.layout import PATCH, SEQUENCE, TENSOR, Dim, Layout, Segment, merge
 from xdit_compile.passes.rules import rule
 from xdit_compile.passes.sharded_value import NoRule, Value
 
@@ -290,7 +290,7 @@ def _with_halo(s, x, i, out, windows, why, filling=0):
         a, b = mine[0] if mine else (0, 0)
         node = s.local(aten.slice.Tensor, x, i, a - start, b - start)
     else:
-        node = s.windows(x, i, inside, why)
+        node = s.windows(x, i, inside, why, late=s.displaced and axis == SEQUENCE)
     (low, high), = windows[s.position[axis]] or [(0, 0)]
     before, after = max(-low, 0), max(high - x.shape[i], 0)
     if node is not None and (before or after):

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from xdit_compile.ir.layout import PATCH, TENSOR, Dim, Layout
+from xdit_compile.ir.layout import PATCH, SEQUENCE, TENSOR, Dim, Layout
 from xdit_compile.passes.rules import rule
 from xdit_compile.passes.sharded_value import Value
 
@@ -167,6 +167,45 @@ def _moments(s, x, over, count, left):
     return centre, shared(s.emit(flat, root, root, target=aten.mul.Tensor), max(left, 0))
 
 
+def _displaced_moments(s, x, over, count, left):
+    """As ``_moments``, of what this rank has now and what others had a step before: their means, and the sums of
+    squares about these, put together (Chan et al., 1979). So never less than zero, however old."""
+    ranks = s.sizes[SEQUENCE]
+    wide = {"dtype": torch.promote_types(x.dtype, torch.float32)}
+    flat = Layout(_reduced(x, over, True))
+
+    def held(position):
+        return math.prod(x.dims[i].local_size(position) for i in over)
+
+    counts = [held({**s.position, SEQUENCE: rank}) for rank in range(ranks)]
+    mine = counts[s.position[SEQUENCE]]
+    own = s.emit(flat, s.emit(flat, x, over, True, **wide, target=aten.sum.dim_IntList), max(mine, 1),
+                 target=aten.div.Tensor)
+    root = s.emit(flat, s.emit(x.layout, x, own, target=aten.sub.Tensor), 2.0, over, True, **wide,
+                  target=aten.linalg_vector_norm.default)
+    squares = s.emit(flat, root, root, target=aten.mul.Tensor)
+    rows = Layout((Dim.even(ranks, ranks, SEQUENCE), Dim.replicated(2), *flat.dims))
+    pair = s.emit(Layout((Dim.replicated(2), *flat.dims)), [own, squares], target=aten.stack.default)
+    moments = s.displaced_whole(s.emit(rows, pair, 0, target=aten.unsqueeze.default), 0)
+
+    def part(rank, which):
+        row = s.emit(Layout(moments.dims[1:]), moments, 0, rank, target=aten.select.int)
+        return s.emit(flat, row, 0, which, target=aten.select.int)
+
+    def total(values, weights):
+        terms = [s.emit(flat, v, w, target=aten.mul.Tensor) for v, w in zip(values, weights, strict=True)]
+        for i, term in enumerate(terms[1:], 1):
+            terms[i] = s.emit(flat, terms[i - 1], term, target=aten.add.Tensor)
+        return terms[-1]
+
+    means = [part(rank, 0) for rank in range(ranks)]
+    centre = total(means, [n / count for n in counts])
+    apart = [s.emit(flat, m, centre, target=aten.sub.Tensor) for m in means]
+    apart = [s.emit(flat, a, a, target=aten.mul.Tensor) for a in apart]
+    within = total([part(rank, 1) for rank in range(ranks)], [1.0 / max(left, 1)] * ranks)
+    return centre, s.emit(flat, within, total(apart, [n / max(left, 1) for n in counts]), target=aten.add.Tensor)
+
+
 @rule({aten.layer_norm.default: lambda r: (r.tensor(2, 6, 4), [4], *r.pick(
            (), (None, None, 0.1), (r.tensor(4),), (r.tensor(4), r.tensor(4)), (r.tensor(4), r.tensor(4), 0.2))),
        aten.rms_norm.default: lambda r: (r.tensor(2, 6, 4), [4], r.pick(None, r.tensor(4)), r.pick(None, 1e-6, 0.1))})
@@ -218,7 +257,7 @@ def group_norm(s, x, groups, weight=None, bias=None, eps=1e-5, cudnn=True):
     grouped = (batch, Dim.replicated(groups), Dim.replicated(channels.size // groups), *space)
     y = s.emit(Layout(grouped), x, [d.local_size(s.position) for d in grouped], target=aten.reshape.default)
     over, count = list(range(2, len(grouped))), channels.size // groups * math.prod(d.size for d in space)
-    centre, scale = _moments(s, y, over, count, count)
+    centre, scale = (_displaced_moments if s.displaced and axes == {SEQUENCE} else _moments)(s, y, over, count, count)
     scale = s.emit(scale.layout, scale, eps, target=aten.add.Tensor)
     scale = s.emit(scale.layout, scale, target=aten.rsqrt.default)
     columns = Layout((batch, *grouped[1:3], *[Dim.replicated(1)] * len(space)))

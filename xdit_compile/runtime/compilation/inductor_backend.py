@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._guards import TracingContext
 
 from xdit_compile.errors import SpecError
 from xdit_compile.runtime.compilation.graph_segments import Function
@@ -100,9 +101,50 @@ class CompiledFunction:
         return self._made[strides], unusual
 
     def _compile(self, tensors: Sequence[torch.Tensor]) -> Function:
-        return torch._inductor.standalone_compile(
-            self._module, list(tensors), dynamic_shapes="from_example_inputs",
-            options={"config_patches": self._options})
+        from torch._inductor.compile_fx import compile_fx_inner  # as slow to import as PyTorch itself
+
+        inner: list[tuple[Any, Any]] = []
+
+        def kept(*args: Any, **kwargs: Any) -> Any:
+            inner.append((compile_fx_inner(*args, **kwargs), TracingContext.get().fw_metadata))
+            return inner[-1][0]
+
+        # That cache would give the whole without what is inside; what inductor makes has one of its own.
+        with torch._functorch.config.patch(enable_autograd_cache=False):
+            whole = torch._inductor.standalone_compile(
+                self._module, list(tensors), dynamic_shapes="from_example_inputs",
+                options={"config_patches": self._options, "inner_compile": kept})
+        if len(inner) != 1 or not _is_bare(inner[0][1], len(tensors)):
+            return whole
+        return _Bare(whole, inner[0][0])
+
+
+class _Bare:
+    """A compiled function without what AOTAutograd puts around it at each call, which takes as long as a few kernels:
+    it sees to gradients, and to results that are views of arguments, of which there are none."""
+
+    def __init__(self, whole: Function, graph: Any) -> None:
+        self._whole: Function | None = whole
+        self._graph = graph
+        """Lives as long as its code."""
+        self._run: Callable[[list[torch.Tensor]], Sequence[torch.Tensor]] = self._first
+
+    def __call__(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+        return self._run([*tensors])
+
+    def _first(self, tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """At its first call a function ends what it has begun while it was compiled."""
+        assert self._whole is not None
+        results, self._whole = self._whole(*tensors), None
+        self._run = self._graph.current_callable
+        return results
+
+
+def _is_bare(metadata: Any, inputs: int) -> bool:
+    """Whether a function gives what it computes, as it is, of what it is given, as that is."""
+    return metadata is not None and len(metadata.input_info) == inputs and not (
+        metadata.num_mutated_inp_runtime_indices or metadata.num_outputs_aliased or metadata.tokens
+        or metadata.is_rng_op_functionalized or metadata.num_intermediate_bases)
 
 
 def _restrided(tensors: Sequence[torch.Tensor], strides: Sequence[tuple[int, tuple[int, ...]]]) -> list[torch.Tensor]:

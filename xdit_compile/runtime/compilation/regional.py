@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import fx
 
-from xdit_compile.ir.program import brings_parameters, is_collective, is_write
+from xdit_compile.ir.program import brings_parameters, crosses_steps, is_collective, is_write
 from xdit_compile.progress import progress
 from xdit_compile.runtime.compilation.graph_segments import Function, outline_segments
 from xdit_compile.runtime.compilation.inductor_backend import inductor_compiler, usual_strides
@@ -85,8 +85,9 @@ def _stays(node: fx.Node) -> bool:
 
 
 def _stays_for_inductor(node: fx.Node) -> bool:
-    """Writes into memory that outlives a call; and how parameters come, which goes on while functions run."""
-    return is_write(node) or brings_parameters(node)
+    """Writes into memory that outlives a call; and what goes on while functions run, whose memory a compiler would
+    use again: how parameters come, and what has until the next step to arrive."""
+    return is_write(node) or brings_parameters(node) or crosses_steps(node)
 
 
 def compiler_for(spec: ShardingSpec) -> Callable[[fx.GraphModule], Function]:

@@ -32,11 +32,13 @@ class ProcessGroups:
     def __init__(self, spec: ShardingSpec, ranks: Sequence[int], control: ControlPlane) -> None:
         self.rank = 0 if len(ranks) == 1 else list(ranks).index(dist.get_rank())
         self._groups: dict[str, ProcessGroup] = {}
+        self._names: dict[str, str] = {}
         sizes = axis_sizes(spec)
         for axis in (BATCH, SEQUENCE, TENSOR, ULYSSES, RING, SHARD):
             if sizes[axis] > 1:
                 peers = tuple(ranks[i] for i in members(axis, self.rank, spec))
-                self._groups[group_name(axis, sizes)] = make_group(group_name(axis, sizes), peers, control)
+                name = self._names[axis] = group_name(axis, sizes)
+                self._groups[name] = make_group(name, peers, control)
 
     def bind(self) -> tuple[ProcessGroup, ...]:
         """Let the logical names mean these groups, which are returned."""
@@ -47,6 +49,10 @@ class ProcessGroups:
                 _register_process_group(cast(Any, name), group)
                 _bound[name] = group
         return tuple(self._groups.values())
+
+    def along(self, axis: str) -> ProcessGroup | None:
+        """That of an axis, if this rank is not alone on it."""
+        return self._groups[self._names[axis]] if axis in self._names else None
 
     def all(self) -> tuple[ProcessGroup, ...]:
         return tuple(self._groups.values())

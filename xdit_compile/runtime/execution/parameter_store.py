@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from operator import is_
 
 import torch
@@ -33,7 +34,8 @@ class ParameterStore(Mapping[str, torch.Tensor]):
         self.rank, self.ranks, self.offload = rank, ranks, offload
         self._shares: dict[str, torch.Tensor] = {}
         self._given_up: list[str] = []
-        self._left: list[torch.Tensor] = []
+        self.left: list[torch.Tensor] = []
+        """What the model has in the places of parameters that it gave up."""
         self._looks: list[tuple[int, torch.dtype, torch.device]] = []
         self._reader: ParameterReader | None = None
 
@@ -73,8 +75,8 @@ class ParameterStore(Mapping[str, torch.Tensor]):
             release_named(model, names_of)
             self._given_up += names_of
         self._reader = _reader(model, self._given_up)
-        self._left = self._reader.read()
-        self._looks = list(map(LOOK, self._left))
+        self.left = self._reader.read()
+        self._looks = list(map(LOOK, self.left))
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model whose parameters were changed after they were given up: no share knows of it.
@@ -87,12 +89,15 @@ class ParameterStore(Mapping[str, torch.Tensor]):
         # Done before each call, where it would be felt: by functions in C, and without names.
         with suppress(KeyError, AttributeError):
             found = self._reader.read()
-            if all(map(is_, found, self._left)) and list(map(LOOK, found)) == self._looks:
+            if all(map(is_, found, self.left)) and list(map(LOOK, found)) == self._looks:
                 return
+        if self._followed(model):
+            return
         raise XditError(f"{self._changed(self._reader)} of this {type(model).__name__} was replaced, written into, "
                         "moved or cast after the first call, when this rank kept its share of the parameters and gave "
                         "up the rest (tensor, shard or offload in the spec): the change cannot reach the shares. Load "
-                        "weights and adapters before the first call, or parallelize the model anew")
+                        "weights before the first call, adapters by load_lora_adapter or load_lora_weights at any "
+                        "time, or parallelize the model anew")
 
     def _changed(self, reader: ParameterReader) -> str:
         """What is not as it was left."""
@@ -100,8 +105,31 @@ class ParameterStore(Mapping[str, torch.Tensor]):
             found = reader.read()
         except (KeyError, AttributeError):
             return "a module"
-        alike = (a is b and LOOK(a) == look for a, b, look in zip(found, self._left, self._looks, strict=True))
+        alike = (a is b and LOOK(a) == look for a, b, look in zip(found, self.left, self._looks, strict=True))
         return next((name for name, same in zip(self._given_up, alike, strict=True) if not same), "a parameter")
+
+    def left_by_name(self) -> dict[str, torch.Tensor]:
+        """What the model has in the places of parameters, by all their names."""
+        return dict(zip(self._given_up, self.left, strict=True))
+
+    def _followed(self, model: nn.Module) -> bool:
+        """Whether the model has all that it was left with, and as it was, though by other names: adapters put modules
+        around others. Groups go by the new names from then on."""
+        names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        if list(map(LOOK, self.left)) != self._looks or any(id(t) not in names for t in self.left):
+            return False
+        before = self.left_by_name()
+        for key in self._shares:
+            group = self.groups[key]
+            members = tuple(replace(m, names=tuple(names[id(before[m.name])])) for m in group.members)
+            self.groups[key] = replace(group, members=members)
+        self._given_up = [n for key in self._shares for m in self.groups[key].members for n in m.names]
+        self._reader = _reader(model, self._given_up)
+        self.left = self._reader.read()
+        self._looks = list(map(LOOK, self.left))
+        return True
 
 
 class _Spans:
@@ -116,6 +144,28 @@ class _Spans:
             assert self._read is not None
             return self._read(member, first, last)
         return local_piece(tensor, member)[first:last]
+
+
+@contextmanager
+def swapped(model: nn.Module, table: Mapping[int, nn.Parameter], left: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Within, the model has other parameters in the places of those that it was left with; those that are still there
+    afterwards are exchanged for these again.
+
+    Args:
+        table: the others, by the identity of those in ``left``.
+    """
+    _exchange(model, table)
+    try:
+        yield
+    finally:
+        _exchange(model, {id(table[id(t)]): t for t in left if id(t) in table})
+
+
+def _exchange(model: nn.Module, table: Mapping[int, torch.Tensor]) -> None:
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if id(parameter) in table:
+                module._parameters[leaf] = table[id(parameter)]  # type: ignore[assignment]
 
 
 def _reader(model: nn.Module, names: Sequence[str]) -> ParameterReader:

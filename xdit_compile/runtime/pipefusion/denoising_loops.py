@@ -12,8 +12,10 @@ one call later, when its values have arrived.
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -35,7 +37,7 @@ class Step:
         condition: its tensors but the sample and the times.
         key: what is equal for conditions of equal values; ``times``: its times. Both may wait for a device.
         epoch: which loop this is, where that is known.
-        make: new memory for it.
+        make: what a new loop keeps from step to step.
     """
 
     program: Hashable
@@ -43,7 +45,7 @@ class Step:
     key: Callable[[], Hashable]
     times: Callable[[], Times]
     epoch: int
-    make: Callable[[], Sequence[torch.Tensor]]
+    make: Callable[[], Any]
 
 
 @dataclass
@@ -51,13 +53,13 @@ class DenoisingLoop:
     """A condition's steps so far.
 
     Attributes:
-        caches: memory that stages' programs keep values in.
+        caches: what is kept from step to step: memory of stages' programs, or what a step left for the next.
         steps: how many there were; ``first`` (None: whatever comes goes on) and ``last`` are their times, ``seen``
             counts the loop's.
         looks: what tells the objects of its last step's condition, and the program of it, from others.
     """
 
-    caches: Sequence[torch.Tensor]
+    caches: Any
     first: Times | None
     last: Times
     seen: int
@@ -89,6 +91,21 @@ class DenoisingLoops:
         self._epoch = self._seen = 0
         self._times: Times | None = None
         self._guessed: tuple[Step, DenoisingLoop] | None = None
+        self._calls: Counter[Hashable] = Counter()
+        """Of each kind, at the times of the last call."""
+
+    def branch(self, kind: Hashable, times: Times, epoch: int) -> int:
+        """How many calls of this kind there were before at these times: those of guidance come in one order at each
+        step."""
+        if (epoch, times) != (self._epoch, self._times):
+            self._calls.clear()
+        self._calls[kind] += 1
+        return self._calls[kind] - 1
+
+    def end(self) -> None:
+        """No loop goes on."""
+        self._loops.clear()
+        self._calls.clear()
 
     def next(self, step: Step, likely: bool = False) -> DenoisingLoop:
         """The loop of a call, one step further.

@@ -1,0 +1,95 @@
+"""The page of what `serving.py` measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+HEAD = """\
+# Serving, measured
+
+Made by `python benchmarks/serving.py --output docs/serving.md`, on CPUs: two processes of one thread, gloo, a tiny
+pipeline of diffusers whose picture takes a fraction of a second. Seconds are those of a busy machine of two cores; what
+is compared is compared within one run. How to serve: [README](../README.md).
+
+![The page at /](serving/page.png)
+
+"""
+
+
+def page(found: dict[str, Any]) -> str:
+    """Markdown of all parts that were measured."""
+    return HEAD + "\n".join(section(found[name]) for name, section in SECTIONS.items() if name in found)
+
+
+def _load(of: dict[str, Any]) -> str:
+    off, rate = of["largest difference from diffusers alone, of 255"], of["images per second"]
+    return f"""## Many clients
+
+{of["requests"]} requests from {of["clients"]} clients at once, of 20 kinds; each picture is compared with that of its
+own single run.
+
+| requests | answered | equal to their single run | p50 | p95 | images a second |
+|---|---|---|---|---|---|
+| {of["requests"]} | {of["answered"]} | {of["equal"]} | {of["p50"]:.2f} s | {of["p95"]:.2f} s | {rate:.1f} |
+
+Against diffusers alone in one process, pixels differ by at most {off} of 255. A request waits for those before it: p50
+is mostly the queue.
+"""
+
+
+def _death(of: dict[str, Any]) -> str:
+    return f"""## A rank that is killed
+
+The request that ran got {of["status"]}: "{of["said"]}".
+Of {of["later"]} requests sent right after, {of["equal"]} got their picture.
+"""
+
+
+def _malformed(of: dict[str, Any]) -> str:
+    statuses = ", ".join(f"{count} times {status}" for status, count in of["statuses"].items())
+    return f"""## Malformed requests
+
+{of["requests"]} of them, drawn at random: {statuses}.
+{"The server answers as before." if of["lives"] else "The server did not live."}
+"""
+
+
+def _memory(of: dict[str, Any]) -> str:
+    few, many = of["after"]
+    return f"""## Memory
+
+Server and ranks have {of["bytes"][0] / 1e6:.0f} MB to themselves after {few} requests and
+{of["bytes"][1] / 1e6:.0f} MB after {many}: {100 * of["growth"]:+.1f}%.
+"""
+
+
+def _overhead(of: dict[str, Any]) -> str:
+    return f"""## What it adds to an image
+
+Images of {of["steps"]} steps that take rank 0 {of["seconds"]:.1f} s; medians of {of["rounds"]} calls. Each is compared
+with the time of that very call on rank 0, without what telling of steps took there.
+
+| | added to an image |
+|---|---|
+| handle, progress told | {100 * of["handle"]:.2f}% |
+| HTTP | {100 * of["HTTP"]:.2f}% |
+"""
+
+
+def _start(of: dict[str, Any]) -> str:
+    rows = "\n".join(f"| {name} | {seconds:.1f} s |" for name, seconds in of["seconds"].items())
+    return f"""## From start to the first answer
+
+Processes, imports, weights, capture and a call of two steps (of the artifact alone: of its model), in turns; medians
+of {of["rounds"]}.
+
+| started from | seconds |
+|---|---|
+{rows}
+
+The artifact is {of["times as fast"]:.1f} times as fast as the pipeline.
+"""
+
+
+SECTIONS = {"load": _load, "death": _death, "malformed": _malformed, "memory": _memory, "overhead": _overhead,
+            "start": _start}

@@ -1,0 +1,176 @@
+"""Steps that leave blocks out: which, and what comes out, against a loop on one device that is written by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import displaced
+import pytest
+import step_cache_runs
+import torch
+import zoo
+from cases import basic, made
+from emulation import difference
+from plain_step_cache import BLOCKS, FirstBlockCache
+from pool import Pool
+from step_cache_runs import STEPS, loop
+from stepwise import Ranks
+from torch import Tensor
+
+from xdit_compile import export, verify_approximate
+from xdit_compile.errors import ArtifactError, CaptureError, SpecError
+from xdit_compile.ir.pytree import flatten
+from xdit_compile.spec import ShardingSpec
+
+EXACT = 1e-5
+SPECS = ["cfg=2", "ulysses=2", "ring=2", "tensor=2", "cfg=2,ulysses=2", "ulysses=2,shard=2"]
+
+
+def plain(entry: displaced.Displaced, model: Any, inputs: dict[str, Any], cache: FirstBlockCache) -> list[Tensor]:
+    with torch.no_grad(), cache.on(model):
+        return loop(entry, inputs, lambda given: model(**given))
+
+
+def by_hand(entry: displaced.Displaced, name: str, model: Any, inputs: dict[str, Any]
+            ) -> tuple[FirstBlockCache, list[Tensor]]:
+    """A loop on one device that leaves blocks out of some steps but not of all, at no close decision."""
+    measured = FirstBlockCache(BLOCKS[name], 0.0)
+    plain(entry, model, inputs, measured)
+    low, *_, high = sorted(measured.changes)
+    for part in (0.5, 0.7, 0.3, 0.85, 0.15, 1.2, 1.5):
+        cache = FirstBlockCache(BLOCKS[name], low + (high - low) * part)
+        found = plain(entry, model, inputs, cache)
+        if 0 < sum(cache.skipped) < STEPS - 1 and all(abs(c / cache.threshold - 1) > 1e-3 for c in cache.changes):
+            return cache, found
+    raise AssertionError("no threshold parts the steps")
+
+
+@pytest.mark.parametrize("name", list(BLOCKS))
+def test_first_block(name: str) -> None:
+    """The same steps leave blocks out on all ranks as on one device, with the same results."""
+    spec = SPECS[list(BLOCKS).index(name) % len(SPECS)]
+    entry = displaced.MODELS[name]
+    model, inputs = made(entry.case), entry.case.inputs(2, False)
+    cache, expected = by_hand(entry, name, model, inputs)
+    ranks = Ranks(model, inputs | {"return_dict": False}, f"{spec},cache=first_block,threshold={cache.threshold}")
+    actual = loop(entry, inputs, lambda given: _same(ranks(given)))
+    assert ranks.skipped == [cache.skipped] * ranks.spec.world_size
+    assert max(map(difference, actual, expected)) <= EXACT
+
+
+def _same(results: list[Any]) -> Any:
+    assert all(torch.equal(a, b) for r in results for a, b in zip(r, results[0], strict=True))
+    return results[0]
+
+
+def test_conditions_have_their_own(pool: Pool) -> None:
+    """Real ranks, a model that is called twice in each step, loops that follow each other; inductor too."""
+    specs = ["ulysses=2", "ring=2,keep=off", "ulysses=2,backend=inductor"]
+    for found in pool.run(step_cache_runs.guided, "wan", specs, ranks=range(2), timeout=300):
+        skipped = found.pop("plain")
+        assert all(0 < sum(s) < STEPS - 1 for s in skipped)
+        for spec, one in found.items():
+            assert one["error"] <= EXACT, spec
+            assert (one["skipped"], one["decided"]) == (2 * sum(map(sum, skipped)), 4 * STEPS)
+
+
+def test_pictures(pool: Pool) -> None:
+    """Of the trained example: like those of one device, and the more alike, the fewer steps leave blocks out."""
+    specs = [f"cfg=2,cache={c}" for c in ("first_block,threshold=0.02", "first_block,threshold=0.2", "taylor,every=2",
+                                          "interval,every=4", "teacache,threshold=0.1")]
+    first, second = pool.run(step_cache_runs.images, specs, 20, ranks=range(2), timeout=300)
+    for spec in specs:
+        assert first[spec]["skipped"] == second[spec]["skipped"] and first[spec]["decided"] == 20
+        assert first[spec]["psnr"] > 18, (spec, first[spec]["psnr"])
+    little, much, taylor, interval, tea = (first[s] for s in specs)
+    assert little["skipped"] < much["skipped"] and little["psnr"] > much["psnr"]
+    assert taylor["skipped"] == 9 and interval["skipped"] == 14 and 0 < tea["skipped"] < 19
+    text = " ".join(much["report"].split())
+    assert f"{much['skipped']} of 20 steps left blocks out" in text and "approximate by cache=first_block" in text
+
+
+def test_guidance_in_turns(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Each group keeps what its own calls have left."""
+    for found in pool.run(step_cache_runs.in_turns, str(tmp_path_factory.mktemp("wan")), "cfg=2", ranks=range(2),
+                          timeout=300):
+        assert found["error"] <= EXACT
+        skipped, decided = found["alone"]
+        assert skipped > 0 and found["skipped"] == (skipped // 2, decided // 2)
+
+
+@pytest.mark.parametrize(("words", "complaint"), [
+    ("pipefusion=2,cache=first_block", "do not go together"),
+    ("cache=second_block", "cache must be one of none, first_block"),
+    ("threshold=0.3", "threshold has no effect with cache=none"),
+    ("cache=interval,every=1", "every is a whole number of at least 2"),
+    ("cache=teacache,coefficients=[1, true]", "coefficients are a list of numbers"),
+    ("cache=first_block,threshold=-1", "threshold is a number of at least 0"),
+])  # fmt: skip
+def test_words_that_do_not_fit(words: str, complaint: str) -> None:
+    with pytest.raises(SpecError, match=complaint):
+        ShardingSpec.parse(words)
+
+
+def test_models_without_a_run_of_blocks() -> None:
+    """Refused by name."""
+    case = zoo.CASES["causal"]
+    with pytest.raises(SpecError, match="is no step of a loop"):
+        Ranks(made(case), case.inputs(1, False), "cache=first_block")
+
+
+def test_how_far_a_loop_ends() -> None:
+    """``verify --approximate``, against the same loop by hand."""
+    entry = displaced.MODELS["dit"]
+    model, inputs = made(entry.case), entry.case.inputs(2, False)
+    found = verify_approximate(model, "cache=interval,every=2", inputs, steps=4)
+    assert [s.skipped for s in found.steps] == [False, True, False, True] and found.skipped == 2
+    assert found.steps[0].relative < 1e-5 < 1e-4 < found.steps[1].relative < 1 and 10 < found.psnr < 80 and found.ok
+    assert "2 steps left blocks out" in found.summary() and "approximate by cache=interval" in found.summary()
+    exact = verify_approximate(model, "cache=interval,every=2,warmup=all", inputs, steps=4)
+    assert exact.psnr > 100 and exact.skipped == 0
+
+
+def test_artifacts_and_hooks_are_refused(tmp_path: Path) -> None:
+    """By name: programs that keep values from step to step, and hooks that do."""
+    from diffusers import FirstBlockCacheConfig
+
+    entry = displaced.MODELS["flux"]
+    model, inputs = made(entry.case), entry.case.inputs(1, False)
+    for words in ("cache=first_block", "ulysses=2,displaced=yes"):
+        with pytest.raises(ArtifactError, match="leave cache and displaced out"):
+            export(model, words, inputs, tmp_path / "made.xdit")
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(CaptureError, match="give cache=first_block"):
+        Ranks(model, inputs, "cache=first_block")
+
+
+REFUSED = {"fused", "reference", "causal", "dual_transformer2d", "dreamlite", "minimax_depth", "temporal", "proteina"}
+"""Without two blocks that add to one stream, or without a time."""
+CACHED = [n for n in basic(zoo.CASES) if n not in REFUSED]
+
+
+def chosen() -> list[Any]:
+    """All of the zoo, of which a quick run takes every twelfth."""
+    return [pytest.param(n, id=n, marks=[] if i % 12 == 5 and n not in BLOCKS else pytest.mark.whole)
+            for i, n in enumerate(CACHED)]
+
+
+def test_most_classes_are_covered() -> None:
+    assert len(CACHED) >= 60
+
+
+@pytest.mark.parametrize("name", chosen())
+def test_the_zoo(name: str) -> None:
+    """Whatever class: with all steps computed the numbers of one device; a repeated step leaves blocks out on all
+    ranks, and comes out the same."""
+    case = zoo.CASES[name]
+    model, inputs = made(case), case.inputs(2, False)
+    with torch.no_grad():
+        expected = flatten(model(**inputs))[0]
+    ranks = Ranks(model, inputs, "ulysses=2,cache=first_block,threshold=1e-3")
+    for skips in (False, True):
+        for result in ranks(inputs):
+            assert max(map(difference, flatten(result)[0], expected)) <= case.tolerance
+        assert [s[-1] for s in ranks.skipped] == [skips] * 2
+    assert len(ranks.cut.left_out) >= 1

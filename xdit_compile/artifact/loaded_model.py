@@ -1,0 +1,57 @@
+"""What a loaded artifact is to its callers: a module without code, asked as the model was that was exported."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from xdit_compile.artifact.entries import Entry
+from xdit_compile.artifact.json_values import Fields, signature_of, structure_of
+
+
+class LoadedModel(nn.Module):
+    """A model without code: its parameters, and what callers ask of a model of diffusers."""
+
+    config: Fields
+
+    @contextmanager
+    def cache_context(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Pipelines call their model inside of this, for caches of steps, which no artifact has."""
+        yield
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+
+def _constants_of(entry: Entry) -> Any:
+    structure = structure_of(entry)
+    if structure.tensor_count:
+        raise entry.wrong("plain value")
+    return structure.build(())
+
+
+def model_class(manifest: Entry) -> type[LoadedModel]:
+    """One with the signature of the original's forward, by its name."""
+    signature = signature_of(manifest["signature"])
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("calls of a loaded model go to its runner")
+
+    forward.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # type: ignore[attr-defined]
+    described = manifest["model"]
+    config = Fields({k: _constants_of(v) for k, v in described["config"].items()})
+    name = described["class"].text() if described["class"].text().isidentifier() else "Model"
+    return type(name, (LoadedModel,), {"forward": forward, "config": config, "__module__": __name__})
+
+
