@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,8 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE, RESULTS, FOLDER = ROOT / "docs/compatibility.md", ROOT / "docs/compatibility.json", ROOT / ".compat"
 PINNED = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
 
-QUICK = ("test_spec", "test_layout", "test_rules", "test_canonical", "test_passes", "test_seeds",
-         "test_mixed_attention", "test_overlap", "test_kernels", "test_kernel_probe", "test_schedule", "test_loops")
+QUICK = ("test_loops", "test_schedule", "test_spec", "test_kernel_probe", "test_overlap", "test_kernels",
+         "test_layout", "test_canonical", "test_passes", "test_seeds", "test_mixed_attention", "test_rules")
 """What graphs, rules and kernels are."""
 CHOSEN = (*QUICK, "test_capture", "test_alike_blocks", "test_state", "test_writes", "test_zoo", "test_parallelize",
           "test_waiting", "test_compiling", "test_pitfalls", "test_artifact", "test_stages", "test_pipefusion",
@@ -87,15 +87,16 @@ def versions(python: Path) -> dict[str, str]:
     return json.loads(out.splitlines()[-1])
 
 
-def tested(python: Path, names: Sequence[str], minutes: float) -> dict[str, Any]:
-    """How many tests of these files passed, failed and were skipped, and which failed. Each file is a process of its
-    own: what ends one is a failure of that file alone."""
-    found: dict[str, Any] = {"files": list(names), "passed": 0, "skipped": 0, "failed": []}
+def tested(python: Path, names: Sequence[str], minutes: float) -> Iterator[dict[str, Any]]:
+    """After each file: how many tests so far passed, failed and were skipped, and which failed. Each file is a process
+    of its own: what ends one is a failure of that file alone."""
+    found: dict[str, Any] = {"files": [], "passed": 0, "skipped": 0, "failed": []}
     start = time.monotonic()
     for name in tqdm(names, desc=str(python.parents[1].name), unit="file"):
         if time.monotonic() - start > 60 * minutes:
             found["failed"].append(f"{name}: not begun within {minutes:g} minutes")
             continue
+        found["files"].append(name)
         with TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
             run = subprocess.run(
@@ -105,15 +106,14 @@ def tested(python: Path, names: Sequence[str], minutes: float) -> dict[str, Any]
                 env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
             if not report.exists():
                 found["failed"].append(f"{name}: ended with {run.returncode}")
-                continue
-            for case in ElementTree.parse(report).iter("testcase"):
+            for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
                 kinds = {child.tag for child in case}
                 if kinds & {"failure", "error"}:
                     found["failed"].append(f"{name}::{case.get('name')}")
                 else:
                     found["skipped" if "skipped" in kinds else "passed"] += 1
-    found["minutes"] = round((time.monotonic() - start) / 60, 1)
-    return found
+        found["minutes"] = round((time.monotonic() - start) / 60, 1)
+        yield found
 
 
 def page(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -149,9 +149,11 @@ def main() -> None:
     for combination in chosen:
         python = options.python or environment(combination)
         names = options.files or (QUICK if options.quick else CHOSEN)
-        results[combination.name] = versions(python) | tested(python, names, options.minutes)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        PAGE.write_text(page(results))
+        here = versions(python)
+        for found in tested(python, names, options.minutes):
+            results[combination.name] = here | found
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            PAGE.write_text(page(results))
 
 
 if __name__ == "__main__":

@@ -519,10 +519,10 @@ def test_a_picture_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path,
                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(XditError, match=r"there is no folder .*missing$"):
         draw(two(), tmp_path / "missing" / "x.svg")
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.svg").mkdir()
     with pytest.raises(XditError, match=r"cannot be written to .*folder"):
-        draw(two(), tmp_path / "folder")
-    (tmp_path / "folder").rmdir()
+        draw(two(), tmp_path / "folder.svg")
+    (tmp_path / "folder.svg").rmdir()
 
     def fails(self: object, path: Path, **_: object) -> None:
         Path(path).write_text("<svg")
