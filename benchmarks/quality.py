@@ -54,8 +54,8 @@ import matplotlib.pyplot as plt
 
 EXACT = "ulysses=2"
 METHODS: dict[str, tuple[str, ...]] = {
-    "first_block": tuple(f"ulysses=2,cache=first_block,threshold={t:g}" for t in (0.02, 0.05, 0.1, 0.2)),
-    "teacache": tuple(f"ulysses=2,cache=teacache,threshold={t:g}" for t in (0.05, 0.1, 0.2, 0.4)),
+    "first_block": tuple(f"ulysses=2,cache=first_block,threshold={t:g}" for t in (0.1, 0.15, 0.2, 0.3)),
+    "teacache": tuple(f"ulysses=2,cache=teacache,threshold={t:g}" for t in (0.1, 0.2, 0.35, 0.5)),
     "interval": tuple(f"ulysses=2,cache=interval,every={n}" for n in (2, 3, 4)),
     "taylor": tuple(f"ulysses=2,cache=taylor,every={n}" for n in (2, 3, 4)),
     "displaced": tuple(f"ulysses=2,displaced=yes,warmup={n}" for n in (1, 2, 4)),

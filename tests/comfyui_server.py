@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from cases import redraw
 from comfyui_models import build, comfy
-from diffusers import SD3ControlNetModel
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[1]
@@ -56,16 +55,34 @@ def models(place: Path) -> None:
             low[f"{key}.lora_down.weight"] = 0.2 * torch.randn(4, weight.shape[1], generator=drawn)
             low[f"{key}.alpha"] = torch.tensor(4.0)
     save_file(low, place / "loras" / "tiny.safetensors")
-    control = SD3ControlNetModel(sample_size=64, in_channels=16, num_layers=1, attention_head_dim=64,
-                                 num_attention_heads=2, joint_attention_dim=24, caption_projection_dim=128,
-                                 pooled_projection_dim=32, pos_embed_max_size=32)
-    redraw(control)
-    save_file(control.state_dict(), place / "controlnet" / "tiny.safetensors")
+    save_file(_control(), place / "controlnet" / "tiny.safetensors")
     preview = comfy("comfy.taesd.taesd").TAESD(latent_channels=16)
     redraw(preview)
     for part, module in (("encoder", preview.taesd_encoder), ("decoder", preview.taesd_decoder)):
         save_file({k: v.contiguous() for k, v in module.state_dict().items()},
                   place / "vae_approx" / f"taesd3_{part}.safetensors")
+
+
+def _control() -> dict[str, torch.Tensor]:
+    """Weights of a ControlNet of one block, under the names of diffusers, as they are published."""
+    model = build_control()
+    redraw(model)
+    state = {k: v.contiguous() for k, v in model.state_dict().items()}
+    named = comfy("comfy.utils").mmdit_to_diffusers({"depth": 2, "num_blocks": 1})
+    found = {k: v for k, v in state.items() if k.startswith(("controlnet_blocks.", "pos_embed_input."))}
+    for name, held in named.items():
+        key, part = (held, None) if isinstance(held, str) else (held[0], held[1])
+        if key in state:
+            found[name] = (state[key] if part is None else state[key].narrow(*part)).clone()
+    return found
+
+
+def build_control() -> torch.nn.Module:
+    operations = comfy("comfy.ops").manual_cast
+    return comfy("comfy.cldm.mmdit").ControlNet(
+        num_blocks=1, control_latent_channels=16, input_size=None, in_channels=16, depth=2, num_patches=1024,
+        pos_embed_max_size=32, adm_in_channels=32, context_embedder_config={"target": "torch.nn.Linear", "params": {
+            "in_features": 24, "out_features": 128}}, dtype=torch.float32, operations=operations)
 
 
 class ComfyUI:

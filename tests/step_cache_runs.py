@@ -110,8 +110,7 @@ def images(specs: list[str], steps: int) -> dict[str, Any]:
 
 def in_turns(root: str, spec: str) -> dict[str, Any]:
     """A pipeline that calls its model twice in each step: what each group left out, and the difference to one rank."""
-    case = pipelines.PIPELINES["wan"]
-    path = pipelines.folder("wan", Path(root) / str(torch.distributed.get_rank()))
+    case, path = pipelines.PIPELINES["wan"], pipelines.folder("wan", Path(root))
     words = "cache=interval,every=2"
     alone = xdit_compile.parallelize(pipelines.load(path), words, ranks=[torch.distributed.get_rank()], timeout=100)
     expected = pipelines.run(alone, case)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import displaced
+import pipelines
 import pytest
 import step_cache_runs
 import torch
@@ -77,23 +78,24 @@ def test_conditions_have_their_own(pool: Pool) -> None:
 
 def test_pictures(pool: Pool) -> None:
     """Of the trained example: like those of one device, and the more alike, the fewer steps leave blocks out."""
-    specs = [f"cfg=2,cache={c}" for c in ("first_block,threshold=0.02", "first_block,threshold=0.2", "taylor,every=2",
-                                          "interval,every=4", "teacache,threshold=0.1")]
+    specs = [f"cfg=2,cache={c}" for c in ("first_block,threshold=0.05", "first_block,threshold=0.3", "taylor,every=2",
+                                          "interval,every=4", "teacache,threshold=0.5")]
     first, second = pool.run(step_cache_runs.images, specs, 20, ranks=range(2), timeout=300)
     for spec in specs:
         assert first[spec]["skipped"] == second[spec]["skipped"] and first[spec]["decided"] == 20
         assert first[spec]["psnr"] > 18, (spec, first[spec]["psnr"])
     little, much, taylor, interval, tea = (first[s] for s in specs)
     assert little["skipped"] < much["skipped"] and little["psnr"] > much["psnr"]
-    assert taylor["skipped"] == 9 and interval["skipped"] == 14 and 0 < tea["skipped"] < 19
+    assert taylor["skipped"] == 10 and interval["skipped"] == 15 and 0 < tea["skipped"] < 19
     text = " ".join(much["report"].split())
     assert f"{much['skipped']} of 20 steps left blocks out" in text and "approximate by cache=first_block" in text
 
 
 def test_guidance_in_turns(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Each group keeps what its own calls have left."""
-    for found in pool.run(step_cache_runs.in_turns, str(tmp_path_factory.mktemp("wan")), "cfg=2", ranks=range(2),
-                          timeout=300):
+    root = tmp_path_factory.mktemp("wan")
+    pipelines.folder("wan", root)  # before ranks do, of which one writes
+    for found in pool.run(step_cache_runs.in_turns, str(root), "cfg=2", ranks=range(2), timeout=300):
         assert found["error"] <= EXACT
         skipped, decided = found["alone"]
         assert skipped > 0 and found["skipped"] == (skipped // 2, decided // 2)

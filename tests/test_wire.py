@@ -10,9 +10,11 @@ import torch.nn.functional as F
 import zoo
 from cases import made
 from emulation import emulate
+from pool import Pool
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+import xdit_compile
 from xdit_compile.errors import SpecError
 from xdit_compile.frontend.capture import capture
 from xdit_compile.ir.call_arguments import call_arguments
@@ -103,6 +105,23 @@ def test_other_ways(spec: str) -> None:
     """Rings, uneven heads, text beside: near to one device, and not the same."""
     found = emulate(zoo.CASES["flux"], 2, True, f"{spec},wire=int8")
     assert 1e-5 < found.error < 0.05
+
+
+def compiled_apart(form: str) -> tuple[float, float]:
+    """On a rank: how far results under inductor are from those of the same graph run as it is, and these from exact."""
+    case = zoo.CASES["dit"]
+    model, inputs = made(case), case.inputs(2, False)
+    with torch.no_grad():
+        exact = model(**inputs)[0]
+        eager, compiled = (xdit_compile.parallelize(model, f"ulysses=2,wire={form}{more}", ranks=range(2))(**inputs)[0]
+                           for more in ("", ",backend=inductor"))
+    return ((compiled - eager).norm() / exact.norm()).item(), ((eager - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("form", ["fp8", pytest.param("int8", marks=pytest.mark.whole)])
+def test_compiled(pool: Pool, form: str) -> None:
+    for apart, lost in pool.run(compiled_apart, form, ranks=range(2), timeout=300):
+        assert apart < 0.1 * lost < 0.02
 
 
 def _sent(program: Any, words: str) -> int:

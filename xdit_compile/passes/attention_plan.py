@@ -129,9 +129,11 @@ class AttentionPlan:
         most = -(-length(self.replicated(self.queries)) // self.ring)
         shares = (self.ring - 1) * most * self.heads * self.value_dim * size
         found = {("count", "all_gather", RING): int(shares > 0), ("bytes", "all_gather", RING): shares * self.batch,
-                 ("count", "ring", RING): self.ring - 1, ("bytes", "ring", RING): passed * self.batch}
+                 ("count", "ring", RING): (self.ring - 1) * (1 + self.apart),
+                 ("bytes", "ring", RING): passed * self.batch}
         if self.ulysses > 1:
-            found |= {("count", "all_to_all", ULYSSES): 2 if self.queries == self.keys else 3,
+            messages = 3 if self.apart else 1 if self.queries == self.keys else 2
+            found |= {("count", "all_to_all", ULYSSES): messages + 1,
                       ("bytes", "all_to_all", ULYSSES): exchanged * self.batch}
         return found
 

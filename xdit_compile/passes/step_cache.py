@@ -108,22 +108,23 @@ def find_cut(program: Program, begin: Collection[str]) -> Cut:
     last = max((n for n in graph.nodes if n in shown), key=lambda n: (
         streams.depth.get(n, 0) if streams.line(n)[-1] in shown else 0, len(streams.line(n))))
     through = _through(streams, last, blocks)
-    if len(through) < 2:
+    if len(through) < 2 or block_of(streams.line(last)[-1]) == through[0]:
         found = ", ".join(blocks) or "none"
         raise SpecError(f"{spec}: steps leave blocks out that add to one stream of features, one after the other, but "
                         f"in this model there are not two (blocks: {found}); leave cache out")
     order = list(blocks)
     first = through[0] if spec.cache == "first_block" else None
-    inside = {n for n in graph.nodes if n in flow and block_of(n) in order[order.index(through[0]):]
-              and block_of(n) != first}
     line = streams.line(last)[::-1]
     begins = next(i for i, n in enumerate(line) if block_of(n) == through[0])
-    entered, enters = line[begins - 1], line[begins - 1]
+    entered = line[begins - 1]
+    enters, call = entered, None
     probe: tuple[fx.Node, ...] = (entered,)
-    call = None
     if first is not None:
         enters = [n for n in line if block_of(n) == first][-1]
         probe = (enters, entered)
+    # What a block makes of the time alone is needed at each step, if others read it.
+    later, streaming = order[order.index(through[0]):], following(graph, [enters])
+    inside = {n for n in graph.nodes if n in streaming and block_of(n) in later and block_of(n) != first}
     dependent = following(graph, inside)
     between = (needed(sorted(inside)) & dependent) | inside
     between |= {u for n in between if n.op == "call_module" for u in n.users}

@@ -76,8 +76,6 @@ class _Candidate:
     inputs: int | None
     """That of its input features; None of a table, which has none."""
     product: fx.Node
-    blocks: int = 0
-    """Of a weight that is packed in blocks of numbers, how many a row has: cuts lie between them."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +195,7 @@ class _Search:
         for cut in _cuts(candidate, shape[candidate.outputs], self.parts, heads):
             yield candidate.outputs, cut
         if last and candidate.inputs is not None and shape[candidate.inputs] > 1:
-            yield candidate.inputs, _even(shape[candidate.inputs], candidate.blocks, self.parts)
+            yield candidate.inputs, Dim.even(shape[candidate.inputs], self.parts, TENSOR)
 
     def _score(self, cost: Cost, sizes: Sequence[int], choice: Mapping[int, Layout], wanted: LaidOut) -> float:
         """What a rank does, sends and holds, as shares of what one device does, computes and holds."""
@@ -231,43 +229,13 @@ def _candidates(graph: fx.Graph, own: set[int]) -> Iterator[_Candidate]:
                 before = TURNS[origin.target](list(range(origin.meta["val"].ndim)), *origin.args[1:])
                 order = [before[i] for i in order]
                 origin = origin.args[0]
-            if origin not in places and (packed := _packed(origin, places)) is not None and places[packed] in own and (
-                    packed.meta["val"].shape[0] == origin.meta["val"].shape[0] and node.target is aten.linear.default):
-                yield _Candidate(places[packed], 0, 1, node, _blocks(packed))
-            elif origin in places and places[origin] in own and len(order) > 1:
+            if origin in places and places[origin] in own and len(order) > 1:
                 if node.target is aten.embedding.default:
                     yield _Candidate(places[origin], order[-1], None, node)
                 elif node.target is aten.linear.default or node.target in CONVOLUTIONS:
                     yield _Candidate(places[origin], order[0], order[1], node)
                 else:
                     yield _Candidate(places[origin], order[-1], order[-2], node)
-
-
-def _packed(node: fx.Node, places: Mapping[fx.Node, int]) -> fx.Node | None:
-    """The one input that a weight is unpacked from, if that is rows of bytes."""
-    roots, queue, seen = set[fx.Node](), [node], {node}
-    while queue:
-        for before in queue.pop().all_input_nodes:
-            if before in places:
-                roots.add(before)
-            elif before not in seen:
-                seen.add(before)
-                queue.append(before)
-    root = next(iter(roots)) if len(roots) == 1 else None
-    return root if root is not None and root.meta["val"].ndim == 2 and root.meta["val"].dtype == torch.uint8 else None
-
-
-def _blocks(rows: fx.Node) -> int:
-    """Into how many blocks each of some rows of bytes is taken apart."""
-    queue, length = [rows], rows.meta["val"].shape[1]
-    while queue:
-        for user in queue.pop().users:
-            value = user.meta["val"]
-            if isinstance(value, torch.Tensor) and value.shape == rows.meta["val"].shape:
-                queue.append(user)
-            elif isinstance(value, torch.Tensor) and value.numel() == rows.meta["val"].numel():
-                return length // value.shape[-1] if length % value.shape[-1] == 0 else 0
-    return 0
 
 
 def _heads(graph: fx.Graph) -> list[int]:
