@@ -161,24 +161,30 @@ def overhead(rounds: int, seconds: float) -> dict[str, Any]:
         started = time.perf_counter()
         engine(class_labels=[1], num_inference_steps=20, seed=0)
         steps = max(10, min(900, round(20 * seconds / (time.perf_counter() - started))))
-        handle = []
+        handle: list[tuple[float, float]] = []
+        cpu: dict[str, list[float]] = {"handle": [], "HTTP": []}
         for i in tqdm(range(rounds), desc="handle"):
-            started = time.perf_counter()
+            started, used = time.perf_counter(), time.process_time()
             call = engine.submit(class_labels=[1], num_inference_steps=steps, seed=i, on_step=lambda done, total: None)
             call.result()
+            cpu["handle"].append(time.process_time() - used + call.timing["telling"])
             handle.append(_over(time.perf_counter() - started, call.timing["call"], call.timing["telling"]))
         http = []
         with served(Settings("shapes", limits=Limits(steps=900)), Kept(engine)) as (client, _):
+            picture(client, body(0, 2))
             for i in tqdm(range(rounds), desc="HTTP"):
-                started = time.perf_counter()
+                started, used = time.perf_counter(), time.process_time()
                 answer = client.post(IMAGES, json=body(i, steps))
                 content = pixels(answer.json()["data"][0]["b64_json"])
                 total = time.perf_counter() - started
                 assert content.shape == (64, 64, 3)
+                used = time.process_time() - used
                 timing = dict(part.strip().split(";dur=") for part in answer.headers["server-timing"].split(","))
+                cpu["HTTP"].append(used + float(timing["telling"]) / 1000)
                 http.append(_over(total, float(timing["call"]) / 1000, float(timing["telling"]) / 1000))
     return {"rounds": rounds, "steps": steps, "seconds": statistics.median(s for _, s in handle + http),
-            "handle": statistics.median(o for o, _ in handle), "HTTP": statistics.median(o for o, _ in http)}
+            "handle": statistics.median(o for o, _ in handle), "HTTP": statistics.median(o for o, _ in http),
+            "work": {name: statistics.median(seconds) for name, seconds in cpu.items()}}
 
 
 def _over(total: float, call: float, telling: float) -> tuple[float, float]:
@@ -207,6 +213,7 @@ def start(rounds: int) -> dict[str, Any]:
                 started = time.perf_counter()
                 way()
                 found[name].append(time.perf_counter() - started)
+                tqdm.write(f"{name}: {found[name][-1]:.1f} s")
     return {"rounds": rounds, "seconds": {name: statistics.median(s) for name, s in found.items()},
             "times as fast": statistics.median(found["pipeline"]) / statistics.median(found["artifact"])}
 

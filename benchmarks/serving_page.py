@@ -69,10 +69,13 @@ def _overhead(of: dict[str, Any]) -> str:
 Images of {of["steps"]} steps that take rank 0 {of["seconds"]:.1f} s; medians of {of["rounds"]} calls. Each is compared
 with the time of that very call on rank 0, without what telling of steps took there.
 
-| | added to an image |
-|---|---|
-| handle, progress told | {100 * of["handle"]:.2f}% |
-| HTTP | {100 * of["HTTP"]:.2f}% |
+The work is that of the processor: in the caller's process, a client of HTTP included, and on rank 0 for telling.
+
+| | time added to an image | work added | that is of 2 s |
+|---|---|---|---|
+| handle, progress told | {100 * of["handle"]:.1f}% | {1000 * of["work"]["handle"]:.0f} ms | \
+{50 * of["work"]["handle"]:.1f}% |
+| HTTP | {100 * of["HTTP"]:.1f}% | {1000 * of["work"]["HTTP"]:.0f} ms | {50 * of["work"]["HTTP"]:.1f}% |
 """
 
 
