@@ -27,7 +27,7 @@ from .ranks.xdit_patches import Sent, Unsendable, packed
 LORAS = "xdit_loras"
 """Attachment of a model: (path, strength) of each LoRA, in the order of the nodes."""
 RANKS = Path(__file__).with_name("ranks")
-"""What ranks import: no package, since this one imports ComfyUI, which they may only after they have its command line."""
+"""What ranks import. No package: this one imports ComfyUI, which ranks may only once they have its command line."""
 HERE = ("wrappers", "callbacks")
 """Options that ComfyUI's own code reads around the model, in this process."""
 
