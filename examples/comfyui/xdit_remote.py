@@ -22,10 +22,12 @@ from torch import nn
 
 import xdit_compile
 
-from .xdit_patches import Sent, Unsendable, packed
+from .ranks.xdit_patches import Sent, Unsendable, packed
 
 LORAS = "xdit_loras"
 """Attachment of a model: (path, strength) of each LoRA, in the order of the nodes."""
+RANKS = Path(__file__).with_name("ranks")
+"""What ranks import. No package: this one imports ComfyUI, which ranks may only once they have its command line."""
 HERE = ("wrappers", "callbacks")
 """Options that ComfyUI's own code reads around the model, in this process."""
 
@@ -144,7 +146,7 @@ def load(path: str, model_options: dict[str, Any], spec: str) -> RemotePatcher:
                  "comfyui": str(Path(comfy.sd.__file__).parents[1]),
                  "nodes": folder_paths.get_folder_paths("custom_nodes")}
     device = "cpu" if comfy.model_management.get_torch_device().type == "cpu" else None
-    engine = xdit_compile.start(str(Path(__file__).with_name("xdit_worker.py")) + ":make", spec, device=device,
+    engine = xdit_compile.start(f"{RANKS / 'xdit_worker.py'}:make", spec, device=device,
                                 arguments=arguments)
     logging.info("%s runs on %s", type(model.diffusion_model).__name__, engine)
     remote = RemoteModel(engine, model)
