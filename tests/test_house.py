@@ -41,7 +41,7 @@ ARROWS: dict[str, set[str]] = {
                  "runtime.control", "runtime.compilation", "runtime.execution", "runtime.deferred",
                  "runtime.pipefusion", "progress"},
     "pipelines": {"errors", "spec", "ir", "frontend", "report", "driver", "runtime", "runtime.control",
-                  "runtime.deferred", "runtime.pipefusion", "progress"},
+                  "runtime.execution", "runtime.deferred", "runtime.pipefusion", "progress"},
     "api": {"errors", "spec", "ir", "frontend", "driver", "planner", "pipelines", "runtime", "runtime.compilation"},
     "decorator": {"spec", "api", "driver", "planner", "pipelines", "runtime.deferred"},
     "diagnostics": {"errors", "spec", "ir", "frontend", "passes", "report", "driver", "planner", "pipelines", "api",
