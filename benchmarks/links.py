@@ -1,158 +1,220 @@
-"""What do links cost? A denoising loop on several machines that are joined by links of ten speeds, for each spec.
+"""What the planner predicts for machines with slow and fast links between them, and what they take.
 
-The machines are network namespaces of this one (`shaped_network.py`; Linux, as root), one thread each, under torchrun
-on gloo. The model is a random Flux; each step is a batch of two, as guidance makes it; the same loop for every spec.
+Two to four network namespaces, joined by links of a chosen rate, are machines of one thread each; torchrun runs a
+mid-size model on them over gloo, and compares it with one device. For each rate the machines are measured as
+`xdit-compile calibrate` does, each spec is predicted from that and timed, in one run. Needs root, ip and tc.
 
-    python benchmarks/links.py
-    python benchmarks/links.py --rates 50mbit 1gbit --specs ulysses=2 cfg=2 --json links.json
-    python benchmarks/links.py --machines 4 --specs ulysses=4 cfg=2,ulysses=2 cfg=2,pipefusion=2
-
-Seconds are those of a step of the loop, its first one (PipeFusion's warm-up) included, the median of the rounds.
+    python benchmarks/links.py                # ten rates, two machines: about half an hour on quiet cores
+    python benchmarks/links.py --machines 4 --rates 50mbit 1gbit
+    python benchmarks/links.py --quick        # a small model, two rates: a minute
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
+import tempfile
 import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from statistics import median
 from typing import Any
 
-import flux
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
-from shaped_network import UNLIMITED, Network
-from timing import time_once
-from torch import Tensor
+from shaped_network import UNLIMITED, Network, Unavailable
+from torch import nn
+from tqdm import tqdm
 
-from xdit_compile import parallelize
-from xdit_compile.runtime.deferred.deferred_tensor import materialize
+import xdit_compile
+from xdit_compile.planner.calibrate import measure, written
+from xdit_compile.planner.costs import Loop
+from xdit_compile.planner.machine import read
+from xdit_compile.planner.plan import Planner, Question
+from xdit_compile.spec import ShardingSpec
 
 RATES = ("20mbit", "50mbit", "100mbit", "200mbit", "400mbit", "800mbit", "1600mbit", "3gbit", "6gbit", UNLIMITED)
-SPECS = ("ulysses=2", "ring=2", "cfg=2", "tensor=2", "pipefusion=2,patches=4")
-WAIT = 900.0
+
+SPECS = {
+    2: ("ulysses=2", "ring=2", "cfg=2", "pipefusion=2,patches=2", "pipefusion=2,patches=4"),
+    3: ("ulysses=3", "ring=3", "pipefusion=3,patches=3"),
+    4: ("ulysses=4", "ring=4", "ulysses=2,ring=2", "cfg=2,ulysses=2", "cfg=2,ring=2", "pipefusion=4,patches=4",
+        "cfg=2,pipefusion=2,patches=2", "pipefusion=2,ulysses=2,patches=2"),
+}
+
+CALLS = 2
+"""Of the model in each step: with a condition and without."""
+
+SAME = 1e-4
+"""How much of a sample may differ from that of one device, but where patches are read as they were a step before."""
+
+NEAR, CLOSE = 1.05, 0.20
+"""How much slower than the fastest a pick may be, and by how much a prediction may be wrong."""
 
 
-def batch_of_two(size: flux.Size) -> dict[str, Any]:
-    """Inputs of one forward with guidance: two texts, one sample."""
-    made = flux.inputs(size)
-    for name in ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance"):
-        if isinstance(made.get(name), Tensor):
-            made[name] = made[name].repeat(2, *[1] * (made[name].dim() - 1))
-    made["encoder_hidden_states"][1].mul_(0.5)
-    return made
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of what is run: of the model, and how long."""
+
+    width: int = 384
+    layers: int = 8
+    side: int = 48
+    steps: int = 4
+    loops: int = 3
 
 
-@torch.no_grad()
-def loop(model: Any, inputs: dict[str, Any], steps: int) -> Tensor:
-    """The sample after so many steps of guidance at 2."""
-    sample = inputs["hidden_states"]
-    for i in range(steps):
-        times = torch.full((2,), 1.0 - i / steps)
-        (out,) = model(**inputs | {"hidden_states": sample, "timestep": times})
-        plain, guided = out.chunk(2)
-        sample = sample - (guided + 2.0 * (plain - guided)).repeat(2, 1, 1) / steps
-    return materialize(sample)
+__all__ = ["QUICK", "Unavailable", "page", "run"]
+
+QUICK = Scale(width=128, layers=4, side=24, steps=3, loops=2)
 
 
-def work(folder: Path) -> None:
-    """What each machine runs, under torchrun: for each speed of the links, once it is set, every spec in turn."""
-    asked = json.loads((folder / "asked.json").read_text())
-    dist.init_process_group("gloo")
-    size = flux.Size(*asked["size"])
-    inputs, steps = batch_of_two(size), asked["steps"]
-    expected = loop(flux.model(size), inputs, steps)
-    models, taken = {}, []
+@dataclass(frozen=True)
+class Found:
+    """One spec at one rate: seconds of a loop, predicted and measured (of each repetition)."""
+
+    rate: str
+    spec: str
+    predicted: float
+    measured: tuple[float, ...]
+
+    @property
+    def seconds(self) -> float:
+        return median(self.measured)
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.seconds - 1
+
+
+def build(scale: Scale) -> tuple[nn.Module, dict[str, Any]]:
+    """The model, the same on every machine, and the arguments of one call."""
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(num_attention_heads=scale.width // 64, attention_head_dim=64, in_channels=4,
+                                  num_layers=scale.layers, sample_size=scale.side, num_embeds_ada_norm=10)
+    given = {"hidden_states": torch.randn(1, 4, scale.side, scale.side), "timestep": torch.tensor([900]),
+             "class_labels": torch.tensor([1])}
+    return model.eval().requires_grad_(False), given
+
+
+def loop(model: Any, given: dict[str, Any], scale: Scale) -> torch.Tensor:
+    """Denoising with guidance in two calls, as a pipeline does it."""
+    x = given["hidden_states"]
+    labels = torch.tensor([1]), torch.tensor([10])
+    for step in range(scale.steps):
+        when = torch.tensor([900 - 100 * step])
+        one, other = (model(hidden_states=x, timestep=when, class_labels=c, return_dict=False)[0][:, :4]
+                      for c in labels)
+        x = x - 0.1 * (other + 3.0 * (one - other))
+    return x + 0
+
+
+def worker(job: Path) -> None:
+    """What one machine does: is measured, and runs each spec."""
+    warnings.simplefilter("ignore")
+    asked = json.loads(job.read_text())
+    scale = Scale(**asked["scale"])
+    xdit_compile.init_from_env()
+    torch.set_num_threads(1)
+    toml = written(measure())
+    taken = {}
     for spec in asked["specs"]:
-        models[spec] = parallelize(flux.model(size), spec)
-        error = (loop(models[spec], inputs, steps) - expected).abs().max().item()
-        if "pipefusion" not in spec and error > 1e-4:
-            raise RuntimeError(f"{spec} differs by {error:.1e} from one device")
-    for number, rate in enumerate(asked["rates"]):
-        (folder / f"wanted-{number}-{dist.get_rank()}").touch()
-        _wait_for(folder / f"set-{number}")
-        for turn in range(asked["rounds"]):
-            for spec, model in models.items():
-                made = time_once(lambda model=model: loop(model, inputs, steps))
-                taken.append({"rate": rate, "spec": spec, "round": turn, "step": made.seconds / steps,
-                              "others": made.others})
+        model, given = build(scale)
+        with torch.no_grad():
+            expected = loop(model, given, scale)
+            parallel = xdit_compile.parallelize(model, spec)
+            error = (loop(parallel, given, scale) - expected).abs().max().item()  # captures, plans, connects
+            if error > SAME and ShardingSpec.parse(spec).pipefusion_degree == 1:
+                raise RuntimeError(f"{spec} differs by {error:.1e} from one device")
+            dist.barrier()
+            taken[spec] = []
+            for _ in range(scale.loops):
+                start = time.perf_counter()
+                loop(parallel, given, scale)
+                dist.barrier()
+                taken[spec].append(time.perf_counter() - start)
     if dist.get_rank() == 0:
-        (folder / "taken.json").write_text(json.dumps(taken))
+        job.with_suffix(".found").write_text(json.dumps({"toml": toml, "taken": taken}))
+    dist.barrier()
     dist.destroy_process_group()
 
 
-def _wait_for(path: Path) -> None:
-    for _ in range(int(WAIT * 20)):
-        if path.exists():
-            return
-        time.sleep(0.05)
-    raise TimeoutError(f"{path.name} did not come in {WAIT:.0f} s")
+def run(machines: int, rates: Sequence[str], specs: Sequence[str], scale: Scale,
+        patience: float = 3600.0) -> list[Found]:
+    """All specs at all rates.
+
+    Raises:
+        Unavailable: namespaces cannot be made here.
+    """
+    model, given = build(scale)
+    planner = Planner(xdit_compile.capture(model, given), model="the model")
+    found = []
+    with Network(machines) as net, tempfile.TemporaryDirectory() as folder:
+        for rate in tqdm(rates, "rates", disable=not sys.stderr.isatty()):
+            net.shape(rate)
+            job = Path(folder) / "job.json"
+            job.write_text(json.dumps({"scale": asdict(scale), "specs": list(specs)}))
+            net.torchrun([sys.executable, __file__, "--worker", str(job)], patience)
+            answer = json.loads(job.with_suffix(".found").read_text())
+            toml = Path(folder) / "machine.toml"
+            toml.write_text(answer["toml"])
+            question = Question(read(toml), machines, Loop(scale.steps, CALLS, 1))
+            for spec in specs:
+                option = planner.option(ShardingSpec.parse(spec), question)
+                found.append(Found(rate, spec, option.seconds.total, tuple(answer["taken"][spec])))
+    return found
 
 
-def measure(asked: dict[str, Any], machines: int) -> list[dict[str, Any]]:
-    """Start the machines, set the speeds they ask for, one after the other, and take their figures."""
-    from threading import Event, Thread
-
-    over = Event()
-    with TemporaryDirectory() as name, Network(machines) as network:
-        folder = Path(name)
-        (folder / "asked.json").write_text(json.dumps(asked))
-
-        def shape() -> None:
-            for number, rate in enumerate(asked["rates"]):
-                while not all((folder / f"wanted-{number}-{rank}").exists() for rank in range(machines)):
-                    if over.wait(0.05):
-                        return
-                network.shape(rate)
-                (folder / f"set-{number}").touch()
-                print(f"links: {rate}", file=sys.stderr)
-
-        setting = Thread(target=shape, daemon=True)
-        setting.start()
-        try:
-            network.torchrun([sys.executable, __file__, "--folder", name], patience=asked["patience"])
-        finally:
-            over.set()
-            setting.join()
-        return json.loads((folder / "taken.json").read_text())
-
-
-def table(taken: list[dict[str, Any]], specs: list[str], rates: list[str]) -> Table:
-    made = Table("links", *specs, title="milliseconds a step; the fastest in bold")
+def page(found: Sequence[Found]) -> tuple[str, bool]:
+    """A table, and whether the planner's promise is kept."""
+    lines = ["| links | spec | predicted | measured | error | |", "|---:|---|---:|---:|---:|---|"]
+    kept = 0
+    rates = list(dict.fromkeys(f.rate for f in found))
     for rate in rates:
-        medians = [statistics.median(t["step"] for t in taken if (t["rate"], t["spec"]) == (rate, spec))
-                   for spec in specs]
-        made.add_row(rate, *(f"[bold]{m * 1e3:.0f}[/]" if m == min(medians) else f"{m * 1e3:.0f}" for m in medians))
-    made.caption = f"others' share of the machine: {statistics.mean(t['others'] for t in taken):.0%}"
-    return made
+        here = [f for f in found if f.rate == rate]
+        fastest, pick = min(f.seconds for f in here), min(here, key=lambda f: f.predicted)
+        good = pick.seconds <= NEAR * fastest
+        kept += good
+        for f in here:
+            marks = [*(["picked" if good else "picked, and slower than the fastest"] if f is pick else []),
+                     *(["fastest"] if f.seconds == fastest else [])]
+            lines.append(f"| {rate} | {f.spec} | {f.predicted:.2f} s | {f.seconds:.2f} s | {f.error:+.0%} | "
+                         f"{', '.join(marks)} |")
+    close = sum(abs(f.error) <= CLOSE for f in found)
+    lines += ["", f"The pick is the fastest or within {NEAR - 1:.0%} of it at {kept} of {len(rates)} rates; "
+                  f"{close} of {len(found)} predictions are within {CLOSE:.0%}."]
+    return "\n".join(lines), kept >= 0.9 * len(rates) and close == len(found)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--machines", type=int, default=2)
-    parser.add_argument("--rates", nargs="+", default=list(RATES), help="in tc's words (default: %(default)s)")
-    parser.add_argument("--specs", nargs="+", default=list(SPECS), help="default: %(default)s")
-    for name, default in (("tokens", 768), ("text", 128), ("hidden", 384), ("double", 1), ("single", 3),
-                          ("steps", 4), ("rounds", 3), ("patience", 3600)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    options = parser.parse_args()
-    if options.folder:
-        return work(options.folder)
-    asked = {"size": [options.tokens, options.text, options.hidden, options.double, options.single],
-             **{name: getattr(options, name) for name in ("rates", "specs", "steps", "rounds", "patience")}}
-    taken = measure(asked, options.machines)
-    Console().print(table(taken, options.specs, options.rates))
+def main() -> int:
+    options = _options()
+    if options.worker:
+        worker(options.worker)
+        return 0
+    scale, rates = (QUICK, ("50mbit", UNLIMITED)) if options.quick else (Scale(), RATES)
+    found = run(options.machines, options.rates or rates, options.specs or SPECS[options.machines], scale)
+    text, good = page(found)
+    print(text)
     if options.json:
-        options.json.write_text(json.dumps(taken, indent=1))
-    return None
+        options.json.write_text(json.dumps([asdict(f) for f in found], indent=2) + "\n")
+    return 0 if good else 1
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python benchmarks/links.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--machines", type=int, choices=sorted(SPECS), default=2)
+    parser.add_argument("--rates", nargs="+", metavar="RATE", help="in tc's words, or unlimited (default: ten)")
+    parser.add_argument("--specs", nargs="+", metavar="SPEC", help="default: one of each method, and mixes")
+    parser.add_argument("--quick", action="store_true", help="a small model and two rates")
+    parser.add_argument("--json", type=Path, help="all figures")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +11,11 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
+import links  # noqa: E402
 from shaped_network import Network, Unavailable, bits_per_second  # noqa: E402
 
-TOKENS, TEXT, HIDDEN, BLOCKS, BATCH = 64, 16, 128, 2, 2
+PATCH = 2
+"""Side of a patch of the model in `benchmarks/links.py`, in latents."""
 
 
 @pytest.fixture(scope="module")
@@ -26,20 +27,15 @@ def machines() -> int:
         pytest.skip(f"no network namespaces can be made here: {reason}")
 
 
-def test_two_machines_give_the_answer_of_one_device_and_wait_for_their_link(machines: int, tmp_path: Path) -> None:
+def test_two_machines_give_the_answer_of_one_device_and_wait_for_their_link(machines: int) -> None:
     """The script itself compares each spec with the plain model on one device, on both machines."""
-    rate, taken = "1mbit", tmp_path / "taken.json"
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "links.py"), "--rates", rate, "unlimited", "--rounds", "1", "--steps", "2",
-         "--specs", "ulysses=2", "cfg=2", "--tokens", str(TOKENS), "--text", str(TEXT), "--hidden", str(HIDDEN),
-         "--double", "1", "--single", "1", "--patience", "300", "--json", str(taken)],
-        check=False, capture_output=True, text=True, timeout=400)
-    assert not done.returncode, done.stderr
-    steps = {(made["rate"], made["spec"]): made["step"] for made in json.loads(taken.read_text())}
-    # Half of what each holds of queries, keys, values and results goes to the other: no step can be faster than that.
-    sent = BLOCKS * BATCH * (TOKENS + TEXT) / 2 * HIDDEN * 4 / 2 * 4
-    assert steps[rate, "ulysses=2"] > 0.7 * sent * 8 / bits_per_second(rate)
-    assert steps[rate, "cfg=2"] < steps[rate, "ulysses=2"]
+    rate, scale = "20mbit", links.QUICK
+    ulysses, cfg = links.run(machines, [rate], ["ulysses=2", "cfg=2"], scale, patience=300)
+    # Half of what each holds of queries, keys, values and results goes to the other: no loop can be faster than that.
+    calls, tokens = links.CALLS * scale.steps, (scale.side // PATCH) ** 2
+    sent = calls * scale.layers * tokens / 2 * scale.width * 4 / 2 * 4
+    assert ulysses.seconds > 0.7 * sent * 8 / bits_per_second(rate)
+    assert cfg.seconds < ulysses.seconds and cfg.predicted < ulysses.predicted
 
 
 def test_nothing_is_left_of_a_network_that_ended_in_an_error(machines: int) -> None:

@@ -369,21 +369,3 @@ def test_what_stands_in_the_way_of_auto_is_told_on_every_rank(pool: Pool, tmp_pa
                             (f"auto,device_memory=1kB,machine={tmp_path}/two.toml", "does not fit")):
         for said in pool.run(planner_runs.refused, spec, ranks=range(2), timeout=120):
             assert said.startswith("SpecError") and complaint in said
-
-
-# Links
-
-
-@pytest.mark.whole
-def test_on_a_slow_link_the_pick_is_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real machines: namespaces, torchrun, gloo. `python benchmarks/planner_links.py` is the long form."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-    planner_links = pytest.importorskip("planner_links")
-    try:
-        found = planner_links.run(2, ["20mbit"], ["ulysses=2", "cfg=2"], planner_links.QUICK, patience=300)
-    except planner_links.Unavailable as reason:
-        pytest.skip(f"no network namespaces can be made here: {reason}")
-    by_spec = {f.spec: f for f in found}
-    assert by_spec["cfg=2"].seconds < by_spec["ulysses=2"].seconds
-    assert by_spec["cfg=2"].predicted < by_spec["ulysses=2"].predicted
-    assert 0.5 < by_spec["ulysses=2"].predicted / by_spec["ulysses=2"].seconds < 2
