@@ -90,7 +90,7 @@ def command(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, st
 @pytest.mark.parametrize(("words", "complaint"), [
     ("explian x", "did you mean explain?"),
     ("explain x.py:f --sepc ulysses=2", "did you mean --spec?"),
-    ("explain x.py:f --spec ulysses=2 --device-memry 3", "did you mean --device_memory?"),
+    ("explain x.py:f --spec ulysses=2 --device-memry 3", "did you mean --device-memory?"),
     ("run --model x --promt a", "did you mean --prompt?"),
     ("run --modle x", "did you mean --model?"),
     ("run --model x --ulyses_degree 2", "did you mean --ulysses_degree?"),

@@ -320,7 +320,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--rank", type=int, default=0, help="whose program is described (default 0)")
             command.add_argument("--method", default="forward", metavar="NAME",
                                  help="which of the model's methods is called, as an autoencoder's decode")
-            command.add_argument("--device-memory", "--device_memory", metavar="SIZE", type=_bytes,
+            command.add_argument("--device-memory", metavar="SIZE", type=_bytes,
                                  help="of a device, as 24GB: whether it fits, and what would")
             command.add_argument("--timeline", metavar="FILE", help="draw when the stages of a pipeline run, as SVG, "
                                                                     "PNG or PDF")
@@ -332,7 +332,7 @@ def _parser() -> argparse.ArgumentParser:
                 command.add_argument(flag, type=type(default), default=default, help=f"{text} (default %(default)s)")
             command.add_argument("--dump", metavar="DIR", help="write the program after each pass there")
         else:
-            command.add_argument("--world-size", "--world_size", type=int, metavar="N",
+            command.add_argument("--world-size", type=int, metavar="N",
                                  help="processes to start (default: what the spec needs)")
             command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if it fits")
             command.add_argument("--approximate", action="store_true",

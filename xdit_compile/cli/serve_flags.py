@@ -9,7 +9,6 @@ import sys
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from xdit_compile.cli.run import DTYPES
 from xdit_compile.cli.run_flags import adapter
@@ -41,10 +40,7 @@ _LIMITS = {"side": "pixels of a side", "pixels": "pixels of a picture or frame",
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of the command."""
-    def add(name: str, **options: Any) -> None:
-        # With dashes or underscores, as flags of all commands.
-        parser.add_argument(*dict.fromkeys((name, f"--{name[2:].replace('-', '_')}")), **options)
-
+    add = parser.add_argument
     add("--model", required=True, metavar="DIR_OR_ID",
         help="a folder of a pipeline, its name on the hub, or a function that makes one (file.py:function)")
     add("--spec", default="", help="how to shard, as in cfg=2,ulysses=2 (default: one process)")
