@@ -346,7 +346,8 @@ def test_words_that_auto_does_not_know_are_refused(text: str, complaint: str) ->
 
 def test_auto_chooses_alike_on_all_ranks_and_gives_the_plain_numbers(pool: Pool, tmp_path: Path) -> None:
     (tmp_path / "two.toml").write_text(TOML)
-    for name, spec in (("dit", f"auto,machine={tmp_path}/two.toml"), ("flux", "auto,exact=yes")):
+    for name, spec in (("dit", f"auto,machine={tmp_path}/two.toml"),
+                       ("flux", f"auto,exact=yes,machine={tmp_path}/two.toml")):
         found = pool.run(planner_runs.chosen, name, spec, ranks=range(2), timeout=240)
         assert found[0]["spec"] == found[1]["spec"] and max(f["error"] for f in found) <= 1e-5
         assert ShardingSpec.parse(found[0]["spec"]).world_size == 2

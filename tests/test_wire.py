@@ -107,21 +107,22 @@ def test_other_ways(spec: str) -> None:
     assert 1e-5 < found.error < 0.05
 
 
-def compiled_apart(form: str) -> tuple[float, float]:
-    """On a rank: how far results under inductor are from those of the same graph run as it is, and these from exact."""
+def compiled_lost(form: str) -> tuple[float, float]:
+    """On a rank: how far from exact results under inductor are, and those of the same graph run as it is. They differ
+    from each other as much, because what lies near a border is rounded the other way."""
     case = zoo.CASES["dit"]
     model, inputs = made(case), case.inputs(2, False)
     with torch.no_grad():
         exact = model(**inputs)[0]
         eager, compiled = (xdit_compile.parallelize(model, f"ulysses=2,wire={form}{more}", ranks=range(2))(**inputs)[0]
                            for more in ("", ",backend=inductor"))
-    return ((compiled - eager).norm() / exact.norm()).item(), ((eager - exact).norm() / exact.norm()).item()
+    return ((compiled - exact).norm() / exact.norm()).item(), ((eager - exact).norm() / exact.norm()).item()
 
 
 @pytest.mark.parametrize("form", ["fp8", pytest.param("int8", marks=pytest.mark.whole)])
 def test_compiled(pool: Pool, form: str) -> None:
-    for apart, lost in pool.run(compiled_apart, form, ranks=range(2), timeout=300):
-        assert apart < 0.1 * lost < 0.02
+    for compiled, eager in pool.run(compiled_lost, form, ranks=range(2), timeout=300):
+        assert 0 < compiled < 1.1 * eager < 0.02
 
 
 def _sent(program: Any, words: str) -> int:
