@@ -192,7 +192,9 @@ class Heartbeat:
             return
         if time.monotonic() - since < max(seconds, self._told_after):
             return
-        late = [rank for rank, b in beats.items() if b.call < self.call or b.step < self.step()]
+        # Beats are a little old: who comes from one thing to the next is not late.
+        late = [rank for rank, b in beats.items() if (b.call < self.call or b.step < self.step())
+                and time.monotonic() - self._moved[rank] >= seconds]
         if late and self._rank == min(rank for rank in (self._rank, *beats) if rank not in late):
             self._told_after = 2 * (time.monotonic() - since)
             for rank in late:
