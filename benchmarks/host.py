@@ -87,7 +87,8 @@ class FakeControl(ControlPlane):
     def __init__(self, ranks: Sequence[int], *_: Any) -> None:
         super().__init__(ranks[:1])
         self.ranks = tuple(ranks)
-        self._heart = cast(Any, SimpleNamespace(call=0, label="", known=None, waiting=False, ended=0, connections=[]))
+        self._heart = cast(Any, SimpleNamespace(call=0, label="", known=None, waiting=False, ended=0, connections=[],
+                                                      step=int, needing_others=nullcontext))
         self._close = cast(Any, SimpleNamespace(alive=True))
         self._channels.append(AgreementChannel(FakeGloo(), self.ranks, lambda text: text[:DIGEST].ljust(DIGEST), print))
 
