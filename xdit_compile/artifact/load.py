@@ -419,6 +419,7 @@ class _Calls:
 
     def __init__(self, folder: ArtifactFolder, calls: Sequence[_Call]) -> None:
         self.folder, self.calls, self.changes = folder, calls, 0
+        self.state = None
 
     def find(self, args: Sequence[Any], kwargs: Mapping[str, Any], fresh: bool = False) -> _Call | None:
         tensors, structure = flatten((tuple(args), dict(kwargs)))

@@ -9,7 +9,7 @@ from torch import nn
 
 from xdit_compile.driver.compile_call import Compiled, Dump, compile_program
 from xdit_compile.driver.compile_stage import compile_stage
-from xdit_compile.frontend.program_cache import captured, changes_of, find
+from xdit_compile.frontend.program_cache import captured, changes_of, find, state_of
 from xdit_compile.ir.parameter_groups import ParameterGroup
 from xdit_compile.ir.program import Program
 from xdit_compile.ir.step_inputs import step_inputs
@@ -27,6 +27,10 @@ class CapturedPrograms:
     @property
     def changes(self) -> int:
         return changes_of(self.model)
+
+    @property
+    def state(self) -> object | None:
+        return state_of(self.model)
 
     def find(self, args: Sequence[Any], kwargs: Mapping[str, Any], fresh: bool = False) -> Program | None:
         return find(self.model, args, kwargs, fresh)

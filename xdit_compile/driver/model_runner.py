@@ -365,21 +365,25 @@ class ModelRunner:
 
     def _executor(self, compiled: Runnable, group: ParallelGroup) -> Executor | StageExecutor | SteppingExecutor:
         """What runs the program here. All ranks come to it together."""
-        stage, shares = compiled.stage, self.store or NONE
+        stage, shares, source = compiled.stage, self.store or NONE, self.source
+
+        def state() -> object | None:
+            return source.state
+
         if compiled.step is not None:
             kind = DisplacedStepExecutor if isinstance(compiled.step, DisplacedStep) else CachedStepExecutor
-            stepping = kind(compiled.step, self.model, self.group.counts, shares)  # type: ignore[arg-type]
+            stepping = kind(compiled.step, self.model, self.group.counts, shares, state)  # type: ignore[arg-type]
             stepping.check_groups(group.process_groups.all())
             return stepping
         if stage is None:
-            executor = Executor(compiled.body, self.model, compiled.invariant, self.group.counts, shares)
+            executor = Executor(compiled.body, self.model, compiled.invariant, self.group.counts, shares, state)
             executor.check_groups(group.process_groups.all())
             return executor
         group.communicator.connect([(e.source, e.target) for e in stage.edges if e.name != RESULT])
         self.stages |= {path: i for i, paths in enumerate(stage.blocks) for path in paths}
         self.used |= compiled.parameters
         release_parameters(self.model, [path for path, i in self.stages.items() if i != group.stage], self.used)
-        return StageExecutor(stage, self.model, group.communicator, self.group.counts, shares)
+        return StageExecutor(stage, self.model, group.communicator, self.group.counts, shares, state)
 
 
 def _samples(ready: ReadyProgram | None, tensors: Sequence[torch.Tensor],

@@ -69,6 +69,11 @@ class ProgramSource(Protocol):
     def changes(self) -> int:
         """How often it was noticed that the model is another than before."""
 
+    @property
+    def state(self) -> object | None:
+        """What stands for the model as `find` has found it: the same object as long as its parameters and buffers are
+        the same tensors and look the same. None where nobody looks."""
+
     def find(self, args: Sequence[Any], kwargs: Mapping[str, Any], fresh: bool = False) -> Any | None:
         """The kind of this call if there was one before; ``fresh``: whether it is the first of a loop."""
 

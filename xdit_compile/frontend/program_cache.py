@@ -33,6 +33,8 @@ class _Captured:
     """Of the model and all else: as they were, and as a call leaves them."""
     modules: Mapping[str, nn.Module]
     """By path, those that the program calls themselves; all others it knows by what they hold."""
+    found: Description
+    """Which of them the last call found."""
     others: Sequence[Any]
     """Arguments that their kind says nothing of: they are compared by what they hold, as if they were the model's."""
     places: Sequence[int | None]
@@ -60,6 +62,7 @@ class _Captured:
             # What was watched of other objects says nothing of these.
             self.states = [state if s.value == state.value else s for s in self.states] if alike else [state]
             self.others = call.others
+        self.found = state
         own = [state.own.get(id(t)) for t in call.tensors]
         return call.places(state) == self.places and own == self.own, looked
 
@@ -88,6 +91,8 @@ class _Captures:
     programs: dict[Hashable, list[_Captured]] = field(default_factory=dict)
     changes: int = 0
     """How often something was found to have changed."""
+    state: object | None = None
+    """Stands for the model as the last call found it."""
 
     def __deepcopy__(self, _: Any) -> _Captures:
         return _Captures()
@@ -118,6 +123,8 @@ def find(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], fresh
         captures.changes += looked
         if same and candidate.reads_alike(model, call.tensors, looked):
             known.insert(0, known.pop(i))
+            # What a call puts into the model comes after that was looked at.
+            captures.state = None if candidate.effects else candidate.found.watch.mark
             for effect in candidate.effects:
                 effect()
             return candidate.program
@@ -127,6 +134,12 @@ def find(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], fresh
 def changes_of(model: nn.Module) -> int:
     """How often a call met a model that had changed since its program was used."""
     return _captures_of(model).changes
+
+
+def state_of(model: nn.Module) -> object | None:
+    """What stands for the model as the last call has found it: the same object as long as its tensors are the same and
+    look the same."""
+    return _captures_of(model).state
 
 
 def _captures_of(model: nn.Module) -> _Captures:
@@ -150,9 +163,12 @@ def _capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
         raise CaptureError(f"the forward of {type(model).__name__} can read {unseen[0]}, which cannot be watched for "
                            "changes; keep it outside of the model, or hold a list or a number instead")
     own = [states[-1].own.get(id(t)) for t in call.tensors]
-    made = _Captured(program, reads, states[::-1], modules_in(program), call.others, call.places(states[-1]), own,
-                     effects)
-    _captures_of(model).programs.setdefault(call.kind, []).insert(0, made)
+    made = _Captured(program, reads, states[::-1], modules_in(program), states[-1], call.others,
+                     call.places(states[-1]), own, effects)
+    captures = _captures_of(model)
+    captures.programs.setdefault(call.kind, []).insert(0, made)
+    # A program may yet put something into the model.
+    captures.state = None
     return program
 
 

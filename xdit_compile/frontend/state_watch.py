@@ -54,9 +54,14 @@ class LookedInto:
 
 
 class Watch:
-    """What was looked into, and the identities of what was in there."""
+    """What was looked into, and the identities of what was in there.
+
+    Attributes:
+        mark: an object that stands for it: as long as it holds, the model's tensors are the same and look the same.
+    """
 
     def __init__(self, into: LookedInto) -> None:
+        self.mark = object()
         self._alive = True
         self._held: list[Any] = []
         mappings = [*{id(m): m for m in into.mappings.values()}.values()]
@@ -124,7 +129,7 @@ class Watch:
             with plain():
                 if any((t := ref()) is None or values(t) != before for ref, before in self._small):
                     return False
-        return self._modules_hold() and self._own.hold(fresh) and self._dicts.hold() and not any(self._empty) and (
+        return self._modules_hold() and self._own.hold() and self._dicts.hold() and not any(self._empty) and (
             # Both end in the same mark, so that none is longer. A list of the identities would be new memory.
             all(map(operator.eq, map(id, self._all()), self._ids))) and self._small_memory() == self._bytes
 
@@ -178,24 +183,28 @@ class _Looks:
         self._before, self._attributes = [*map(_look_of, tensors)], [len(vars(t)) for t in tensors]
         self._guards = _guards(tensors)
 
-    def hold(self, fresh: bool) -> bool:
-        """Whether they look the same; with ``fresh``, also how they lie in memory."""
+    def hold(self) -> bool:
+        """Whether they look the same."""
         tensors = [ref() for ref in self._refs]
         if [*map(len, map(vars, tensors))] != self._attributes:
             return False
         if self._guards is not None and self._guards.check(*tensors):
             return True
         # Whether it needs gradients, and modes of the caller, count for the guards alone.
-        return all(t is not None and _look_of(t)[:-1 if not fresh else None] == before[:-1 if not fresh else None]
-                   for t, before in zip(tensors, self._before, strict=True))
+        known = [t for t in tensors if t is not None]
+        if [*map(_look_of, known)] != self._before:
+            return False
+        self._guards = _guards(known)
+        return True
 
 
 def _guards(tensors: Sequence[torch.Tensor]) -> TensorGuards | None:
     """What torch.compile compares tensors with: many in one call."""
     if any(t.layout is not torch.strided or type(t) not in (torch.Tensor, nn.Parameter, nn.Buffer) for t in tensors):
         return None
-    static: Any = [[None] * t.ndim for t in tensors]
-    return TensorGuards(*tensors, dynamic_dims_sizes=static, dynamic_dims_strides=static)
+    # With None in the place of a size or of a stride, any would do.
+    sizes, strides = [[*t.shape] for t in tensors], [[*t.stride()] for t in tensors]
+    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)  # type: ignore[arg-type]
 
 
 def _look_of(tensor: torch.Tensor) -> tuple[Hashable, ...]:

@@ -6,7 +6,7 @@ and arguments may come in any. For each set of strides that it meets it is compi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch._guards import TracingContext
 
 from xdit_compile.errors import SpecError
 from xdit_compile.runtime.compilation.graph_segments import Function
+from xdit_compile.runtime.compilation.straight_line import Boxed, boxed
 from xdit_compile.spec import ShardingSpec
 
 INDUCTOR_OPTIONS: dict[str, Any] = {
@@ -29,8 +30,6 @@ INDUCTOR_OPTIONS: dict[str, Any] = {
 }
 
 CUDA_GRAPHS = "triton.cudagraphs"
-
-Strides = tuple[tuple[int, ...], ...]
 
 
 def inductor_compiler(spec: ShardingSpec) -> Callable[[fx.GraphModule], Function]:
@@ -72,33 +71,32 @@ def asks_for_graphs(spec: ShardingSpec) -> bool:
 
 
 class CompiledFunction:
-    """A function that is compiled when it is first called with tensors of these strides.
+    """A function that is compiled when it is first called with tensors of these sizes and strides.
 
-    Strides of dimensions of size one depend on where a tensor comes from and mean nothing: such tensors are given the
-    usual ones.
+    Strides of dimensions of size one depend on where a tensor comes from and mean nothing: it is compiled for the usual
+    ones.
     """
 
     def __init__(self, module: fx.GraphModule, options: dict[str, Any]) -> None:
         self._module, self._options = module, options
-        self._made: dict[Strides, Function] = {}
-        self._met: dict[Strides, tuple[Function, Sequence[tuple[int, tuple[int, ...]]]]] = {}
-        """By strides as they come: what to call, and which tensors need other strides for that."""
+        self._made: dict[Hashable, Function] = {}
 
     def __call__(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
-        strides = tuple([t.stride() for t in tensors])
-        if (met := self._met.get(strides)) is None:
-            met = self._met[strides] = self._meet(tensors)
-        call, unusual = met
-        return call(*(_restrided(tensors, unusual) if unusual else tensors))
+        return self._of(tensors)(*tensors)
 
-    def _meet(self, tensors: Sequence[torch.Tensor]) -> tuple[Function, Sequence[tuple[int, tuple[int, ...]]]]:
-        unusual = [(i, usual) for i, t in enumerate(tensors)
-                   if 1 in t.shape and t.is_contiguous() and t.stride() != (usual := usual_strides(t.shape))]
-        given = _restrided(tensors, unusual)
-        strides = tuple(t.stride() for t in given)
-        if strides not in self._made:
-            self._made[strides] = self._compile(given)
-        return self._made[strides], unusual
+    def chosen(self, tensors: Sequence[torch.Tensor]) -> Boxed:
+        """What runs for tensors that look like these, with which it was called before."""
+        made = self._of(tensors)
+        return made.run if isinstance(made, _Bare) else boxed(made)
+
+    def _of(self, tensors: Sequence[torch.Tensor]) -> Function:
+        usual = [_usual(t) for t in tensors]
+        key = tuple((t.shape, strides) for t, strides in zip(tensors, usual, strict=True))
+        if key not in self._made:
+            self._made[key] = self._compile([
+                t if t.stride() == strides else t.as_strided(t.shape, strides)
+                for t, strides in zip(tensors, usual, strict=True)])
+        return self._made[key]
 
     def _compile(self, tensors: Sequence[torch.Tensor]) -> Function:
         from torch._inductor.compile_fx import compile_fx_inner  # as slow to import as PyTorch itself
@@ -127,16 +125,16 @@ class _Bare:
         self._whole: Function | None = whole
         self._graph = graph
         """Lives as long as its code."""
-        self._run: Callable[[list[torch.Tensor]], Sequence[torch.Tensor]] = self._first
+        self.run: Boxed = self._first
 
     def __call__(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
-        return self._run([*tensors])
+        return self.run([*tensors])
 
     def _first(self, tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         """At its first call a function ends what it has begun while it was compiled."""
         assert self._whole is not None
         results, self._whole = self._whole(*tensors), None
-        self._run = self._graph.current_callable
+        self.run = self._graph.current_callable
         return results
 
 
@@ -147,11 +145,11 @@ def _is_bare(metadata: Any, inputs: int) -> bool:
         or metadata.is_rng_op_functionalized or metadata.num_intermediate_bases)
 
 
-def _restrided(tensors: Sequence[torch.Tensor], strides: Sequence[tuple[int, tuple[int, ...]]]) -> list[torch.Tensor]:
-    given = list(tensors)
-    for i, usual in strides:
-        given[i] = given[i].as_strided(given[i].shape, usual)
-    return given
+def _usual(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Its strides; where dimensions of size one make them other than they would have to be, the usual ones."""
+    if 1 in tensor.shape and tensor.is_contiguous():
+        return usual_strides(tensor.shape)
+    return tensor.stride()
 
 
 def usual_strides(shape: torch.Size) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -20,6 +20,7 @@ from xdit_compile.progress import progress
 from xdit_compile.runtime.compilation.graph_segments import Function, outline_segments
 from xdit_compile.runtime.compilation.inductor_backend import inductor_compiler, usual_strides
 from xdit_compile.runtime.compilation.onediff_backend import onediff_compiler
+from xdit_compile.runtime.compilation.straight_line import Boxed, Choosing, boxed
 from xdit_compile.spec import ShardingSpec
 
 log = logging.getLogger(__name__)
@@ -28,8 +29,8 @@ _SHARED: WeakValueDictionary[Hashable, Function] = WeakValueDictionary()
 """What was made of each function, as long as a program calls it."""
 
 
-def compiled(main: fx.GraphModule, spec: ShardingSpec) -> Function:
-    """What runs ``main`` as ``spec`` asks for: called with its inputs in order, it returns its results.
+def compiled(main: fx.GraphModule, spec: ShardingSpec) -> fx.GraphModule:
+    """``main`` as ``spec`` asks for it to be run: the modules that it calls are what compilers have made.
 
     Compilers begin to work at the first call.
 
@@ -50,7 +51,7 @@ def compiled(main: fx.GraphModule, spec: ShardingSpec) -> Function:
         # A module whose code is written when it is first called is not what torch.compile can look into.
         made = compiler(fx.GraphModule({}, module.graph))
         if log.isEnabledFor(logging.INFO):
-            made = _timed(made, f"compiling a function of {len(module.graph.nodes)} nodes by {spec.backend}")
+            made = _Timed(made, f"compiling a function of {len(module.graph.nodes)} nodes by {spec.backend}")
         _SHARED[key] = made
         return made
 
@@ -62,21 +63,24 @@ def compiled(main: fx.GraphModule, spec: ShardingSpec) -> Function:
     return outline_segments(main, stays, make, called)
 
 
-def _timed(call: Function, what: str) -> Function:
-    """``call``, which tells once how long its first call took, in which compilers do their work."""
-    told = False
+class _Timed:
+    """A function that tells once how long its first call took, in which compilers do their work."""
 
-    def called(*tensors: torch.Tensor) -> Any:
-        nonlocal told
-        if told:
-            return call(*tensors)
-        start, told = time.perf_counter(), True
-        with progress(what):
-            results = call(*tensors)
-        log.info("%s took %.2f s", what, time.perf_counter() - start)
+    def __init__(self, call: Function, what: str) -> None:
+        self._call, self._what, self._told = call, what, False
+
+    def __call__(self, *tensors: torch.Tensor) -> Any:
+        if self._told:
+            return self._call(*tensors)
+        start, self._told = time.perf_counter(), True
+        with progress(self._what):
+            results = self._call(*tensors)
+        log.info("%s took %.2f s", self._what, time.perf_counter() - start)
         return results
 
-    return called
+    def chosen(self, tensors: Sequence[torch.Tensor]) -> Boxed:
+        """As of the function that it stands for."""
+        return self._call.chosen(tensors) if isinstance(self._call, Choosing) else boxed(self._call)
 
 
 def _stays(node: fx.Node) -> bool:

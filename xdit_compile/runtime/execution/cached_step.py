@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from xdit_compile.ir.program import Program
 from xdit_compile.ir.step_inputs import PROBE
 from xdit_compile.runtime.execution.executor import NONE, Executor, Shares
+from xdit_compile.runtime.execution.held_inputs import State, unwatched
 from xdit_compile.spec import ALL, ShardingSpec
 
 
@@ -104,13 +105,14 @@ class CachedStepExecutor:
         counts: counts in ``skipped`` the steps that left blocks out, and in ``decided`` all that might have.
     """
 
-    def __init__(self, step: CachedStep, model: nn.Module, counts: Counter[str], shares: Shares = NONE) -> None:
+    def __init__(self, step: CachedStep, model: nn.Module, counts: Counter[str], shares: Shares = NONE,
+                 state: State = unwatched) -> None:
         self.step, self._counts = step, counts
         head, blocks, rest = step.head, step.blocks, step.rest
         assert head[0].spec is not None
         self.spec = head[0].spec
-        self._head = Executor(head[0], model, head[1], counts, shares)
-        self._blocks, self._rest = (Executor(p, model, i, Counter(), shares) for p, i in (blocks, rest))
+        self._head = Executor(head[0], model, head[1], counts, shares, state)
+        self._blocks, self._rest = (Executor(p, model, i, Counter(), shares, state) for p, i in (blocks, rest))
 
     def __iter__(self) -> Iterator[Executor]:
         return iter((self._head, self._blocks, self._rest))

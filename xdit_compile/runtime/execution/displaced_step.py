@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from xdit_compile.ir.program import Program
 from xdit_compile.runtime.execution.executor import NONE, Executor, Shares
+from xdit_compile.runtime.execution.held_inputs import State, unwatched
 from xdit_compile.spec import ALL
 
 
@@ -49,9 +50,10 @@ class DisplacedStepExecutor:
         counts: counts in ``displaced`` the steps that were not exact, and in ``paced`` all.
     """
 
-    def __init__(self, step: DisplacedStep, model: nn.Module, counts: Counter[str], shares: Shares = NONE) -> None:
+    def __init__(self, step: DisplacedStep, model: nn.Module, counts: Counter[str], shares: Shares = NONE,
+                 state: State = unwatched) -> None:
         self.step, self._counts = step, counts
-        self._exact, self._late = (Executor(p, model, i, counts, shares) for p, i in (step.exact, step.late))
+        self._exact, self._late = (Executor(p, model, i, counts, shares, state) for p, i in (step.exact, step.late))
         spec = step.exact[0].spec
         assert spec is not None
         self._warmup = spec.warmup_steps

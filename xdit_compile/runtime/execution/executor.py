@@ -9,21 +9,25 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.distributed import ProcessGroup
 
-from xdit_compile.ir.packed_tensors import OF, part, whole_name
-from xdit_compile.ir.program import Input, Program, part_of
+from xdit_compile.ir.program import Program
 from xdit_compile.runtime.compilation.cuda_graphs import GraphedFunction, check_groups
+from xdit_compile.runtime.compilation.graph_segments import Function
 from xdit_compile.runtime.compilation.inductor_backend import asks_for_graphs
 from xdit_compile.runtime.compilation.regional import compiled
+from xdit_compile.runtime.compilation.straight_line import StraightLine
+from xdit_compile.runtime.execution.held_inputs import HeldInputs, ParameterReader, State, unwatched
 from xdit_compile.runtime.execution.loop_invariant_cache import CachedValues, LoopInvariantCache
 
 _STAY = frozenset({"parameter", "constant", "cache", "parameter_share"})
 """Kinds of inputs whose memory is the same from call to call."""
+_HELD = ("parameter", "constant", "parameter_share")
+"""Kinds of inputs that are the same tensors from call to call, in the order in which they are collected."""
 _NAMED = ("once", "received")
-_HELD = (("parameter",), ("constant",), ("parameter_share",), ("invariant",), _NAMED, ("cache",))
-"""Kinds of inputs in the order in which a call collects them; arguments, of which some may not be used, come last."""
+_GIVEN = (("invariant",), _NAMED, ("cache",))
+"""Kinds of all others in this order; arguments, of which some may not be used, come last."""
 
 NONE: Mapping[str, torch.Tensor] = MappingProxyType({})
 Shares = Mapping[str, torch.Tensor]
@@ -40,22 +44,27 @@ class Executor:
         invariant: computes what the program takes as ``invariant``; its results are, from call to call.
         counts: counts the calls that used them again, in ``kept``.
         shares: of the parameters that come block by block.
+        state: tells the model as it is from how it was.
     """
 
     def __init__(self, program: Program, model: nn.Module, invariant: Program | None = None,
-                 counts: Counter[str] | None = None, shares: Shares = NONE) -> None:
+                 counts: Counter[str] | None = None, shares: Shares = NONE, state: State = unwatched) -> None:
         assert program.spec is not None
         self.program = program
-        self._run = compiled(program.main, program.spec)
         self._graphed = asks_for_graphs(program.spec) and _on_gpu(program)
+        main, inputs = compiled(program.main, program.spec), program.inputs
         if self._graphed:
-            self._run = GraphedFunction(self._run, [i.kind in _STAY for i in program.inputs])
-        self._state = ParameterReader(model, [i for i in program.inputs if i.kind == "parameter"])
-        self._constants = [program.constants[i.name] for i in program.inputs if i.kind == "constant"]
-        self._shares = [shares[i.name] for i in program.inputs if i.kind == "parameter_share"]
-        self._named = [i.name for i in program.inputs if i.kind in _NAMED]
-        self._in_order = _order(program)
-        self._invariant = None if invariant is None else Executor(invariant, model, shares=shares)
+            main = _at_once(GraphedFunction(main, [i.kind in _STAY for i in inputs]), len(inputs))
+        self._line = StraightLine(main, [i.kind in _HELD for i in inputs])
+        places = {place: i for i, place in enumerate(p for kind in _HELD for p, i in enumerate(inputs)
+                                                     if i.kind == kind)}
+        others = [program.constants[i.name] if kind == "constant" else shares[i.name]
+                  for kind in _HELD[1:] for i in inputs if i.kind == kind]
+        self.held = HeldInputs(ParameterReader(model, [i for i in inputs if i.kind == "parameter"]), others,
+                               [places[p] for p in self._line.order], state)
+        self._named = [i.name for i in inputs if i.kind in _NAMED]
+        self._given = _order(program)
+        self._invariant = None if invariant is None else Executor(invariant, model, shares=shares, state=state)
         self._cache = None if invariant is None else LoopInvariantCache(
             [int(i.name.removeprefix("arg_")) for i in invariant.inputs if i.kind == "argument"],
             Counter() if counts is None else counts)
@@ -82,17 +91,23 @@ class Executor:
     def __call__(self, tensors: Sequence[torch.Tensor], values: Mapping[str, torch.Tensor] = NONE,
                  caches: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
         invariant = self._invariant_values(tensors)
-        held = [*self._state.read(), *self._constants, *self._shares, *(invariant.values if invariant else ()),
-                *(values[n] for n in self._named), *caches, *tensors]
+        given = [*(invariant.values if invariant else ()), *(values[n] for n in self._named), *caches, *tensors]
         with torch.no_grad(), _as_captured():
-            results = self._run(*map(held.__getitem__, self._in_order))
+            results = self._line([given[i] for i in self._given], *self.held.read())
         # The caller may write into what the model returns.
         return results if invariant is None or self.program.part else tuple(map(invariant.apart, results))
 
     def _invariant_values(self, tensors: Sequence[torch.Tensor]) -> CachedValues | None:
         if (invariant := self._invariant) is None or self._cache is None:
             return None
-        return self._cache(tensors, invariant._state.read(), lambda: invariant(tensors))
+        return self._cache(tensors, invariant.held.read()[0], lambda: invariant(tensors))
+
+
+def _at_once(function: Function, inputs: int) -> fx.GraphModule:
+    """A graph that is one call of a function."""
+    graph = fx.Graph()
+    graph.output(graph.call_module("all", tuple(graph.placeholder(f"input_{i}") for i in range(inputs))))
+    return fx.GraphModule({"all": function}, graph)
 
 
 def _on_gpu(program: Program) -> bool:
@@ -100,11 +115,11 @@ def _on_gpu(program: Program) -> bool:
 
 
 def _order(program: Program) -> list[int]:
-    """Where each input of a program is among all that a call has collected."""
-    order = [i for kinds in _HELD for i, given in enumerate(program.inputs) if given.kind in kinds]
+    """Where each input of a program that may be another at each call is among all that a call has collected."""
+    order = [i for kinds in _GIVEN for i, given in enumerate(program.inputs) if given.kind in kinds]
     places = {i: place for place, i in enumerate(order)}
     return [places[i] if i in places else len(places) + int(given.name.removeprefix("arg_"))
-            for i, given in enumerate(program.inputs)]
+            for i, given in enumerate(program.inputs) if given.kind not in _HELD]
 
 
 def _as_captured() -> AbstractContextManager[Any]:
@@ -116,48 +131,3 @@ def _as_captured() -> AbstractContextManager[Any]:
         if torch.is_autocast_enabled(device):
             stack.enter_context(torch.autocast(device, enabled=False))
     return stack
-
-
-class ParameterReader:
-    """Parameters and buffers of a model by name, or this rank's part of them, looked up anew at each call: they and the
-    modules that have them may have been replaced. No module is held, so that weights which are unloaded are freed."""
-
-    def __init__(self, model: nn.Module, inputs: Sequence[Input]) -> None:
-        self._model, names = model, [i.name for i in inputs]
-        self._pieces = [(place, i.part) for place, i in enumerate(inputs) if i.part is not None]
-        self._steps: list[tuple[int, str]] = []
-        """How to come by every module that is needed: a child, by name, of the model (0) or of the n-th step's."""
-        places = {"": 0}
-        # In an artifact's model, parts are there by themselves.
-        packed = [(i, name) for i, name in enumerate(names) if OF in name and not _holds(model, name)]
-        self._packed = [(i, name.partition(OF)[2]) for i, name in packed]
-        """Of packed tensors, which part, by place."""
-        wholes = {i: whole_name(name) for i, name in packed}
-        split = [wholes.get(i, name).rpartition(".") for i, name in enumerate(names)]
-        self._leaves = [(self._place(path, places), leaf) for path, _, leaf in split]
-
-    def _place(self, path: str, places: dict[str, int]) -> int:
-        if path not in places:
-            parent, _, child = path.rpartition(".")
-            self._steps.append((self._place(parent, places), child))
-            places[path] = len(self._steps)
-        return places[path]
-
-    def read(self) -> list[Any]:
-        modules: list[Any] = [self._model]
-        for parent, child in self._steps:
-            modules.append(modules[parent]._modules[child])
-        found = [m._parameters[leaf] if leaf in (m := modules[place])._parameters else m._buffers[leaf]
-                 for place, leaf in self._leaves]
-        for i, name in self._packed:
-            found[i] = part(found[i], name)
-        for i, piece in self._pieces:
-            found[i] = part_of(found[i], piece)
-        return found
-
-
-def _holds(model: nn.Module, name: str) -> bool:
-    """Whether a parameter or a buffer has this name."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    return leaf in module._parameters or leaf in module._buffers

@@ -14,7 +14,7 @@ from xdit_compile.errors import XditError
 from xdit_compile.ir.parameter_groups import Member, ParameterGroup
 from xdit_compile.ir.program import Input, part_of
 from xdit_compile.ir.released_parameters import LOOK, device_of, release_named
-from xdit_compile.runtime.execution.executor import ParameterReader
+from xdit_compile.runtime.execution.held_inputs import ParameterReader
 
 Span = Callable[[Member, int, int], torch.Tensor]
 """Reads a parameter's elements from one to another, in the order in which they lie in memory."""

@@ -20,6 +20,7 @@ from xdit_compile.ir.program import Program
 from xdit_compile.runtime.deferred.deferred_tensor import DeferredTensor, materialize
 from xdit_compile.runtime.deferred.patch_propagation import Cut
 from xdit_compile.runtime.execution.executor import NONE, Executor, Shares
+from xdit_compile.runtime.execution.held_inputs import State, unwatched
 from xdit_compile.runtime.pipefusion.denoising_loops import DenoisingLoop
 from xdit_compile.runtime.pipefusion.schedule import RESULT, WHOLE, Bar, Edge, Op, step_ops
 from xdit_compile.runtime.pipefusion.stage_communicator import PatchedResults, Shapes, StageCommunicator
@@ -94,10 +95,12 @@ class StageExecutor:
     """
 
     def __init__(self, stage: StageProgram, model: nn.Module, communicator: StageCommunicator,
-                 counts: Counter[str] | None = None, shares: Shares = NONE) -> None:
+                 counts: Counter[str] | None = None, shares: Shares = NONE,
+                 state: State = unwatched) -> None:
         self.stage, self.communicator = stage, communicator
-        self._once = Executor(stage.once, model, stage.invariant, counts, shares)
-        self._units = {unit: Executor(program, model, shares=shares) for unit, program in stage.units.items()}
+        self._once = Executor(stage.once, model, stage.invariant, counts, shares, state)
+        self._units = {unit: Executor(program, model, shares=shares, state=state)
+                       for unit, program in stage.units.items()}
         self.bars: list[Bar] = []
         self.history: list[tuple[tuple[int, ...], tuple[int, ...] | None]] = []
         self.drained = 0
