@@ -173,7 +173,7 @@ class ModelRunner:
         if not self.check_inputs or self.group.running:
             control.agree_meanwhile("the call's inputs", fingerprint, waits)
         else:
-            held = {FACT: self.replicas.summary({"": self.model})}
+            held = {FACT: self.replicas.summary({"": self.model}, self.source.state)}
             control.agree_meanwhile("the call's inputs", lambda: {**fingerprint(), **held}, waits,
                                     self.replicas.resolve(control.ranks))
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +28,8 @@ _ELSEWHERE = "elsewhere"
 
 Mark = tuple[int, int, int]
 
+_VERSION = operator.attrgetter("_version")
+
 
 class Replicas:
     """What this rank holds of some modules, as digests by name.
@@ -42,6 +46,11 @@ class Replicas:
     def __init__(self, parts: bool = False) -> None:
         self._absent = _ELSEWHERE if parts else "nothing of this name"
         self._marks: list[Mark] = []
+        self._state: object | None = None
+        """That of the modules in which ``_refs`` are all that counts, and ``_written`` how often they were written
+        into, and where they lie."""
+        self._refs: list[weakref.ref[torch.Tensor]] = []
+        self._written: list[int] = []
         self._digests: dict[Mark, tuple[weakref.ref[torch.Tensor], str]] = {}
         self._held: dict[str, str] = {}
         self._agreed: dict[str, str] = {}
@@ -64,14 +73,28 @@ class Replicas:
             return
         self.compare(control)
 
-    def summary(self, modules: Mapping[str, nn.Module]) -> str:
-        """A text that is equal on ranks which hold the same."""
-        marks = _marks(modules)
+    def summary(self, modules: Mapping[str, nn.Module], state: object | None = None) -> str:
+        """A text that is equal on ranks which hold the same.
+
+        Args:
+            state: the same object as before if the modules are known to have the same tensors.
+        """
         with self._lock:
-            if marks != self._marks or any(ref() is None for ref, _ in self._digests.values()):
-                self._look(modules)
-                self._marks = marks
+            if state is None or state is not self._state or _written([r() for r in self._refs]) != self._written:
+                self._look_again(modules, state)
             return self._summary
+
+    def _look_again(self, modules: Mapping[str, nn.Module], state: object | None) -> None:
+        marks = _marks(modules)
+        if marks != self._marks or any(ref() is None for ref, _ in self._digests.values()):
+            self._look(modules)
+            self._marks = marks
+        self._state = None
+        if state is not None:
+            tensors = [t for _, t in _tensors(modules)]
+            if all(type(t) in PLAIN and not t.is_inference() for t in tensors):
+                self._refs, self._written = [*map(weakref.ref, tensors)], _written(tensors)
+                self._state = state
 
     def compare(self, control: ControlPlane) -> None:
         """Compare every tensor with all ranks that hold it; they come here together.
@@ -131,6 +154,11 @@ def _difference(name: str, ranks: Sequence[int], texts: Sequence[str]) -> str:
     if len(holders) < 2:
         return ""
     return f"{name}: " + "; ".join(f"ranks {','.join(map(str, who))} have {text}" for text, who in holders.items())
+
+
+def _written(tensors: Sequence[Any]) -> list[int]:
+    """How often tensors were written into, and where they lie. By functions in C: done before each call."""
+    return [*map(_VERSION, tensors), *map(torch.Tensor.data_ptr, tensors)]
 
 
 def _marks(modules: Mapping[str, nn.Module]) -> list[Mark]:

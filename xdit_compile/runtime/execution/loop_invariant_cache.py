@@ -25,6 +25,9 @@ PROBE = 64
 """So many numbers of a tensor are compared, spread over all of it; of one that is not larger than that times itself,
 all."""
 
+_OF_NUMPY = frozenset({torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.bool})
+"""Types whose bytes are had without an operator."""
+
 LATE = ("depends on values that were written through .data, which PyTorch does not count, before the call that began "
         "this loop. That call has used values of before: its times lie on a device and became known only now. Call it "
         "again, or give it times on the CPU")
@@ -133,6 +136,8 @@ def _probe(tensor: torch.Tensor) -> bytes | None:
         return None
     tensor, count = tensor.detach(), tensor.numel()
     if count <= PROBE * PROBE:
+        if tensor.dtype in _OF_NUMPY and not tensor.is_neg():
+            return tensor.numpy().tobytes()
         flat = tensor.contiguous().view(-1)
     elif tensor.is_contiguous():
         flat = tensor.view(-1)[:: count // PROBE].contiguous()

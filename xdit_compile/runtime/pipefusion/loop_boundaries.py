@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -80,6 +80,16 @@ class LoopBoundaries:
 
 def times_later(named: Mapping[str, torch.Tensor]) -> Callable[[], Times]:
     """What gives the times of a call, and waits for a device only when it is called."""
-    found = [t.double() for n in sorted(timestep_inputs(named)) if (t := materialize(named[n]).detach()).numel()]
-    ends = [host_values.to_host(torch.stack([t.min(), t.max()])) for t in found]
+    found = [t for n in sorted(timestep_inputs(named)) if (t := materialize(named[n]).detach()).numel()]
+    ends = [_ends(t) for t in found]
     return lambda: tuple(x for both in ends for x in both())
+
+
+def _ends(tensor: torch.Tensor) -> Callable[[], Sequence[float]]:
+    """What gives the least and the greatest of a tensor's values."""
+    if tensor.numel() == 1 and host_values.on_host(tensor):
+        # As of most models, at each call.
+        (value,) = tensor.reshape(-1).tolist()
+        return lambda: (float(value), float(value))
+    wide = tensor.double()
+    return host_values.to_host(torch.stack([wide.min(), wide.max()]))
