@@ -101,6 +101,18 @@ def test_program_reads_the_layers_that_are_there_and_keeps_none() -> None:
     assert old() is None
 
 
+@pytest.mark.parametrize("other", [lambda w: w.T, lambda w: w[:3], lambda w: w.double(), lambda w: w[None]])
+def test_parameters_that_look_otherwise_are_noticed(other: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Though they are the same objects."""
+    m = model()
+    watch = describe(m).watch
+    assert watch.holds()
+    m[0].weight.data = m[0].weight.data.clone()
+    assert watch.holds(), "other values, which look the same"
+    m[0].weight.data = other(m[0].weight.data)
+    assert not watch.holds()
+
+
 @pytest.mark.parametrize("depth", [1, DEPTH // 2, DEPTH - 3])
 def test_what_lies_deep_is_followed(depth: int) -> None:
     m, inner = model(), {"gain": 1.0}
