@@ -12,6 +12,7 @@ The graph of FLUX.1-dev (19 double-stream and 38 single-stream blocks) at a tiny
     python benchmarks/host.py
     python benchmarks/host.py --compile --double 2 --single 4
     python benchmarks/host.py --compile --ranks 8
+    python benchmarks/host.py --compile --ranks 8 --cpu
     python benchmarks/host.py --profile 25          # where ours spends its time
 
 Timed in turns; the least of each and the median of the ratios within a round are shown.
@@ -47,28 +48,29 @@ from xdit_compile.runtime.execution.executor import Executor
 
 
 class Clock:
-    """Adds up the seconds that programs themselves take."""
+    """Adds up the seconds that programs themselves take, as ``now`` counts them."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float]) -> None:
         self.seconds = 0.0
         run = Executor.__call__
 
         def timed(executor: Executor, *args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start = now()
             try:
                 return run(executor, *args, **kwargs)
             finally:
-                self.seconds += time.perf_counter() - start
+                self.seconds += now() - start
 
         Executor.__call__ = timed  # type: ignore[method-assign]
 
 
-def step(call: Callable[..., Any], inputs: dict[str, Any], calls: int) -> float:
+def step(call: Callable[..., Any], inputs: dict[str, Any], calls: int,
+         now: Callable[[], float] = time.perf_counter) -> float:
     """Seconds for each of some calls that follow each other as in a denoising loop."""
-    start = time.perf_counter()
+    start = now()
     for i in range(calls):
         call(**{**inputs, "timestep": torch.full_like(inputs["timestep"], 1 - (i + 1) / (calls + 1))})
-    return (time.perf_counter() - start) / calls
+    return (now() - start) / calls
 
 
 class FakeGloo:
@@ -124,11 +126,12 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
         with cProfile.Profile() as profile:
             step(ways["ours"], inputs, options.calls * 5)
         pstats.Stats(profile).sort_stats("tottime").print_stats(options.profile)
-    clock, found = Clock(), {name: list[float]() for name in (*ways, "runner")}
+    now = time.thread_time if options.cpu else time.perf_counter
+    clock, found = Clock(now), {name: list[float]() for name in (*ways, "runner")}
     for _ in trange(options.rounds, desc="rounds"):
         for name, call in ways.items():
             clock.seconds = 0.0
-            found[name].append(step(call, inputs, options.calls))
+            found[name].append(step(call, inputs, options.calls, now))
             if name == "ours":
                 found["runner"].append(found[name][-1] - clock.seconds / options.calls)
     return found
@@ -148,6 +151,8 @@ def main() -> None:
                           "profile": 0, "ranks": 1, "head_dim": 8}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--compile", action="store_true", help="compiled by inductor, both")
+    parser.add_argument("--cpu", action="store_true", help="CPU time of the calling thread, which other work on the "
+                                                           "machine disturbs less")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
