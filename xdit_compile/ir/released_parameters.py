@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from xdit_compile.errors import XditError
+from xdit_compile.ir.given_up import GivenUp
 from xdit_compile.ir.packed_tensors import is_packed, parts, whole_name, with_parts
 
 _HOME = "_xdit_compile_home"
@@ -68,14 +69,14 @@ def _give_up(model: nn.Module, held: Iterable[_Held]) -> None:
 def _gone(tensor: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode(False):  # where writes are counted
         gone = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        made = nn.Parameter(gone, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else gone
+        made = GivenUp(gone, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else gone
     setattr(made, _HOME, device_of(tensor))
     return made
 
 
 def absent(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
     """A parameter that would be on ``device``, given up before it was there."""
-    made = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+    made = GivenUp(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
     setattr(made, _HOME, device)
     return made
 
