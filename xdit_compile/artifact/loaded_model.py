@@ -12,6 +12,27 @@ from torch import nn
 
 from xdit_compile.artifact.entries import Entry
 from xdit_compile.artifact.json_values import Fields, signature_of, structure_of
+from xdit_compile.errors import ArtifactError
+
+
+class Holder(nn.Module):
+    """A place for parameters of a loaded model, by their names. Nothing calls it: what is asked of it for the sake of
+    its forward is refused."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (isinstance(value, (torch.Tensor, nn.Module)) or value is None or name in vars(self)):
+            raise _without_code(f"its {name} cannot be set")
+        super().__setattr__(name, value)
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
+        raise _without_code("hooks on its modules cannot be registered")
+
+    register_forward_pre_hook = register_forward_hook
+
+
+def _without_code(what: str) -> ArtifactError:
+    return ArtifactError(f"a loaded artifact runs the programs that it was exported with, and has no code of its "
+                         f"modules: {what}. Do it to the model, and export it anew")
 
 
 class LoadedModel(nn.Module):

@@ -203,8 +203,9 @@ class ModelRunner:
         epoch, times, rest = self.group.epoch, times_later(named)(), condition(named)
         # Within a pipeline's call, what a step is made with may change from step to step.
         texts = Fingerprint({}, {} if self.group.running else rest)
-        loop = self.loops.next(Step((id(ready), self.loops.branch(id(ready), times, epoch)), list(rest.values()),
-                                    lambda: tuple(texts().items()), lambda: times, epoch, executor.begin))
+        branch = self.loops.branch(id(ready), times, epoch) if self.group.running else 0
+        loop = self.loops.next(Step((id(ready), branch), list(rest.values()), lambda: tuple(texts().items()),
+                                    lambda: times, epoch, executor.begin, not self.group.running))
         if loop.steps == 1:
             loop.caches = executor.begin()
         return lambda: executor(tensors, loop.caches)
@@ -242,7 +243,7 @@ class ModelRunner:
         mine = round_robin is None or round_robin.turn(self) == round_robin.mine
         step = Step((id(ready), round_robin.turn(self) if round_robin else 0), list(condition.values()),
                     lambda: tuple((n, text) for n, text in texts().items() if n in condition), times_later(others),
-                    self.group.epoch, executor.caches if mine else list)
+                    self.group.epoch, executor.caches if mine else list, not self.group.running)
         # Outside of a pipeline, a sample that comes from elsewhere may be the first of a loop.
         follows = self.group.running or all(
             isinstance(t := named[n], DeferredTensor) and t.tape is executor.communicator.tape for n in samples)
