@@ -241,6 +241,10 @@ class _Runner(ModelRunner):
             return super().__call__(*args, **kwargs)
         except (XditError, torch.OutOfMemoryError):
             raise
+        except (KeyError, AttributeError) as error:
+            assert isinstance(self.source, _Calls)
+            raise ArtifactError(f"{self.source.folder.path}: a module or a parameter is gone that its programs read "
+                                f"({error}); they are those of the model that was exported") from error
         except (RuntimeError, IndexError, ValueError) as error:
             assert isinstance(self.source, _Calls)
             raise ArtifactError(f"{self.source.folder.path}: an operator of its program failed in this call: "

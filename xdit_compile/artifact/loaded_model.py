@@ -12,17 +12,23 @@ from torch import nn
 
 from xdit_compile.artifact.entries import Entry
 from xdit_compile.artifact.json_values import Fields, signature_of, structure_of
+from xdit_compile.driver.parallel_model import Method
 from xdit_compile.errors import ArtifactError
 
 
-class Holder(nn.Module):
-    """A place for parameters of a loaded model, by their names. Nothing calls it: what is asked of it for the sake of
-    its forward is refused."""
+class Codeless(nn.Module):
+    """Parameters by their names, and no code that reads attributes."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not (isinstance(value, (torch.Tensor, nn.Module)) or value is None or name in vars(self)):
+        # Private ones are those of libraries, which ask for them themselves.
+        if not (isinstance(value, (torch.Tensor, nn.Module)) or value is None or name.startswith("_") or name in vars(self)
+                or isinstance(vars(type(self)).get(name), Method)):
             raise _without_code(f"its {name} cannot be set")
         super().__setattr__(name, value)
+
+
+class Holder(Codeless):
+    """A place for parameters of a loaded model. Nothing calls it: hooks are refused."""
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
         raise _without_code("hooks on its modules cannot be registered")
@@ -35,7 +41,7 @@ def _without_code(what: str) -> ArtifactError:
                          f"modules: {what}. Do it to the model, and export it anew")
 
 
-class LoadedModel(nn.Module):
+class LoadedModel(Codeless):
     """A model without code: its parameters, and what callers ask of a model of diffusers."""
 
     config: Fields

@@ -22,7 +22,7 @@ from xdit_compile.ir.call_arguments import bind_call, named_leaves
 from xdit_compile.ir.mesh import SHARD, position_of
 from xdit_compile.ir.parameter_groups import ParameterGroup, parameter_groups
 from xdit_compile.ir.pytree import flatten
-from xdit_compile.ir.released_parameters import missing_parameters, release_parameters
+from xdit_compile.ir.released_parameters import absence, missing_parameters, release_parameters
 from xdit_compile.ir.step_inputs import condition, condition_among, timestep_inputs
 from xdit_compile.passes import NOTHING
 from xdit_compile.progress import progress
@@ -352,8 +352,7 @@ class ModelRunner:
         if self.weights is not None:
             self.weights.load(self.model, names, device)
         if absent := missing_parameters(self.model, names):
-            raise XditError(f"{absent[0]} and {len(absent) - 1} more that this rank needs are on the meta device: give "
-                            "parallelize weights=FOLDER")
+            raise absence(self.model, absent, "give parallelize weights=FOLDER")
         if spec.parts:
             if self.store is None:
                 self.store = ParameterStore(compiled.groups, position_of(rank, spec)[SHARD], spec.shard_degree,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from operator import attrgetter
 
 import torch
@@ -79,6 +79,20 @@ def absent(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     made = GivenUp(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
     setattr(made, _HOME, device)
     return made
+
+
+def absence(model: nn.Module, absent: Sequence[str], remedy: str) -> XditError:
+    """The error to raise where parameters that this rank needs, under these names, have no values.
+
+    Args:
+        remedy: what to do about those that never had any.
+    """
+    module, _, leaf = absent[0].rpartition(".")
+    which = f"{absent[0]} and {len(absent) - 1} more of {type(model).__name__} that this rank needs"
+    if type(getattr(model.get_submodule(module), leaf, None)) is GivenUp:
+        return XditError(f"{which} were given up, for shares or to another stage, by another parallel model that has "
+                         "the same modules: use that one, or load the model anew")
+    return XditError(f"{which} are on the meta device: {remedy}")
 
 
 def missing_parameters(model: nn.Module, names: Collection[str]) -> list[str]:

@@ -18,10 +18,9 @@ from torch import nn
 
 from xdit_compile.driver.checkpoint import Checkpoint
 from xdit_compile.driver.parallel_model import Method, Parallel, instance_of_subclass, moved
-from xdit_compile.errors import XditError
 from xdit_compile.ir.call_arguments import bind_call, named_leaves
 from xdit_compile.ir.parameter_groups import is_block, parameter_groups
-from xdit_compile.ir.released_parameters import device_of_model, missing_parameters
+from xdit_compile.ir.released_parameters import absence, device_of_model, missing_parameters
 from xdit_compile.runtime.control.replicas import Replicas
 from xdit_compile.runtime.control.tensor_digest import digests
 from xdit_compile.runtime.deferred.deferred_tensor import materialize
@@ -96,8 +95,7 @@ class EncoderShares:
             held = [*self.encoder.named_parameters(remove_duplicate=False), *self.encoder.named_buffers()]
             self.weights.load(self.encoder, [n for n, _ in held if n not in inside], device)
         elif absent := missing_parameters(self.encoder, [n for n, _ in self.encoder.named_parameters()]):
-            raise XditError(f"{absent[0]} and {len(absent) - 1} more of {type(self.encoder).__name__} are on the meta "
-                            "device: give parallelize weights={NAME: FOLDER} for this component too")
+            raise absence(self.encoder, absent, "give parallelize weights={NAME: FOLDER} for this component too")
         if self.check_inputs:
             # Given up, they cannot be compared any more.
             replicas = Replicas()
