@@ -21,8 +21,8 @@ class Codeless(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Private ones are those of libraries, which ask for them themselves.
-        if not (isinstance(value, (torch.Tensor, nn.Module)) or value is None or name.startswith("_") or name in vars(self)
-                or isinstance(vars(type(self)).get(name), Method)):
+        known = name.startswith("_") or name in vars(self) or isinstance(vars(type(self)).get(name), Method)
+        if not known and value is not None and not isinstance(value, (torch.Tensor, nn.Module)):
             raise _without_code(f"its {name} cannot be set")
         super().__setattr__(name, value)
 

@@ -5,7 +5,6 @@ DistriFusion (arXiv 2402.19481): the collectives that a step starts are waited f
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,7 +54,7 @@ class DisplacedStepExecutor:
         spec = step.exact[0].spec
         assert spec is not None
         self._warmup = spec.warmup_steps
-        self._loops: weakref.WeakSet[OnTheWay] = weakref.WeakSet()
+        self._loops: list[OnTheWay] = []
 
     @property
     def programs(self) -> tuple[Program, ...]:
@@ -68,13 +67,14 @@ class DisplacedStepExecutor:
     def forget(self, suspect: bool = False) -> None:
         for loop in self._loops:
             loop.arrive()
+        self._loops.clear()
         for one in (self._exact, self._late):
             one.forget(suspect)
 
     def begin(self) -> OnTheWay:
         """What a loop begins with."""
         loop = OnTheWay()
-        self._loops.add(loop)
+        self._loops.append(loop)
         return loop
 
     def __call__(self, tensors: Sequence[torch.Tensor], loop: OnTheWay) -> tuple[torch.Tensor, ...]:
