@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import calls
 import pytest
 import torch
 import torch.distributed as dist
+import zoo
+from cases import made
 from marks import whole
 from pool import Pool
+from torch import nn
 
 import xdit_compile
+from xdit_compile.errors import XditError
+from xdit_compile.pipelines.spread_encoders import spread
 
 TWO = range(2)
 EXACT = 1e-5  # of the output's scale, in float32
@@ -231,3 +237,31 @@ def test_hidden_state_is_not_needed_to_print_copy_and_save(tmp_path: Any) -> Non
     again = calls.made(seed=1)
     again.load_state_dict(torch.load(tmp_path / "weights"))
     assert calls.differs(again, model, **calls.inputs()) == 0
+
+
+class Twice:
+    """A pipeline two components of which are one model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.transformer = self.transformer_2 = model
+
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        return {"transformer": self.transformer, "transformer_2": self.transformer_2}
+
+    def __call__(self) -> None: ...
+
+
+def test_components_that_are_one_stay_one() -> None:
+    """What one parallel model gives up, a second would not find."""
+    pipe = xdit_compile.parallelize(Twice(made(zoo.CASES["dit"])), "ulysses=1")
+    assert pipe.transformer is pipe.transformer_2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_encoder_lives_on_one_rank_for_one_pipeline(rank: int) -> None:
+    """Whoever has its weights and whoever has none: all refuse alike."""
+    encoder, group = nn.Linear(2, 2), cast(Any, SimpleNamespace(rank=rank))
+    spread(encoder, group, 0)
+    with pytest.raises(XditError, match="lives on one rank already"):
+        spread(encoder, group, 1)
