@@ -265,3 +265,15 @@ def test_an_encoder_lives_on_one_rank_for_one_pipeline(rank: int) -> None:
     spread(encoder, group, 0)
     with pytest.raises(XditError, match="lives on one rank already"):
         spread(encoder, group, 1)
+
+
+def test_a_model_whose_weights_another_has_given_up_is_told() -> None:
+    model, inputs = made(zoo.CASES["dit"]), zoo.CASES["dit"].inputs(1, False)
+    first, second = (xdit_compile.parallelize(model, spec) for spec in ("ulysses=1", "offload=block"))
+    with torch.no_grad():
+        first(**inputs)
+        second(**inputs)
+        for parallel in (first, xdit_compile.parallelize(model, "ulysses=1")):
+            with pytest.raises(XditError, match="were given up, .* by another parallel model"):
+                parallel(**inputs)
+        second(**inputs)

@@ -111,6 +111,7 @@ class ModelRunner:
 
     def _called(self, bound: inspect.BoundArguments, tensors: Sequence[torch.Tensor]) -> Any:
         self.group.counts["calls"] += 1
+        ready = None
         try:
             if self.store is not None:
                 self.store.check(self.model)
@@ -151,6 +152,10 @@ class ModelRunner:
         except BaseException as error:
             # What all ranks raise alike before any collective ends nothing: the next call may well succeed.
             self.group.control.fail(error, "a call of the model")
+            # Looked for only now: another parallel model may have given up what this one reads.
+            if isinstance(error, RuntimeError) and ready is not None and (
+                    absent := missing_parameters(self.model, ready.compiled.parameters)):
+                raise absence(self.model, absent, "load the model anew") from error
             raise
         return output_spec.finish((bound.args, bound.kwargs), tensors, results)
 
@@ -188,10 +193,11 @@ class ModelRunner:
                 raise XditError(f"{type(self.model).__name__} {LATE}")
         if begun.here or begun.before or self.changes != self.source.changes:
             self.changes = self.source.changes
-            if self.group.spec.keeps_steps:
-                self.loops.end()
+            # Before loops are gone: what they have sent and nobody will read is waited for.
             for ready in self.programs.values():
                 ready.executor.forget(begun.before)
+            if self.group.spec.keeps_steps:
+                self.loops.end()
         return kind, begun.here or begun.before
 
     def _bound(self, ready: ReadyProgram, executor: Executor | SteppingExecutor, tensors: Sequence[torch.Tensor],

@@ -5,6 +5,7 @@ DistriFusion (arXiv 2402.19481): the collectives that a step starts are waited f
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class DisplacedStepExecutor:
         spec = step.exact[0].spec
         assert spec is not None
         self._warmup = spec.warmup_steps
-        self._loops: list[OnTheWay] = []
+        self._loops: weakref.WeakSet[OnTheWay] = weakref.WeakSet()
 
     @property
     def programs(self) -> tuple[Program, ...]:
@@ -67,14 +68,13 @@ class DisplacedStepExecutor:
     def forget(self, suspect: bool = False) -> None:
         for loop in self._loops:
             loop.arrive()
-        self._loops.clear()
         for one in (self._exact, self._late):
             one.forget(suspect)
 
     def begin(self) -> OnTheWay:
         """What a loop begins with."""
         loop = OnTheWay()
-        self._loops.append(loop)
+        self._loops.add(loop)
         return loop
 
     def __call__(self, tensors: Sequence[torch.Tensor], loop: OnTheWay) -> tuple[torch.Tensor, ...]:
