@@ -38,7 +38,8 @@ class Step:
         key: what is equal for conditions of equal values; ``times``: its times. Both may wait for a device.
         epoch: which loop this is, where that is known.
         make: what a new loop keeps from step to step.
-        apart: whether it is no part of a pipeline's call, in which a condition's calls at one time come in one order.
+        apart: whether two calls with one condition at one time leave open whose the next is: outside of a pipeline's
+            call, in which they come in one order.
     """
 
     program: Hashable
