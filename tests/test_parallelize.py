@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 import zoo
 from cases import made
+from emulation import difference as differs
 from marks import whole
 from pool import Pool
 from torch import nn
@@ -274,6 +276,31 @@ def test_a_model_whose_weights_another_has_given_up_is_told() -> None:
         first(**inputs)
         second(**inputs)
         for parallel in (first, xdit_compile.parallelize(model, "ulysses=1")):
-            with pytest.raises(XditError, match="were given up, .* by another parallel model"):
+            with pytest.raises(XditError, match=r"were given up, .* by another parallel model"):
                 parallel(**inputs)
         second(**inputs)
+
+
+BEFORE: dict[str, Callable[[Any], Any]] = {
+    "apply": lambda m: m.apply(lambda module: torch.nn.init.constant_(module.weight, 0.01) if isinstance(
+        module, nn.Linear) else None),
+    "adapter": lambda m: m.load_lora_adapter({
+        f"transformer.{n}.{key}.weight": torch.full(shape, 0.1) for n, layer in m.named_modules() if n.endswith("to_q")
+        for key, shape in (("lora_A", (2, layer.in_features)), ("lora_B", (layer.out_features, 2)))},
+        prefix="transformer"),
+    "cast": lambda m: m.to(torch.float64).to(torch.float32),
+    "weights": lambda m: m.load_state_dict({n: 0.5 * t for n, t in m.state_dict().items()}),
+    "hook": lambda m: m.register_forward_hook(lambda module, args, out: (2 * out[0],)),
+}
+
+
+@torch.no_grad()
+def test_edits_before_the_spec_is_chosen() -> None:
+    """Under auto it is at the first call; all that is done to the model before is in the answer."""
+    case = zoo.CASES["sd3"]
+    plain, inputs = made(case), case.inputs(1, False) | {"return_dict": False}
+    model = xdit_compile.parallelize(copy.deepcopy(plain), "auto,machine=1xh100")
+    for edit in BEFORE.values():
+        edit(model)
+        edit(plain)
+    assert differs(model(**inputs)[0], plain(**inputs)[0]) <= EXACT
