@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from xdit_compile.driver.checkpoint import Checkpoint
+from xdit_compile.driver.edits import loading
 from xdit_compile.driver.parallel_model import Method, Parallel, instance_of_subclass, moved
 from xdit_compile.ir.call_arguments import bind_call, named_leaves
 from xdit_compile.ir.parameter_groups import is_block, parameter_groups
@@ -32,7 +33,8 @@ def sharded(encoder: nn.Module, group: ParallelGroup, check_inputs: CheckInputs,
     """``encoder`` with each rank's share of its parameters, once it was called; ``weights``: where they are read from,
     if it is on the meta device."""
     shares = EncoderShares(encoder, group, check_inputs, weights)
-    members: dict[str, Any] = {
+    members: dict[str, Any] = loading(type(encoder), lambda: None if shares.store is None else (shares.store, group))
+    members |= {
         "forward": Method("forward", encoder.forward, _forward(type(encoder), shares)), "runners": {},
         "shares": shares, "device": property(device_of_model), "_apply": moved(type(encoder))}
     return instance_of_subclass(encoder, Parallel, members, vars(encoder))
