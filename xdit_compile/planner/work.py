@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from xdit_compile.passes.batch_axis import merge_seeds
 from xdit_compile.passes.interpreter import ATTENTION, Cost, ProgramInterpreter, Seeds
 from xdit_compile.passes.pipefusion import Pipeline, plan_pipeline, stage_costs
 from xdit_compile.passes.recorded import Known
+from xdit_compile.passes.stage_partition import balanced, blocks_in
 from xdit_compile.passes.token_axis import candidates, check_heads
 from xdit_compile.report.memory import is_view, peak_activations
 from xdit_compile.report.operations import node_flops
@@ -37,9 +38,6 @@ VIEW = 0.5
 
 PACKING, MERGING = 3, 4
 """Operators around an exchange, and around a part of attention that a ring brings."""
-
-MANY = 1000
-"""Blocks of a program in which none was found to be as another; the exact count knows."""
 
 
 @dataclass(frozen=True)
@@ -165,28 +163,32 @@ class WorkCounter:
             work = self._work(_walk(program, seeds, flat, [0]), flat)
         if stages == 1:
             return work
-        blocks = max(self._blocks, 1)
-        if blocks < stages:
-            raise SpecError(f"{spec} asks for {stages} stages, but the model has {blocks} blocks to share out")
-        most = math.ceil(blocks / stages) / blocks
+        if len(self._blocks) < stages:
+            raise SpecError(f"{spec} asks for {stages} stages, but the model has {len(self._blocks)} blocks to share out")
+        most = self._share(stages)
         hidden = int(self._hidden / spec.sequence_degree / spec.batch_degree)
         edges = [Edge(i, i + 1, (hidden // spec.patches,) * spec.patches, hidden, "hidden") for i in range(stages - 1)]
         result = self.whole.arguments // spec.batch_degree
         edges += [Edge(stages - 1, 0, (result // spec.patches,) * spec.patches, result, RESULT)]
         units = {p: work.times(most / spec.patches) for p in range(spec.patches)} | {WHOLE: work.times(most)}
-        if spec.patches > 1:  # each patch starts as many operators as all of them together
-            whole = units[WHOLE]
-            units = {unit: replace(u, launches=whole.launches, exchanges=tuple(
-                replace(x, count=w.count) for x, w in zip(u.exchanges, whole.exchanges, strict=True)))
-                for unit, u in units.items()}
-        units = {unit: replace(u, weights=0) for unit, u in units.items()}
+        # Each patch starts as many operators as all of them together.
+        whole = units[WHOLE]
+        packing = (work.launches - self.whole.work.launches) * most
+        units = {unit: replace(u, weights=0, launches=self.whole.work.launches / stages + packing, exchanges=tuple(
+            replace(x, count=w.count) for x, w in zip(u.exchanges, whole.exchanges, strict=True)))
+            for unit, u in units.items()}
         return Staged((Work(weights=work.weights * most),) * stages, (units,) * stages, tuple(edges))
 
     @cached_property
-    def _blocks(self) -> int:
-        """How many numbered modules there are to share out among stages, nearly."""
+    def _blocks(self) -> list[int]:
+        """Operations of each block that can be a stage's."""
         program, *_ = plan_start(self.captured, ShardingSpec(), (), self.known)
-        return sum(n.op == "call_module" for n in program.main.graph.nodes) or MANY
+        return list(blocks_in(program, list(program.main.graph.nodes)).values())
+
+    def _share(self, stages: int) -> float:
+        """Of the blocks' operations, those of the busiest of so many stages."""
+        borders = [0, *accumulate(balanced(self._blocks, stages))]
+        return max(sum(self._blocks[a:b]) for a, b in pairwise(borders)) / max(sum(self._blocks), 1)
 
     @cached_property
     def _hidden(self) -> float:
@@ -203,9 +205,9 @@ class WorkCounter:
         for apart, patches in stage_costs(pipeline):
             once.append(replace(self._work(apart, spec), weights=share))
             units.append({unit: replace(self._work(cost, spec), weights=0.0) for unit, cost in patches.items()})
-        # Each patch starts as many operators as all of them together.
-        launches = self.whole.work.launches / spec.pipefusion_degree
-        units = [{unit: replace(w, launches=launches) for unit, w in u.items()} for u in units]
+        # Each patch starts as many operators as all of them together, and packs what it sends.
+        others = self.whole.work.launches * (1 - 1 / spec.pipefusion_degree)
+        units = [{unit: replace(w, launches=w.launches - others) for unit, w in u.items()} for u in units]
         once = [replace(w, launches=0.0) for w in once]
         return Staged(tuple(once), tuple(units), stage_edges(pipeline, 0))
 
