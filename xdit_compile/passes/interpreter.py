@@ -163,7 +163,6 @@ class FunctionInterpreter:
                     return self.lay(self.lay(value, dim, Dim.replicated(old.size)), dim, new)
                 node = self._stale(value, dim)
             elif old.axes == new.axes:
-                (axis,) = new.axes
                 spans = [new.spans(p) for p in self.positions(new)]
                 if spans == [old.spans(p) for p in self.positions(old)]:
                     return Value(value.node, layout, value.dtype)  # every rank has it already, in other segments

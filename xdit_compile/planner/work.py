@@ -36,6 +36,11 @@ FEW = 128
 VIEW = 0.5
 """Of the host's time for an operator, what one takes that starts nothing on the device."""
 
+FUNCTIONS = frozenset(getattr(torch.ops.aten, name).default for name in (
+    "gelu", "silu", "sigmoid", "tanh", "exp", "erf", "log", "sin", "cos", "softplus", "mish", "elu")) | {
+        torch.ops.aten._softmax.default, torch.ops.aten.softmax.int}
+"""Element-wise operators of which each value takes a CPU many operations."""
+
 PACKING, MERGING = 3, 4
 """Operators around an exchange, and around a part of attention that a ring brings."""
 
@@ -56,7 +61,7 @@ class Work:
 
     Attributes:
         products, attention: operations.
-        moved: bytes that all other work reads and writes.
+        moved: bytes that all other work reads and writes; functions: values of exp, tanh, gelu and the like in it.
         weights: bytes of weights that are read for few rows of features each: embeddings of time, modulations.
         launches: operators that start something on the device.
         exchanges: what goes over links.
@@ -70,6 +75,7 @@ class Work:
     launches: float = 0
     exchanges: tuple[Exchange, ...] = ()
     stale: int = 0
+    functions: float = 0
 
     @property
     def flops(self) -> float:
@@ -84,6 +90,7 @@ class Work:
         """So much of it."""
         return replace(self, products=self.products * factor, attention=self.attention * factor,
                        moved=self.moved * factor, weights=self.weights * factor, launches=self.launches * factor,
+                       functions=self.functions * factor,
                        exchanges=tuple(replace(x, count=x.count * factor, nbytes=x.nbytes * factor)
                                        for x in self.exchanges))
 
@@ -163,8 +170,8 @@ class WorkCounter:
             work = self._work(_walk(program, seeds, flat, [0]), flat)
         if stages == 1:
             return work
-        if len(self._blocks) < stages:
-            raise SpecError(f"{spec} asks for {stages} stages, but the model has {len(self._blocks)} blocks to share out")
+        if (blocks := len(self._blocks)) < stages:
+            raise SpecError(f"{spec} asks for {stages} stages, but the model has {blocks} blocks to share out")
         most = self._share(stages)
         hidden = int(self._hidden / spec.sequence_degree / spec.batch_degree)
         edges = [Edge(i, i + 1, (hidden // spec.patches,) * spec.patches, hidden, "hidden") for i in range(stages - 1)]
@@ -221,7 +228,8 @@ class WorkCounter:
         packed = sum(4 * x.nbytes for x in exchanges)
         started = sum((MERGING if x.kind == "ring" else PACKING) * x.count for x in exchanges)
         return Work(cost.flops - cost.attention_flops, cost.attention_flops, whole.work.moved * share + packed,
-                    whole.work.weights / spec.tensor_degree, whole.work.launches + started, exchanges, cost.stale_bytes)
+                    whole.work.weights / spec.tensor_degree, whole.work.launches + started, exchanges, cost.stale_bytes,
+                    whole.work.functions * share)
 
 
 def _walk(program: Program, seeds: Seeds, spec: ShardingSpec, ranks: Collection[int] = ()) -> Cost:
@@ -238,7 +246,7 @@ def _tokens_among(seeds: Seeds) -> Seeds:
 
 
 def _whole(program: Program, walked: int) -> Whole:
-    calls, moved, weights, launches = program.calls(), 0, 0, 0.0
+    calls, moved, weights, launches, functions = program.calls(), 0, 0, 0.0, 0
     flops: Counter[str] = Counter()
     dtypes: Counter[torch.dtype] = Counter()
     for name, module in program.functions():
@@ -259,11 +267,12 @@ def _whole(program: Program, walked: int) -> Whole:
             else:
                 results = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
                 moved += times * sum(map(size_of, [*results, *(n.meta["val"] for n in node.all_input_nodes)]))
+                functions += times * results[0].numel() if node.target in FUNCTIONS else 0
     holders = list(zip(program.main.graph.find_nodes(op="placeholder"), program.inputs, strict=True))
     held = {what.name: size_of(n.meta["val"]) for n, what in holders if what.kind == "parameter"}
     given = sum(size_of(n.meta["val"]) for n, what in holders if what.kind == "argument")
     dtype = max(dtypes, key=dtypes.__getitem__, default=torch.float32)
-    return Whole(Work(flops["products"], flops["attention"], moved, weights, launches), walked,
+    return Whole(Work(flops["products"], flops["attention"], moved, weights, launches, functions=functions), walked,
                  str(dtype).removeprefix("torch."), sum(held.values()), peak_activations(program), given)
 
 
