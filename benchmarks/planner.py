@@ -406,7 +406,7 @@ how many frames they are: a median error of 134%, which made the last line 31 ro
 54.8% of them within 25%, and 2 of 5 groups in order.
 
 What the planner does, and how to use it, is in the [README](../README.md#plan) and in [rooms.md](rooms.md#planner);
-how long planning takes is in [planning/time.md](planning/time.md).
+how long planning takes says `python benchmarks/planning_time.py`.
 """
 
 
