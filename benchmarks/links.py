@@ -7,6 +7,8 @@ mid-size model on them over gloo, and compares it with one device. For each rate
     python benchmarks/links.py                # ten rates, two machines: about half an hour on quiet cores
     python benchmarks/links.py --machines 4 --rates 50mbit 1gbit
     python benchmarks/links.py --quick        # a small model, two rates: a minute
+    python benchmarks/links.py --rates 20mbit --json a.json
+    python benchmarks/links.py --measured a.json b.json      # the page of what was measured before, predicted anew
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -73,12 +75,14 @@ QUICK = Scale(width=128, layers=4, side=24, steps=3, loops=2)
 
 @dataclass(frozen=True)
 class Found:
-    """One spec at one rate: seconds of a loop, predicted and measured (of each repetition)."""
+    """One spec at one rate: seconds of a loop, predicted and measured (of each repetition), and the machine's file
+    that the prediction is made from."""
 
     rate: str
     spec: str
     predicted: float
     measured: tuple[float, ...]
+    machine: str = ""
 
     @property
     def seconds(self) -> float:
@@ -150,8 +154,6 @@ def run(machines: int, rates: Sequence[str], specs: Sequence[str], scale: Scale,
     Raises:
         Unavailable: namespaces cannot be made here.
     """
-    model, given = build(scale)
-    planner = Planner(xdit_compile.capture(model, given), model="the model")
     found = []
     with Network(machines) as net, tempfile.TemporaryDirectory() as folder:
         for rate in tqdm(rates, "rates", disable=not sys.stderr.isatty()):
@@ -160,13 +162,22 @@ def run(machines: int, rates: Sequence[str], specs: Sequence[str], scale: Scale,
             job.write_text(json.dumps({"scale": asdict(scale), "specs": list(specs)}))
             net.torchrun([sys.executable, __file__, "--worker", str(job)], patience)
             answer = json.loads(job.with_suffix(".found").read_text())
+            found += [Found(rate, spec, 0.0, tuple(answer["taken"][spec]), answer["toml"]) for spec in specs]
+    return predicted(found, scale)
+
+
+def predicted(found: Sequence[Found], scale: Scale) -> list[Found]:
+    """The same with what the planner says of each."""
+    planner = Planner(xdit_compile.capture(*build(scale)), model="the model")
+    made = []
+    with tempfile.TemporaryDirectory() as folder:
+        for one in found:
             toml = Path(folder) / "machine.toml"
-            toml.write_text(answer["toml"])
-            question = Question(read(toml), machines, Loop(scale.steps, CALLS, 1))
-            for spec in specs:
-                option = planner.option(ShardingSpec.parse(spec), question)
-                found.append(Found(rate, spec, option.seconds.total, tuple(answer["taken"][spec])))
-    return found
+            toml.write_text(one.machine)
+            spec = ShardingSpec.parse(one.spec)
+            question = Question(read(toml), spec.world_size, Loop(scale.steps, CALLS, 1))
+            made.append(replace(one, predicted=planner.option(spec, question).seconds.total))
+    return made
 
 
 def page(found: Sequence[Found]) -> tuple[str, bool]:
@@ -196,7 +207,11 @@ def main() -> int:
         worker(options.worker)
         return 0
     scale, rates = (QUICK, ("50mbit", UNLIMITED)) if options.quick else (Scale(), RATES)
-    found = run(options.machines, options.rates or rates, options.specs or SPECS[options.machines], scale)
+    if options.measured:
+        before = [Found(**one) for file in options.measured for one in json.loads(file.read_text())]
+        found = predicted(before, scale)
+    else:
+        found = run(options.machines, options.rates or rates, options.specs or SPECS[options.machines], scale)
     text, good = page(found)
     print(text)
     if options.json:
@@ -212,6 +227,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--specs", nargs="+", metavar="SPEC", help="default: one of each method, and mixes")
     parser.add_argument("--quick", action="store_true", help="a small model and two rates")
     parser.add_argument("--json", type=Path, help="all figures")
+    parser.add_argument("--measured", type=Path, nargs="+", metavar="FILE", help="figures of earlier runs")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 

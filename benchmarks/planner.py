@@ -405,7 +405,8 @@ one more model (Mochi-1) were among these and were taken out again when they had
 how many frames they are: a median error of 134%, which made the last line 31 rows with a median error of 24.2%,
 54.8% of them within 25%, and 2 of 5 groups in order.
 
-What the planner does, and how to use it, is in the [README](../README.md#plan) and in [rooms.md](rooms.md#planner).
+What the planner does, and how to use it, is in the [README](../README.md#plan) and in [rooms.md](rooms.md#planner);
+how long planning takes says `python benchmarks/planning_time.py`.
 """
 
 

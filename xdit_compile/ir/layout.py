@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 
 Position = Mapping[str, int]
@@ -99,9 +99,10 @@ class Piece:
     at: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Dim:
-    """One dimension of a tensor: its segments, in order, with neighbouring replicated ones joined."""
+    """One dimension of a tensor: its segments, in order, with neighbouring replicated ones joined. What is asked for
+    all the time is reckoned once: planning is little else."""
 
     segments: tuple[Segment, ...]
 
@@ -137,17 +138,27 @@ class Dim:
         """The same with every rank of ``axis`` holding what they share."""
         return Dim.of(Segment((0, s.length), None, s.patch) if s.axis == axis else s for s in self.segments)
 
-    @property
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.segments)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"segments": self.segments}  # hashes of texts differ from process to process
+
+    @cached_property
     def size(self) -> int:
         return sum(s.length for s in self.segments)
 
-    @property
+    @cached_property
     def axes(self) -> frozenset[str]:
         """What cuts it: mesh axes, and PATCH."""
         ranks = frozenset(s.axis for s in self.segments if s.axis is not None)
         return ranks | {PATCH} if any(s.patch is not None for s in self.segments) else ranks
 
-    @property
+    @cached_property
     def sharded(self) -> bool:
         return any(s.cut for s in self.segments)
 
@@ -292,7 +303,7 @@ def reshape(dims: Sequence[Dim], shape: Sequence[int]) -> tuple[Dim, ...] | None
     return tuple(Dim.replicated(1) if n == 1 else next(queue) for n in shape)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layout:
     """A tensor's dimensions. ``partial`` names a mesh axis whose ranks hold summands of the true value."""
 
@@ -303,11 +314,21 @@ class Layout:
     def replicated(shape: Sequence[int]) -> Layout:
         return _replicated(tuple(shape))
 
-    @property
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.dims, self.partial))
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"dims": self.dims, "partial": self.partial}
+
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         return tuple(d.size for d in self.dims)
 
-    @property
+    @cached_property
     def sharded(self) -> bool:
         return self.partial is not None or any(d.sharded for d in self.dims)
 

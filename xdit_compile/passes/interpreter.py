@@ -163,8 +163,9 @@ class FunctionInterpreter:
                     return self.lay(self.lay(value, dim, Dim.replicated(old.size)), dim, new)
                 node = self._stale(value, dim)
             elif old.axes == new.axes:
-                (axis,) = new.axes
-                spans = [new.spans({**self.position, axis: i}) for i in range(self.sizes[axis])]
+                spans = [new.spans(p) for p in self.positions(new)]
+                if spans == [old.spans(p) for p in self.positions(old)]:
+                    return Value(value.node, layout, value.dtype)  # every rank has it already, in other segments
                 node = self.windows(value, dim, spans, f"re-laid from {old} to {new}")
             elif len(old.axes) > 1:
                 return self.lay(self._apart(value, dim), dim, new)

@@ -159,12 +159,12 @@ def _shared_out(program: Program, blocks: Mapping[str, int], count: int, given: 
                         f"({', '.join(blocks)}); use at most pipefusion={max(len(blocks), 1)}")
     if given and sum(given) != len(blocks):
         raise SpecError(f"{program.spec} gives stages {sum(given)} blocks, but the model has {len(blocks)}")
-    sizes = given or _balanced(list(blocks.values()), count)
+    sizes = given or balanced(list(blocks.values()), count)
     borders = list(accumulate(sizes))
     return {path: sum(i >= b for b in borders) for i, path in enumerate(blocks)}
 
 
-def _balanced(costs: Sequence[int], count: int) -> list[int]:
+def balanced(costs: Sequence[int], count: int) -> list[int]:
     """How many of these, in order, go to each of ``count`` stages, so that the largest sum is least."""
     total = [0, *accumulate(costs)]
     best: dict[tuple[int, int], tuple[int, list[int]]] = {(0, 0): (0, [])}

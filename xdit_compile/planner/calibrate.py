@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import tempfile
@@ -19,6 +20,7 @@ from rich.text import Text
 
 from xdit_compile.errors import XditError
 from xdit_compile.planner.machine import Link, Machine, Rates
+from xdit_compile.planner.work import VIEW
 from xdit_compile.report.tables import sections, table
 from xdit_compile.report.units import size
 
@@ -70,7 +72,7 @@ def measure(progress: Progress = lambda _: None) -> Machine:
         progress(f"products and attention in {dtype}")
         rates[str(dtype).removeprefix("torch.")] = Rates(_products(place, dtype), _attention(place, dtype))
     progress("other work")
-    moved, launch = _moved(place), _launch(place)
+    moved, functions, launch = _moved(place), _functions(place), _launch(place)
     progress("links")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     links = tuple(_links(world, local, place)) if world > 1 else ()
@@ -80,7 +82,7 @@ def measure(progress: Progress = lambda _: None) -> Machine:
     found = Machine(
         name, local, int(memory * USABLE), rates, moved, launch, 0.35 if place.type == "cuda" else 0.8,
         place.type == "cuda", 0.0, 15e-6, _host_copy(place), links or (Link(0, 0, "any", 1e-4, 1e9),),
-        max(world // local, 1))
+        max(world // local, 1), functions)
     return found
 
 
@@ -111,14 +113,26 @@ def _moved(place: torch.device) -> float:
     return 8.0 * n / _seconds(lambda: x * 1.5, place)
 
 
+def _functions(place: torch.device) -> float:
+    n = 1 << (26 if place.type == "cuda" else 20)
+    x = torch.randn(n, device=place)
+    return n / _seconds(lambda: torch.nn.functional.gelu(x, approximate="tanh"), place)
+
+
 def _launch(place: torch.device) -> float:
-    x = torch.zeros(8, device=place)
+    """Of what a block does, on next to no values: products, attention, norms, and what goes between them. A view counts
+    as in ``Work.launches``."""
+    x, w, b = (torch.zeros(*shape, device=place) for shape in ((1, 2, 16), (16, 16), (16,)))
+    f = torch.nn.functional
 
-    def several() -> None:
-        for _ in range(100):
-            x + 1
+    def block() -> None:
+        h = f.layer_norm(x, (16,)) * 1.5 + x
+        q, k, v = (f.linear(h, w, b).reshape(1, 2, 2, 8).transpose(1, 2) for _ in range(3))
+        h = x + f.linear(f.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(1, 2, 16), w, b) * 0.5
+        h + f.linear(f.gelu(f.linear(f.layer_norm(h, (16,)) * 1.5 + h, w, b)), w, b) * 0.5
 
-    return _seconds(several, place) / 100
+    started, views = 18, 8
+    return _seconds(block, place) / (started + VIEW * views)
 
 
 def _host_copy(place: torch.device) -> float:
@@ -210,7 +224,8 @@ def written(machine: Machine) -> str:
              f"launch_us = {machine.launch * 1e6:.4g}", f"left_by_a_compiler = {machine.compiled:.4g}",
              f"asynchronous = {str(machine.asynchronous).lower()}", f"overlap = {machine.overlap:.4g}",
              f"collective_us = {machine.collective * 1e6:.4g}",
-             f"host_copy_gb_per_s = {machine.host_copy / 1e9:.4g}"]
+             f"host_copy_gb_per_s = {machine.host_copy / 1e9:.4g}",
+             *([f"functions_g_per_s = {machine.functions / 1e9:.4g}"] if math.isfinite(machine.functions) else [])]
     for dtype, rates in machine.rates.items():
         lines += ["", f"[rates.{dtype}]", f"products_tflops = {rates.products / 1e12:.4g}",
                   f"attention_tflops = {rates.attention / 1e12:.4g}"]

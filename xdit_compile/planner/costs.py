@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from xdit_compile.ir.layout import BATCH
 from xdit_compile.ir.mesh import SHARD, members
@@ -107,7 +108,7 @@ def forward_seconds(work: Work, whole: Whole, spec: ShardingSpec, machine: Machi
     rates = machine.rates_of(whole.dtype)
     left = machine.compiled if spec.backend != "eager" else 1.0
     products, attention = work.products / rates.products, work.attention / rates.attention
-    rest = (work.moved * left + work.weights) / machine.moved
+    rest = (work.moved * left + work.weights) / machine.moved + work.functions / machine.functions
     links: dict[str, float] = defaultdict(float)
     for x in work.exchanges:
         seconds = _link_seconds(x, spec, machine)
@@ -122,9 +123,14 @@ def forward_seconds(work: Work, whole: Whole, spec: ShardingSpec, machine: Machi
 
 def link_of(axis: str, kind: str, spec: ShardingSpec, machine: Machine) -> tuple[Link, list[int]]:
     """What the slowest group along ``axis`` talks over, and its ranks."""
-    groups = {tuple(members(axis, rank, spec)) for rank in {0, spec.world_size // 2, spec.world_size - 1}}
-    found = [(machine.link(g, kind), list(g)) for g in sorted(groups)]
+    found = [(machine.link(g, kind), list(g)) for g in _groups(axis, spec)]
     return min(found, key=lambda item: item[0].bandwidth)
+
+
+@lru_cache(maxsize=256)
+def _groups(axis: str, spec: ShardingSpec) -> tuple[tuple[int, ...], ...]:
+    """Some of the groups along ``axis``: kept, because every kind of exchange and every patch asks."""
+    return tuple(sorted({tuple(members(axis, rank, spec)) for rank in {0, spec.world_size // 2, spec.world_size - 1}}))
 
 
 def _link_seconds(x: Exchange, spec: ShardingSpec, machine: Machine) -> float:

@@ -81,6 +81,7 @@ class Machine:
         overlap: of what a ring brings, the part that attention can hide (0 to 1).
         collective: seconds of the host per collective.
         host_copy: bytes per second from the host's memory to one device.
+        functions: values per second of exp, tanh, gelu and the like, which on CPUs take longer than memory does.
         links: how ranks talk, the narrowest placement first.
     """
 
@@ -97,6 +98,7 @@ class Machine:
     host_copy: float
     links: tuple[Link, ...]
     nodes: int = 1
+    functions: float = math.inf
 
     @property
     def world_size(self) -> int:
@@ -201,6 +203,7 @@ def read(path: Path) -> Machine:
         compiled=device.number("left_by_a_compiler", 0.3), asynchronous=device.flag("asynchronous", True),
         overlap=device.number("overlap", 0.0, least=0), collective=device.number("collective_us", least=0) / 1e6,
         host_copy=device.number("host_copy_gb_per_s", 10.0) * 1e9,
+        functions=device.number("functions_g_per_s", 0.0, least=0) * 1e9 or math.inf,
         links=tuple(_link(t) for t in data.tables("links")))
     if not made.rates:
         raise SpecError(f"{path}: [rates] is empty; it says for a dtype, as [rates.bfloat16], how fast products are")

@@ -33,6 +33,9 @@ GOALS = ("latency", "throughput")
 CHECKED = 2
 """So many of the best, which differ in more than patches, are counted as the passes plan them, and are proposals."""
 
+SLACK = 0.05
+"""An estimate may be too high by so much; the best is proposed when no estimate less that is below it."""
+
 FASTER = 4.0
 """Times the bandwidth of links, for the question what a faster one would gain."""
 
@@ -90,10 +93,15 @@ class Planner:
         tried, refused = self._estimated(question, progress)
         options: list[Option] = []
         others: list[Option] = []
+
+        def least(option: Option) -> float:
+            return option.cost if option.checked or options else option.cost * (1 - SLACK)
+
         while tried and len(options) < CHECKED:
-            tried.sort(key=lambda o: o.cost)
+            tried.sort(key=least)
             option = tried.pop(0)
-            if any(replace(o.spec, num_patches=option.spec.num_patches) == option.spec for o in options):
+            if any(replace(option.spec, num_patches=o.spec.num_patches) == o.spec for o in options
+                   if o.spec.pipefusion_degree == option.spec.pipefusion_degree):
                 others.append(option)
                 continue
             progress(f"checking {option.spec}")
@@ -103,7 +111,7 @@ class Planner:
                 refused.append(_refused(option.spec, error))
                 continue
             # It may be slower than it looked; then others come first.
-            (options if found.checked and all(found.cost <= o.cost for o in tried) else tried).append(found)
+            (options if found.checked and all(found.cost <= least(o) for o in tried) else tried).append(found)
         if not options:
             raise SpecError(f"no spec for {question.world} devices of {question.machine.name} can be proposed for "
                             f"{self.model}: " + "; ".join(f"{r.spec}: {r.reason}" for r in refused[:4]))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from xdit_compile.passes.batch_axis import merge_seeds
 from xdit_compile.passes.interpreter import ATTENTION, Cost, ProgramInterpreter, Seeds
 from xdit_compile.passes.pipefusion import Pipeline, plan_pipeline, stage_costs
 from xdit_compile.passes.recorded import Known
+from xdit_compile.passes.stage_partition import balanced, blocks_in
 from xdit_compile.passes.token_axis import candidates, check_heads
 from xdit_compile.report.memory import is_view, peak_activations
 from xdit_compile.report.operations import node_flops
@@ -35,11 +36,13 @@ FEW = 128
 VIEW = 0.5
 """Of the host's time for an operator, what one takes that starts nothing on the device."""
 
+FUNCTIONS = frozenset(getattr(torch.ops.aten, name).default for name in (
+    "gelu", "silu", "sigmoid", "tanh", "exp", "erf", "log", "sin", "cos", "softplus", "mish", "elu")) | {
+        torch.ops.aten._softmax.default, torch.ops.aten.softmax.int}
+"""Element-wise operators of which each value takes a CPU many operations."""
+
 PACKING, MERGING = 3, 4
 """Operators around an exchange, and around a part of attention that a ring brings."""
-
-MANY = 1000
-"""Blocks of a program in which none was found to be as another; the exact count knows."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Work:
 
     Attributes:
         products, attention: operations.
-        moved: bytes that all other work reads and writes.
+        moved: bytes that all other work reads and writes; functions: values of exp, tanh, gelu and the like in it.
         weights: bytes of weights that are read for few rows of features each: embeddings of time, modulations.
         launches: operators that start something on the device.
         exchanges: what goes over links.
@@ -72,6 +75,7 @@ class Work:
     launches: float = 0
     exchanges: tuple[Exchange, ...] = ()
     stale: int = 0
+    functions: float = 0
 
     @property
     def flops(self) -> float:
@@ -86,6 +90,7 @@ class Work:
         """So much of it."""
         return replace(self, products=self.products * factor, attention=self.attention * factor,
                        moved=self.moved * factor, weights=self.weights * factor, launches=self.launches * factor,
+                       functions=self.functions * factor,
                        exchanges=tuple(replace(x, count=x.count * factor, nbytes=x.nbytes * factor)
                                        for x in self.exchanges))
 
@@ -165,28 +170,32 @@ class WorkCounter:
             work = self._work(_walk(program, seeds, flat, [0]), flat)
         if stages == 1:
             return work
-        blocks = max(self._blocks, 1)
-        if blocks < stages:
+        if (blocks := len(self._blocks)) < stages:
             raise SpecError(f"{spec} asks for {stages} stages, but the model has {blocks} blocks to share out")
-        most = math.ceil(blocks / stages) / blocks
+        most = self._share(stages)
         hidden = int(self._hidden / spec.sequence_degree / spec.batch_degree)
         edges = [Edge(i, i + 1, (hidden // spec.patches,) * spec.patches, hidden, "hidden") for i in range(stages - 1)]
         result = self.whole.arguments // spec.batch_degree
         edges += [Edge(stages - 1, 0, (result // spec.patches,) * spec.patches, result, RESULT)]
         units = {p: work.times(most / spec.patches) for p in range(spec.patches)} | {WHOLE: work.times(most)}
-        if spec.patches > 1:  # each patch starts as many operators as all of them together
-            whole = units[WHOLE]
-            units = {unit: replace(u, launches=whole.launches, exchanges=tuple(
-                replace(x, count=w.count) for x, w in zip(u.exchanges, whole.exchanges, strict=True)))
-                for unit, u in units.items()}
-        units = {unit: replace(u, weights=0) for unit, u in units.items()}
+        # Each patch starts as many operators as all of them together.
+        whole = units[WHOLE]
+        packing = (work.launches - self.whole.work.launches) * most
+        units = {unit: replace(u, weights=0, launches=self.whole.work.launches / stages + packing, exchanges=tuple(
+            replace(x, count=w.count) for x, w in zip(u.exchanges, whole.exchanges, strict=True)))
+            for unit, u in units.items()}
         return Staged((Work(weights=work.weights * most),) * stages, (units,) * stages, tuple(edges))
 
     @cached_property
-    def _blocks(self) -> int:
-        """How many numbered modules there are to share out among stages, nearly."""
+    def _blocks(self) -> list[int]:
+        """Operations of each block that can be a stage's."""
         program, *_ = plan_start(self.captured, ShardingSpec(), (), self.known)
-        return sum(n.op == "call_module" for n in program.main.graph.nodes) or MANY
+        return list(blocks_in(program, list(program.main.graph.nodes)).values())
+
+    def _share(self, stages: int) -> float:
+        """Of the blocks' operations, those of the busiest of so many stages."""
+        borders = [0, *accumulate(balanced(self._blocks, stages))]
+        return max(sum(self._blocks[a:b]) for a, b in pairwise(borders)) / max(sum(self._blocks), 1)
 
     @cached_property
     def _hidden(self) -> float:
@@ -203,9 +212,9 @@ class WorkCounter:
         for apart, patches in stage_costs(pipeline):
             once.append(replace(self._work(apart, spec), weights=share))
             units.append({unit: replace(self._work(cost, spec), weights=0.0) for unit, cost in patches.items()})
-        # Each patch starts as many operators as all of them together.
-        launches = self.whole.work.launches / spec.pipefusion_degree
-        units = [{unit: replace(w, launches=launches) for unit, w in u.items()} for u in units]
+        # Each patch starts as many operators as all of them together, and packs what it sends.
+        others = self.whole.work.launches * (1 - 1 / spec.pipefusion_degree)
+        units = [{unit: replace(w, launches=w.launches - others) for unit, w in u.items()} for u in units]
         once = [replace(w, launches=0.0) for w in once]
         return Staged(tuple(once), tuple(units), stage_edges(pipeline, 0))
 
@@ -219,7 +228,8 @@ class WorkCounter:
         packed = sum(4 * x.nbytes for x in exchanges)
         started = sum((MERGING if x.kind == "ring" else PACKING) * x.count for x in exchanges)
         return Work(cost.flops - cost.attention_flops, cost.attention_flops, whole.work.moved * share + packed,
-                    whole.work.weights / spec.tensor_degree, whole.work.launches + started, exchanges, cost.stale_bytes)
+                    whole.work.weights / spec.tensor_degree, whole.work.launches + started, exchanges, cost.stale_bytes,
+                    whole.work.functions * share)
 
 
 def _walk(program: Program, seeds: Seeds, spec: ShardingSpec, ranks: Collection[int] = ()) -> Cost:
@@ -236,7 +246,7 @@ def _tokens_among(seeds: Seeds) -> Seeds:
 
 
 def _whole(program: Program, walked: int) -> Whole:
-    calls, moved, weights, launches = program.calls(), 0, 0, 0.0
+    calls, moved, weights, launches, functions = program.calls(), 0, 0, 0.0, 0
     flops: Counter[str] = Counter()
     dtypes: Counter[torch.dtype] = Counter()
     for name, module in program.functions():
@@ -257,11 +267,12 @@ def _whole(program: Program, walked: int) -> Whole:
             else:
                 results = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
                 moved += times * sum(map(size_of, [*results, *(n.meta["val"] for n in node.all_input_nodes)]))
+                functions += times * results[0].numel() if node.target in FUNCTIONS else 0
     holders = list(zip(program.main.graph.find_nodes(op="placeholder"), program.inputs, strict=True))
     held = {what.name: size_of(n.meta["val"]) for n, what in holders if what.kind == "parameter"}
     given = sum(size_of(n.meta["val"]) for n, what in holders if what.kind == "argument")
     dtype = max(dtypes, key=dtypes.__getitem__, default=torch.float32)
-    return Whole(Work(flops["products"], flops["attention"], moved, weights, launches), walked,
+    return Whole(Work(flops["products"], flops["attention"], moved, weights, launches, functions=functions), walked,
                  str(dtype).removeprefix("torch."), sum(held.values()), peak_activations(program), given)
 
 
