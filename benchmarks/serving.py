@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import signal
 import statistics
 import subprocess
@@ -211,26 +212,29 @@ def start(rounds: int) -> dict[str, Any]:
             "pipeline": lambda: _answered(call, deep, "cfg=2"),
             "pipeline, its model from an artifact": lambda: _answered(call, deep, artifact=eager),
             "artifact alone": lambda: _answered(inputs, eager),
-            COLD: lambda: _answered(call, deep, compiled),
+            "compiled pipeline (`backend=inductor`), the first time": lambda: _answered(call, deep, compiled),
             "compiled pipeline, a later time": lambda: _answered(call, deep, compiled),
-            NATIVE: lambda: _answered(call, deep, artifact=native, native=True),
+            "compiled pipeline, its model from a native artifact": lambda: _answered(call, deep, artifact=native, native=True),
             "native artifact alone": lambda: _answered(inputs, native, native=True)}
         found: dict[str, list[float]] = {name: [] for name in ways}
+        work: dict[str, list[float]] = {name: [] for name in ways}
         for i in tqdm(range(rounds), desc="starts"):
             # Ranks take it from here; the first compiled pipeline finds it empty.
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / f"inductor{i}")
             for name, way in ways.items():
-                started = time.perf_counter()
+                started, used = time.perf_counter(), _work_of_ranks()
                 way()
                 found[name].append(time.perf_counter() - started)
-                tqdm.write(f"{name}: {found[name][-1]:.1f} s")
-    seconds = {name: statistics.median(s) for name, s in found.items()}
-    return {"rounds": rounds, "seconds": seconds, "native against compiled": seconds[COLD] / seconds[NATIVE],
-            "alone against pipeline": seconds["pipeline"] / seconds["artifact alone"]}
+                work[name].append(_work_of_ranks() - used)
+                tqdm.write(f"{name}: {found[name][-1]:.1f} s, {work[name][-1]:.1f} s of the processor")
+    return {"rounds": rounds, "seconds": {name: statistics.median(s) for name, s in found.items()},
+            "work": {name: statistics.median(s) for name, s in work.items()}}
 
 
-COLD = "compiled pipeline (`backend=inductor`), the first time"
-NATIVE = "compiled pipeline, its model from a native artifact"
+def _work_of_ranks() -> float:
+    """Seconds of the processor that processes which have ended have taken."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _deep_pipeline(folder: Path, layers: int) -> None:
