@@ -214,7 +214,8 @@ def start(rounds: int) -> dict[str, Any]:
             "artifact alone": lambda: _answered(inputs, eager),
             "compiled pipeline (`backend=inductor`), the first time": lambda: _answered(call, deep, compiled),
             "compiled pipeline, a later time": lambda: _answered(call, deep, compiled),
-            "compiled pipeline, its model from a native artifact": lambda: _answered(call, deep, artifact=native, native=True),
+            "compiled pipeline, its model from a native artifact": lambda: _answered(
+                call, deep, artifact=native, native=True),
             "native artifact alone": lambda: _answered(inputs, native, native=True)}
         found: dict[str, list[float]] = {name: [] for name in ways}
         work: dict[str, list[float]] = {name: [] for name in ways}
