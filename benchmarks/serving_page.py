@@ -80,12 +80,13 @@ The work is that of the processor: in the caller's process, a client of HTTP inc
 
 
 def _start(of: dict[str, Any]) -> str:
+    often = f"medians of {of['rounds']}" if of["rounds"] > 1 else "one of each"
     rows = "\n".join(f"| {name} | {seconds:.1f} s | {of['work'][name]:.1f} s | {_times(of['seconds'], name)} | "
                      f"{_times(of['work'], name)} |" for name, seconds in of["seconds"].items())
     return f"""## From start to the first answer
 
 Processes, imports, weights, capture, compilation and a call of two steps (of an artifact alone: of its model), in
-turns; {f"medians of {of['rounds']}" if of["rounds"] > 1 else "one of each"}. The pipeline is 28 blocks deep, as DiT-XL/2, and narrow: imports, capture and
+turns; {often}. The pipeline is 28 blocks deep, as DiT-XL/2, and narrow: imports, capture and
 compilation take what they take for a model of full width, weights do not.
 
 | started from | seconds | of the processor, both ranks | times as fast | by the processor |
