@@ -124,9 +124,9 @@ def made(recipe: Recipe, place: torch.device, first: bool) -> Served:
     replaced = {component_of(recipe.pipeline, name, _class_in(path)): path for name, path in recipe.artifacts.items()}
     pipe = load(recipe.pipeline, dtype, without=tuple(replaced))
     for name, path in replaced.items():
-        weights = recipe.weights
-        if weights is None and (Path(recipe.source) / name).is_dir() and not _included(path):
-            weights = str(Path(recipe.source) / name)
+        weights, own = recipe.weights, Path(recipe.source) / name
+        if weights is None and any(own.glob("*.safetensors")):
+            weights = str(own)  # of what the artifact does not include
         setattr(pipe, name, _artifact(recipe, path, weights, place))
     pipe.set_progress_bar_config(disable=True)
     for name, part in pipe.components.items():
@@ -165,10 +165,6 @@ def _of_function(recipe: Recipe, place: torch.device) -> Served:
 
 def _class_in(path: str) -> str:
     return ArtifactFolder.at(path).manifest["model"]["class"].text()
-
-
-def _included(path: str) -> bool:
-    return bool(ArtifactFolder.at(path).manifest["weights"])
 
 
 @contextmanager
