@@ -232,7 +232,7 @@ def test_a_pipeline_takes_its_model_from_an_artifact(tmp_path: Path) -> None:
 
     path, call = tmp_path / "model.xdit", {"class_labels": [1], "num_inference_steps": 3, "output_type": "np"}
     assert main(["export", "--model", str(SHAPES), "--spec", "cfg=2", "--arg", "class_labels=[1]", "-o",
-                 str(path), "--native"]) == 0
+                 str(path), "--native", "--weights", "included"]) == 0
     plain = DiTPipeline.from_pretrained(SHAPES)
     plain.set_progress_bar_config(disable=True)
     expected = plain(**call, generator=torch.Generator().manual_seed(0)).images
