@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,6 +74,10 @@ def refused(name: str, spec: str) -> dict[str, str]:
         module = model.get_submodule(path)
         setattr(module, leaf, nn.Parameter(torch.zeros(getattr(module, leaf).shape)))
 
+    def put(model: nn.Module, _: Any) -> None:
+        parameter = next(model.parameters())
+        parameter.data = torch.ones(parameter.shape)
+
     def wrapped(model: nn.Module, _: Any) -> None:
         path = next(n for n, m in model.named_modules() if isinstance(m, nn.Linear))
         parent, _, child = path.rpartition(".")
@@ -89,6 +94,9 @@ def refused(name: str, spec: str) -> dict[str, str]:
         attempt("of a child", child)
         attempt("assigned", lambda model, state: model.load_state_dict(state, assign=True))
         attempt("written into", lambda model, _: next(model.parameters()).mul_(2))
+        attempt("written through .data", lambda model, _: next(model.parameters()).data.mul_(2))
+        attempt("put into .data", put)
+        attempt("pickled", lambda model, _: pickle.dumps(list(model.parameters())))
         attempt("replaced", replace)
         attempt("wrapped", wrapped)
         attempt("cast", lambda model, _: model.to(torch.bfloat16))

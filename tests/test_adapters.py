@@ -79,6 +79,13 @@ def test_pipeline_in_turns_with_adapters_from_before(pool: Pool, root: str) -> N
     ], parts=ENCODED, before=2, still=[("unload",)])  # fmt: skip
 
 
+def test_adapters_of_an_encoder_that_is_cut(pool: Pool, root: str) -> None:
+    """They come after the first call, when ranks have but a share of it."""
+    follow(pool, drive, "sd3", root, "ulysses=2,encoders=shard", [
+        (("start",), 1), (("load", "a", 1), 0), (("set", "a", [0.5]), 0), (("unload",), 0),
+    ], parts=("text_encoder",))  # fmt: skip
+
+
 def test_model_by_itself(pool: Pool, root: str) -> None:
     follow(pool, drive_model, "sd3", root, "ulysses=2", [
         (("start",), 1),

@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +181,78 @@ def test_a_loaded_model_is_asked_as_the_original(good: Path) -> None:
             model.get_parameter(name).mul_(3.0)
         after, expected = loaded(**inputs)[0], original(**inputs)[0]
     assert not torch.allclose(before, after) and torch.allclose(after, expected, atol=1e-5)
+
+
+def test_settings_of_the_caller_are_part_of_a_call(tmp_path: Path) -> None:
+    """Each of them, at the export and at the call: the model's own answer, or a refusal that names it."""
+    def half() -> Any:
+        return torch.autocast("cpu", torch.bfloat16)
+
+    @contextmanager
+    def double() -> Iterator[None]:
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inside(x) * torch.ones(8) / 3
+
+    model, x = Model().eval().requires_grad_(False), torch.randn(2, 3, 8)
+    settings: dict[str, Callable[[], Any]] = {
+        "nothing": nullcontext, "autocast": half, "default type": double, "both": lambda: both(half(), double())}
+
+    @contextmanager
+    def both(*contexts: Any) -> Iterator[None]:
+        with contexts[0], contexts[1]:
+            yield
+
+    for name, setting in settings.items():
+        with setting():
+            xdit_compile.export(model, "ulysses=1", {"x": x}, tmp_path / name, weights="included")
+            loaded = xdit_compile.load(tmp_path / name)
+        for other, around in settings.items():
+            with around():
+                if other != name:
+                    with pytest.raises(CaptureError, match="was exported under default type"):
+                        loaded(x)
+                    continue
+                found, expected = loaded(x), model(x)
+            assert found.dtype == expected.dtype and torch.allclose(found, expected)
+
+
+EDITS: dict[str, Callable[[nn.Module], Any]] = {
+    "a hook inside": lambda m: m.norm1.register_forward_hook(lambda *_: None),
+    "a hook before, inside": lambda m: m.norm1.register_forward_pre_hook(lambda *_: None),
+    "a forward inside": lambda m: setattr(m.norm1, "forward", m.forward),
+    "an attribute": lambda m: setattr(m, "heads", 2),
+    "an attribute inside": lambda m: setattr(m.norm1, "eps", 1.0),
+    "a module less": lambda m: delattr(m, "norm1"),
+    "a module around another": lambda m: setattr(m, "norm1", nn.Sequential(m.norm1)),
+    "a parameter less": lambda m: delattr(m.norm1, "weight"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_edits_of_a_model_without_code_are_refused(block: Path, name: str) -> None:
+    loaded = xdit_compile.load(block)
+    with pytest.raises(ArtifactError, match=r"has no code of its modules|is gone that its programs read"):
+        EDITS[name](loaded)
+        loaded(torch.randn(2, 12, 16))
+
+
+@pytest.fixture(scope="module")
+def block(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = calls.Block(16, 4, 0.0).requires_grad_(False).eval()
+    path: Path = tmp_path_factory.mktemp("block") / "model.xdit"
+    xdit_compile.export(model, "ulysses=1", {"x": torch.randn(2, 12, 16)}, path, weights="included")
+    return path
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:

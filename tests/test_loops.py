@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from torch import Tensor
 
 from xdit_compile.ir import host_values
+from xdit_compile.runtime.pipefusion.denoising_loops import DenoisingLoops, Step
 from xdit_compile.runtime.pipefusion.loop_boundaries import LoopBoundaries
 
 CALLS: dict[str, tuple[list[tuple[float, str]], list[int]]] = {
@@ -59,3 +62,38 @@ def test_a_pipeline_tells_its_loops() -> None:
     assert told == [True, False, False, True, False]
     assert loops.begins(None, at(3.0), "a").here, "outside of it"
     assert loops.begins(3, at(3.0), "a").here
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_no_sample_goes_on_from_another(seed: int) -> None:
+    """Outside of pipelines: loops of one or more samples, some with equal conditions, some broken off."""
+    rng, boundaries, loops, last = random.Random(seed), LoopBoundaries(), DenoisingLoops(), dict[int, tuple[int, int]]()
+    kept = 0
+    for run in range(rng.randint(2, 5)):
+        conditions = [rng.choice("abc") for _ in range(rng.randint(1, 3))]
+        calls = [(t, i, c) for t in (9.0, 6.0, 3.0, 1.0) for i, c in enumerate(conditions)]
+        for t, i, c in calls[:rng.choice((1, 2, 3, len(calls)))]:
+            # The same tensors as before, or new ones of the same values.
+            if boundaries.begins(None, at(t), rng.choice((c, rng.random()))).here:
+                loops.end()
+            loop = loops.next(Step("program", [], lambda c=c: c, lambda t=t: (t,), 0, list, apart=True))
+            if loop.steps == 1:
+                loop.caches = []
+            else:
+                assert last[id(loop.caches)] == (run, i)
+            kept, last[id(loop.caches)] = kept + (loop.steps > 1), (run, i)
+    assert kept or seed
+
+
+def test_a_step_that_is_interrupted_by_an_edit_mixes_no_conditions() -> None:
+    """Of a pipeline's step, whose calls are told by their order: the model is edited between two of them."""
+    loops, last = DenoisingLoops(), dict[int, str]()
+    for t in (9.0, 6.0, 3.0):
+        for condition in "ab":
+            if (t, condition) == (6.0, "b"):
+                loops.end()
+            branch = loops.branch("program", (t,), 1)
+            loop = loops.next(Step(("program", branch), [], tuple, lambda t=t: (t,), 1, list))
+            if loop.steps == 1:
+                loop.caches = []
+            assert last.setdefault(id(loop.caches), condition) == condition

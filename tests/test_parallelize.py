@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import calls
 import pytest
 import torch
 import torch.distributed as dist
+import zoo
+from cases import made
+from emulation import difference as differs
 from marks import whole
 from pool import Pool
+from torch import nn
 
 import xdit_compile
+from xdit_compile.errors import XditError
+from xdit_compile.pipelines.spread_encoders import spread
 
 TWO = range(2)
 EXACT = 1e-5  # of the output's scale, in float32
@@ -231,3 +239,68 @@ def test_hidden_state_is_not_needed_to_print_copy_and_save(tmp_path: Any) -> Non
     again = calls.made(seed=1)
     again.load_state_dict(torch.load(tmp_path / "weights"))
     assert calls.differs(again, model, **calls.inputs()) == 0
+
+
+class Twice:
+    """A pipeline two components of which are one model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.transformer = self.transformer_2 = model
+
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        return {"transformer": self.transformer, "transformer_2": self.transformer_2}
+
+    def __call__(self) -> None: ...
+
+
+def test_components_that_are_one_stay_one() -> None:
+    """What one parallel model gives up, a second would not find."""
+    pipe = xdit_compile.parallelize(Twice(made(zoo.CASES["dit"])), "ulysses=1")
+    assert pipe.transformer is pipe.transformer_2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_encoder_lives_on_one_rank_for_one_pipeline(rank: int) -> None:
+    """Whoever has its weights and whoever has none: all refuse alike."""
+    encoder, group = nn.Linear(2, 2), cast(Any, SimpleNamespace(rank=rank))
+    spread(encoder, group, 0)
+    with pytest.raises(XditError, match="lives on one rank already"):
+        spread(encoder, group, 1)
+
+
+def test_a_model_whose_weights_another_has_given_up_is_told() -> None:
+    model, inputs = made(zoo.CASES["dit"]), zoo.CASES["dit"].inputs(1, False)
+    first, second = (xdit_compile.parallelize(model, spec) for spec in ("ulysses=1", "offload=block"))
+    with torch.no_grad():
+        first(**inputs)
+        second(**inputs)
+        for parallel in (first, xdit_compile.parallelize(model, "ulysses=1")):
+            with pytest.raises(XditError, match=r"were given up, .* by another parallel model"):
+                parallel(**inputs)
+        second(**inputs)
+
+
+BEFORE: dict[str, Callable[[Any], Any]] = {
+    "apply": lambda m: m.apply(lambda module: torch.nn.init.constant_(module.weight, 0.01) if isinstance(
+        module, nn.Linear) else None),
+    "adapter": lambda m: m.load_lora_adapter({
+        f"transformer.{n}.{key}.weight": torch.full(shape, 0.1) for n, layer in m.named_modules() if n.endswith("to_q")
+        for key, shape in (("lora_A", (2, layer.in_features)), ("lora_B", (layer.out_features, 2)))},
+        prefix="transformer"),
+    "cast": lambda m: m.to(torch.float64).to(torch.float32),
+    "weights": lambda m: m.load_state_dict({n: 0.5 * t for n, t in m.state_dict().items()}),
+    "hook": lambda m: m.register_forward_hook(lambda module, args, out: (2 * out[0],)),
+}
+
+
+@torch.no_grad()
+def test_edits_before_the_spec_is_chosen() -> None:
+    """Under auto it is at the first call; all that is done to the model before is in the answer."""
+    case = zoo.CASES["sd3"]
+    plain, inputs = made(case), case.inputs(1, False) | {"return_dict": False}
+    model = xdit_compile.parallelize(copy.deepcopy(plain), "auto,machine=1xh100")
+    for edit in BEFORE.values():
+        edit(model)
+        edit(plain)
+    assert differs(model(**inputs)[0], plain(**inputs)[0]) <= EXACT

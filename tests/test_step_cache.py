@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import torch
 import zoo
 from cases import basic, made
 from emulation import difference
+from marks import whole
 from plain_step_cache import BLOCKS, FirstBlockCache
 from pool import Pool
 from step_cache_runs import STEPS, loop
 from stepwise import Ranks
-from torch import Tensor
+from torch import Tensor, nn
 
-from xdit_compile import export, verify_approximate
+from xdit_compile import export, parallelize, verify_approximate
 from xdit_compile.errors import ArtifactError, CaptureError, SpecError
 from xdit_compile.ir.pytree import flatten
 from xdit_compile.spec import ShardingSpec
@@ -120,6 +122,38 @@ def test_models_without_a_run_of_blocks() -> None:
     case = zoo.CASES["causal"]
     with pytest.raises(SpecError, match="is no step of a loop"):
         Ranks(made(case), case.inputs(1, False), "cache=first_block")
+
+
+def _weight(model: Any) -> Tensor:
+    return model.transformer_blocks[-1].ff.net[2].weight
+
+
+EDITS: dict[str, Callable[[Any], Any]] = {
+    "a weight": lambda m: _weight(m).mul_(2),
+    "a new weight": lambda m: setattr(m.transformer_blocks[-1].ff.net[2], "weight", nn.Parameter(
+        2 * _weight(m), requires_grad=False)),
+    "all weights of a block": lambda m: m.transformer_blocks[-1].load_state_dict(
+        {n: 1.5 * t for n, t in m.transformer_blocks[-1].state_dict().items()}),
+    "an attribute": lambda m: setattr(m.transformer_blocks[-1].norm3, "eps", 1.0),
+    "a hook": lambda m: m.transformer_blocks[-1].ff.register_forward_hook(lambda module, args, out: 2 * out),
+    "a block less": lambda m: m.transformer_blocks.__delitem__(-1),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("words", ["interval,every=9", whole("taylor,every=9"), whole("first_block,threshold=1000"),
+                                   whole("teacache,threshold=1000")])
+def test_edits_in_the_middle_of_a_loop_are_seen(words: str) -> None:
+    """The step after an edit uses nothing of those before, and the next ones use that."""
+    entry = displaced.MODELS["dit"]
+    inputs = entry.case.inputs(2, False)
+    model = parallelize(plain := made(entry.case), f"cache={words}")
+    for i, time in enumerate(displaced.times(inputs, 2 * len(EDITS) + 2)):
+        if i % 2 == 0 and i:
+            [*EDITS.values()][i // 2 - 1](plain)
+        given = inputs | {entry.layout.sample: inputs[entry.layout.sample] * (1 - 0.01 * i), "timestep": time}
+        error = difference(model(**given, return_dict=False)[0], plain(**given, return_dict=False)[0])
+        assert (error < EXACT) == (i % 2 == 0), (["at first", *EDITS][i // 2], i % 2, error)
 
 
 def test_how_far_a_loop_ends() -> None:

@@ -28,6 +28,7 @@ from xdit_compile.artifact.native_writer import AheadOfTimePackages
 from xdit_compile.artifact.parameter_shares import groups_json
 from xdit_compile.artifact.program_writer import program_json, stage_json
 from xdit_compile.artifact.running import Running
+from xdit_compile.artifact.surroundings import surroundings
 from xdit_compile.driver.captured_programs import CapturedPrograms
 from xdit_compile.driver.compile_call import Compiled
 from xdit_compile.errors import ArtifactError, SpecError, XditError
@@ -146,7 +147,7 @@ class _Writer:
             self.progress(f"call {number}: rank {rank} of {spec.world_size}")
             ranks.append(self._rank(self._compiled(captured, spec, rank), spec, rank))
         return {
-            "spec": str(Running().on(spec)), "inputs": structure_json(structure),
+            "spec": str(Running().on(spec)), "inputs": structure_json(structure), "surroundings": surroundings(),
             "looks": [look_json(t) for t in tensors],
             "sharing": list(sharing(tensors)), "reads": _reads(captured.guards, tensors),
             "outputs": structure_json(captured.outputs), "results": [look_json(t) for t in captured.output_spec.likes],

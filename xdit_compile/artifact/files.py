@@ -20,7 +20,7 @@ from xdit_compile.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 FORMAT = "xdit_compile artifact"
-VERSION = 3
+VERSION = 4
 LARGEST_TEXT = 32 * 2**20
 """Bytes of the largest manifest or graph that is read; those of the largest models have a few million. As values of
 Python they take up to twenty times as much."""

@@ -24,6 +24,7 @@ from xdit_compile.artifact.parameter_shares import groups_of, share_look
 from xdit_compile.artifact.program_reader import Reader, Values, kept_values, results_of
 from xdit_compile.artifact.running import Running, needed
 from xdit_compile.artifact.stage_reader import read_stage
+from xdit_compile.artifact.surroundings import surroundings
 from xdit_compile.artifact.weight_files import WeightFiles, placed, tensors_in
 from xdit_compile.driver.checkpoint import Checkpoint
 from xdit_compile.driver.model_runner import ModelRunner
@@ -240,6 +241,10 @@ class _Runner(ModelRunner):
             return super().__call__(*args, **kwargs)
         except (XditError, torch.OutOfMemoryError):
             raise
+        except (KeyError, AttributeError) as error:
+            assert isinstance(self.source, _Calls)
+            raise ArtifactError(f"{self.source.folder.path}: a module or a parameter is gone that its programs read "
+                                f"({error}); they are those of the model that was exported") from error
         except (RuntimeError, IndexError, ValueError) as error:
             assert isinstance(self.source, _Calls)
             raise ArtifactError(f"{self.source.folder.path}: an operator of its program failed in this call: "
@@ -322,6 +327,7 @@ class _Call:
         _check_pairs(entry, self.inputs, self.outputs)
         self.sharing = entry["sharing"].wholes()
         self.reads = {i: e.text() for i, e in entry["reads"].numbered()}
+        self.surroundings = entry["surroundings"].text()
         if len(self.sharing) != len(self.looks) or any(i >= len(self.looks) for i in self.reads):
             raise ArtifactError(f"{entry.where}: sharing or reads are not of its {len(self.looks)} tensors")
         self._made: dict[int, StoredProgram] = {}
@@ -333,6 +339,8 @@ class _Call:
 
     def differs(self, structure: Structure, tensors: Sequence[torch.Tensor]) -> str | None:
         """In what a call is not of this kind."""
+        if (here := surroundings()) != self.surroundings:
+            return f"it was exported under {self.surroundings}, and is called under {here}"
         if structure.key() != self.inputs.key():
             return "its arguments other than tensors, or their containers, differ"
         for i, (t, look) in enumerate(zip(tensors, self.looks, strict=True)):

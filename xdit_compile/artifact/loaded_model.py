@@ -12,9 +12,36 @@ from torch import nn
 
 from xdit_compile.artifact.entries import Entry
 from xdit_compile.artifact.json_values import Fields, signature_of, structure_of
+from xdit_compile.driver.parallel_model import Method
+from xdit_compile.errors import ArtifactError
 
 
-class LoadedModel(nn.Module):
+class Codeless(nn.Module):
+    """Parameters by their names, and no code that reads attributes."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Private ones are those of libraries, which ask for them themselves.
+        known = name.startswith("_") or name in vars(self) or isinstance(vars(type(self)).get(name), Method)
+        if not known and value is not None and not isinstance(value, (torch.Tensor, nn.Module)):
+            raise _without_code(f"its {name} cannot be set")
+        super().__setattr__(name, value)
+
+
+class Holder(Codeless):
+    """A place for parameters of a loaded model. Nothing calls it: hooks are refused."""
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
+        raise _without_code("hooks on its modules cannot be registered")
+
+    register_forward_pre_hook = register_forward_hook
+
+
+def _without_code(what: str) -> ArtifactError:
+    return ArtifactError(f"a loaded artifact runs the programs that it was exported with, and has no code of its "
+                         f"modules: {what}. Do it to the model, and export it anew")
+
+
+class LoadedModel(Codeless):
     """A model without code: its parameters, and what callers ask of a model of diffusers."""
 
     config: Fields

@@ -15,6 +15,7 @@ from torch import nn
 from xdit_compile.artifact.entries import Entry
 from xdit_compile.artifact.files import ArtifactFolder
 from xdit_compile.artifact.json_values import DEEPEST, look_of
+from xdit_compile.artifact.loaded_model import Holder
 from xdit_compile.driver.checkpoint import Checkpoint, Span, span_of
 from xdit_compile.errors import ArtifactError
 from xdit_compile.ir.parameter_groups import Member
@@ -147,7 +148,7 @@ def placed(cls: type[nn.Module], tensors: Mapping[str, torch.Tensor], buffers: C
         module = model
         for step in path:
             if step not in module._modules:
-                module._modules[step] = nn.Module()
+                module._modules[step] = Holder()
             inner = module._modules[step]
             assert inner is not None
             module = inner

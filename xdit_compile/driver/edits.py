@@ -19,9 +19,9 @@ from xdit_compile.runtime.execution.parameter_store import ParameterStore, swapp
 from xdit_compile.runtime.execution.whole_parameters import WholeParameters
 from xdit_compile.runtime.parallel_group import ParallelGroup
 
-LOADING = ("load_lora_adapter",)
-"""Methods of diffusers' models that put modules around others, with values that come from elsewhere. They ask the
-weights that are there for their shapes, types and devices."""
+LOADING = ("load_lora_adapter", "load_adapter")
+"""Methods of diffusers' and transformers' models that put modules around others, with values that come from elsewhere.
+They ask the weights that are there for their shapes, types and devices."""
 
 Holder = Callable[[], tuple[ParameterStore, ParallelGroup] | None]
 """Gives the shares of a model, once it has some, and who has the others."""
@@ -29,8 +29,12 @@ Holder = Callable[[], tuple[ParameterStore, ParallelGroup] | None]
 
 def edits(cls: Any, holder: Holder) -> dict[str, Any]:
     """Methods for a parallel model of the class ``cls``, in place of its own."""
-    loading = {name: _loading(getattr(cls, name), holder) for name in LOADING if hasattr(cls, name)}
-    return {**loading, "apply": _applying(cls.apply, holder)}
+    return {**loading(cls, holder), "apply": _applying(cls.apply, holder)}
+
+
+def loading(cls: Any, holder: Holder) -> dict[str, Any]:
+    """Those of them that load adapters."""
+    return {name: _loading(getattr(cls, name), holder) for name in LOADING if hasattr(cls, name)}
 
 
 def _loading(method: Callable[..., Any], holder: Holder) -> Callable[..., Any]:

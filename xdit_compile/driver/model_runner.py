@@ -22,7 +22,7 @@ from xdit_compile.ir.call_arguments import bind_call, named_leaves
 from xdit_compile.ir.mesh import SHARD, position_of
 from xdit_compile.ir.parameter_groups import ParameterGroup, parameter_groups
 from xdit_compile.ir.pytree import flatten
-from xdit_compile.ir.released_parameters import missing_parameters, release_parameters
+from xdit_compile.ir.released_parameters import absence, missing_parameters, release_parameters
 from xdit_compile.ir.step_inputs import condition, condition_among, timestep_inputs
 from xdit_compile.passes import NOTHING
 from xdit_compile.progress import progress
@@ -111,6 +111,7 @@ class ModelRunner:
 
     def _called(self, bound: inspect.BoundArguments, tensors: Sequence[torch.Tensor]) -> Any:
         self.group.counts["calls"] += 1
+        ready = None
         try:
             if self.store is not None:
                 self.store.check(self.model)
@@ -151,6 +152,10 @@ class ModelRunner:
         except BaseException as error:
             # What all ranks raise alike before any collective ends nothing: the next call may well succeed.
             self.group.control.fail(error, "a call of the model")
+            # Looked for only now: another parallel model may have given up what this one reads.
+            if isinstance(error, RuntimeError) and ready is not None and (
+                    absent := missing_parameters(self.model, ready.compiled.parameters)):
+                raise absence(self.model, absent, "load the model anew") from error
             raise
         return output_spec.finish((bound.args, bound.kwargs), tensors, results)
 
@@ -188,10 +193,11 @@ class ModelRunner:
                 raise XditError(f"{type(self.model).__name__} {LATE}")
         if begun.here or begun.before or self.changes != self.source.changes:
             self.changes = self.source.changes
-            if self.group.spec.keeps_steps:
-                self.loops.end()
+            # Before loops are gone: what they have sent and nobody will read is waited for.
             for ready in self.programs.values():
                 ready.executor.forget(begun.before)
+            if self.group.spec.keeps_steps:
+                self.loops.end()
         return kind, begun.here or begun.before
 
     def _bound(self, ready: ReadyProgram, executor: Executor | SteppingExecutor, tensors: Sequence[torch.Tensor],
@@ -203,8 +209,9 @@ class ModelRunner:
         epoch, times, rest = self.group.epoch, times_later(named)(), condition(named)
         # Within a pipeline's call, what a step is made with may change from step to step.
         texts = Fingerprint({}, {} if self.group.running else rest)
-        loop = self.loops.next(Step((id(ready), self.loops.branch(id(ready), times, epoch)), list(rest.values()),
-                                    lambda: tuple(texts().items()), lambda: times, epoch, executor.begin))
+        branch = self.loops.branch(id(ready), times, epoch) if self.group.running else 0
+        loop = self.loops.next(Step((id(ready), branch), list(rest.values()), lambda: tuple(texts().items()),
+                                    lambda: times, epoch, executor.begin, not self.group.running))
         if loop.steps == 1:
             loop.caches = executor.begin()
         return lambda: executor(tensors, loop.caches)
@@ -351,8 +358,7 @@ class ModelRunner:
         if self.weights is not None:
             self.weights.load(self.model, names, device)
         if absent := missing_parameters(self.model, names):
-            raise XditError(f"{absent[0]} and {len(absent) - 1} more that this rank needs are on the meta device: give "
-                            "parallelize weights=FOLDER")
+            raise absence(self.model, absent, "give parallelize weights=FOLDER")
         if spec.parts:
             if self.store is None:
                 self.store = ParameterStore(compiled.groups, position_of(rank, spec)[SHARD], spec.shard_degree,

@@ -19,6 +19,7 @@ import torch
 from xdit_compile.frontend.looks import attributes_of
 from xdit_compile.frontend.objects import CAPTURES, cell_content, content, slot, slots
 from xdit_compile.ir.containers import CONSTANTS
+from xdit_compile.ir.given_up import kind_of
 from xdit_compile.ir.packed_tensors import is_packed, metadata, parts
 from xdit_compile.ir.released_parameters import device_of
 
@@ -108,7 +109,7 @@ class _Description:
         """A parameter or a buffer: all but its values, and which others it is."""
         number = self._seen.setdefault(id(tensor), (len(self._seen), tensor))[0]
         own = attributes_of(tensor)
-        looks = (meta(tensor), type(tensor), number)
+        looks = (meta(tensor), kind_of(tensor), number)
         if is_packed(tensor):
             inner = tuple((name, meta(part)) for name, part in parts(tensor).items())
             return looks, inner, self.of({k: v for k, v in metadata(tensor).items() if not k.startswith("_")})

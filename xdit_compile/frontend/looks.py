@@ -22,6 +22,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from xdit_compile.errors import CaptureError
 from xdit_compile.frontend.objects import MISSING, constants
+from xdit_compile.ir.given_up import kind_of
 from xdit_compile.ir.packed_tensors import is_packed
 from xdit_compile.ir.pytree import CONSTANTS
 
@@ -86,7 +87,7 @@ def check_dress(stand_in: Tensor, name: str, before: Mapping[str, Any]) -> None:
 def attributes_of(tensor: Tensor, named: Collection[str] | None = None) -> dict[str, Any]:
     """Python attributes of a tensor, all or those with these names, but for ours. What is promised, or fake, has
     attributes of its own."""
-    if type(tensor) not in (Tensor, nn.Parameter) and not is_packed(tensor):
+    if kind_of(tensor) not in (Tensor, nn.Parameter) and not is_packed(tensor):
         return {}
     return {k: v for k, v in vars(tensor).items() if (named is None or k in named) and not k.startswith(_OURS)}
 

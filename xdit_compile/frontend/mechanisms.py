@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from xdit_compile.errors import CaptureError
 from xdit_compile.ir.containers import CONSTANTS
+from xdit_compile.ir.given_up import kind_of
 from xdit_compile.ir.packed_tensors import is_packed, parts
 
 PLAIN = (torch.Tensor, nn.Parameter, FakeTensor)
@@ -84,7 +85,7 @@ def _tensors(module: nn.Module, path: str) -> str | None:
     state = vars(module)
     for group in (state["_parameters"], state["_buffers"], state):
         for name, tensor in group.items():
-            if isinstance(tensor, torch.Tensor) and type(tensor) not in PLAIN and (
+            if isinstance(tensor, torch.Tensor) and kind_of(tensor) not in PLAIN and (
                     why := _unreadable(tensor, group is not state)):
                 where = f"{path}.{name}".lstrip(".")
                 return f"{where} is a {_name(type(tensor))}, {why}"

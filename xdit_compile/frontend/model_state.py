@@ -48,6 +48,7 @@ from xdit_compile.frontend.objects import (
 from xdit_compile.frontend.reads import Ran, Reads, resolve
 from xdit_compile.frontend.state_watch import LookedInto, Watch, layout, values
 from xdit_compile.ir.containers import CONSTANTS
+from xdit_compile.ir.given_up import kind_of
 from xdit_compile.ir.packed_tensors import is_packed, is_wrapper, metadata, parts
 from xdit_compile.ir.released_parameters import device_of
 
@@ -110,7 +111,7 @@ def describe(model: nn.Module, reads: Reads | None = None, extra: Mapping[str, t
 
 
 def _look(tensor: torch.Tensor) -> tuple[Hashable, ...]:
-    return type(tensor), tensor.shape, tensor.dtype, device_of(tensor), layout(tensor)
+    return kind_of(tensor), tensor.shape, tensor.dtype, device_of(tensor), layout(tensor)
 
 
 class _Walk:

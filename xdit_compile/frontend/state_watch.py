@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from xdit_compile.frontend.concrete_values import plain
 from xdit_compile.frontend.objects import MISSING, content
 from xdit_compile.ir import host_values
+from xdit_compile.ir.given_up import kind_of
 from xdit_compile.ir.released_parameters import device_of
 
 SMALL = 1 << 14
@@ -192,7 +193,7 @@ class _Looks:
 
 def _guards(tensors: Sequence[torch.Tensor]) -> TensorGuards | None:
     """What torch.compile compares tensors with: many in one call."""
-    if any(t.layout is not torch.strided or type(t) not in (torch.Tensor, nn.Parameter, nn.Buffer) for t in tensors):
+    if any(t.layout is not torch.strided or kind_of(t) not in (torch.Tensor, nn.Parameter, nn.Buffer) for t in tensors):
         return None
     static: Any = [[None] * t.ndim for t in tensors]
     return TensorGuards(*tensors, dynamic_dims_sizes=static, dynamic_dims_strides=static)

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdKeyDictionary
 
-PLAIN = frozenset({Tensor, nn.Parameter, nn.Buffer})
+from xdit_compile.ir.given_up import GivenUp
+
+PLAIN = frozenset({Tensor, nn.Parameter, nn.Buffer, GivenUp})
 """Types of tensors that hold what operators compute with, and do nothing of their own."""
 
 OF = "::"

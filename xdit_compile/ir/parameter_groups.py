@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from xdit_compile.ir.given_up import kind_of
 from xdit_compile.ir.layout import Layout, Position
 from xdit_compile.ir.program import Part
 
@@ -161,7 +162,7 @@ def _fits(tensor: torch.Tensor) -> bool:
     """Whether a tensor is all of a stretch of memory, in whatever order."""
     if tensor.layout is not torch.strided or tensor.is_quantized or not tensor.numel():
         return False
-    if type(tensor) not in (torch.Tensor, nn.Parameter) and not isinstance(tensor, torch._subclasses.FakeTensor):
+    if kind_of(tensor) not in (torch.Tensor, nn.Parameter) and not isinstance(tensor, torch._subclasses.FakeTensor):
         return False
     expected = 1
     for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):

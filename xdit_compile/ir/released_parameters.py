@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from operator import attrgetter
 
 import torch
 from torch import nn
 
 from xdit_compile.errors import XditError
+from xdit_compile.ir.given_up import GivenUp
 from xdit_compile.ir.packed_tensors import is_packed, parts, whole_name, with_parts
 
 _HOME = "_xdit_compile_home"
@@ -68,16 +69,30 @@ def _give_up(model: nn.Module, held: Iterable[_Held]) -> None:
 def _gone(tensor: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode(False):  # where writes are counted
         gone = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        made = nn.Parameter(gone, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else gone
+        made = GivenUp(gone, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else gone
     setattr(made, _HOME, device_of(tensor))
     return made
 
 
 def absent(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
     """A parameter that would be on ``device``, given up before it was there."""
-    made = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+    made = GivenUp(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
     setattr(made, _HOME, device)
     return made
+
+
+def absence(model: nn.Module, absent: Sequence[str], remedy: str) -> XditError:
+    """The error to raise where parameters that this rank needs, under these names, have no values.
+
+    Args:
+        remedy: what to do about those that never had any.
+    """
+    module, _, leaf = absent[0].rpartition(".")
+    which = f"{absent[0]} and {len(absent) - 1} more of {type(model).__name__} that this rank needs"
+    if type(getattr(model.get_submodule(module), leaf, None)) is GivenUp:
+        return XditError(f"{which} were given up, for shares or to another stage, by another parallel model that has "
+                         "the same modules: use that one, or load the model anew")
+    return XditError(f"{which} are on the meta device: {remedy}")
 
 
 def missing_parameters(model: nn.Module, names: Collection[str]) -> list[str]:

@@ -89,7 +89,11 @@ def parallel_pipeline(pipe: Any, group: ParallelGroup, check_inputs: CheckInputs
         raise XditError("weights are read for what runs at each step, and for encoders under encoders=shard; "
                         f"{', '.join(sorted(unknown))} is neither")
     make = functools.partial(_parallel, group=group, check_inputs=check_inputs, dump=dump)
-    parts = {n: make(c, encoders.index(n) if n in encoders else 0, weights=weights.get(n)) for n, c in modules.items()}
+    made: dict[int, Any] = {}  # what is one object stays one
+    for n, c in modules.items():
+        if id(c) not in made:
+            made[id(c)] = make(c, encoders.index(n) if n in encoders else 0, weights=weights.get(n))
+    parts = {n: made[id(c)] for n, c in modules.items()}
     members = {"__call__": _call(type(pipe)), "parallel_group": group,
                "replicas": Replicas() if check_inputs else None, "make": staticmethod(make)}
     if isinstance(inspect.getattr_static(type(pipe), "interrupt", None), property):

@@ -17,11 +17,11 @@ import torch.distributed as dist
 from torch import nn
 
 from xdit_compile.driver.checkpoint import Checkpoint
+from xdit_compile.driver.edits import loading
 from xdit_compile.driver.parallel_model import Method, Parallel, instance_of_subclass, moved
-from xdit_compile.errors import XditError
 from xdit_compile.ir.call_arguments import bind_call, named_leaves
 from xdit_compile.ir.parameter_groups import is_block, parameter_groups
-from xdit_compile.ir.released_parameters import device_of_model, missing_parameters
+from xdit_compile.ir.released_parameters import absence, device_of_model, missing_parameters
 from xdit_compile.runtime.control.replicas import Replicas
 from xdit_compile.runtime.control.tensor_digest import digests
 from xdit_compile.runtime.deferred.deferred_tensor import materialize
@@ -33,7 +33,8 @@ def sharded(encoder: nn.Module, group: ParallelGroup, check_inputs: CheckInputs,
     """``encoder`` with each rank's share of its parameters, once it was called; ``weights``: where they are read from,
     if it is on the meta device."""
     shares = EncoderShares(encoder, group, check_inputs, weights)
-    members: dict[str, Any] = {
+    members: dict[str, Any] = loading(type(encoder), lambda: None if shares.store is None else (shares.store, group))
+    members |= {
         "forward": Method("forward", encoder.forward, _forward(type(encoder), shares)), "runners": {},
         "shares": shares, "device": property(device_of_model), "_apply": moved(type(encoder))}
     return instance_of_subclass(encoder, Parallel, members, vars(encoder))
@@ -96,8 +97,7 @@ class EncoderShares:
             held = [*self.encoder.named_parameters(remove_duplicate=False), *self.encoder.named_buffers()]
             self.weights.load(self.encoder, [n for n, _ in held if n not in inside], device)
         elif absent := missing_parameters(self.encoder, [n for n, _ in self.encoder.named_parameters()]):
-            raise XditError(f"{absent[0]} and {len(absent) - 1} more of {type(self.encoder).__name__} are on the meta "
-                            "device: give parallelize weights={NAME: FOLDER} for this component too")
+            raise absence(self.encoder, absent, "give parallelize weights={NAME: FOLDER} for this component too")
         if self.check_inputs:
             # Given up, they cannot be compared any more.
             replicas = Replicas()

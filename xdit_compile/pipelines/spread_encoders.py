@@ -10,10 +10,14 @@ import torch
 from torch import nn
 
 from xdit_compile.driver.parallel_model import Method, Parallel, instance_of_subclass
+from xdit_compile.errors import XditError
 from xdit_compile.ir.call_arguments import bind_call, named_leaves
 from xdit_compile.runtime.control.tensor_digest import digests
 from xdit_compile.runtime.deferred.deferred_tensor import materialize
 from xdit_compile.runtime.parallel_group import ParallelGroup
+
+SPREAD = "_xdit_compile_spread"
+"""The attribute of an encoder, the original's too, by which it is known to live on one rank."""
 
 RESIZE = "resize_token_embeddings"
 """How new words are made room for, by the mean of the known ones."""
@@ -21,7 +25,16 @@ RESIZE = "resize_token_embeddings"
 
 def spread(encoder: nn.Module, group: ParallelGroup, owner: int) -> Any:
     """``encoder`` on rank ``owner`` of the group alone. The others give up their weights, which are put on the meta
-    device, and receive what its forward returns."""
+    device, and receive what its forward returns.
+
+    Raises:
+        XditError: on every rank, if it lives on one already.
+    """
+    if SPREAD in vars(encoder):
+        raise XditError(f"this {type(encoder).__name__} lives on one rank already, for another parallel pipeline, and "
+                        "other ranks have no weights of it: give this pipeline that one's encoder, or one that was "
+                        "loaded anew")
+    vars(encoder)[SPREAD] = True
     device, dtype = _home(encoder)
     members: dict[str, Any] = {"forward": Method("forward", encoder.forward, _forward(type(encoder), group, owner)),
                               "runners": {}}

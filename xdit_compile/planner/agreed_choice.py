@@ -33,6 +33,11 @@ class AutoRunner:
         return getattr(self._runner, name)
 
     @property
+    def store(self) -> Any:
+        """Shares of parameters, if there are some."""
+        return None if self._runner is None else self._runner.store
+
+    @property
     def programs(self) -> dict[int, Any]:
         """Of the calls made so far."""
         return {} if self._runner is None else self._runner.programs

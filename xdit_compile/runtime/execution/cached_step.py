@@ -53,6 +53,15 @@ class StepState:
         self.added: deque[tuple[int, Sequence[torch.Tensor]]] = deque(maxlen=2 if spec.cache == "taylor" else 1)
         self.skipped: list[bool] = []
         self._polynomial = spec.polynomial or [1.0, 0.0]
+        self._weights: list[tuple[int, int | None]] | None = None
+
+    def meet(self, weights: list[tuple[int, int | None]]) -> None:
+        """The next step is made with these, by their identities and writes: what was kept of others is not used."""
+        if self._weights is not None and weights != self._weights:
+            self.probe, self.moved = None, 0.0
+            self.added.clear()
+            self.skipped.clear()
+        self._weights = weights
 
     def skips(self, probe: torch.Tensor, sums: torch.Tensor) -> bool:
         """Whether the loop's next step leaves blocks out. The same on every rank, as ``sums`` are: (2,), absolute
@@ -140,6 +149,7 @@ class CachedStepExecutor:
     def __call__(self, tensors: Sequence[torch.Tensor], state: StepState) -> tuple[torch.Tensor, ...]:
         """The results of the next step of a loop that has kept ``state``."""
         names, streams = self.step.leaving, self.step.streams
+        state.meet([of for one in self for of in one.versions()])
         before = self.first_probe() if state.probe is None else state.probe
         probe, sums, *passed = self._head(tensors, {PROBE: before})
         values = dict(zip(self.step.passed, passed, strict=True))

@@ -17,7 +17,7 @@ from xdit_compile.ir.program import Input, Program, part_of
 from xdit_compile.runtime.compilation.cuda_graphs import GraphedFunction, check_groups
 from xdit_compile.runtime.compilation.inductor_backend import asks_for_graphs
 from xdit_compile.runtime.compilation.regional import compiled
-from xdit_compile.runtime.execution.loop_invariant_cache import CachedValues, LoopInvariantCache
+from xdit_compile.runtime.execution.loop_invariant_cache import CachedValues, LoopInvariantCache, version
 
 _STAY = frozenset({"parameter", "constant", "cache", "parameter_share"})
 """Kinds of inputs whose memory is the same from call to call."""
@@ -78,6 +78,10 @@ class Executor:
         """Keep nothing of the steps so far; ``suspect``: as `LoopInvariantCache.forget`."""
         if self._cache is not None:
             self._cache.forget(suspect)
+
+    def versions(self) -> list[tuple[int, int | None]]:
+        """What tells the weights from those of another call, as far as PyTorch counts writes into them."""
+        return [(id(t), version(t)) for t in (*self._state.read(), *self._shares)]
 
     def __call__(self, tensors: Sequence[torch.Tensor], values: Mapping[str, torch.Tensor] = NONE,
                  caches: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:

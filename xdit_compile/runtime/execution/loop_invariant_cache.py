@@ -76,7 +76,7 @@ class LoopInvariantCache:
                  compute: Callable[[], Values]) -> CachedValues:
         """The values for a call with these arguments and parameters."""
         used = [*(arguments[i] for i in self._places), *state]
-        seen = tuple((weakref.ref(t), _version(t)) for t in arguments)
+        seen = tuple((weakref.ref(t), version(t)) for t in arguments)
         key = _key(used)
         found = None if key is None else self._sets.pop(key, None)
         probes = [] if key is None else [*map(_probe, used)]
@@ -116,14 +116,14 @@ def _key(tensors: Sequence[torch.Tensor]) -> Key | None:
     """What tells these tensors, as they are now, from others that live; None if nothing can."""
     made = []
     for t in tensors:
-        version = _version(t)
-        if version is None:
+        writes = version(t)
+        if writes is None:
             return None
-        made.append((id(t), t.data_ptr(), version))
+        made.append((id(t), t.data_ptr(), writes))
     return tuple(made)
 
 
-def _version(tensor: torch.Tensor) -> int | None:
+def version(tensor: torch.Tensor) -> int | None:
     """How often a tensor was written into, if that is counted."""
     return None if tensor.is_inference() else tensor._version
 

@@ -13,7 +13,7 @@ from torch import nn
 from xdit_compile.errors import XditError
 from xdit_compile.ir.parameter_groups import Member, ParameterGroup
 from xdit_compile.ir.program import Input, part_of
-from xdit_compile.ir.released_parameters import LOOK, device_of, release_named
+from xdit_compile.ir.released_parameters import LOOK, absence, device_of, release_named
 from xdit_compile.runtime.execution.executor import ParameterReader
 
 Span = Callable[[Member, int, int], torch.Tensor]
@@ -64,8 +64,7 @@ class ParameterStore(Mapping[str, torch.Tensor]):
                 model, [m.name for m in group.members]).read(), strict=True))
             absent = [n for n, t in held.items() if t.is_meta]
             if absent and files is None:
-                raise XditError(f"{absent[0]} and {len(absent) - 1} more that this rank needs are on the meta device: "
-                                "give parallelize weights=FOLDER")
+                raise absence(model, absent, "give parallelize weights=FOLDER")
             place = device if absent else device_of(next(iter(held.values())))
             # Opened anew for each group: what was read of a file counts as this process's memory while it is open.
             span = _Spans(held, files() if absent and files else None)

@@ -38,6 +38,8 @@ class Step:
         key: what is equal for conditions of equal values; ``times``: its times. Both may wait for a device.
         epoch: which loop this is, where that is known.
         make: what a new loop keeps from step to step.
+        apart: whether two calls with one condition at one time leave open whose the next is: outside of a pipeline's
+            call, in which they come in one order.
     """
 
     program: Hashable
@@ -46,6 +48,7 @@ class Step:
     times: Callable[[], Times]
     epoch: int
     make: Callable[[], Any]
+    apart: bool = False
 
 
 @dataclass
@@ -93,6 +96,9 @@ class DenoisingLoops:
         self._guessed: tuple[Step, DenoisingLoop] | None = None
         self._calls: Counter[Hashable] = Counter()
         """Of each kind, at the times of the last call."""
+        self._now: Counter[Hashable] = Counter()
+        """Of each condition, at the times of the last call; ``_twice``: those with several at the times before."""
+        self._twice: frozenset[Hashable] = frozenset()
 
     def branch(self, kind: Hashable, times: Times, epoch: int) -> int:
         """How many calls of this kind there were before at these times: those of guidance come in one order at each
@@ -103,9 +109,8 @@ class DenoisingLoops:
         return self._calls[kind] - 1
 
     def end(self) -> None:
-        """No loop goes on."""
+        """No loop goes on. Calls are counted on: another may follow at the same times."""
         self._loops.clear()
-        self._calls.clear()
 
     def next(self, step: Step, likely: bool = False) -> DenoisingLoop:
         """The loop of a call, one step further.
@@ -142,11 +147,18 @@ class DenoisingLoops:
         if step.epoch != self._epoch:
             self._loops.clear()
             self._epoch = step.epoch
-        self._seen += times != self._times
+        if times != self._times:
+            self._seen += 1
+            self._twice = frozenset(k for k, calls in self._now.items() if calls > 1)
+            self._now.clear()
         self._times = times
+        self._now[key] += 1
         self._loops = {k: loop for k, loop in self._loops.items() if self._seen - loop.seen <= 1}
         loop = self._loops.get(key)
-        if loop is None or not loop.goes_on(times, self._seen):
+        # Two calls with one condition at one time are of two samples, or begin another loop: nobody knows whose the
+        # next is.
+        mixed = step.apart and (self._now[key] > 1 or key in self._twice)
+        if loop is None or mixed or not loop.goes_on(times, self._seen):
             loop = self._loops[key] = DenoisingLoop(loop.caches if loop else step.make(), times, times, self._seen)
         loop.last, loop.seen, loop.steps = times, self._seen, loop.steps + 1
         loop.looks = step.program, [(weakref.ref(t), _version(t)) for t in step.condition]
