@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import signal
 import statistics
 import subprocess
@@ -193,29 +194,58 @@ def _over(total: float, call: float, telling: float) -> tuple[float, float]:
 
 
 def start(rounds: int) -> dict[str, Any]:
-    """Seconds from `start` to the first answer, in turns: of a pipeline, of it with its model from an artifact, and of
-    the artifact by itself."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.xdit"
-        subprocess.run([sys.executable, "-m", "xdit_compile.cli", "export", "--model", str(SHAPES), "--spec", "cfg=2",
-                        "--arg", "class_labels=[1]", "-o", str(path), "--weights", "included"], check=True,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=REPOSITORY)
+    """Seconds from `start` to the first answer, in turns, of a pipeline as deep as DiT-XL/2 is: as it is and compiled,
+    with what inductor has kept from earlier starts and without; and with its model from an artifact, or that alone."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        deep, eager, native = folder / "deep", folder / "eager.xdit", folder / "native.xdit"
+        _deep_pipeline(deep, 28)
+        for path, how in ((eager, []), (native, ["--native"])):
+            subprocess.run([sys.executable, "-m", "xdit_compile.cli", "export", "--model", str(deep), "--spec", "cfg=2",
+                            "--arg", "class_labels=[1]", "-o", str(path), "--weights", "included", *how], check=True,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=REPOSITORY)
         inputs = {"hidden_states": torch.zeros(2, 4, 16, 16), "timestep": torch.zeros(2, dtype=torch.int64),
                   "class_labels": torch.tensor([1, 10])}
         call = {"class_labels": [1], "num_inference_steps": 2, "seed": 0}
+        compiled = "cfg=2,backend=inductor"
         ways: dict[str, Callable[[], Any]] = {
-            "pipeline": lambda: _answered(call, SHAPES, "cfg=2"),
-            "pipeline with its model from an artifact": lambda: _answered(call, SHAPES, artifact=path),
-            "artifact": lambda: _answered(inputs, path)}
+            "pipeline": lambda: _answered(call, deep, "cfg=2"),
+            "pipeline, its model from an artifact": lambda: _answered(call, deep, artifact=eager),
+            "artifact alone": lambda: _answered(inputs, eager),
+            "compiled pipeline (`backend=inductor`), the first time": lambda: _answered(call, deep, compiled),
+            "compiled pipeline, a later time": lambda: _answered(call, deep, compiled),
+            "compiled pipeline, its model from a native artifact": lambda: _answered(
+                call, deep, artifact=native, native=True),
+            "native artifact alone": lambda: _answered(inputs, native, native=True)}
         found: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in tqdm(range(rounds), desc="starts"):
+        work: dict[str, list[float]] = {name: [] for name in ways}
+        for i in tqdm(range(rounds), desc="starts"):
+            # Ranks take it from here; the first compiled pipeline finds it empty.
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / f"inductor{i}")
             for name, way in ways.items():
-                started = time.perf_counter()
+                started, used = time.perf_counter(), _work_of_ranks()
                 way()
                 found[name].append(time.perf_counter() - started)
-                tqdm.write(f"{name}: {found[name][-1]:.1f} s")
+                work[name].append(_work_of_ranks() - used)
+                tqdm.write(f"{name}: {found[name][-1]:.1f} s, {work[name][-1]:.1f} s of the processor")
     return {"rounds": rounds, "seconds": {name: statistics.median(s) for name, s in found.items()},
-            "times as fast": statistics.median(found["pipeline"]) / statistics.median(found["artifact"])}
+            "work": {name: statistics.median(s) for name, s in work.items()}}
+
+
+def _work_of_ranks() -> float:
+    """Seconds of the processor that processes which have ended have taken."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _deep_pipeline(folder: Path, layers: int) -> None:
+    """The pipeline of shapes with random blocks, more of them."""
+    from diffusers import DiTPipeline, DiTTransformer2DModel
+
+    pipe = DiTPipeline.from_pretrained(SHAPES)
+    torch.manual_seed(0)
+    pipe.transformer = DiTTransformer2DModel.from_config({**pipe.transformer.config, "num_layers": layers})
+    pipe.save_pretrained(folder)
 
 
 def _answered(call: dict[str, Any], *source: Any, **options: Any) -> None:

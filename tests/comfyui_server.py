@@ -97,7 +97,10 @@ class ComfyUI:
         Raises:
             RuntimeError: what ComfyUI says of the node that failed.
         """
-        number = self._ask("/prompt", {"prompt": graph})["prompt_id"]
+        return self.outcome(self._ask("/prompt", {"prompt": graph})["prompt_id"], seconds)
+
+    def outcome(self, number: str, seconds: float = 240.0) -> dict[str, Any]:
+        """What the nodes of a prompt give, when it is done. Raises as `run` does."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             found = self._ask(f"/history/{number}")
@@ -109,6 +112,10 @@ class ComfyUI:
                 return found[number]["outputs"]
             time.sleep(0.1)
         raise TimeoutError(self.log())
+
+    def settings(self, chosen: dict[str, Any]) -> None:
+        """Settings of its page."""
+        self._ask("/settings", chosen)
 
     def file(self, output: dict[str, Any], kind: str) -> Path:
         """The one file of this kind (images, latents) that a node has saved."""
@@ -123,7 +130,7 @@ class ComfyUI:
         request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
-                return json.load(answer)
+                return json.loads(answer.read() or b"null")
         except urllib.error.HTTPError as error:
             raise RuntimeError(error.read().decode()) from error
 

@@ -57,9 +57,10 @@ def written(folder: Path, name: str, spec: str, batch: int = 2, **options: Any) 
     write(folder, cases.made(case), case.inputs(batch, False), spec, **options)
 
 
-def write(folder: Path, model: nn.Module, inputs: dict[str, Any], spec: str, **options: Any) -> None:
+def write(folder: Path, model: nn.Module, inputs: dict[str, Any], spec: str, example: dict[str, Any] | None = None,
+          **options: Any) -> None:
     included, native = "weights" in options, options.get("native", False)
-    xdit_compile.export(model, spec, inputs, folder / "model.xdit", **options)
+    xdit_compile.export(model, spec, example or inputs, folder / "model.xdit", **options)
     if not included:
         model.save_pretrained(folder / "weights")
     with torch.no_grad():
@@ -92,7 +93,10 @@ def test_artifacts_run_without_the_model_s_code(tmp_path: Path) -> None:
 def test_functions_compiled_ahead(tmp_path: Path, spec: str) -> None:
     (tmp_path / "block").mkdir()
     block = calls.Block(16, 4, 0.0).requires_grad_(False).eval()
-    write(tmp_path / "block", block, {"x": torch.randn(2, 12, 16)}, spec, native=True, weights="included")
+    # Exported with one sample expanded to two, called with two.
+    example = {"x": torch.randn(1, 12, 16).expand(2, 12, 16)}
+    write(tmp_path / "block", block, {"x": torch.randn(2, 12, 16)}, spec, example,
+          native=True, weights="included")
     found = alone(tmp_path, 2)
     assert found["block"]["error"] <= EXACT
 

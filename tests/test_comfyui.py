@@ -6,11 +6,14 @@ Runs where ``XDIT_COMPILE_COMFYUI`` names a checkout of ComfyUI whose requiremen
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import browser
 import comfyui_models
+import comfyui_page
 import numpy as np
 import pytest
 import torch
@@ -110,6 +113,29 @@ def test_a_prompt_by_http_gives_the_picture_of_one_device(server: ComfyUI, tmp_p
     latents = [latent for latent, _ in alone[:5]]
     assert all((a - b).abs().max() > 1e-2 for i, a in enumerate(latents) for b in latents[:i]), "a way has no effect"
     refused(server)
+
+
+@pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())
+def test_the_workflow_opens_in_the_page_and_its_button_makes_the_picture_of_one_device(server: ComfyUI) -> None:
+    workflow, api = (json.loads(path.read_text()) for path in (comfyui_page.WORKFLOW, comfyui_page.API))
+    with comfyui_page.page(server) as opened:
+        found = comfyui_page.load(opened, workflow)
+        assert {name: asked(n) for name, n in found.items()} == {name: asked(n) for name, n in api.items()}
+        graph = comfyui_page.load(opened, comfyui_page.with_tests_models(workflow))
+        shared = comfyui_page.run(opened, server)
+    own = {"XDiTLoadDiffusionModel": "UNETLoader", "XDiTLoadLora": "LoraLoaderModelOnly",
+           "XDiTSampler": "SamplerCustomAdvanced"}
+    for entry in graph.values():
+        entry["class_type"] = own.get(entry["class_type"], entry["class_type"])
+        entry["inputs"].pop("spec", None)
+    alone = server.run(graph)
+    ours, its = (np.asarray(Image.open(server.file(o["14"], "images"))).astype(int) for o in (shared, alone))
+    assert its.std() > 20 and abs(ours - its).max() <= 1
+
+
+def asked(entry: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What a node of a prompt is and is given; titles and the like apart."""
+    return entry["class_type"], entry["inputs"]
 
 
 def refused(server: ComfyUI) -> None:

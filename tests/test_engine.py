@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -231,12 +232,13 @@ def test_a_pipeline_takes_its_model_from_an_artifact(tmp_path: Path) -> None:
 
     path, call = tmp_path / "model.xdit", {"class_labels": [1], "num_inference_steps": 3, "output_type": "np"}
     assert main(["export", "--model", str(SHAPES), "--spec", "cfg=2", "--arg", "class_labels=[1]", "-o",
-                 str(path)]) == 0
+                 str(path), "--native", "--weights", "included"]) == 0
     plain = DiTPipeline.from_pretrained(SHAPES)
     plain.set_progress_bar_config(disable=True)
     expected = plain(**call, generator=torch.Generator().manual_seed(0)).images
-    with xdit_compile.start(SHAPES, artifact=path, device="cpu") as engine:
-        assert np.abs(engine(**call, seed=0).images - expected).max() < 1e-5
+    for native in (False, True):
+        with xdit_compile.start(SHAPES, artifact=path, device="cpu", native=native) as engine:
+            assert np.abs(engine(**call, seed=0).images - expected).max() < 1e-5
     with pytest.raises(XditError, match="an artifact has its own spec"):
         xdit_compile.start(SHAPES, "cfg=2", artifact=path)
 
@@ -260,7 +262,7 @@ def test_from_standard_input_and_workers_end_with_their_parent() -> None:
         time.sleep(0.05)
 
 
-def test_what_cannot_be_started_is_explained(tmp_path: Path) -> None:
+def test_what_cannot_be_started_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(LaunchError, match=r"workers import it by name.*no lambda"):
         xdit_compile.start(lambda: None)
     with pytest.raises(SpecError, match=r"auto,world=4 needs 4 processes"):
@@ -269,15 +271,18 @@ def test_what_cannot_be_started_is_explained(tmp_path: Path) -> None:
         xdit_compile.start(SHAPES, "ulysses=2", world_size=3)
     with pytest.raises(XditError, match=r"there is no folder .*nowhere\.xdit"):
         xdit_compile.start(tmp_path / "nowhere.xdit")
+    with pytest.raises(XditError, match=r"native=True runs what an artifact holds.*as source"):
+        xdit_compile.start(SHAPES, native=True)
     with pytest.raises(XditError, match="no executor 'threads'"):
         xdit_compile.start(SHAPES, executor="threads")  # type: ignore[arg-type]
     with pytest.raises(XditError, match="must return a pipeline, a model or something that can be called"):
         xdit_compile.start(engine_makers.nothing, device="cpu")
     assert named("pkg.mod:f") == ("function", "pkg.mod:f") and named("someone/model") == ("pipeline", "someone/model")
     assert named(SHAPES) == ("pipeline", str(SHAPES)) and named(TOY) == ("function", TOY)
-    ran = subprocess.run([sys.executable, "-"], input="import xdit_compile\ndef f(): pass\nxdit_compile.start(f)",
-                         capture_output=True, text=True)
-    assert "lives in __main__ of a notebook or an interactive session" in ran.stderr
+    monkeypatch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))  # as in `python -`: without a file
+    exec("def typed(): pass", there := {"__name__": "__main__"})
+    with pytest.raises(LaunchError, match="lives in __main__ of a notebook or an interactive session"):
+        xdit_compile.start(there["typed"])
 
 
 def example(prompt: str | list[str], size: int = 3, sigmas: list[float] | None = None, scale: float = 1.0,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +45,9 @@ class CompiledFunction(nn.Module):
         takes = [n.meta["val"] for n in graph.find_nodes(op="placeholder")]
         # Else the code runs where it was compiled, whatever device it is given tensors of.
         index = next((t.device.index for t in takes if t.device.type == "cuda"), None)
-        self._run = aoti_load_package(str(package), device_index=-1 if index is None else index)
-        self._strides = [t.stride() for t in takes]
+        with _no_probe():
+            self._run = aoti_load_package(str(package), device_index=-1 if index is None else index)
+        self._strides = [strides_for(t) for t in takes]
 
     def forward(self, *tensors: torch.Tensor) -> Any:
         # The code does not look at how tensors lie in memory, but relies on it.
@@ -52,6 +55,27 @@ class CompiledFunction(nn.Module):
         # writer's `_unseen` says why.
         with torch._C._AutoDispatchBelowAutograd():
             return self._run(*map(_laid, tensors, self._strides))
+
+
+@contextmanager
+def _no_probe() -> Iterator[None]:
+    """To tell what the processor can do, PyTorch would compile and load something, in a process of its own, which takes
+    longer than all else. `check_target` has looked at that."""
+    from torch._inductor import config, cpu_vec_isa
+
+    with config.patch({"cpp.vec_isa_ok": True}):
+        try:
+            yield
+        finally:
+            cpu_vec_isa.valid_vec_isa_list.cache_clear()  # who compiles later wants it probed
+
+
+def strides_for(example: torch.Tensor) -> tuple[int, ...]:
+    """How an input lies for which code is compiled: as in the example, but each element in a place of its own. What was
+    one number expanded there need not be in a later call."""
+    if any(stride == 0 and size > 1 for size, stride in zip(example.shape, example.stride(), strict=True)):
+        return torch.empty(example.shape, device="meta").stride()
+    return example.stride()
 
 
 def _laid(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:

@@ -15,6 +15,7 @@ from torch import fx
 from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 
 from xdit_compile.artifact.graph_writer import encode
+from xdit_compile.artifact.native_reader import strides_for
 from xdit_compile.ir.layout import BATCH, SEQUENCE, TENSOR
 from xdit_compile.ir.mesh import RING, SHARD, ULYSSES, axis_sizes, group_name, position_of
 from xdit_compile.ir.program import Program, is_collective, output_args
@@ -96,7 +97,7 @@ def _unseen(graph: fx.Graph) -> fx.Graph:
 
 def _example(like: torch.Tensor) -> torch.Tensor:
     device = torch.device("cpu") if like.device.type == "meta" else like.device
-    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device).zero_()
+    return torch.empty_strided(like.shape, strides_for(like), dtype=like.dtype, device=device).zero_()
 
 
 @contextmanager

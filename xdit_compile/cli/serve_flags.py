@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--executor", choices=("processes", "ray"), default="processes", help="what ranks are (default processes)")
     add("--artifact", action="append", default=[], metavar="[COMPONENT=]FOLDER",
         help="an artifact in place of the pipeline's model of its class, or of the component named")
+    add("--native", action="store_true", help="run what the artifact holds compiled ahead, where you trust it")
     add("--weights", metavar="FOLDER", help="safetensors of the artifact (default: the pipeline's)")
     add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: bfloat16 on a GPU, else float32)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if it fits")
@@ -93,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
     artifacts = dict(_named(text) for text in options.artifact)
     starting = partial(
         start, options.model, spec, world_size=options.world_size, executor=options.executor, device=options.device,
-        dtype=options.dtype, artifact=artifacts or None, weights=options.weights,
+        dtype=options.dtype, artifact=artifacts or None, weights=options.weights, native=options.native,
         options={n: v for n, v in chosen.items() if v})
     _speak()
     print(f"http://{options.host}:{options.port}  ({name}; the engine is starting)", file=sys.stderr)

@@ -81,10 +81,10 @@ class Channel:
             with self._lock:
                 header = struct.pack("!Q", len(message.text))
                 if message.memory is None:
-                    self._socket.sendall(header)
+                    self._socket.sendall(header + message.text)  # at once: the reader wakes up once
                 else:
                     socket.send_fds(self._socket, [header], [message.memory])
-                self._socket.sendall(message.text)
+                    self._socket.sendall(message.text)
         except OSError as error:
             raise ChannelClosed(f"the other process takes no messages any more: {error}") from error
 

@@ -25,7 +25,7 @@ Executor = Literal["processes", "ray"]
 def start(source: str | Path | Callable[..., Any], spec: str = "", *, world_size: int | None = None,
           executor: Executor = "processes", device: str | None = None, dtype: str = "auto", threads: int | None = None,
           timeout: float = 600.0, artifact: str | Path | Mapping[str, str | Path] | None = None,
-          weights: str | Path | None = None, arguments: Mapping[str, Any] | None = None,
+          weights: str | Path | None = None, native: bool = False, arguments: Mapping[str, Any] | None = None,
           options: Mapping[str, Any] | None = None) -> Engine:
     """Start an engine: one process per rank, which make what ``source`` names and wait for calls.
 
@@ -46,6 +46,7 @@ def start(source: str | Path | Callable[..., Any], spec: str = "", *, world_size
         timeout: seconds without any news (a step, an answer) after which a start or a call is given up.
         artifact: of a pipeline: an artifact in place of the model of its class, or several by component.
         weights: safetensors for an artifact that holds none; by default those in the pipeline's folder.
+        native: run what artifacts hold compiled ahead, which is machine code: only where you trust them.
         arguments: of the function.
         options: fields of `PipelineSource`: ``{"scheduler": "EulerDiscreteScheduler"}``.
 
@@ -63,9 +64,11 @@ def start(source: str | Path | Callable[..., Any], spec: str = "", *, world_size
     own = name if kind == "artifact" else next(iter(artifacts.values()), None)
     if own is not None and spec:
         raise XditError(f"an artifact has its own spec; leave {spec!r} out")
+    if native and own is None:
+        raise XditError("native=True runs what an artifact holds compiled ahead; give one, by artifact= or as source")
     size = size_of(spec, world_size, own)
     recipe = Recipe(kind, name, spec, dict(options or {}), artifacts, None if weights is None else str(
-        Path(weights).resolve()), dict(arguments or {}), dtype, timeout)
+        Path(weights).resolve()), native, dict(arguments or {}), dtype, timeout)
     device = device or kind_for(size)
     threads = threads or max(1, torch.get_num_threads() // size)
     return Engine(recipe, _starter(executor, size, device, threads, timeout))

@@ -13,7 +13,7 @@ from collections import deque
 from contextlib import suppress
 
 from xdit_compile.engine.channel import DESCRIPTOR, Channel, ChannelClosed, Message
-from xdit_compile.engine.ranks import Event, Said
+from xdit_compile.engine.ranks import SILENT, Event, Said
 from xdit_compile.errors import XditError
 from xdit_compile.runtime.control.store import listening_store
 from xdit_compile.runtime.launch import rank_environment
@@ -50,7 +50,7 @@ class ProcessRanks:
             self._processes.append(subprocess.Popen(
                 [sys.executable, "-m", "xdit_compile.engine.worker_process"], pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, **environment, "PYTHONPATH": path, DESCRIPTOR: str(theirs.fileno())}))
+                env={**SILENT, **os.environ, **environment, "PYTHONPATH": path, DESCRIPTOR: str(theirs.fileno())}))
         self._channels.append(Channel(ours))
         self._selector.register(ours, selectors.EVENT_READ, rank)
 

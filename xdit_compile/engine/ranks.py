@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 Event = Mapping[str, Any]
+SILENT = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "DIFFUSERS_VERBOSITY": "error",
+          "TRANSFORMERS_VERBOSITY": "error"}
+"""Environment of ranks, unless it says otherwise: of bars and advice there would be as many as ranks. Set beforehand:
+to import these libraries only to silence them would take longer than to load an artifact."""
 
 
 class Said(NamedTuple):

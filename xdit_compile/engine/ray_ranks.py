@@ -10,7 +10,7 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
-from xdit_compile.engine.ranks import Event, Said
+from xdit_compile.engine.ranks import SILENT, Event, Said
 from xdit_compile.engine.values import packed, unpacked
 from xdit_compile.errors import LaunchError, XditError
 from xdit_compile.runtime.control.secret import VARIABLE
@@ -52,7 +52,8 @@ class RayRanks:
         path = os.pathsep.join(os.path.abspath(p) for p in sys.path)
         for rank in range(self.size):
             self._actors.append(actor.options(
-                num_cpus=room["CPU"], num_gpus=room.get("GPU", 0), runtime_env={"env_vars": {"PYTHONPATH": path}},
+                num_cpus=room["CPU"], num_gpus=room.get("GPU", 0),
+                runtime_env={"env_vars": {**SILENT, "PYTHONPATH": path}},
                 scheduling_strategy=strategies.PlacementGroupSchedulingStrategy(
                     self._placement, placement_group_bundle_index=rank)).remote())
         places = ray.get([a.place.remote() for a in self._actors], timeout=seconds)

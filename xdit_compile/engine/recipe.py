@@ -31,6 +31,7 @@ class Recipe:
         artifacts: folders of artifacts in place of a pipeline's models, by the name of the component, or by none where
             its class tells.
         weights: of an artifact that holds none.
+        native: run what artifacts hold compiled ahead.
         arguments: of the function.
         dtype: of a pipeline's weights: auto is bfloat16 on a GPU, float32 on a CPU.
         timeout: seconds to wait for another rank.
@@ -42,6 +43,7 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
     artifacts: Mapping[str, str] = field(default_factory=dict)
     weights: str | None = None
+    native: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "auto"
     timeout: float = 600.0

@@ -19,7 +19,7 @@ from xdit_compile.engine.recipe import Recipe
 from xdit_compile.engine.target import load as function_named
 from xdit_compile.errors import ArgumentError, XditError
 from xdit_compile.pipelines.call_signature import CallSignature, refusals_told
-from xdit_compile.pipelines.loading import component_of, load, only_one_speaks
+from xdit_compile.pipelines.loading import component_of, load
 from xdit_compile.pipelines.parallel_pipeline import ParallelPipeline, is_pipeline
 
 OnStep = Callable[[int, int], None]
@@ -115,9 +115,8 @@ def made(recipe: Recipe, place: torch.device, first: bool) -> Served:
     Raises:
         XditError: something is missing or does not fit.
     """
-    only_one_speaks(False)
     if recipe.kind == "artifact":
-        return Served(load_artifact(recipe.source, recipe.weights, timeout=recipe.timeout, device=place))
+        return Served(_artifact(recipe, recipe.source, recipe.weights, place))
     if recipe.kind == "function":
         return _of_function(recipe, place)
     dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
@@ -125,15 +124,19 @@ def made(recipe: Recipe, place: torch.device, first: bool) -> Served:
     replaced = {component_of(recipe.pipeline, name, _class_in(path)): path for name, path in recipe.artifacts.items()}
     pipe = load(recipe.pipeline, dtype, without=tuple(replaced))
     for name, path in replaced.items():
-        weights = recipe.weights
-        if weights is None and (Path(recipe.source) / name).is_dir() and not _included(path):
-            weights = str(Path(recipe.source) / name)
-        setattr(pipe, name, load_artifact(path, weights, timeout=recipe.timeout, device=place))
+        weights, own = recipe.weights, Path(recipe.source) / name
+        if weights is None and any(own.glob("*.safetensors")):
+            weights = str(own)  # of what the artifact does not include
+        setattr(pipe, name, _artifact(recipe, path, weights, place))
     pipe.set_progress_bar_config(disable=True)
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module) and name not in replaced:
             part.to(place)
     return Served(pipe) if replaced else _parallel(pipe, recipe)
+
+
+def _artifact(recipe: Recipe, path: str, weights: str | None, place: torch.device) -> nn.Module:
+    return load_artifact(path, weights, timeout=recipe.timeout, device=place, native=recipe.native)
 
 
 def _parallel(original: Any, recipe: Recipe) -> Served:
@@ -162,10 +165,6 @@ def _of_function(recipe: Recipe, place: torch.device) -> Served:
 
 def _class_in(path: str) -> str:
     return ArtifactFolder.at(path).manifest["model"]["class"].text()
-
-
-def _included(path: str) -> bool:
-    return bool(ArtifactFolder.at(path).manifest["weights"])
 
 
 @contextmanager

@@ -22,8 +22,9 @@ from starlette.formparsers import MultiPartException
 from xdit_compile.engine.handle import Engine
 from xdit_compile.serve.arguments import Checked, checked, picture, seed_of, size_of
 from xdit_compile.serve.guards import Guards
+from xdit_compile.serve.job import Encode, Job
 from xdit_compile.serve.metrics import Metrics
-from xdit_compile.serve.queue import Encode, Job, Queue
+from xdit_compile.serve.queue import Queue
 from xdit_compile.serve.refusals import Refusal, bad
 from xdit_compile.serve.results import FORMATS, files_of
 from xdit_compile.serve.settings import Settings
@@ -307,11 +308,7 @@ async def _waited(server: Server, request: Request, job: Job) -> None:
     Raises:
         Refusal: it failed.
     """
-    async def over() -> None:
-        async for _ in job.watched():
-            pass
-
-    waiting = asyncio.create_task(over())
+    waiting = asyncio.create_task(job.ended.wait())
     try:
         while not (await asyncio.wait([waiting], timeout=_LOOK))[0]:
             if await request.is_disconnected():

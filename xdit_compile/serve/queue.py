@@ -4,97 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from xdit_compile.engine.call import Call
 from xdit_compile.engine.handle import Engine
 from xdit_compile.errors import RankFailure
 from xdit_compile.serve.arguments import Checked
+from xdit_compile.serve.job import Encode, Job, State, Unit
 from xdit_compile.serve.metrics import Metrics
 from xdit_compile.serve.refusals import Refusal, refusal_of
-from xdit_compile.serve.results import File
 from xdit_compile.serve.settings import Settings
 from xdit_compile.serve.sharing import Sharing
 
 log = logging.getLogger(__name__)
-
-State = Literal["queued", "running", "done", "failed", "cancelled"]
-Encode = Callable[[Any, int], list[File]]
-"""Makes files of an answer and the seed it was made with."""
-
-
-@dataclass(eq=False)
-class Job:
-    """What one request asked for: a call for each seed.
-
-    Attributes:
-        done: calls that have ended; ``step`` of ``steps`` that of the one under way.
-        refusal: what went wrong.
-        timing: seconds of its calls on rank 0, as those of a `Call`.
-    """
-
-    checked: Checked
-    encode: Encode
-    deadline: float
-    identifier: str = field(default_factory=lambda: secrets.token_urlsafe(12))
-    created: float = field(default_factory=time.time)
-    state: State = "queued"
-    done: int = 0
-    step: int = 0
-    steps: int = 0
-    files: list[File] = field(default_factory=list)
-    refusal: Refusal | None = None
-    seconds: float = 0.0
-    timing: dict[str, float] = field(default_factory=dict)
-    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
-
-    @property
-    def over(self) -> bool:
-        return self.state in ("done", "failed", "cancelled")
-
-    @property
-    def progress(self) -> float:
-        """How much of it is done, from 0 to 1."""
-        part = self.step / self.steps if self.steps else 0.0
-        return 1.0 if self.state == "done" else min(1.0, (self.done + part) / self.checked.count)
-
-    async def watched(self) -> AsyncIterator[Job]:
-        """Itself, now and after each change, until it is over."""
-        seen: Any = None
-        while True:
-            now = (self.state, self.done, self.step)
-            if now != seen:
-                seen = now
-                yield self
-            if self.over:
-                return
-            async with self.changed:
-                if (self.state, self.done, self.step) == seen:
-                    await self.changed.wait()
-
-    async def tell(self) -> None:
-        async with self.changed:
-            self.changed.notify_all()
-
-
-@dataclass(eq=False)
-class Unit:
-    """One call of a job."""
-
-    job: Job
-    seed: int
-    arrived: float = field(default_factory=time.monotonic)
-    call: Call | None = None
-
 
 class Queue:
     """Calls of all jobs, one after the other, or several as one where that changes no answer.
@@ -110,6 +38,7 @@ class Queue:
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._sharing = Sharing(engine.signature, settings.batch)
         self._arrived = asyncio.Event()
+        self._encoding: asyncio.Task[None] | None = None
         self.draining = False
         self._task = asyncio.create_task(self._run())
 
@@ -156,7 +85,7 @@ class Queue:
         for unit in self._running:
             if unit.call is not None and all(other.job.over for other in self._running):
                 unit.call.cancel()
-        await job.tell()
+        job.tell()
 
     async def drain(self, seconds: float) -> None:
         """Take no more jobs, and give those that are there so many seconds; then cancel them."""
@@ -164,6 +93,7 @@ class Queue:
         deadline = time.monotonic() + seconds
         while (self._waiting or self._running) and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
+        await self._encoded()
         stopping = Refusal(503, "the server was stopped before this was done", "stopping")
         for job in list(self._jobs.values()):
             await self.cancel(job, stopping)
@@ -195,7 +125,7 @@ class Queue:
             except Exception:
                 log.exception("the queue failed")  # a fault of its own must not end the server
                 for unit in self._running:
-                    await self.cancel(unit.job, Refusal(500, "the server failed; see its log", "failed"))
+                    await self.cancel(unit.job, _failed())
             finally:
                 self._running = []
                 self._metrics.running.set(0)
@@ -243,10 +173,14 @@ class Queue:
         for unit in units:
             self._metrics.wait_seconds.observe(time.monotonic() - unit.arrived)
             unit.job.state, unit.job.step, unit.job.steps = "running", 0, 0
-            await unit.job.tell()
+            unit.job.tell()
 
         def on_step(done: int, total: int) -> None:
-            loop.call_soon_threadsafe(lambda: loop.create_task(self._stepped(units, done, total)))
+            self._metrics.steps.inc()
+            for unit in (unit for unit in units if not unit.job.over):
+                unit.job.step, unit.job.steps = done, total
+                if unit.job.watchers:  # else nobody needs to be woken
+                    loop.call_soon_threadsafe(unit.job.tell)
 
         started, call = time.monotonic(), None
         try:
@@ -284,23 +218,35 @@ class Queue:
             return {"seed": units[0].seed, **form}
         return {"generator": [torch.Generator("cpu").manual_seed(unit.seed) for unit in units], **form}
 
-    async def _stepped(self, units: Sequence[Unit], done: int, total: int) -> None:
-        self._metrics.steps.inc()
-        for unit in units:
-            if not unit.job.over:
-                unit.job.step, unit.job.steps = done, total
-                await unit.job.tell()
-
     async def _answered(self, unit: Unit, answer: Any) -> None:
+        """Make files of an answer, while the next call runs; of one answer at a time."""
         job = unit.job
-        if job.over:
-            return
-        files = await asyncio.to_thread(job.encode, answer, unit.seed)
+        job.done, job.step = job.done + 1, 0
+        await self._encoded()
+        if not job.over:
+            self._encoding = asyncio.create_task(self._encode(unit, answer))
+
+    async def _encoded(self) -> None:
+        if self._encoding is not None:
+            await asyncio.wait([self._encoding])
+
+    async def _encode(self, unit: Unit, answer: Any) -> None:
+        job = unit.job
+        try:
+            files = await asyncio.to_thread(job.encode, answer, unit.seed)
+        except Exception:
+            log.exception("no files can be made of an answer")
+            await self.cancel(job, _failed())
         if job.over:
             return
         self._metrics.results.inc(len(files))
         job.files += files
-        job.done, job.step = job.done + 1, 0
-        if job.done == job.checked.count:
+        job.encoded += 1
+        if job.encoded == job.checked.count:
             self._end(job, "done")
-        await job.tell()
+            self._forget()
+        job.tell()
+
+
+def _failed() -> Refusal:
+    return Refusal(500, "the server failed; see its log", "failed")

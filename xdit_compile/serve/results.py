@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,7 +55,8 @@ def samples_of(answer: Any, count: int) -> list[Any] | None:
 
 def _encoded(picture: Any, form: str, quality: int) -> bytes:
     held = io.BytesIO()
-    options = {} if form == "png" else {"quality": quality}
+    # Runs alone make a PNG of a photograph as small as the search for more, in less than half of the time.
+    options = {"compress_type": zlib.Z_RLE} if form == "png" else {"quality": quality}
     if form == "jpeg" and picture.mode not in ("L", "RGB"):
         picture = picture.convert("RGB")
     picture.save(held, FORMATS[form][0], **options)

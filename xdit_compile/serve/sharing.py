@@ -10,15 +10,13 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from xdit_compile.pipelines.call_signature import CallSignature
+from xdit_compile.serve.job import Unit
 from xdit_compile.serve.results import samples_of
-
-if TYPE_CHECKING:
-    from xdit_compile.serve.queue import Unit
 
 PROMPT, NEGATIVE = "prompt", "negative_prompt"
 
