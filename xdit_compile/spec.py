@@ -199,9 +199,6 @@ class ShardingSpec:
             raise SpecError(f"{word} and pipefusion={self.pipefusion_degree} do not go together: stages are at "
                             "different steps, and keep values of the step before themselves; use ulysses or ring "
                             "instead of pipefusion")
-        if self.cache != "none" and self.backend != "eager":
-            raise SpecError(f"cache={self.cache} and backend={self.backend} do not go together yet: numbers of compiled"
-                            " steps that leave blocks out were found wrong; leave the backend out")
         if self.displaced == "yes" and self.cache != "none":
             raise SpecError(f"displaced=yes and cache={self.cache} do not go together: what ranks have of each other "
                             "would be several steps old; give one of them")
