@@ -59,8 +59,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "interval": tuple(f"ulysses=2,cache=interval,every={n}" for n in (2, 3, 4)),
     "taylor": tuple(f"ulysses=2,cache=taylor,every={n}" for n in (2, 3, 4)),
     "displaced": tuple(f"ulysses=2,displaced=yes,warmup={n}" for n in (1, 2, 4)),
-    "wire": ("ulysses=2,wire=int8", "ulysses=2,wire=int8,wire_keys=int8", "ulysses=2,wire=fp8",
-             "ulysses=2,wire=fp8,wire_keys=fp8"),
+    "wire": ("ulysses=2,wire=int8", "ulysses=2,wire=int8,wire_keys=whole", "ulysses=2,wire=fp8",
+             "ulysses=2,wire=fp8,wire_keys=whole", "ulysses=2,wire=fp8,wire_keys=fp8"),
     "pipefusion": ("pipefusion=2,patches=2", "pipefusion=2,patches=8", "pipefusion=2,patches=8,warmup=4"),
 }
 QUICK = {"images": 2, "steps": 4, "drawn": 96, "epochs": 1}
