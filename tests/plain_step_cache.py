@@ -137,9 +137,10 @@ class _Found(Exception):
 
 
 class TeaCache(PlainCache):
-    """As in arXiv 2411.19108, section 3: what the first block makes of its input and the time before its first projection
-    is compared with that of the step before. Relative changes, of which a polynomial may be taken, add up over the steps
-    that leave blocks out; when they are beyond the threshold, blocks are computed and the sum begins anew."""
+    """As in arXiv 2411.19108, section 3: what the first block makes of its input and the time before its first
+    projection is compared with that of the step before. Relative changes, of which a polynomial may be taken, add up
+    over the steps that leave blocks out; when they are beyond the threshold, blocks are computed and the sum begins
+    anew."""
 
     polynomial: tuple[float, ...] = (1.0, 0.0)
     moved = 0.0
@@ -168,8 +169,8 @@ class TeaCache(PlainCache):
 
 @dataclass
 class Taylor(PlainCache):
-    """As in arXiv 2503.06923, of order one: each step that is a multiple of ``every`` computes all blocks, and those
-    between go on along the line through what blocks added at the last two of them: F + k (F - F') / N, k steps later."""
+    """As in arXiv 2503.06923, of order one: a step that is a multiple of ``every`` computes all blocks, and those
+    between go on along the line through what blocks added at the last two: F + k (F - F') / N, k steps later."""
 
     every: int = 2
     order: int = 1

@@ -62,7 +62,8 @@ def guided(specs: dict[str, list[str]]) -> dict[str, Any]:
 
     def by_hand(cache: str, threshold: float) -> tuple[list[PlainCache], list[Tensor]]:
         caches = [CACHES[cache](threshold) for _ in range(2)]
-        return caches, loop(entry, inputs, *(through(model, m, c) for m, c in zip((inputs, without), caches)))
+        return caches, loop(entry, inputs, *(through(model, m, c) for m, c in zip(
+            (inputs, without), caches, strict=True)))
 
     found: dict[str, Any] = {}
     for spec, kinds in specs.items():

@@ -58,7 +58,8 @@ def test_first_block(name: str) -> None:
     same_as(cache, expected, entry, model, inputs, f"{spec},cache=first_block,threshold={cache.threshold}")
 
 
-WORDS = ("cache=teacache", "cache=teacache,coefficients=[2, 0.5, 0.01]", "cache=taylor,every=3", "cache=interval,every=2")
+WORDS = ("cache=teacache", "cache=teacache,coefficients=[2, 0.5, 0.01]", "cache=taylor,every=3",
+         "cache=interval,every=2")
 QUICK = {("dit", WORDS[1]), ("flux", WORDS[2]), ("wan", WORDS[0])}
 
 
@@ -94,7 +95,8 @@ def _same(results: list[Any]) -> Any:
     return results[0]
 
 
-GUIDED = {"ulysses=2": ["first_block"], "ring=2,keep=off": ["teacache"], "ulysses=2,backend=inductor": ["first_block"]}
+GUIDED = {"ulysses=2": ["first_block"], "ring=2,keep=off": ["teacache"],
+          "ulysses=2,backend=inductor": ["first_block"]}
 
 
 @pytest.mark.parametrize("specs", [
@@ -111,7 +113,7 @@ def test_conditions_have_their_own(pool: Pool, specs: dict[str, list[str]]) -> N
 
 
 def test_what_ends_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not that a package has got another name, as an import in the middle of a loop gives it; another parameter does."""
+    """Not that a package has got another name, as an import in the middle of a loop gives it; a new parameter does."""
     case = zoo.CASES["dit"]
     model = made(case)
     arguments = call_arguments(model, case.inputs(1, False))

@@ -132,7 +132,8 @@ class ShardingSpec:
                 raise SpecError(f"{name} must be a whole number of at least {least.get(name, 1)}{also}, got {value!r}")
         for name, allowed in (("exchange", EXCHANGE), ("encoders", ENCODERS), ("keep", KEEP), ("offload", OFFLOAD),
                               ("backend", BACKENDS), ("compile_mode", MODES), ("attention_kernel", KERNELS),
-                              ("cache", CACHES), ("displaced", DISPLACED), ("wire", WIRES), ("wire_keys", ("auto", *WIRES))):
+                              ("cache", CACHES), ("displaced", DISPLACED), ("wire", WIRES),
+                              ("wire_keys", ("auto", *WIRES))):
             if getattr(self, name) not in allowed:
                 value = getattr(self, name)
                 raise SpecError(f"{name} must be one of {', '.join(allowed)}, got {value!r}"
