@@ -32,7 +32,7 @@ from xdit_compile.passes import NOTHING
 PUBLISHED = published.PUBLISHED | published_images.PUBLISHED | published_videos.PUBLISHED
 
 SPECS = ("ulysses=2", "ring=3")
-TENSOR = ("tensor=2", "tensor=3", "tensor=2,ulysses=2")
+TENSOR = ("tensor=2", "tensor=3", "tensor=2,ulysses=2", "tensor=2,ring=2")
 """Of tensor parallelism, in lock-step in one process."""
 SHARD = {"data=2,shard=2": "data=2", "ulysses=2,shard=2": "ulysses=2"}
 """Of shares of parameters, in the same way, with the spec whose bits they must give."""

@@ -93,7 +93,7 @@ def test_model_by_itself(pool: Pool, root: str) -> None:
     ])  # fmt: skip
 
 
-@pytest.mark.parametrize("spec", ["tensor=2", "ulysses=2,shard=2", whole("ulysses=2,shard=2,offload=block")])
+@pytest.mark.parametrize("spec", ["tensor=2", whole("ulysses=2,shard=2"), whole("ulysses=2,shard=2,offload=block")])
 def test_model_whose_ranks_gave_up_its_weights(pool: Pool, root: str, spec: str) -> None:
     """Weights that are added are on every rank; those that there were are edited block by block."""
     steps = [("start",), ("load", "a", 1), ("set", "a", [0.5]), ("load", "b", 2), ("set", "ab", [0.7, 0.3]),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
+import failed_groups
 import pytest
 from campaigns.faults import drawn, happened
 from campaigns.faulty import Case
@@ -30,6 +32,13 @@ def pool() -> Iterator[Pool]:
 ], ids=str)
 def test_nobody_hangs_and_the_culprit_is_named(pool: Pool, case: Case) -> None:
     assert happened(pool, case) == []
+
+
+@pytest.mark.parametrize("way", failed_groups.SPECS)
+def test_groups_that_failed_outside_of_a_call_are_not_given_to_the_next_model(pool: Pool, way: str) -> None:
+    (told, error), (_, other) = pool.run(failed_groups.failing, way, ranks=range(2), timeout=200)
+    assert max(error, other) <= 1e-5
+    assert re.match("RankFailure: rank 1 .*(left|closed)|RankMismatch: .*class_labels", told, re.DOTALL), told
 
 
 @pytest.mark.whole

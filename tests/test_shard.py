@@ -189,7 +189,7 @@ def test_what_is_read_again_far_away_comes_again() -> None:
 
 @pytest.mark.parametrize(("name", "spec"), [
     ("dit", "ulysses=2,shard=2"), ("flux", "ulysses=2,shard=2,offload=block"), ("wan", "offload=block"),
-    ("dit", "pipefusion=2,ulysses=2,patches=2,shard=2"), ("dit", "cfg=2,ulysses=2,shard=2"),
+    ("dit", "pipefusion=2,ulysses=2,patches=2,shard=2"), whole("dit", "cfg=2,ulysses=2,shard=2"),
     whole("flux", "ulysses=2,ring=2,shard=4"), whole("wan", "pipefusion=2,ulysses=2,warmup=all,shard=2,offload=block"),
     whole("dit", "ulysses=2,shard=2,backend=inductor")])
 def test_processes_give_the_same_bits(pool: Pool, name: str, spec: str) -> None:
@@ -211,7 +211,7 @@ def test_edits_that_shares_would_not_see_are_refused(pool: Pool) -> None:
             "state_dict", "load_state_dict", "of a child", "assigned", "written into", "replaced", "cast"}
 
 
-@pytest.mark.parametrize("spec", ["ulysses=2,shard=2", "ulysses=2,shard=2,offload=block"])
+@pytest.mark.parametrize("spec", ["ulysses=2,shard=2,offload=block", whole("ulysses=2,shard=2")])
 def test_each_rank_reads_its_share_alone(pool: Pool, tmp_path: Path, spec: str) -> None:
     cases.made(zoo.CASES["flux"]).save_pretrained(tmp_path, max_shard_size="400KB")
     found = pool.run(shard_runs.from_files, "flux", str(tmp_path), spec, ranks=range(2), timeout=240)

@@ -253,7 +253,7 @@ def test_ranks_read_their_parts_of_files(pool: Pool, tmp_path: Path) -> None:
 
 
 def test_edits_after_the_first_call_are_refused(pool: Pool) -> None:
-    for said in pool.run(shard_runs.refused, "flux", "tensor=2", ranks=range(2)):
+    for said in pool.run(shard_runs.refused, "dit", "tensor=2", ranks=range(2)):
         assert {"state_dict", "load_state_dict", "written into", "replaced", "cast"} <= said.keys()
 
 

@@ -153,11 +153,7 @@ class ModelRunner:
                 results = self._together(ready, self._bound(ready, ready.executor, tensors, named))
         except BaseException as error:
             # What all ranks raise alike before any collective ends nothing: the next call may well succeed.
-            try:
-                self.group.control.fail(error, "a call of the model")
-            finally:
-                if self.group.control.verdict is not None:
-                    self.group.forget()
+            self.group.control.fail(error, "a call of the model")
             raise
         return output_spec.finish((bound.args, bound.kwargs), tensors, results)
 

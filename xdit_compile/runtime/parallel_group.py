@@ -17,7 +17,7 @@ from xdit_compile.errors import RankFailure, SpecError, XditError
 from xdit_compile.runtime.control.abort import is_peer_loss
 from xdit_compile.runtime.control.control_plane import ControlPlane
 from xdit_compile.runtime.control.message_codec import decoded, encoded
-from xdit_compile.runtime.control.process_groups import ProcessGroups, forget, make_group
+from xdit_compile.runtime.control.process_groups import ProcessGroups, make_group
 from xdit_compile.runtime.deferred.guidance_round_robin import GuidanceRoundRobin
 from xdit_compile.runtime.pipefusion.stage_communicator import StageCommunicator
 from xdit_compile.spec import ShardingSpec
@@ -118,7 +118,7 @@ class ParallelGroup:
         """Where calls can be shared out among groups. All ranks ask for it together the first time."""
         if self.spec.cfg_degree == 1:
             return None
-        return GuidanceRoundRobin(self.spec, self.ranks, self.control, self._failed)
+        return GuidanceRoundRobin(self.spec, self.ranks, self.control)
 
     @cached_property
     def subgroup(self) -> ParallelGroup | None:
@@ -199,7 +199,6 @@ class ParallelGroup:
             with suppress(RankFailure), guard:  # known from then on, and raised by every later call
                 for one in self._pending():
                     self._finish_quietly(one)
-        self._failed()
 
     def _finish_quietly(self, pending: Callable[[], object]) -> None:
         try:
@@ -209,14 +208,6 @@ class ParallelGroup:
                 raise
             # Of something recorded that nobody will use; all has arrived before.
             log.debug("what was recorded cannot be computed", exc_info=True)
-
-    def _failed(self) -> None:
-        if self.control.verdict is not None:
-            self.forget()
-
-    def forget(self) -> None:
-        """Use no group again: a collective failed."""
-        forget(self.groups_of_all())
 
     def groups_of_all(self) -> Iterator[dist.ProcessGroup]:
         """Those that were made, of this group and of the parts of it."""

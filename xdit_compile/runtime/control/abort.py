@@ -43,6 +43,7 @@ class Connections:
     """
 
     def __init__(self, group: ProcessGroup) -> None:
+        self.group: ProcessGroup | None = group
         self.nccl: list[dist.ProcessGroupNCCL] = []
         published: list[bytes] = []
         for device in group._device_types:
@@ -58,7 +59,7 @@ class Connections:
     def of_gloo(cls, store: Store, size: int) -> Connections:
         """Those of a bare ProcessGroupGloo of `size` ranks that was made on `store`."""
         made = cls.__new__(cls)
-        made.nccl, made.gloo = [], _between(_published(store, size))
+        made.group, made.nccl, made.gloo = None, [], _between(_published(store, size))
         return made
 
     def lost(self) -> bool:

@@ -88,7 +88,7 @@ class ControlPlane:
             name = f"{name}/{attempt(store, name, self.rank)}"
         except RuntimeError as error:
             raise RankFailure(*_unanswered(host)) from error
-        heart = Heartbeat(PrefixStore(name, store), name, self.rank, peers, timeout, host, self._key)
+        heart = Heartbeat(store, name, self.rank, peers, timeout, host, self._key)
         heart.step = step
         # Also runs at the end of the process, while torch still works.
         self._close = weakref.finalize(self, _leave, heart, default, self._own, self._channels)
@@ -255,7 +255,7 @@ class ControlPlane:
             # Perhaps of a part of these ranks; the others are to learn of it too.
             if heart.known is None:
                 heart.convict(error.rank, error.reason)
-                abort(heart.connections)
+                heart.end_collectives()
         elif is_peer_loss(error):
             if self._channels:
                 self._channels[0].settle(SILENCE)
@@ -264,7 +264,7 @@ class ControlPlane:
             raise RankFailure(*self._find(error, label, start)) from error
         elif groups or not self._all_raised(heart, error):
             heart.convict(self.rank, f"failed: {_described(error)}")
-            abort(heart.connections)
+            heart.end_collectives()
 
     def _all_raised(self, heart: Heartbeat, error: BaseException) -> bool:
         """Whether every peer has come to an exception of the same class at the same point, which is waited for until
@@ -407,7 +407,7 @@ class ControlPlane:
         if self._within is not None and self._within._heart is not None:
             self._within._heart.convict(-1, str(error))
         # Not the channel itself, over which others may still be told.
-        abort([one for one in heart.connections if one not in self._own[1:]])
+        heart.end_collectives(self._own[1:])
 
     def _check(self) -> None:
         assert self._heart is not None
@@ -416,6 +416,7 @@ class ControlPlane:
         if self._mismatch is not None:
             raise self._mismatch
         if self._heart.known is not None:
+            self._heart.end_collectives()
             raise RankFailure(*self._heart.known)
 
     def _compare(self, what: str, text: bytes) -> Sequence[bytes]:
@@ -433,7 +434,7 @@ class ControlPlane:
         heart = self._heart
         assert heart is not None
         # At once, before searching: some peers may wait for this rank alone.
-        abort(heart.connections)
+        heart.end_collectives()
         waited = time.monotonic() - start
         before = heart.peers()
         deadline = time.monotonic() + SILENCE

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
-from torch.distributed import Store
+from torch.distributed import PrefixStore, Store
 
 from xdit_compile.progress import doing, patience, say
 from xdit_compile.runtime.control.abort import Connections, abort
+from xdit_compile.runtime.control.group_cache import give_up
 from xdit_compile.runtime.control.secret import VARIABLE, signed, verified
 
 # Seconds between two beats; a verdict is noticed within this time even when no connection breaks.
@@ -65,7 +66,8 @@ class Heartbeat:
 
     def __init__(self, store: Store, name: str, rank: int, peers: Sequence[int], timeout: float, host: int | None,
                  key: bytes = b"") -> None:
-        """Beat on `store`, which no one else uses; a peer silent for `timeout` s in `waiting` is given up.
+        """Beat under `name` in the job's `store`, by a connection which no one else uses; a peer silent for `timeout` s
+        in `waiting` is given up.
 
         `host` is the rank whose process hosts the store, None when no rank does. What is written is signed with `key`
         for the group `name`.
@@ -79,7 +81,8 @@ class Heartbeat:
         self.since: float | None = None  # when it began what needs the others
         self.connections: list[Connections] = []  # what a failure has to end
         self.known: Verdict | None = None  # the verdict, once this rank has met it
-        self._store, self._rank, self._peers, self._timeout = store, rank, tuple(peers), timeout
+        self._job_store = store
+        self._store, self._rank, self._peers, self._timeout = PrefixStore(name, store), rank, tuple(peers), timeout
         self._name, self._key = name, key
         self._number = 0
         self._last: dict[int, Beat] = {}
@@ -128,6 +131,13 @@ class Heartbeat:
 
         self.known = self.known or self._try(tell) or Verdict(rank, reason)
         return self.known
+
+    def end_collectives(self, but: Sequence[Connections] = ()) -> None:
+        """End what runs on all connections ``but`` these, here and on the peers. Their groups are not used again."""
+        ended = [one for one in self.connections if one not in but]
+        # First: who wakes may make another model at once.
+        give_up([one.group for one in ended if one.group is not None], self._job_store)
+        abort(ended)
 
     def absent(self) -> list[int]:
         """The peers that never said anything."""
@@ -181,7 +191,7 @@ class Heartbeat:
             self._tell_of_wait(beats)
             if self.verdict() or (self.waiting and self._release(beats)):
                 self._try(self._beat)
-                abort(self.connections)
+                self.end_collectives()
                 return
 
     def _tell_of_wait(self, beats: dict[int, Beat]) -> None:

@@ -6,23 +6,22 @@ to run, so that one program serves any ranks of the right shape.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, cast
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
-from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import _get_default_store, _new_process_group_helper, _world
+from torch.distributed import ProcessGroup, Store
+from torch.distributed.distributed_c10d import _new_process_group_helper, _world
 
 from xdit_compile.ir.layout import BATCH, SEQUENCE, TENSOR
 from xdit_compile.ir.mesh import RING, SHARD, ULYSSES, axis_sizes, group_name, members
 from xdit_compile.runtime.control.control_plane import ControlPlane
+from xdit_compile.runtime.control.group_cache import cached
 from xdit_compile.runtime.control.store import own_connection
 from xdit_compile.spec import ShardingSpec
 
-_made: dict[tuple[ProcessGroup, str, tuple[int, ...], int], ProcessGroup] = {}
 _bound: dict[str, ProcessGroup] = {}
 
 
@@ -65,36 +64,15 @@ def make_group(name: str, ranks: tuple[int, ...], control: ControlPlane) -> Proc
     Raises:
         RankFailure: one of the ranks of ``control`` is gone before all have made it.
     """
-    world = dist.group.WORLD
-    assert world is not None
-    store = _get_default_store()
-    generation = store.add(_generation_key(name, ranks), 0)
-    key = (world, name, ranks, generation)
-    if key not in _made:
+    def make(store: Store, unique: str) -> ProcessGroup:
         # Its own connection: who gives up waiting for a rank leaves behind a thread that still waits for its key, and
         # while it does nobody is served on that connection.
         own = own_connection(store)
         own.set_timeout(timedelta(seconds=control.timeout))
         group, _ = control.patiently(f"making the group {name}", lambda: _new_process_group_helper(
-            len(ranks), ranks.index(dist.get_rank()), list(ranks), dist.get_backend(), own,
-            cast(Any, f"{_generation_key(name, ranks)}.{generation}"), timeout=timedelta(seconds=control.timeout),
-            group_desc=name))
+            len(ranks), ranks.index(dist.get_rank()), list(ranks), dist.get_backend(), own, cast(Any, unique),
+            timeout=timedelta(seconds=control.timeout), group_desc=name))
         _world.pg_group_ranks[group] = {r: i for i, r in enumerate(ranks)}
-        _made[key] = group
-    return _made[key]
+        return group
 
-
-def forget(groups: Iterable[ProcessGroup]) -> None:
-    """Never give out these groups again: a collective on them failed, and nobody knows what is still in flight. Told in
-    the store, because some ranks may not have noticed; whoever tells it later tells nothing new."""
-    given_up = set(groups)
-    for (world, name, ranks, generation), group in list(_made.items()):
-        if group in given_up:
-            del _made[world, name, ranks, generation]
-            with suppress(dist.DistError):  # a lost store: there is no job left to make groups in
-                _get_default_store().compare_set(_generation_key(name, ranks), str(generation), str(generation + 1))
-
-
-def _generation_key(name: str, ranks: tuple[int, ...]) -> str:
-    """Where the store counts how often the group had to be given up."""
-    return f"{name}.{'-'.join(map(str, ranks))}"
+    return cached(name, ranks, make)

@@ -9,7 +9,7 @@ rank waits for what another does with the results, only for the call that it com
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -42,10 +42,7 @@ class GuidanceRoundRobin:
         sent: bytes this rank has sent.
     """
 
-    def __init__(self, spec: ShardingSpec, ranks: Sequence[int], control: ControlPlane,
-                 failed: Callable[[], None]) -> None:
-        """``failed``: called when results cannot be fetched, outside of any call of a model perhaps."""
-        self._failed = failed
+    def __init__(self, spec: ShardingSpec, ranks: Sequence[int], control: ControlPlane) -> None:
         here, size = ranks.index(dist.get_rank()), spec.model_degree
         self.degree, self.mine = spec.cfg_degree, here // size % spec.cfg_degree
         base = here - self.mine * size
@@ -100,16 +97,12 @@ class GuidanceRoundRobin:
                 self._leaving += [call] if call.owner == self.mine else []
 
     def _fetch(self) -> None:
-        try:
-            with self._control.guard("fetching what other groups computed", (self.group,)):
-                self._post()
-                calls, self._calls = self._calls, []
-                for call in calls:
-                    if call.owner != self.mine:
-                        for work in call.works:
-                            work.wait()
-                    call.promise.values = call.tensors
-        except BaseException:
-            self._failed()
-            raise
+        with self._control.guard("fetching what other groups computed", (self.group,)):
+            self._post()
+            calls, self._calls = self._calls, []
+            for call in calls:
+                if call.owner != self.mine:
+                    for work in call.works:
+                        work.wait()
+                call.promise.values = call.tensors
         self.fetched[len(calls)] += 1
