@@ -231,10 +231,11 @@ Differences to one device, 4 times amplified:
 The example has six blocks, of which `first_block` computes one at each step; how much a large model bears is to be
 measured on that model. PipeFusion's own page is [pipefusion.md](pipefusion.md).
 
-`pytest tests/test_step_cache.py --whole -k zoo` runs the first-block cache on 75 models of the test zoo, on two ranks in
-lock-step: with all blocks computed their numbers are those of one device, and a step that is repeated leaves blocks out
-on both ranks. Models without two blocks that add to one stream, or without a time, are refused by name; the test lists
-them. What displaced sequences and low-bit wires gain on slow links is in [performance.md](performance.md).
+`pytest tests/test_step_cache.py --whole -k zoo` runs the first-block cache on 75 models of the test zoo, on two ranks
+in lock-step: with all blocks computed their numbers are those of one device, and a step that is repeated leaves blocks
+out on both ranks. Models without two blocks that add to one stream, or without a time, are refused by name; the test
+lists them. What displaced sequences and low-bit wires gain on slow links is in
+[performance.md](performance.md).
 """
 
 
