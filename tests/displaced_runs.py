@@ -71,7 +71,10 @@ def errors(name: str, specs: list[str]) -> dict[str, Any]:
         with torch.no_grad():
             exact = [displaced.result(model, c) for c in calls]
         counts = parallel.runners["forward"].group.counts - before
-        found[spec] = {"errors": list(map(difference, actual, expected)), "exact": list(map(difference, actual, exact)),
+        sent = torch._C._distributed_c10d._get_work_registry_size()
+        parallel.runners["forward"].loops.end()
+        found[spec] = {"unread": (sent, torch._C._distributed_c10d._get_work_registry_size()),
+                       "errors": list(map(difference, actual, expected)), "exact": list(map(difference, actual, exact)),
                        "counts": (counts["displaced"], counts["paced"]), "actual": actual[-1]}
     return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,11 @@ import pipelines
 import torch
 from cases import made, randn
 from emulation import difference
-from plain_step_cache import BLOCKS, FirstBlockCache
+from plain_step_cache import BLOCKS, FirstBlockCache, Interval, PlainCache, Taylor, TeaCache, thresholds
 from torch import Tensor
 
 import xdit_compile
+from xdit_compile.errors import XditError
 
 STEPS = 8
 
@@ -35,52 +38,77 @@ def loop(entry: displaced.Displaced, inputs: dict[str, Any], *calls: Any) -> lis
     return found
 
 
-def guided(name: str, specs: list[str]) -> dict[str, Any]:
-    """A loop that calls its model with a prompt and without, twice over: by spec, the largest difference to the loop
-    by hand, and which steps left blocks out."""
-    entry = displaced.MODELS[name]
+CACHES: dict[str, Callable[[float], PlainCache]] = {
+    "first_block": lambda threshold: FirstBlockCache(BLOCKS["wan"], threshold),
+    "teacache": lambda threshold: TeaCache(BLOCKS["wan"], threshold),
+    "taylor": lambda _: Taylor(BLOCKS["wan"], every=3),
+    "interval": lambda _: Interval(BLOCKS["wan"], every=2),
+}
+
+
+def guided(specs: dict[str, list[str]]) -> dict[str, Any]:
+    """A loop that calls its model with a prompt and without, twice over: by spec, to each of which are given some
+    caches, the largest difference to the loop by hand, which steps that left out, and how many were left out."""
+    entry = displaced.MODELS["wan"]
     model, inputs = made(entry.case), entry.case.inputs(2, False)
     without = inputs | {"encoder_hidden_states": 0.3 * inputs["encoder_hidden_states"]}
-    def plain(cache: FirstBlockCache, more: dict[str, Any]) -> Any:
+
+    def through(model: Any, more: dict[str, Any], cache: PlainCache | None = None) -> Any:
         def call(given: dict[str, Any]) -> Any:
-            with torch.no_grad(), cache.on(model):
-                return model(**given | {n: more[n] for n in ("encoder_hidden_states",)})
+            with torch.no_grad(), nullcontext() if cache is None else cache.on(model):
+                return model(**given | {"encoder_hidden_states": more["encoder_hidden_states"]})
 
         return call
 
-    def by_hand(threshold: float) -> tuple[list[FirstBlockCache], list[Tensor]]:
-        caches = [FirstBlockCache(BLOCKS[name], threshold) for _ in range(2)]
-        return caches, loop(entry, inputs, plain(caches[0], inputs), plain(caches[1], without))
+    def by_hand(cache: str, threshold: float) -> tuple[list[PlainCache], list[Tensor]]:
+        caches = [CACHES[cache](threshold) for _ in range(2)]
+        return caches, loop(entry, inputs, *(through(model, m, c) for m, c in zip(
+            (inputs, without), caches, strict=True)))
 
-    low, *_, high = sorted(c for cache in by_hand(0.0)[0] for c in cache.changes)
-    for part in (0.5, 0.7, 0.3, 0.85, 0.15, 1.2):
-        threshold = low + (high - low) * part
-        caches, expected = by_hand(threshold)
-        if all(0 < sum(c.skipped) < STEPS - 1 for c in caches) and all(
-                abs(x / threshold - 1) > 1e-3 for c in caches for x in c.changes):
-            break
-    found: dict[str, Any] = {"plain": [c.skipped for c in caches]}
-    for spec in specs:
-        world = xdit_compile.ShardingSpec.parse(spec).world_size
-        if torch.distributed.get_rank() >= world:
-            continue
-        parallel = xdit_compile.parallelize(model, f"{spec},cache=first_block,threshold={threshold}",
-                                            ranks=range(world), timeout=100)
-
-        def call(more: dict[str, Any], parallel: Any = parallel) -> Any:
-            def run(given: dict[str, Any]) -> Any:
-                with torch.no_grad():
-                    return parallel(**given | {"encoder_hidden_states": more["encoder_hidden_states"]})
-
-            return run
-
-        error = 0.0
-        for _ in range(2):  # nothing of one loop is met by the next
-            actual = loop(entry, inputs, call(inputs), call(without))
-            error = max(error, *map(difference, actual, expected))
-        counts = parallel.runners["forward"].group.counts
-        found[spec] = {"error": error, "skipped": counts["skipped"], "decided": counts["decided"]}
+    found: dict[str, Any] = {}
+    for spec, kinds in specs.items():
+        for kind in kinds:
+            words = f"{spec},cache={kind}"
+            if kind in ("first_block", "teacache"):
+                for threshold in thresholds([c for cache in by_hand(kind, 0.0)[0] for c in cache.changes]):
+                    caches, expected = by_hand(kind, threshold)
+                    if all(c.parts_the_steps(STEPS) for c in caches):
+                        break
+                words += f",threshold={threshold}"
+            else:
+                caches, expected = by_hand(kind, 0.0)
+                words += f",every={caches[0].every}"
+            parallel = xdit_compile.parallelize(model, words, ranks=range(2), timeout=100)
+            error = 0.0
+            for _ in range(2):  # nothing of one loop is met by the next
+                actual = loop(entry, inputs, through(parallel, inputs), through(parallel, without))
+                error = max(error, *map(difference, actual, expected))
+            counts = parallel.runners["forward"].group.counts
+            found[words] = {"error": error, "plain": [c.skipped for c in caches], "skipped": counts["skipped"],
+                            "decided": counts["decided"]}
     return found
+
+
+def changed_on_one() -> str:
+    """What a loop ends with in whose middle rank 0 alone gets another parameter, of equal values."""
+    entry = displaced.MODELS["dit"]
+    model, inputs = made(entry.case), entry.case.inputs(1, False)
+    parallel = xdit_compile.parallelize(model, "ulysses=2,cache=interval,every=2", ranks=range(2), timeout=20)
+    calls = 0
+
+    def call(given: dict[str, Any]) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2 and torch.distributed.get_rank() == 0:
+            model.proj_out_1.weight = torch.nn.Parameter(model.proj_out_1.weight.detach().clone())
+        with torch.no_grad():
+            return parallel(**given)
+
+    try:
+        loop(entry, inputs, call)
+    except XditError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
 
 
 def images(specs: list[str], steps: int) -> dict[str, Any]:

@@ -27,6 +27,7 @@ def test_numbers_of_the_method(pool: Pool, name: str) -> None:
             assert one["exact"][0] <= EXACT and min(one["exact"][1:]) > 1e-4, "after the first step, others are late"
             assert one["counts"] == (displaced_runs.STEPS - 1, displaced_runs.STEPS)
             assert torch.equal(one["actual"], ranks[0]["actual"])
+            assert one["unread"][0] > one["unread"][1] == 0, "a loop waits at its end for what nobody will read"
 
 
 def test_unet(pool: Pool) -> None:

@@ -12,6 +12,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import links  # noqa: E402
+import slow_links  # noqa: E402
 from shaped_network import Network, Unavailable, bits_per_second  # noqa: E402
 
 PATCH = 2
@@ -36,6 +37,15 @@ def test_two_machines_give_the_answer_of_one_device_and_wait_for_their_link(mach
     sent = calls * scale.layers * tokens / 2 * scale.width * 4 / 2 * 4
     assert ulysses.seconds > 0.7 * sent * 8 / bits_per_second(rate)
     assert cfg.seconds < ulysses.seconds and cfg.predicted < ulysses.predicted
+
+
+@pytest.mark.whole
+def test_doing_less_is_faster_on_a_slow_link(machines: int) -> None:
+    """Fewer bytes take less time where little else does; what travels meanwhile is not waited for."""
+    scale = links.Scale(width=768, layers=2, side=32, steps=4, loops=1)
+    exact, displaced, wire = slow_links.run(["50mbit"], slow_links.SPECS[:3], scale, patience=300)
+    assert displaced.seconds < exact.seconds / 1.15
+    assert wire.sent < 0.3 * exact.sent and wire.seconds < 0.7 * exact.seconds  # of fp32
 
 
 def test_nothing_is_left_of_a_network_that_ended_in_an_error(machines: int) -> None:

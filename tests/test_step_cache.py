@@ -15,7 +15,7 @@ import zoo
 from cases import basic, made
 from emulation import difference
 from marks import whole
-from plain_step_cache import BLOCKS, FirstBlockCache
+from plain_step_cache import BLOCKS, FirstBlockCache, Interval, PlainCache, Taylor, TeaCache, thresholds
 from pool import Pool
 from step_cache_runs import STEPS, loop
 from stepwise import Ranks
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from xdit_compile import export, parallelize, verify_approximate
 from xdit_compile.errors import ArtifactError, CaptureError, SpecError
+from xdit_compile.frontend.program_cache import captured, changes_of, find
+from xdit_compile.ir.call_arguments import call_arguments
 from xdit_compile.ir.pytree import flatten
 from xdit_compile.spec import ShardingSpec
 
@@ -30,21 +32,20 @@ EXACT = 1e-5
 SPECS = ["cfg=2", "ulysses=2", "ring=2", "tensor=2", "cfg=2,ulysses=2", "ulysses=2,shard=2"]
 
 
-def plain(entry: displaced.Displaced, model: Any, inputs: dict[str, Any], cache: FirstBlockCache) -> list[Tensor]:
+def plain(entry: displaced.Displaced, model: Any, inputs: dict[str, Any], cache: PlainCache) -> list[Tensor]:
     with torch.no_grad(), cache.on(model):
         return loop(entry, inputs, lambda given: model(**given))
 
 
-def by_hand(entry: displaced.Displaced, name: str, model: Any, inputs: dict[str, Any]
-            ) -> tuple[FirstBlockCache, list[Tensor]]:
+def by_hand(entry: displaced.Displaced, name: str, model: Any, inputs: dict[str, Any],
+            kind: type[PlainCache] = FirstBlockCache) -> tuple[PlainCache, list[Tensor]]:
     """A loop on one device that leaves blocks out of some steps but not of all, at no close decision."""
-    measured = FirstBlockCache(BLOCKS[name], 0.0)
+    measured = kind(BLOCKS[name], 0.0)
     plain(entry, model, inputs, measured)
-    low, *_, high = sorted(measured.changes)
-    for part in (0.5, 0.7, 0.3, 0.85, 0.15, 1.2, 1.5):
-        cache = FirstBlockCache(BLOCKS[name], low + (high - low) * part)
+    for threshold in thresholds(measured.changes):
+        cache = kind(BLOCKS[name], threshold)
         found = plain(entry, model, inputs, cache)
-        if 0 < sum(cache.skipped) < STEPS - 1 and all(abs(c / cache.threshold - 1) > 1e-3 for c in cache.changes):
+        if cache.parts_the_steps(STEPS):
             return cache, found
     raise AssertionError("no threshold parts the steps")
 
@@ -56,7 +57,36 @@ def test_first_block(name: str) -> None:
     entry = displaced.MODELS[name]
     model, inputs = made(entry.case), entry.case.inputs(2, False)
     cache, expected = by_hand(entry, name, model, inputs)
-    ranks = Ranks(model, inputs | {"return_dict": False}, f"{spec},cache=first_block,threshold={cache.threshold}")
+    same_as(cache, expected, entry, model, inputs, f"{spec},cache=first_block,threshold={cache.threshold}")
+
+
+WORDS = ("cache=teacache", "cache=teacache,coefficients=[2, 0.5, 0.01]", "cache=taylor,every=3",
+         "cache=interval,every=2")
+QUICK = {("dit", WORDS[1]), ("flux", WORDS[2]), ("wan", WORDS[0])}
+
+
+@pytest.mark.parametrize(("name", "spec", "words"), [
+    pytest.param(name, spec, words, marks=[] if (name, words) in QUICK else pytest.mark.whole)
+    for name, spec in (("dit", "ulysses=2"), ("flux", "ring=2"), ("wan", "cfg=2,ulysses=2")) for words in WORDS])
+def test_other_caches(name: str, spec: str, words: str) -> None:
+    """As the papers have them."""
+    entry = displaced.MODELS[name]
+    model, inputs = made(entry.case), entry.case.inputs(2, False)
+    if "teacache" in words:
+        kind = type("Rescaled", (TeaCache,), {"polynomial": (2, 0.5, 0.01)}) if "coefficients" in words else TeaCache
+        cache, expected = by_hand(entry, name, model, inputs, kind)
+        words = f"{words},threshold={cache.threshold}"
+    else:
+        cache = (Taylor if "taylor" in words else Interval)(BLOCKS[name], every=int(words[-1]))
+        expected = plain(entry, model, inputs, cache)
+        assert 0 < sum(cache.skipped) < STEPS - 1
+    same_as(cache, expected, entry, model, inputs, f"{spec},{words}")
+
+
+def same_as(cache: PlainCache, expected: list[Tensor], entry: displaced.Displaced, model: Any, inputs: dict[str, Any],
+            spec: str) -> None:
+    """Ranks in lock-step, against a loop on one device."""
+    ranks = Ranks(model, inputs | {"return_dict": False}, spec)
     actual = loop(entry, inputs, lambda given: _same(ranks(given)))
     assert ranks.skipped == [cache.skipped] * ranks.spec.world_size
     assert max(map(difference, actual, expected)) <= EXACT
@@ -67,15 +97,39 @@ def _same(results: list[Any]) -> Any:
     return results[0]
 
 
-def test_conditions_have_their_own(pool: Pool) -> None:
-    """Real ranks, a model that is called twice in each step, loops that follow each other."""
-    specs = ["ulysses=2", "ring=2,keep=off"]
-    for found in pool.run(step_cache_runs.guided, "wan", specs, ranks=range(2), timeout=300):
-        skipped = found.pop("plain")
-        assert all(0 < sum(s) < STEPS - 1 for s in skipped)
-        for spec, one in found.items():
-            assert one["error"] <= EXACT, spec
-            assert (one["skipped"], one["decided"]) == (2 * sum(map(sum, skipped)), 4 * STEPS)
+GUIDED = {"ulysses=2": ["first_block"], "ring=2,keep=off": ["teacache"],
+          "ulysses=2,backend=inductor": ["first_block"]}
+
+
+@pytest.mark.parametrize("specs", [
+    GUIDED, pytest.param({"ulysses=2,backend=inductor": ["teacache", "taylor", "interval"],
+                          "ring=2,backend=inductor": list(step_cache_runs.CACHES)}, marks=pytest.mark.whole)])
+def test_conditions_have_their_own(pool: Pool, specs: dict[str, list[str]]) -> None:
+    """Real ranks, a model that is called twice in each step, loops that follow each other. Compilers are at work while
+    the first step is under way, and Python imports."""
+    for found in pool.run(step_cache_runs.guided, specs, ranks=range(2), timeout=300):
+        for words, one in found.items():
+            assert all(0 < sum(s) < STEPS - 1 for s in one["plain"])
+            assert one["error"] <= EXACT, words
+            assert (one["skipped"], one["decided"]) == (2 * sum(map(sum, one["plain"])), 4 * STEPS)
+
+
+def test_what_ends_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that a package has got another name, as an import in the middle of a loop gives it; a new parameter does."""
+    case = zoo.CASES["dit"]
+    model = made(case)
+    arguments = call_arguments(model, case.inputs(1, False))
+    program = captured(model, *arguments)
+    monkeypatch.setattr(torch, "imported_meanwhile", object(), raising=False)
+    assert find(model, *arguments) is program and changes_of(model) == 0
+    model.proj_out_1.weight = torch.nn.Parameter(model.proj_out_1.weight.detach().clone())
+    assert find(model, *arguments) is program and changes_of(model) == 1
+
+
+def test_ranks_end_loops_together(pool: Pool) -> None:
+    """One that has changed its model is told, and none waits for it."""
+    for found in pool.run(step_cache_runs.changed_on_one, ranks=range(2), timeout=100):
+        assert "RankMismatch" in found and "other than at the last call" in found
 
 
 def test_pictures(pool: Pool) -> None:
@@ -105,7 +159,6 @@ def test_guidance_in_turns(pool: Pool, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.mark.parametrize(("words", "complaint"), [
     ("pipefusion=2,cache=first_block", "do not go together"),
-    ("ulysses=2,cache=first_block,backend=inductor", "do not go together yet"),
     ("cache=second_block", "cache must be one of none, first_block"),
     ("threshold=0.3", "threshold has no effect with cache=none"),
     ("cache=interval,every=1", "every is a whole number of at least 2"),

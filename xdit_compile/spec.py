@@ -79,7 +79,8 @@ class ShardingSpec:
         displaced: ``yes`` lets ranks that share tokens attend to others' keys and values of the step before, while
             those of this one travel (DistriFusion, arXiv 2402.19481); convolutions and group norms likewise.
         wire, wire_keys: in how many bits queries, values and results of attention travel between ranks, and in how
-            many keys: ``whole``, or ``fp8`` or ``int8`` with a scale for each token and head.
+            many keys: ``whole``, or ``fp8`` or ``int8`` with a scale for each token and head. Keys bear rounding worse
+            than the rest: where ``wire`` is not whole, ``auto`` is int8 for them, which steps more finely than fp8.
         backend: ``eager`` runs the rewritten graph as it is, ``inductor`` compiles it as torch.compile
             does, ``onediff`` hands it to onediff's compiler, cut at collectives.
         compile_mode: of torch.compile, as ``max-autotune``; with ``inductor``.
@@ -115,7 +116,7 @@ class ShardingSpec:
     cache_coefficients: str | Sequence[float] = ""
     displaced: str = "no"
     wire: str = "whole"
-    wire_keys: str = "whole"
+    wire_keys: str = "auto"
     backend: str = "eager"
     compile_mode: str = "default"
     onediff_backend: str = ""
@@ -131,7 +132,8 @@ class ShardingSpec:
                 raise SpecError(f"{name} must be a whole number of at least {least.get(name, 1)}{also}, got {value!r}")
         for name, allowed in (("exchange", EXCHANGE), ("encoders", ENCODERS), ("keep", KEEP), ("offload", OFFLOAD),
                               ("backend", BACKENDS), ("compile_mode", MODES), ("attention_kernel", KERNELS),
-                              ("cache", CACHES), ("displaced", DISPLACED), ("wire", WIRES), ("wire_keys", WIRES)):
+                              ("cache", CACHES), ("displaced", DISPLACED), ("wire", WIRES),
+                              ("wire_keys", ("auto", *WIRES))):
             if getattr(self, name) not in allowed:
                 value = getattr(self, name)
                 raise SpecError(f"{name} must be one of {', '.join(allowed)}, got {value!r}"
@@ -199,21 +201,18 @@ class ShardingSpec:
             raise SpecError(f"{word} and pipefusion={self.pipefusion_degree} do not go together: stages are at "
                             "different steps, and keep values of the step before themselves; use ulysses or ring "
                             "instead of pipefusion")
-        if self.cache != "none" and self.backend != "eager":
-            raise SpecError(f"cache={self.cache} and backend={self.backend} do not go together yet: numbers of compiled"
-                            " steps that leave blocks out were found wrong; leave the backend out")
         if self.displaced == "yes" and self.cache != "none":
             raise SpecError(f"displaced=yes and cache={self.cache} do not go together: what ranks have of each other "
                             "would be several steps old; give one of them")
         if self.displaced == "yes" and self.sequence_degree == 1:
             raise SpecError("displaced=yes is for ranks that share tokens; add ulysses=N or ring=N")
-        if self.displaced == "yes" and (self.wire, self.wire_keys) != ("whole", "whole"):
+        if self.displaced == "yes" and self.wire != "whole":
             raise SpecError("wire and displaced=yes do not go together: exchanges that take a whole step gain nothing "
                             "by fewer bytes; leave one of them out")
         if self.wire != "whole" and self.sequence_degree == 1:
             raise SpecError(f"wire={self.wire} is for what ranks that share tokens send each other in attention; add "
                             "ulysses=N or ring=N")
-        if self.wire_keys != "whole" and self.wire == "whole":
+        if self.keys_wire != "whole" and self.wire == "whole":
             raise SpecError(f"wire_keys={self.wire_keys} goes with wire={self.wire_keys}: keys bear fewer bits worse "
                             "than what else travels")
 
@@ -224,6 +223,11 @@ class ShardingSpec:
         return json.loads(self.cache_coefficients or "[]")
 
     @property
+    def keys_wire(self) -> str:
+        """How keys travel."""
+        return self.wire_keys if self.wire_keys != "auto" else "whole" if self.wire == "whole" else "int8"
+
+    @property
     def keeps_steps(self) -> bool:
         """Whether steps use values of steps before, and results differ for it, other than by pipefusion."""
         return self.cache != "none" or self.displaced == "yes"
@@ -232,7 +236,7 @@ class ShardingSpec:
     def approximate(self) -> str:
         """The words that change results, as text; empty if none does."""
         words = [f"{name.removesuffix('_degree')}={getattr(self, name)}" for name, exact in (
-            ("cache", "none"), ("displaced", "no"), ("wire", "whole"), ("wire_keys", "whole")) if getattr(
+            ("cache", "none"), ("displaced", "no"), ("wire", "whole"), ("wire_keys", "auto")) if getattr(
                 self, name) != exact]
         if self.pipefusion_degree > 1 and self.patches > 1:
             words.append(f"pipefusion={self.pipefusion_degree},patches={self.patches}")

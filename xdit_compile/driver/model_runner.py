@@ -116,7 +116,10 @@ class ModelRunner:
             if self.store is not None:
                 self.store.check(self.model)
             named, others = named_leaves(bound)
-            kind, fresh = self._find(bound, named, others)
+            kind, fresh, changed = self._find(bound, named, others)
+            if self.group.spec.keeps_steps and self.programs:
+                # A loop that ended on one rank alone would leave ranks waiting for each other.
+                others = {**others, "the model": "other than at the last call" if changed else "as it was"}
             ready = self.programs.get(id(kind))
             samples = _samples(ready, tensors, named)
             fingerprint = self._fingerprint(ready, {n: t for n, t in named.items() if n not in samples}, others)
@@ -179,9 +182,9 @@ class ModelRunner:
                                     self.replicas.resolve(control.ranks))
 
     def _find(self, bound: inspect.BoundArguments, named: Mapping[str, torch.Tensor],
-              others: Mapping[str, str]) -> tuple[Any, bool]:
-        """The kind of a call, and whether it begins a loop. Where one begins, or the model has changed, nothing is kept
-        of steps before."""
+              others: Mapping[str, str]) -> tuple[Any, bool, bool]:
+        """The kind of a call, whether it begins a loop, and whether the model has changed. Where one begins, or the
+        model has changed, nothing is kept of steps before."""
         begun = self.boundaries.begins(self.group.epoch if self.group.running else None, named,
                                        (condition_among(named), *others.values()))
         kind = self.source.find(bound.args, bound.kwargs, begun.here)
@@ -191,14 +194,14 @@ class ModelRunner:
             kind = self.source.find(bound.args, bound.kwargs, True)
             if self.source.changes != counted:
                 raise XditError(f"{type(self.model).__name__} {LATE}")
-        if begun.here or begun.before or self.changes != self.source.changes:
-            self.changes = self.source.changes
+        changed, self.changes = self.changes != self.source.changes, self.source.changes
+        if begun.here or begun.before or changed:
             # Before loops are gone: what they have sent and nobody will read is waited for.
             for ready in self.programs.values():
                 ready.executor.forget(begun.before)
             if self.group.spec.keeps_steps:
                 self.loops.end()
-        return kind, begun.here or begun.before
+        return kind, begun.here or begun.before, changed
 
     def _bound(self, ready: ReadyProgram, executor: Executor | SteppingExecutor, tensors: Sequence[torch.Tensor],
                named: Mapping[str, torch.Tensor]) -> Callable[[], Sequence[torch.Tensor]]:

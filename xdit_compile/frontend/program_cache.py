@@ -49,22 +49,25 @@ class _Captured:
         return self.reads.looks.hold(tensors, model, changed) and self.program.guards.hold(tensors, model) and all(
             model.get_submodule(path) is module for path, module in self.modules.items())
 
-    def same_state(self, model: nn.Module, call: _Call, fresh: bool) -> tuple[bool, bool]:
-        """Whether the model, objects among the arguments and all else are as they were, and whether all had to be
-        looked at to know."""
+    def same_state(self, model: nn.Module, call: _Call, fresh: bool) -> tuple[bool, bool, bool]:
+        """Whether the model, objects among the arguments and all else are as they were; whether all had to be looked at
+        to know; and whether something is another than before, be it a parameter alone."""
         alike = len(call.others) == len(self.others) and all(map(operator.is_, call.others, self.others))
         state = next((s for s in self.states if s.watch.holds(fresh)), None) if alike else None
-        looked = state is None
+        looked, changed = state is None, False
         if state is None:
             state = describe(model, self.reads, self.program.constants, call.others)
-            if all(state.value != s.value for s in self.states):
-                return False, True
+            before = next((s for s in self.states if s.value == state.value), None)
+            if before is None:
+                return False, True, True
+            # Most of what is written into is not what was watched: Python imports into the names of packages.
+            changed = not state.watch.has_tensors_of(before.watch)
             # What was watched of other objects says nothing of these.
             self.states = [state if s.value == state.value else s for s in self.states] if alike else [state]
             self.others = call.others
         self.found = state
         own = [state.own.get(id(t)) for t in call.tensors]
-        return call.places(state) == self.places and own == self.own, looked
+        return call.places(state) == self.places and own == self.own, looked, changed
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,8 @@ def find(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], fresh
     captures = _captures_of(model)
     known = captures.programs.get(call.kind, [])
     for i, candidate in enumerate(known):
-        same, looked = candidate.same_state(model, call, fresh)
-        captures.changes += looked
+        same, looked, changed = candidate.same_state(model, call, fresh)
+        captures.changes += changed
         if same and candidate.reads_alike(model, call.tensors, looked):
             known.insert(0, known.pop(i))
             # What a call puts into the model comes after that was looked at.

@@ -134,6 +134,10 @@ class Watch:
             # Both end in the same mark, so that none is longer. A list of the identities would be new memory.
             all(map(operator.eq, map(id, self._all()), self._ids))) and self._small_memory() == self._bytes
 
+    def has_tensors_of(self, other: Watch) -> bool:
+        """Whether parameters and buffers are the same objects as those that ``other`` watched."""
+        return self._own.are(other._own)
+
     def _modules_hold(self) -> bool:
         """Their class and all of their attributes can be exchanged while the object stays the same."""
         modules = [ref() for ref in self._modules]
@@ -183,6 +187,11 @@ class _Looks:
         self._refs = [weakref.ref(t) for t in tensors]
         self._before, self._attributes = [*map(_look_of, tensors)], [len(vars(t)) for t in tensors]
         self._guards = _guards(tensors)
+
+    def are(self, others: _Looks) -> bool:
+        """Whether these are the same tensors as those."""
+        return len(self._refs) == len(others._refs) and all(
+            a() is b() for a, b in zip(self._refs, others._refs, strict=True))
 
     def hold(self) -> bool:
         """Whether they look the same."""

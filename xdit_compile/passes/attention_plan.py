@@ -168,4 +168,4 @@ def plan_attention(q, k, v, spec, position) -> AttentionPlan:
         kv_heads=local_heads(k, position), head_dim=q.shape[-1], value_dim=v.shape[-1],
         batch=math.prod(Layout(q.dims[:-3]).local_shape(position)), element_size=q.dtype.itemsize,
         ulysses=spec.ulysses_degree, ring=spec.ring_degree, patch=position.get(PATCH), apart=spec.exchange == APART,
-        wire=spec.wire, wire_keys=spec.wire_keys)
+        wire=spec.wire, wire_keys=spec.keys_wire)

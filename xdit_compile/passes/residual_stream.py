@@ -24,6 +24,7 @@ COPIES = {aten._to_copy.default, aten.clone.default, aten.contiguous.default, at
           aten.expand.default, aten.alias.default, aten.add.Scalar, aten.flatten.using_ints, aten.unflatten.int}
 """Operators whose result continues what they are given, cut and turned though it may be."""
 SUMS = {aten.add.Tensor, aten.sub.Tensor}
+CUTS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
 
 Pieces = tuple[int, tuple[fx.Node, ...]]
 """Values that were joined, and along which dimension."""
@@ -99,13 +100,10 @@ def _streams(graph: fx.Graph, functions: Mapping[str, Mapping[int, int]], block:
         if node.target in (aten.slice.Tensor, operator.getitem):
             # A part of a joined stream has come through the blocks that the whole has.
             depth = max([depth, *(found.depth.get(n, 0) for n in node.all_input_nodes)])
-            if node.target is operator.getitem and node.args[0].target in _CUTS:
+            if node.target is operator.getitem and node.args[0].target in CUTS:
                 depth = max(depth, found.depth.get(node.args[0].args[0], 0))
         found.depth[node] = depth
     return found
-
-
-_CUTS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
 
 
 def _continued(found: Streams, functions: Mapping[str, Mapping[int, int]], node: fx.Node,
@@ -128,7 +126,7 @@ def _continued(found: Streams, functions: Mapping[str, Mapping[int, int]], node:
         if source.op == "call_module":
             place = functions.get(str(source.target), {}).get(index)
             return source.args[place] if place is not None else _alike(found, node, source.args)
-        if source.target in _CUTS:
+        if source.target in CUTS:
             whole = source.args[0]
             dim = (source.args[2] if len(source.args) > 2 else source.kwargs.get("dim", 0)) % node.meta["val"].ndim
             start = sum(part.shape[dim] for part in source.meta["val"][:index])

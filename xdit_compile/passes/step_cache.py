@@ -12,6 +12,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from xdit_compile.ir.step_inputs import PROBE
 from xdit_compile.passes import localize
 from xdit_compile.passes.hoist import extract, following, needed, part_of
 from xdit_compile.passes.interpreter import FunctionInterpreter, Leave, ProgramInterpreter, Seeds
-from xdit_compile.passes.residual_stream import Streams, streams_of
+from xdit_compile.passes.residual_stream import CUTS, Streams, streams_of
 from xdit_compile.passes.sharded_value import Value
 from xdit_compile.passes.stage_partition import block_of, blocks_in
 
@@ -107,24 +108,23 @@ def find_cut(program: Program, begin: Collection[str]) -> Cut:
     # Of streams that come through as many blocks, that of the sample's own tokens goes farthest back.
     last = max((n for n in graph.nodes if n in shown), key=lambda n: (
         streams.depth.get(n, 0) if streams.line(n)[-1] in shown else 0, len(streams.line(n))))
-    through = _through(streams, last, blocks)
-    if len(through) < 2 or block_of(streams.line(last)[-1]) == through[0]:
+    through, line = _through(streams, last, blocks), streams.line(last)[::-1]
+    before = [*takewhile(lambda n: block_of(n) != through[0], line)] or [n for n in line[:1] if _is_cut(n)]
+    if len(through) < 2 or not before:
         found = ", ".join(blocks) or "none"
         raise SpecError(f"{spec}: steps leave blocks out that add to one stream of features, one after the other, but "
                         f"in this model there are not two (blocks: {found}); leave cache out")
     order = list(blocks)
     first = through[0] if spec.cache == "first_block" else None
-    line = streams.line(last)[::-1]
-    begins = next(i for i, n in enumerate(line) if block_of(n) == through[0])
-    entered = line[begins - 1]
-    enters, call = entered, None
+    entered = enters = before[-1]
+    call = None
     probe: tuple[fx.Node, ...] = (entered,)
     if first is not None:
         enters = [n for n in line if block_of(n) == first][-1]
         probe = (enters, entered)
     # What a block makes of the time alone is needed at each step, if others read it.
     later, streaming = order[order.index(through[0]):], following(graph, [enters])
-    inside = {n for n in graph.nodes if n in streaming and block_of(n) in later and block_of(n) != first}
+    inside = {n for n in graph.nodes if n in streaming and block_of(n) in later and block_of(n) != first} - {enters}
     dependent = following(graph, inside)
     between = (needed(sorted(inside)) & dependent) | inside
     between |= {u for n in between if n.op == "call_module" for u in n.users}
@@ -146,6 +146,15 @@ def _through(streams: Streams, last: fx.Node, blocks: Collection[str]) -> list[s
     """The blocks that a stream comes through, in order."""
     paths = [block_of(n) for n in streams.line(last)[::-1]]
     return list(dict.fromkeys(p for p in paths if p in blocks))
+
+
+def _is_cut(node: fx.Node) -> bool:
+    """Whether this is a part of what was there before any block, though the block that it enters has cut it off."""
+    while node.target in CUTS or node.target in (aten.slice.Tensor, operator.getitem):
+        node = node.args[0]  # type: ignore[assignment]
+        if not block_of(node):
+            return True
+    return False
 
 
 def _leaving(graph: fx.Graph, streams: Streams, dependent: Collection[fx.Node], between: Collection[fx.Node]

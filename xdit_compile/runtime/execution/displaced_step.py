@@ -5,6 +5,7 @@ DistriFusion (arXiv 2402.19481): the collectives that a step starts are waited f
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from xdit_compile.runtime.execution.executor import NONE, Executor, Shares
 from xdit_compile.runtime.execution.held_inputs import State, unwatched
 from xdit_compile.spec import ALL
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class DisplacedStep:
@@ -30,17 +33,32 @@ class DisplacedStep:
 
 
 class OnTheWay:
-    """What one condition's loop has sent and not read yet; and how many steps it has made."""
+    """What one condition's loop has sent and not read yet; and how many steps it has made. What nobody will read is
+    waited for when the loop is over, at the latest when the process ends."""
 
     def __init__(self) -> None:
-        self.tensors: Sequence[torch.Tensor] = ()
+        self.tensors: list[torch.Tensor] = []
         self.steps = 0
+        weakref.finalize(self, _arrive_at_last, self.tensors)
+
+    def taken(self) -> list[torch.Tensor]:
+        """What is on the way, which the caller waits for."""
+        tensors = [*self.tensors]
+        self.tensors.clear()
+        return tensors
 
     def arrive(self) -> None:
         """Wait for what nobody will read."""
-        for tensor in self.tensors:
+        for tensor in self.taken():
             torch.ops._c10d_functional.wait_tensor.default(tensor)
-        self.tensors = ()
+
+
+def _arrive_at_last(tensors: list[torch.Tensor]) -> None:
+    try:
+        while tensors:
+            torch.ops._c10d_functional.wait_tensor.default(tensors.pop(0))
+    except RuntimeError as error:  # of a peer or a group that is gone, which whoever needs it is told
+        log.info("what was on the way to a step that never came did not arrive: %s", error)
 
 
 class DisplacedStepExecutor:
@@ -84,9 +102,10 @@ class DisplacedStepExecutor:
         exact = not loop.tensors or self._warmup == ALL or loop.steps < int(self._warmup)
         if exact:
             loop.arrive()
-        results = self._exact(tensors) if exact else self._late(tensors, caches=loop.tensors)
+        results = self._exact(tensors) if exact else self._late(tensors, caches=loop.taken())
         count = self.step.exact[0].for_next_step
-        results, loop.tensors = results[: len(results) - count], results[len(results) - count:]
+        loop.tensors += results[len(results) - count:]
+        results = results[: len(results) - count]
         loop.steps += 1
         self._counts["paced"] += 1
         self._counts["displaced"] += not exact
