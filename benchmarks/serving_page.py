@@ -8,8 +8,8 @@ HEAD = """\
 # Serving, measured
 
 Made by `python benchmarks/serving.py --output docs/serving.md`, on CPUs: two processes of one thread, gloo, a tiny
-pipeline of diffusers whose picture takes a fraction of a second. Seconds are those of a busy machine of two cores; what
-is compared is compared within one run. How to serve: [README](../README.md).
+pipeline of diffusers whose picture takes a fraction of a second. Seconds are those of a machine of two
+cores that may have had other work; what is compared is compared within one run. How to serve: [README](../README.md).
 
 ![The page at /](serving/page.png)
 
