@@ -16,6 +16,7 @@ import exactness
 import published
 import published_images
 import published_videos
+import stagewise
 import torch
 import zoo
 from pool import Pool, RemoteError
@@ -34,6 +35,8 @@ PUBLISHED = published.PUBLISHED | published_images.PUBLISHED | published_videos.
 SPECS = ("ulysses=2", "ring=3")
 TENSOR = ("tensor=2", "tensor=3", "tensor=2,ulysses=2", "tensor=2,ring=2")
 """Of tensor parallelism, in lock-step in one process."""
+STAGES = "tensor=2,pipefusion=2,warmup=all"
+"""The same with stages, one after the other."""
 SHARD = {"data=2,shard=2": "data=2", "ulysses=2,shard=2": "ulysses=2"}
 """Of shares of parameters, in the same way, with the spec whose bits they must give."""
 DEGREES = (2, 4, 8)
@@ -106,6 +109,10 @@ def share(name: str) -> Record:
             record["tensor"][spec] = {"error": error}
         except SpecError as misfit:
             record["tensor"][spec] = {"misfit": str(misfit).splitlines()[0]}
+    try:
+        record["tensor"][STAGES] = {"error": stagewise.emulate(case, 2, True, STAGES).exact}
+    except SpecError as misfit:
+        record["tensor"][STAGES] = {"misfit": str(misfit).splitlines()[0]}
     for spec, plain in SHARD.items():
         try:
             (_, whole), (_, mine) = (emulation.on_ranks(model, arguments, program, s) for s in (plain, spec))

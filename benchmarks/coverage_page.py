@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from benchmarks.coverage_measures import DEGREES, SHARD, SPECS, TENSOR, Record
+from benchmarks.coverage_measures import DEGREES, SHARD, SPECS, STAGES, TENSOR, Record
 from xdit_compile.report.units import plural, size, work
 
 Sections = dict[str, dict[str, Record]]
@@ -84,7 +84,7 @@ def page(found: Sections, command: str, versions: str) -> str:
     """The whole document."""
     degrees = f"{', '.join(map(str, DEGREES[:-1]))} and {DEGREES[-1]}"
     words = {"command": command, "versions": versions, "degrees": degrees, "most": DEGREES[-1]}
-    words |= {"limit": ROUNDING, "near": NEAR, "tensor": ", ".join(f"`{s}`" for s in TENSOR)}
+    words |= {"limit": ROUNDING, "near": NEAR, "tensor": ", ".join(f"`{s}`" for s in (*TENSOR, STAGES))}
     words["shard"] = ", ".join(f"`{s}`" for s in SHARD)
     parts = [f"{HEAD.format(**words)}\n{_summary(found)}"]
     for title, text, columns, rows in (

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from contestants import CONTESTANTS, Absent, Builder, Contestant, Forward
 from timing import time_undisturbed
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm, trange
-from traffic import counting
+from traffic import counting, of_dtensors
 
 FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **named: (
@@ -24,6 +24,13 @@ FORMULAS = {
     )
 }
 """What torch 2.13's flop counter does not know: attention on CPU."""
+
+
+class LocalFlops(_FlopCounterMode):
+    """FLOPs of this rank: PyTorch's counter takes those of a whole DTensor."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return NotImplemented if of_dtensors(types) else super().__torch_dispatch__(func, types, args, kwargs)
 
 
 @dataclass
@@ -86,7 +93,7 @@ def _build(
         result.error = (made - reference).abs().max().item()
         # Compiled code cannot be looked into: what is counted is the program that was compiled.
         flops = FlopCounterMode(display=False, custom_mapping=FORMULAS)
-        with torch.compiler.set_stance("force_eager"), counting() as traffic, flops:
+        with torch.compiler.set_stance("force_eager"), counting() as traffic, LocalFlops(flops):
             forward(**inputs)
         result.flops = flops.get_total_flops()
         result.collectives, result.bytes = dict(traffic.collectives), traffic.bytes.total()

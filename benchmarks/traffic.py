@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "c10d_functional")
@@ -57,6 +58,8 @@ class Count(TorchDispatchMode):
         self.traffic = traffic
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if of_dtensors(types):
+            return NotImplemented
         if func.namespace in NAMESPACES:
             name = func._schema.name.split("::")[1]
             if name not in SILENT:
@@ -64,6 +67,12 @@ class Count(TorchDispatchMode):
                     raise NotImplementedError(f"no rule for the bytes of {func}")
                 self.traffic.add(name, SENT[name](*args, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
+
+
+def of_dtensors(types: Iterable[type]) -> bool:
+    """Whether an operator is one of DTensors: what counts is what their shards do, and what is sent for them, both of
+    which come by after a mode has let it pass."""
+    return any(issubclass(t, DTensor) for t in types)
 
 
 @contextmanager

@@ -98,9 +98,21 @@ def test_weights_in_parts(name: str, kind: str, spec: str) -> None:
     assert found.error <= TOLERANCE and found.work < 1.25
 
 
+@pytest.mark.parametrize(("name", "kind"), [
+    ("flux", "q8_0"), ("dit", "q4_0"), ("dit", "intx"),
+    *(whole("dit", k) for k in ("q4_1", "q5_0", "q5_1", "iq4_nl", "bf16")),
+    *(whole(f, k) for f in FAMILIES for k in MAIN if (f, k) != ("flux", "q8_0"))])
+def test_packed_weights_are_shared_out(name: str, kind: str) -> None:
+    """Of what is packed in blocks of numbers, rows alone are."""
+    model, arguments, expected, program = captured(name, kind)
+    for spec in ("tensor=2", "tensor=2,ulysses=2"):
+        found = emulation.together(model, arguments, expected, program, spec)
+        assert found.error <= tolerance(name, kind) and found.work < 1.25, spec
+
+
 def test_weights_that_cannot_be_cut_are_refused() -> None:
-    with pytest.raises(SpecError, match="packed in blocks of numbers"):
-        emulation.together(*captured("sd3", "q8_0"), "tensor=2")
+    with pytest.raises(SpecError, match="an operator of their own unpacks"):
+        emulation.together(*captured("dit", "nf4"), "tensor=2")
 
 
 @pytest.mark.parametrize(("name", "kind"), drawn())

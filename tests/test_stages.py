@@ -40,6 +40,19 @@ def test_stages_and_patches_give_the_numbers_of_one_device(name: str) -> None:
     assert found.exact <= case.tolerance and found.patched <= case.tolerance, found
 
 
+@pytest.mark.parametrize("name", chosen())
+def test_ranks_of_a_stage_share_out_its_weights(name: str) -> None:
+    case = zoo.CASES[name]
+    try:
+        found = stagewise.emulate(case, 2, True, "pipefusion=2,tensor=2,warmup=all")
+    except xdit_compile.SpecError as refusal:
+        assert name not in QUICK
+        reasons = "blocks to share out", "writes into its arguments", "no cut of any"
+        assert any(word in str(refusal) for word in reasons)
+        return
+    assert found.exact <= case.tolerance, found
+
+
 def explained(name: str, spec: str) -> Any:
     entry = displaced.MODELS[name]
     return xdit_compile.explain(cases.made(entry.case), spec, entry.case.inputs(1, False))

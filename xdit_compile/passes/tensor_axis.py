@@ -61,8 +61,8 @@ def tensor_seeds(program: Program, sizes: Mapping[str, int], base: Seeds,
     found = search.seeds()
     if not found:
         raise SpecError(f"{program.spec} shares out weights among {parts} ranks, but no cut of any weight of the model "
-                        "leaves each with less to do (weights that are packed in blocks of numbers, as GGUF's, are not "
-                        "cut); use ulysses or ring, and pipefusion to spread weights")
+                        "leaves each with less to do (weights that an operator of their own unpacks, as bitsandbytes' "
+                        "four bits, are not cut); use ulysses or ring, and shard or pipefusion to spread weights")
     return found
 
 
@@ -106,6 +106,8 @@ class _Search:
         holders = self.graphs["main"].find_nodes(op="placeholder")
         self.parameters = {n: n.meta["val"] for n, what in zip(holders, program.inputs, strict=True)
                            if what.kind == "parameter"}
+        self.constants = {n for n, what in zip(holders, program.inputs, strict=True)
+                          if what.kind in ("parameter", "constant")}
         self.held = max(sum(t.nbytes for t in self.parameters.values()), 1)
 
     def _interpreter(self, seeds: Seeds) -> ProgramInterpreter:
@@ -143,7 +145,8 @@ class _Search:
             _, _, cost, wanted = self._interpreter(self.base).function(name, layouts)
             return _Measured(len(calls) * self._score(cost, sizes, choice, wanted), wanted)
 
-        return self._chosen(list(_candidates(graph, own)), measure, graph)
+        fixed = {i for i in range(len(calls[0].args)) if all(call.args[i] in self.constants for call in calls)}
+        return self._chosen(list(_candidates(graph, own, fixed)), measure, graph)
 
     def _of_main(self, known: Seeds) -> Seeds:
         """The cuts of weights outside of block functions."""
@@ -158,7 +161,8 @@ class _Search:
             found = self._interpreter({**self.base, **known, **named}).main()
             return _Measured(self._score(found.cost, sizes, choice, found.wanted), found.wanted)
 
-        chosen = self._chosen(list(_candidates(graph, own)), measure, graph)
+        fixed = {i for i, n in enumerate(holders) if n in self.constants}
+        chosen = self._chosen(list(_candidates(graph, own, fixed)), measure, graph)
         return {holders[i].name: layout for i, layout in chosen.items()}
 
     def _chosen(self, candidates: Sequence[_Candidate], measure: Callable[[Mapping[int, Layout]], _Measured],
@@ -213,8 +217,9 @@ def _agreed(wants: set[Layout | None]) -> Layout | None:
     return next(iter(wants)) if len(wants) == 1 else None
 
 
-def _candidates(graph: fx.Graph, own: set[int]) -> Iterator[_Candidate]:
-    """Weights among the inputs ``own`` that are multiplied with, in the order of the graph."""
+def _candidates(graph: fx.Graph, own: set[int], fixed: set[int]) -> Iterator[_Candidate]:
+    """Weights among the inputs ``own`` that are multiplied with, in the order of the graph; ``fixed`` are all inputs
+    that are the same in each call."""
     places = {n: i for i, n in enumerate(graph.find_nodes(op="placeholder"))}
     for node in graph.nodes:
         if node.target not in PRODUCTS and node.target not in CONVOLUTIONS:
@@ -229,13 +234,36 @@ def _candidates(graph: fx.Graph, own: set[int]) -> Iterator[_Candidate]:
                 before = TURNS[origin.target](list(range(origin.meta["val"].ndim)), *origin.args[1:])
                 order = [before[i] for i in order]
                 origin = origin.args[0]
-            if origin in places and places[origin] in own and len(order) > 1:
-                if node.target is aten.embedding.default:
-                    yield _Candidate(places[origin], order[-1], None, node)
-                elif node.target is aten.linear.default or node.target in CONVOLUTIONS:
-                    yield _Candidate(places[origin], order[0], order[1], node)
-                else:
-                    yield _Candidate(places[origin], order[-1], order[-2], node)
+            if len(order) < 2:
+                continue
+            table = node.target is aten.embedding.default
+            rows = not table and (node.target is aten.linear.default or node.target in CONVOLUTIONS)
+            outputs, inputs = (order[0], order[1]) if rows else (order[-1], order[-2])
+            if places.get(origin) in own:
+                yield _Candidate(places[origin], outputs, None if table else inputs, node)
+            elif (packed := _packed(origin, outputs, places, own, fixed)) is not None:
+                yield _Candidate(packed, outputs, None, node)
+
+
+def _packed(weight: fx.Node, outputs: int, places: Mapping[fx.Node, int], own: set[int],
+            fixed: set[int]) -> int | None:
+    """The number of the input that ``weight`` is unpacked from, if it has a row for each output feature. Its columns
+    are blocks of several numbers, which are not cut."""
+    leaves, queue, seen = list[fx.Node](), [weight], {weight}
+    while queue:
+        node = queue.pop()
+        if node.op == "placeholder":
+            leaves.append(node)
+        for before in node.all_input_nodes:
+            if before not in seen:
+                seen.add(before)
+                queue.append(before)
+    if not leaves or any(places[n] not in fixed for n in leaves):
+        return None
+    largest = max(leaves, key=lambda n: n.meta["val"].nbytes)
+    shape, size = largest.meta["val"].shape, weight.meta["val"].shape[outputs]
+    same = places[largest] in own and outputs < len(shape) and shape[outputs] == size
+    return places[largest] if same else None
 
 
 def _heads(graph: fx.Graph) -> list[int]:
