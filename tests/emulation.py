@@ -123,7 +123,7 @@ def shares_of(model: nn.Module, local: Program, groups: Sequence[ParameterGroup]
     if local.spec is None or local.position is None or not local.spec.parts:
         return {}
     groups = {g.name: g for g in groups or parameter_groups(model)}
-    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors = named_parts(dict(model.named_parameters(remove_duplicate=False)))
     made = {}
     for name in (i.name for i in local.inputs if i.kind == "parameter_share"):
         group = groups[name]

@@ -267,7 +267,9 @@ class TestMerge:
             out, lse = part if out is None else merge(out, lse, *part)
         expected, expected_lse = reference(q, k, v, mask if masked else None)
         torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-        torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
+        # Processors that multiply in bfloat16 add up otherwise than those that convert.
+        close = 1e-5 if dtype.itemsize > 2 else 1e-4
+        torch.testing.assert_close(lse.double(), expected_lse, atol=close, rtol=close)
 
     def test_accumulates_in_float32(self) -> None:
         q, k, v = make(dtype=torch.bfloat16)

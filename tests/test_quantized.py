@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 import xdit_compile
 from xdit_compile.driver.compile_stage import staged
-from xdit_compile.errors import SpecError
 from xdit_compile.frontend.capture import capture
 from xdit_compile.ir.call_arguments import call_arguments
 from xdit_compile.ir.packed_tensors import named_parts, parts
@@ -110,9 +109,34 @@ def test_packed_weights_are_shared_out(name: str, kind: str) -> None:
         assert found.error <= tolerance(name, kind) and found.work < 1.25, spec
 
 
-def test_weights_that_cannot_be_cut_are_refused() -> None:
-    with pytest.raises(SpecError, match="an operator of their own unpacks"):
-        emulation.together(*captured("dit", "nf4"), "tensor=2")
+@pytest.mark.parametrize("kind", ["q8_0", whole("int8")])
+def test_packed_weights_that_were_given_up_are_edited(kind: str) -> None:
+    """Their parts come back for what is done to all modules, and look as if they were there when adapters come."""
+    model, plain, inputs = changed("flux", kind), changed("flux", kind), zoo.CASES["flux"].inputs(1, False)
+    parallel = xdit_compile.parallelize(model, "offload=block")
+    first = answer(parallel, inputs)
+    held = named_parts(dict(parallel.named_parameters()))
+    assert not [n for n, t in held.items() if t.numel() > 256 and not t.is_meta]
+    objects = list(map(id, parallel.parameters()))
+
+    def other(module: nn.Module) -> None:
+        for part in named_parts(dict(module.named_parameters(recurse=False))).values():
+            part.add_(part.eq(3).to(part.dtype) if part.dtype in (torch.int8, torch.uint8) else part * 0.01)
+
+    with torch.no_grad():
+        plain.apply(other)
+        parallel.apply(other)
+    assert list(map(id, parallel.parameters())) == objects
+    edited = answer(plain, inputs)
+    assert max(map(difference, edited, first)) > 1e-3
+    assert max(map(difference, answer(parallel, inputs), edited)) < TOLERANCE
+    weights = {f"transformer.transformer_blocks.0.attn.to_q.lora_{k}.weight": torch.randn(size) for k, size in zip(
+        "AB", ((4, 64), (64, 4)), strict=True)}
+    for each in (plain, parallel):
+        each.load_lora_adapter(dict(weights), prefix="transformer")
+    adapted = answer(plain, inputs)
+    assert max(map(difference, adapted, edited)) > 1e-3
+    assert max(map(difference, answer(parallel, inputs), adapted)) < TOLERANCE
 
 
 @pytest.mark.parametrize(("name", "kind"), drawn())
@@ -232,10 +256,15 @@ def test_inductor_compiles_it(kind: str) -> None:
 
 @pytest.mark.parametrize(("kind", "spec"), [
     ("int8", "ulysses=2"), ("layerwise", "pipefusion=2,patches=2,warmup=all"), ("q8_0", "pipefusion=2,warmup=all"),
+    ("int8", "ulysses=2,shard=2"), ("q8_0", "tensor=2"), whole("q4_0", "data=2,shard=2,offload=block"),
+    whole("int8", "tensor=2"), whole("int8_dynamic", "tensor=2,offload=block"), whole("layerwise", "ulysses=2,shard=2"),
     whole("q8_0", "ring=2"), whole("layerwise", "ulysses=2"), whole("int8", "pipefusion=2,patches=2,warmup=all"),
     whole("int8", "cfg=2"), whole("int8_dynamic", "pipefusion=2,warmup=all"), whole("nf4", "ulysses=2")])
 def test_on_real_processes(pool: Pool, kind: str, spec: str) -> None:
-    batch = 2 if "cfg" in spec else 1
+    batch = 2 if "cfg" in spec or "data" in spec else 1
     for found in pool.run(quantized_ranks.differences, "flux", kind, spec, batch, ranks=range(2), timeout=150):
         assert max(found["steps"]) < (0.05 if "dynamic" in kind else TOLERANCE)
         assert "pipefusion" not in spec or found["held"] < 0.8 * found["every"]
+        # Shares are no parameters of the model.
+        assert not {"shard", "tensor", "offload"} & {*spec.replace("=", ",").split(",")} or (
+            found["held"] < 0.1 * found["every"])

@@ -55,7 +55,7 @@ def _shapes(model: nn.Module, store: ParameterStore) -> Iterator[None]:
     and who computes with them gets no numbers."""
     table = {id(t): nn.Parameter(torch.full((), _nothing(t.dtype), dtype=t.dtype, device=device_of(t)).expand(t.shape),
                                  requires_grad=False) for t in store.left}
-    with swapped(model, table, store.left):
+    with swapped(model, table):
         yield
 
 
@@ -110,7 +110,7 @@ def _present(model: nn.Module, names: Sequence[str], store: ParameterStore, whol
     tensors = store.left_by_name()
     made = {n: nn.Parameter(value, requires_grad=False) for of in values.values() for n, value in of.items()}
     table = {id(tensors[n]): parameter for n, parameter in made.items()}
-    with swapped(model, table, store.left):
+    with swapped(model, table):
         yield
     for name, of in values.items():
         whole.put(name, {n: made[n].detach() for n in of})

@@ -15,6 +15,7 @@ from torch import nn
 
 from xdit_compile.ir.given_up import kind_of
 from xdit_compile.ir.layout import Layout, Position
+from xdit_compile.ir.packed_tensors import named_parts
 from xdit_compile.ir.program import Part
 
 ALIGNMENT = 512
@@ -82,12 +83,12 @@ class ParameterGroup:
 
 
 def parameter_groups(model: nn.Module) -> tuple[ParameterGroup, ...]:
-    """The groups of a model's parameters. What is no plain tensor stays out of them, and so do buffers."""
-    return groups_of(model.named_parameters(remove_duplicate=False))
+    """The groups of a model's parameters, of packed ones of their parts. Buffers stay out of them."""
+    return groups_of(named_parts(dict(model.named_parameters(remove_duplicate=False))).items())
 
 
 def groups_of(parameters: Iterable[tuple[str, torch.Tensor]]) -> tuple[ParameterGroup, ...]:
-    """The groups of these parameters. What is one tensor under several names is one member."""
+    """The groups of these parameters but for packed ones. What is one tensor under several names is one member."""
     names: dict[int, list[str]] = {}
     tensors: dict[int, torch.Tensor] = {}
     for name, tensor in parameters:

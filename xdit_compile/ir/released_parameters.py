@@ -10,7 +10,7 @@ from torch import nn
 
 from xdit_compile.errors import XditError
 from xdit_compile.ir.given_up import GivenUp
-from xdit_compile.ir.packed_tensors import is_packed, parts, whole_name, with_parts
+from xdit_compile.ir.packed_tensors import is_packed, named_parts, parts, whole_name, with_parts
 
 _HOME = "_xdit_compile_home"
 LOOK = attrgetter("_version", "dtype", _HOME)
@@ -33,10 +33,11 @@ def release_parameters(model: nn.Module, within: Collection[str], names: Collect
 
 
 def release_named(model: nn.Module, names: Collection[str]) -> None:
-    """Give up these parameters, under all their names."""
+    """Give up these parameters, and parts of parameters, under all their names."""
     held = _held(model)
-    gone = {id(store[leaf]) for store, leaf, name in held if name in names}
-    _give_up(model, [entry for entry in held if id(entry[0][entry[1]]) in gone])
+    named = [(entry, named_parts({entry[2]: entry[0][entry[1]]})) for entry in held]
+    gone = {id(t) for _, found in named for name, t in found.items() if name in names}
+    _give_up(model, [entry for entry, found in named if not gone.isdisjoint(map(id, found.values()))], gone)
 
 
 _Held = tuple[dict[str, torch.Tensor], str, str]
@@ -49,15 +50,21 @@ def _held(model: nn.Module) -> list[_Held]:
             for leaf, t in store.items() if t is not None]  # type: ignore[misc]
 
 
-def _give_up(model: nn.Module, held: Iterable[_Held]) -> None:
+def _give_up(model: nn.Module, held: Iterable[_Held], parts_gone: Collection[int] | None = None) -> None:
+    """Of packed ones all parts, or those of these identities."""
+    def left(part: torch.Tensor) -> torch.Tensor:
+        return part if part.is_meta or not (parts_gone is None or id(part) in parts_gone) else _gone(part)
+
     one: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for store, leaf, _ in held:
         tensor = store[leaf]
         if id(tensor) in one:  # what is one tensor stays one
             store[leaf] = one[id(tensor)][1]
-        elif not tensor.is_meta or not hasattr(tensor, _HOME):
-            made = with_parts(tensor, _gone) if is_packed(tensor) else _gone(tensor)
-            setattr(made, _HOME, device_of(tensor))
+        elif not hasattr(tensor, _HOME) or not all(t.is_meta for t in parts(tensor).values()):
+            home = device_of(tensor)
+            made = with_parts(tensor, left) if is_packed(tensor) else _gone(tensor)
+            for known in (made, *(t for t in parts(made).values() if t.is_meta)):
+                setattr(known, _HOME, home)
             store[leaf] = made
             one[id(tensor)] = tensor, made
     # On the whole model alone: hooks on its parts would make blocks that are alike look different.
@@ -97,9 +104,9 @@ def absence(model: nn.Module, absent: Sequence[str], remedy: str) -> XditError:
 
 def missing_parameters(model: nn.Module, names: Collection[str]) -> list[str]:
     """Which of these parameters and buffers have no values."""
-    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    names = {*names, *map(whole_name, names)}
-    return [name for name, tensor in held if tensor.is_meta and name in names]
+    held = named_parts(dict([*model.named_parameters(remove_duplicate=False),
+                             *model.named_buffers(remove_duplicate=False)]))
+    return [name for name, tensor in held.items() if tensor.is_meta and (name in names or whole_name(name) in names)]
 
 
 def device_of_model(model: nn.Module) -> torch.device:

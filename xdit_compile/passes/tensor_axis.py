@@ -38,7 +38,7 @@ MOST_LEFT = 0.99
 """Of a model's operations: where each rank has more than so much left, nothing is gained."""
 
 PRODUCTS = (aten.linear.default, aten.mm.default, aten.bmm.default, aten.matmul.default, aten.addmm.default,
-            aten.baddbmm.default, aten.embedding.default)
+            aten.baddbmm.default, aten._int_mm.default, aten.embedding.default)
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 
 

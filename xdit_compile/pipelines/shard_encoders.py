@@ -20,7 +20,7 @@ from xdit_compile.driver.checkpoint import Checkpoint
 from xdit_compile.driver.edits import loading
 from xdit_compile.driver.parallel_model import Method, Parallel, instance_of_subclass, moved
 from xdit_compile.ir.call_arguments import bind_call, named_leaves
-from xdit_compile.ir.parameter_groups import is_block, parameter_groups
+from xdit_compile.ir.parameter_groups import groups_of, is_block
 from xdit_compile.ir.released_parameters import absence, device_of_model, missing_parameters
 from xdit_compile.runtime.control.replicas import Replicas
 from xdit_compile.runtime.control.tensor_digest import digests
@@ -89,7 +89,7 @@ class EncoderShares:
         self.group.control.agree("the shares of an encoder", {"files": self.weights.digest() if self.weights else ""})
 
     def _take(self) -> None:
-        groups = parameter_groups(self.encoder)
+        groups = groups_of(self.encoder.named_parameters(remove_duplicate=False))
         device = device_of_model(self.encoder)
         if self.weights is not None:
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else device

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from xdit_compile.errors import XditError
+from xdit_compile.ir.packed_tensors import is_packed, named_parts, parts, with_parts
 from xdit_compile.ir.parameter_groups import Member, ParameterGroup
 from xdit_compile.ir.program import Input, part_of
 from xdit_compile.ir.released_parameters import LOOK, absence, device_of, release_named
@@ -115,7 +116,7 @@ class ParameterStore(Mapping[str, torch.Tensor]):
         """Whether the model has all that it was left with, and as it was, though by other names: adapters put modules
         around others. Groups go by the new names from then on."""
         names: dict[int, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
+        for name, parameter in named_parts(dict(model.named_parameters(remove_duplicate=False))).items():
             names.setdefault(id(parameter), []).append(name)
         if list(map(LOOK, self.left)) != self._looks or any(id(t) not in names for t in self.left):
             return False
@@ -146,25 +147,41 @@ class _Spans:
 
 
 @contextmanager
-def swapped(model: nn.Module, table: Mapping[int, nn.Parameter], left: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Within, the model has other parameters in the places of those that it was left with; those that are still there
-    afterwards are exchanged for these again.
+def swapped(model: nn.Module, table: Mapping[int, nn.Parameter]) -> Iterator[None]:
+    """Within, the model has other parameters, or parts of packed ones, in the places of those that it was left with;
+    those that are still there afterwards are exchanged for these again.
 
     Args:
-        table: the others, by the identity of those in ``left``.
+        table: the others, by the identity of what the model was left with.
     """
-    _exchange(model, table)
+    made: dict[int, torch.Tensor] = {}
+    """By the identity of what was there."""
+    before = _exchange(model, lambda p: made.setdefault(id(p), _with(p, table)))
+    there = {id(made[id(p)]): p for p in before}
     try:
         yield
     finally:
-        _exchange(model, {id(table[id(t)]): t for t in left if id(t) in table})
+        _exchange(model, lambda p: there.get(id(p), p))
 
 
-def _exchange(model: nn.Module, table: Mapping[int, torch.Tensor]) -> None:
+def _with(parameter: torch.Tensor, table: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """What stands for a parameter when what is in ``table`` stands for what it is made of."""
+    if not is_packed(parameter):
+        return table.get(id(parameter), parameter)
+    if not any(id(p) in table for p in parts(parameter).values()):
+        return parameter
+    return with_parts(parameter, lambda p: table[id(p)].detach() if id(p) in table else p)
+
+
+def _exchange(model: nn.Module, other: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+    """Put another in the place of each parameter; all that were there."""
+    before: list[torch.Tensor] = []
     for module in model.modules():
         for leaf, parameter in module._parameters.items():
-            if id(parameter) in table:
-                module._parameters[leaf] = table[id(parameter)]  # type: ignore[assignment]
+            if parameter is not None:
+                before.append(parameter)
+                module._parameters[leaf] = other(parameter)  # type: ignore[assignment]
+    return before
 
 
 def _reader(model: nn.Module, names: Sequence[str]) -> ParameterReader:
