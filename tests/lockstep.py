@@ -13,6 +13,9 @@ import torch
 from torch import fx
 
 c10d = torch.ops._c10d_functional
+CARRIED = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8,
+           torch.uint8, torch.bool)
+"""What gloo and NCCL both have in all collectives."""
 COLLECTIVES = {c10d.all_to_all_single.default, c10d.all_gather_into_tensor.default, c10d.all_reduce.default}
 
 
@@ -83,6 +86,7 @@ def _peers(name: str, rank: int, world: int) -> list[int]:
 
 def _result(target: Any, calls: list[tuple], me: int, node: fx.Node) -> torch.Tensor:
     inputs = [a[0] for a in calls]
+    assert all(x.dtype in CARRIED for x in inputs), "no backend carries that"
     if target is c10d.all_reduce.default:
         return torch.stack(inputs).sum(0)
     if target is c10d.all_gather_into_tensor.default:

@@ -257,6 +257,8 @@ def test_inductor_compiles_it(kind: str) -> None:
 @pytest.mark.parametrize(("kind", "spec"), [
     ("int8", "ulysses=2"), ("layerwise", "pipefusion=2,patches=2,warmup=all"), ("q8_0", "pipefusion=2,warmup=all"),
     ("int8", "ulysses=2,shard=2"), ("q8_0", "tensor=2"), whole("q4_0", "data=2,shard=2,offload=block"),
+    whole("fp8", "ulysses=2,shard=2"), whole("nf4", "ulysses=2,shard=2"),
+    whole("nf4", "ulysses=2,shard=2,offload=block"),
     whole("int8", "tensor=2"), whole("int8_dynamic", "tensor=2,offload=block"), whole("layerwise", "ulysses=2,shard=2"),
     whole("q8_0", "ring=2"), whole("layerwise", "ulysses=2"), whole("int8", "pipefusion=2,patches=2,warmup=all"),
     whole("int8", "cfg=2"), whole("int8_dynamic", "pipefusion=2,warmup=all"), whole("nf4", "ulysses=2")])

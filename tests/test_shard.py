@@ -191,7 +191,8 @@ def test_what_is_read_again_far_away_comes_again() -> None:
     ("dit", "ulysses=2,shard=2"), ("flux", "ulysses=2,shard=2,offload=block"), ("wan", "offload=block"),
     ("dit", "pipefusion=2,ulysses=2,patches=2,shard=2"), whole("dit", "cfg=2,ulysses=2,shard=2"),
     whole("flux", "ulysses=2,ring=2,shard=4"), whole("wan", "pipefusion=2,ulysses=2,warmup=all,shard=2,offload=block"),
-    whole("dit", "ulysses=2,shard=2,backend=inductor")])
+    whole("dit", "ulysses=2,shard=2,backend=inductor"), *(whole(name, "ulysses=2,shard=2") for name in (
+        "sd3", "pixart_alpha", "hunyuan_dit", "cogvideox", "mochi", "ltx", "hunyuan_video", "qwen_image", "latte"))])
 def test_processes_give_the_same_bits(pool: Pool, name: str, spec: str) -> None:
     parsed = ShardingSpec.parse(spec)
     for seen in pool.run(shard_runs.like_plain, name, spec, ranks=range(parsed.world_size), timeout=240):

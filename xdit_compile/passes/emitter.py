@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from xdit_compile.ir.carried_types import CARRIED
 from xdit_compile.ir.layout import LATE, PATCH, Dim, Layout, Position, Spans, length
 from xdit_compile.ir.mesh import group_name
 from xdit_compile.ir.program import output_args
@@ -34,6 +35,8 @@ class Emitter:
         self.caches: list[fx.Node] = []
         self.sent: list[fx.Node] = []
         """Collectives of which a later step reads the result."""
+        self.dtypes: dict[fx.Node, torch.dtype] = {}
+        """Of what a collective gives, the type of what was given to it."""
 
     @contextmanager
     def standing_for(self, node: fx.Node) -> Iterator[None]:
@@ -141,16 +144,26 @@ class Emitter:
         return self.wait(self.start_all_to_all(x, receive, send, axis))
 
     def start_all_to_all(self, x: fx.Node, receive: Sequence[int], send: Sequence[int], axis: str) -> fx.Node:
-        x = self.call(aten.contiguous.default, x)
-        return self.call(c10d.all_to_all_single.default, x, list(receive), list(send), group_name(axis, self.sizes))
+        return self._start(c10d.all_to_all_single.default, x, list(receive), list(send), axis)
+
+    def _start(self, collective: Callable[..., Any], x: fx.Node, *args: Any) -> fx.Node:
+        """``collective`` along an axis, the last of ``args``; of what backends do not carry, on its bytes."""
+        dtype, sent = x.meta["val"].dtype, self.call(aten.contiguous.default, x)
+        if dtype not in CARRIED:
+            sent = self.call(aten.view.dtype, self.call(aten.unsqueeze.default, sent, -1), torch.uint8)
+        start = self.call(collective, sent, *args[:-1], group_name(args[-1], self.sizes))
+        self.dtypes[start] = dtype
+        return start
 
     def wait(self, x: fx.Node) -> fx.Node:
-        return self.call(c10d.wait_tensor.default, x)
+        dtype, got = self.dtypes.get(x), self.call(c10d.wait_tensor.default, x)
+        if dtype is None or dtype in CARRIED:
+            return got
+        return self.call(aten.squeeze.dims, self.call(aten.view.dtype, got, dtype), [-1])
 
     def all_gather(self, x: fx.Node, axis: str, late: bool = False) -> fx.Node:
         """Every rank's ``x`` (equal shapes) along dim 0; if ``late``, others' of a step before (`arrived`)."""
-        x = self.call(aten.contiguous.default, x)
-        start = self.call(c10d.all_gather_into_tensor.default, x, self.sizes[axis], group_name(axis, self.sizes))
+        start = self._start(c10d.all_gather_into_tensor.default, x, self.sizes[axis], axis)
         return self.arrived(start) if late else self.wait(start)
 
     def arrived(self, start: fx.Node) -> fx.Node:
@@ -160,7 +173,9 @@ class Emitter:
         if not self.position.get(LATE):
             return self.wait(start)
         val = start.meta["val"]
-        return self.wait(self.cache(val.shape, val.dtype, val))
+        before = self.cache(val.shape, val.dtype, val)
+        self.dtypes[before] = self.dtypes[start]
+        return self.wait(before)
 
     def all_reduce(self, x: fx.Node, axis: str) -> fx.Node:
         return self.wait(self.call(c10d.all_reduce.default, x, "sum", group_name(axis, self.sizes)))

@@ -17,6 +17,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from xdit_compile.errors import PlanError
+from xdit_compile.ir.carried_types import CARRIED
 from xdit_compile.ir.host_copy import fetch, fetched
 from xdit_compile.ir.layout import Position
 from xdit_compile.ir.mesh import SHARD, group_name
@@ -152,6 +153,8 @@ class _Rewriter:
             size = (self.ranks - 1) * group.share(self.ranks) * group.dtype.itemsize
             self.notes.append(Note("collective", f"arrival_{number}", "all_gather: parameters, one block ahead",
                                    module=group.path, size=size))
+            if group.dtype not in CARRIED:
+                share = self._call(number, aten.view.dtype, share, torch.uint8)
             share = self._call(number, c10d.all_gather_into_tensor.default, share, self.ranks,
                                group_name(SHARD, self.emitter.sizes))
         self.coming.append(share)
@@ -163,6 +166,8 @@ class _Rewriter:
             if self.ranks > 1 or self.offload:
                 memory = self._call(number, c10d.wait_tensor.default if self.ranks > 1 else fetched, memory)
             group = self.order[number].group
+            if memory.meta["val"].dtype != group.dtype:
+                memory = self._call(number, aten.view.dtype, memory, group.dtype)
             ends = [*(m.offset for m in group.members[1:]), group.share(self.ranks) * self.ranks]
             for member, end in zip(group.members, ends, strict=True):
                 sizes += [member.size, end - member.offset - member.size]
@@ -192,7 +197,9 @@ class _Rewriter:
 
     def _call(self, number: int, target: Callable[..., Any], *args: Any) -> fx.Node:
         node = self.emitter.call(target, *args)
-        node.meta |= {ARRIVAL: number, "origin": f"arrival_{number}"}
+        # Bytes that are looked at otherwise are made contiguous.
+        for made in (node, *(n for n in node.all_input_nodes if n.target is aten.contiguous.default)):
+            made.meta |= {ARRIVAL: number, "origin": f"arrival_{number}"}
         return node
 
 

@@ -20,6 +20,7 @@ from xdit_compile.driver.checkpoint import Checkpoint
 from xdit_compile.driver.edits import loading
 from xdit_compile.driver.parallel_model import Method, Parallel, instance_of_subclass, moved
 from xdit_compile.ir.call_arguments import bind_call, named_leaves
+from xdit_compile.ir.carried_types import carried
 from xdit_compile.ir.parameter_groups import groups_of, is_block
 from xdit_compile.ir.released_parameters import absence, device_of_model, missing_parameters
 from xdit_compile.runtime.control.replicas import Replicas
@@ -163,7 +164,8 @@ class EncoderShares:
         assert self.store is not None
         share = self.store[name]
         made = torch.empty(share.numel() * self.store.ranks, dtype=share.dtype, device=share.device)
-        return _Arrival(made, dist.all_gather_into_tensor(made, share, group=self.group.everyone, async_op=True))
+        work = dist.all_gather_into_tensor(carried(made), carried(share), group=self.group.everyone, async_op=True)
+        return _Arrival(made, work)
 
 
 class _Arrival:

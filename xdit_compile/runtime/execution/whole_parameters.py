@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from xdit_compile.ir.carried_types import carried
 from xdit_compile.ir.layout import TENSOR, Layout
 from xdit_compile.ir.parameter_groups import Member
 from xdit_compile.ir.program import Part
@@ -34,7 +35,7 @@ class WholeParameters:
         memory = share.to(place)
         if self._shares is not None:
             memory = torch.empty(share.numel() * self._store.ranks, dtype=share.dtype, device=place)
-            dist.all_gather_into_tensor(memory, share.to(place), group=self._shares)
+            dist.all_gather_into_tensor(carried(memory), carried(share.to(place)), group=self._shares)
         made = {}
         for member in group.members:
             held = torch.as_strided(memory, member.shape, member.stride, member.offset)
@@ -61,7 +62,7 @@ class WholeParameters:
         mine = held.new_zeros(longest)
         mine[:held.numel()] = held.reshape(-1)
         pieces = [torch.empty_like(mine) for _ in ranks]
-        dist.all_gather(pieces, mine, group=group)
+        dist.all_gather([*map(carried, pieces)], carried(mine), group=group)
         # Laid out as it was, which what is computed with it may depend on.
         whole = torch.empty([layout.shape[i] for i in member.order], dtype=held.dtype, device=held.device).permute(
             [member.order.index(i) for i in range(len(layout.shape))])
