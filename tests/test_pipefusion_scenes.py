@@ -75,6 +75,11 @@ def test_loops_whose_result_nobody_uses(pool: Pool) -> None:
         assert max(errors) <= EXACT, errors
 
 
+def test_samples_in_turns(pool: Pool) -> None:
+    for errors in act(pool, 2, scenes.in_turns, "dit"):
+        assert max(errors) <= EXACT, errors
+
+
 @pytest.mark.parametrize("name", [whole("sd3"), "dit"])
 def test_one_step_and_then_another_prompt(pool: Pool, name: str) -> None:
     assert max(act(pool, 2, scenes.one_step_then_another, name)) <= EXACT

@@ -252,7 +252,7 @@ class ModelRunner:
         mine = round_robin is None or round_robin.turn(self) == round_robin.mine
         step = Step((id(ready), round_robin.turn(self) if round_robin else 0), list(condition.values()),
                     lambda: tuple((n, text) for n, text in texts().items() if n in condition), times_later(others),
-                    self.group.epoch, executor.caches if mine else list)
+                    self.group.epoch, executor.caches if mine else list, not self.group.running)
         # Outside of a pipeline, a sample that comes from elsewhere may be the first of a loop.
         follows = self.group.running or all(
             isinstance(t := named[n], DeferredTensor) and t.tape is executor.communicator.tape for n in samples)
