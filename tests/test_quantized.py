@@ -139,6 +139,20 @@ def test_packed_weights_that_were_given_up_are_edited(kind: str) -> None:
     assert max(map(difference, answer(parallel, inputs), adapted)) < TOLERANCE
 
 
+@pytest.mark.parametrize(("kind", "spec"), [
+    ("int8", "ulysses=1"), ("int8", "offload=block"), whole("q8_0", "offload=block"), whole("fp8", "ulysses=1"),
+    whole("nf4", "ulysses=1"), whole("nf4", "offload=block"), whole("int8_dynamic", "offload=block")])
+def test_packed_models_are_moved_and_cast(kind: str, spec: str) -> None:
+    """PyTorch swaps tensors that wrap others, which nothing that watches them may be in the way of."""
+    model, inputs = changed("dit", kind), zoo.CASES["dit"].inputs(1, False)
+    parallel, expected = xdit_compile.parallelize(model, spec), answer(model, inputs)
+    for move in (lambda m: m, lambda m: m.to("cpu"), lambda m: m.to(torch.float32), lambda m: m.cpu()):
+        assert max(map(difference, answer(move(parallel), inputs), expected)) < TOLERANCE
+    if spec == "ulysses=1":
+        parallel.transformer_blocks[0].to("cpu")
+        assert max(map(difference, answer(parallel, inputs), expected)) < TOLERANCE
+
+
 @pytest.mark.parametrize(("name", "kind"), drawn())
 def test_ranks_together_give_the_numbers_of_one(name: str, kind: str) -> None:
     model, arguments, expected, program = captured(name, kind)

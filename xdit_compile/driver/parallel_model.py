@@ -22,7 +22,7 @@ from xdit_compile.driver.edits import edits
 from xdit_compile.driver.model_runner import ModelRunner
 from xdit_compile.errors import XditError
 from xdit_compile.frontend.mechanisms import COMPILED
-from xdit_compile.ir.released_parameters import check_whole, device_of_model, moving
+from xdit_compile.ir.released_parameters import check_whole, device_of_model, moving, unmoved
 from xdit_compile.runtime.execution.parameter_store import ParameterStore
 from xdit_compile.runtime.parallel_group import ParallelGroup
 
@@ -221,6 +221,7 @@ def _method(model: nn.Module, name: str, runner: ModelRunner) -> Method:
 def moved(cls: Any) -> Callable[..., Any]:
     """Moving or casting a model: parameters that were given up remember where they would be."""
     def apply(self: Any, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        return cls._apply(self, moving(fn), recurse)
+        with unmoved(self, fn):
+            return cls._apply(self, moving(fn), recurse)
 
     return apply

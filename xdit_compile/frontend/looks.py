@@ -23,7 +23,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from xdit_compile.errors import CaptureError
 from xdit_compile.frontend.objects import MISSING, constants
 from xdit_compile.ir.given_up import kind_of
-from xdit_compile.ir.packed_tensors import is_packed
+from xdit_compile.ir.packed_tensors import is_packed, is_wrapper
 from xdit_compile.ir.pytree import CONSTANTS
 
 _ORIGIN = "_xdit_compile_origin"
@@ -166,7 +166,8 @@ class Looks:
             found = attrgetter(place)(model)
         except AttributeError:
             return MISSING
-        self._found[place] = weakref.ref(found)
+        if not is_wrapper(found):  # these are swapped where their module is moved, which no weak reference survives
+            self._found[place] = weakref.ref(found)
         return found
 
 

@@ -27,6 +27,7 @@ from xdit_compile.frontend.concrete_values import plain
 from xdit_compile.frontend.objects import MISSING, content
 from xdit_compile.ir import host_values
 from xdit_compile.ir.given_up import kind_of
+from xdit_compile.ir.packed_tensors import is_wrapper, parts
 from xdit_compile.ir.released_parameters import device_of
 
 SMALL = 1 << 14
@@ -77,7 +78,7 @@ class Watch:
         self._getters, self._attributes = _sorted_out(into.getters)
         self._modules = [weakref.ref(m) for m in into.modules]
         self._classes, self._states = [*map(type, into.modules)], [d for _, d in into.states]
-        self._own = _Looks(into.tensors)
+        self._own = _Looks([t for held in into.tensors for t in _watchable(held)])
         self._memory = into.memory
         self._fixed = [(weakref.ref(t), t._version if not t.is_inference() else None, t.data_ptr())
                        for t in into.foreign.values()]
@@ -95,7 +96,7 @@ class Watch:
 
         for value in itertools.chain(self._dicts.inside(), self._all()):
             if isinstance(value, (torch.Tensor, nn.Module)):
-                self._held.append(weakref.ref(value, gone))
+                self._held += [weakref.ref(v, gone) for v in _watchable(value)]
             else:
                 self._held.append(value)
 
@@ -206,6 +207,12 @@ class _Looks:
             return False
         self._guards = _guards(known)
         return True
+
+
+def _watchable(value: Any) -> Sequence[Any]:
+    """What there may be weak references to, and is gone when ``value`` is. PyTorch swaps a tensor that wraps others
+    with another one when its module is moved or cast, and refuses to if there is one to it."""
+    return [*parts(value).values()] if isinstance(value, torch.Tensor) and is_wrapper(value) else [value]
 
 
 def _guards(tensors: Sequence[torch.Tensor]) -> TensorGuards | None:

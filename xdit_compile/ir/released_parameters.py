@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import attrgetter
 
 import torch
@@ -137,6 +138,27 @@ def _refused_state(model: nn.Module, prefix: str, keep_vars: bool) -> None:
 def _refused_load(model: nn.Module, *_: object) -> None:
     """Before a state dictionary is loaded."""
     check_whole(model, "given other weights")
+
+
+@contextmanager
+def unmoved(model: nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Within, ``model`` lacks packed parameters that were given up and that ``function`` would leave as they are:
+    PyTorch would put others in the places of their parts."""
+    out: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = []
+    for module in model.modules():
+        for leaf, tensor in module._parameters.items():
+            if tensor is not None and is_packed(tensor) and hasattr(tensor, _HOME):
+                home = torch.empty(0, dtype=tensor.dtype, device=device_of(tensor))
+                like = function(home)
+                if (like.dtype, like.device) == (home.dtype, home.device):
+                    out.append((module._parameters, leaf, tensor))
+    for store, leaf, _ in out:
+        store[leaf] = None
+    try:
+        yield
+    finally:
+        for store, leaf, tensor in out:
+            store[leaf] = tensor
 
 
 def moving(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
