@@ -26,7 +26,7 @@ from xdit_compile.passes.interpreter import TURNS, Cost, CostMemo, LaidOut, Prog
 
 aten = torch.ops.aten
 
-TRAFFIC_WEIGHT = 0.5
+TRAFFIC_WEIGHT = 2.0
 """Bytes sent over all bytes that the model computes, against its shares of operations and of parameters. Low: who asks
 for this axis wants weights shared out, and pays two sums of all features per block; but not for embeddings of tokens,
 whose weights are next to nothing."""
