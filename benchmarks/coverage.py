@@ -8,6 +8,7 @@ takes about an hour and a half. With --json it can be interrupted and goes on wh
     python benchmarks/coverage.py --cases dit flux --published dit_xl_512
     python benchmarks/coverage.py --json coverage.json --output docs/coverage.md
     python benchmarks/coverage.py --json coverage.json --output docs/coverage.md --again wan flux_dev
+    python benchmarks/coverage.py --sharing --output docs/sharing.md      # weights that are shared out, alone
 
 Exit code 1 if anything failed or is inexact; what, is on stderr.
 """
@@ -36,7 +37,7 @@ import zoo
 from pool import Pool
 
 from benchmarks import coverage_measures as measures
-from benchmarks.coverage_page import failures, page
+from benchmarks.coverage_page import failures, page, sharing_page
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = f"torch {torch.__version__.partition('+')[0]}, diffusers {diffusers.__version__}"
@@ -86,9 +87,12 @@ def main() -> int:
     for name in tqdm(options.published, "published sizes", disable=not options.published):
         found = measured.once("published", name, lambda n=name: measures.planned_published(n))
         covered.add(found.get("class"))
-    pool = Pool(3)
+    pool = Pool(1 if options.sharing else 3)
     sized = []
     for name in tqdm(options.cases, "cases", disable=not options.cases):
+        if options.sharing:
+            measured.once("shared", name, lambda n=name: measures.shared(pool, n))
+            continue
         found = measured.once("cases", name, lambda n=name: measures.compared(pool, n))
         if found["class"] not in covered and "problem" not in found:
             covered.add(found["class"])
@@ -105,8 +109,8 @@ def main() -> int:
         "published": options.published,
         "test_sizes": sized,
     }
-    shown = measured.of(chosen)
-    text = page(shown, _command(options), VERSIONS)
+    shown = measured.of({"shared": options.cases} if options.sharing else chosen)
+    text = (sharing_page if options.sharing else page)(shown, _command(options), VERSIONS)
     if options.output:
         options.output.write_text(text)
     else:
@@ -120,7 +124,9 @@ def main() -> int:
 def _command(options: argparse.Namespace) -> str:
     """How to make this page again."""
     words = ["python", "benchmarks/coverage.py"]
-    if options.cases != [*zoo.CASES] or options.published != [*measures.PUBLISHED]:
+    if options.sharing:
+        words += ["--sharing", *(() if options.cases == [*zoo.BASIC] else ("--cases", *options.cases))]
+    elif options.cases != [*zoo.CASES] or options.published != [*measures.PUBLISHED]:
         for name in ("cases", "published"):
             words += [f"--{name}", *getattr(options, name)] if getattr(options, name) else []
     if options.output:
@@ -165,7 +171,15 @@ def _options() -> Any:
         metavar="NAME",
         help="measure these again, though they are in the file",
     )
+    parser.add_argument(
+        "--sharing",
+        action="store_true",
+        help="one case of each model (or those named) under tensor and shard, and nothing else: half an hour",
+    )
     options = parser.parse_args()
+    if options.sharing:
+        options.cases, options.published = options.cases or [*zoo.BASIC], []
+        return options
     everything = not (options.cases or options.published)
     options.cases = options.cases or ([*zoo.CASES] if everything else [])
     options.published = options.published or ([*measures.PUBLISHED] if everything else [])

@@ -102,7 +102,7 @@ def share(name: str) -> Record:
     quiet()
     case = zoo.CASES[name]
     model, arguments, expected, program = emulation._captured(case, 2, True)
-    record: Record = {"tolerance": case.tolerance, "tensor": {}, "shard": {}}
+    record: Record = {"class": type(model).__name__, "tolerance": case.tolerance, "tensor": {}, "shard": {}}
     for spec in TENSOR:
         try:
             error = emulation.together(model, arguments, expected, program, spec).error

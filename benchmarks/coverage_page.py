@@ -80,6 +80,24 @@ Errors as above; *capture s* are CPU seconds of rank 0, in a process that has ca
 """
 
 
+SHARING = """\
+# Weights that ranks share out
+
+Made by `{command}` ({versions}).
+
+Test cases, small models with random weights at batch 2 and odd sizes, all ranks by turns in one process against plain
+PyTorch: the largest difference over the largest value under
+
+{specs}
+
+or *not shared*, where no cut of a weight saves work, or there are too few blocks for stages. *bits*: under how many of
+{shard} results have the bits of the same spec without shares, of those that fit.
+
+{cases} cases, {exact} exact (within 1e-5, unless the model rounds to bfloat16 inside); weights are shared out in
+{cut}.
+"""
+
+
 def page(found: Sections, command: str, versions: str) -> str:
     """The whole document."""
     degrees = f"{', '.join(map(str, DEGREES[:-1]))} and {DEGREES[-1]}"
@@ -101,6 +119,20 @@ def page(found: Sections, command: str, versions: str) -> str:
         if table:
             parts.append(f"## {title}\n\n{text.format(**words)}\n{table}")
     return "\n".join(parts)
+
+
+def sharing_page(found: Sections, command: str, versions: str) -> str:
+    """Of weights that are shared out alone."""
+    records, specs = found["shared"], (*TENSOR, STAGES)
+    columns = "case, class, " + ", ".join(f"{i + 1}:" for i in range(len(specs))) + ", bits"
+    rows = [(n, f"failed: {r['problem']}") if "problem" in r else (
+        n, _class(r["class"]), *(_shared(r, s) for s in specs), _alike(r)) for n, r in records.items()]
+    measured = [r for r in records.values() if "problem" not in r]
+    words = {"command": command, "versions": versions,
+             "specs": "\n".join(f"{i + 1}. `{s}`" for i, s in enumerate(specs)),
+             "shard": " and ".join(f"`{s}`" for s in SHARD), "cases": len(records),
+             "exact": sum(map(_shared_exact, measured)), "cut": sum(bool(_shared_errors(r)) for r in measured)}
+    return f"{SHARING.format(**words)}\n{_table(columns.split(', '), rows)}"
 
 
 def failures(found: Sections) -> dict[str, str]:
@@ -285,6 +317,13 @@ def _error(record: Record, spec: str) -> str:
 def _shared_errors(record: Record) -> list[float]:
     """Of those specs of tensor parallelism that fit."""
     return [s["error"] for s in record["tensor"].values() if "error" in s]
+
+
+def _shared(record: Record, spec: str) -> str:
+    one = record["tensor"].get(spec, {})
+    if "error" not in one:
+        return "not shared" if one else ""
+    return _small(one["error"]) + ("" if one["error"] <= record["tolerance"] else " **inexact**")
 
 
 def _shared_error(record: Record) -> float:

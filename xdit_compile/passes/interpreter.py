@@ -154,18 +154,20 @@ class FunctionInterpreter:
             if not old.sharded or old in (new.gathered(SEQUENCE), new.gathered(TENSOR)):
                 node = None if self.emitter is None else self.emitter.take(
                     self._node(value), dim, old.places(new.spans(self.position), self.position))
-            elif old.gathered(SEQUENCE) == new or (old.axes in ({BATCH}, {TENSOR}) and not new.sharded):
+            elif len(ranks := old.axes - {PATCH}) == 1 and old.gathered(*ranks) == new:
                 node = self._gather(value, dim)
             elif PATCH in old.axes | new.axes and BATCH not in old.axes:
-                if old.axes != {PATCH}:
-                    return self.lay(self.lay(value, dim, old.gathered(SEQUENCE)), dim, new)
+                if len(ranks) > 1:
+                    return self.lay(self._apart(value, dim), dim, new)
+                if ranks:
+                    return self.lay(self.lay(value, dim, old.gathered(*ranks)), dim, new)
                 if new.sharded:
                     return self.lay(self.lay(value, dim, Dim.replicated(old.size)), dim, new)
                 node = self._stale(value, dim)
-            elif old.axes == new.axes:
+            elif old.axes == new.axes and all(old.spans(p) == new.spans(p) for p in self.positions(new)):
+                return Value(value.node, layout, value.dtype)  # every rank has it already, in other segments
+            elif old.axes == new.axes and len(old.axes) == 1:
                 spans = [new.spans(p) for p in self.positions(new)]
-                if spans == [old.spans(p) for p in self.positions(old)]:
-                    return Value(value.node, layout, value.dtype)  # every rank has it already, in other segments
                 node = self.windows(value, dim, spans, f"re-laid from {old} to {new}")
             elif len(old.axes) > 1:
                 return self.lay(self._apart(value, dim), dim, new)
