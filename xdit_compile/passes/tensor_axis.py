@@ -27,9 +27,9 @@ from xdit_compile.passes.interpreter import TURNS, Cost, CostMemo, LaidOut, Prog
 aten = torch.ops.aten
 
 TRAFFIC_WEIGHT = 2.0
-"""Bytes sent over all bytes that the model computes, against its shares of operations and of parameters. Low: who asks
-for this axis wants weights shared out, and pays two sums of all features per block; but not for embeddings of tokens,
-whose weights are next to nothing."""
+"""Bytes sent over all bytes that the model computes, against its shares of operations and of parameters. Low enough
+that blocks are cut, since who asks for this axis pays two sums of all features for each; so high that embeddings of
+tokens, whose weights are next to nothing, are not."""
 
 WORTH = 1e-7
 """By how much of all there is a cut must lower what a rank has to do and to hold."""
