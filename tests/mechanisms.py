@@ -736,6 +736,13 @@ def accelerate_inside() -> None:
     answer(made)
 
 
+@row("sequential offloading", "honoured")
+def sequential() -> float:
+    from accelerate import cpu_offload
+
+    return max(offloaded(lambda m: cpu_offload(m, torch.device("cpu")), make) for make in (tiny, flux))
+
+
 @row("offloading the parallel model as a whole", "honoured")
 def accelerate_after() -> float:
     from accelerate import cpu_offload_with_hook
@@ -802,13 +809,45 @@ def lossy_casting() -> None:
     answer(parallel(model))
 
 
-@row("`enable_group_offload`", "refused", "the hook 'group_offloading'")
-def group_offload() -> None:
-    made = parallel(flux())
-    answer(made)
-    made.enable_group_offload(onload_device=torch.device("cpu"), offload_device=torch.device("cpu"),
-                              offload_type="leaf_level")
-    answer(made)
+def in_groups(level: str, **options: Any) -> Changes:
+    def change(model: Model) -> None:
+        blocks = {"num_blocks_per_group": 1} if level == "block_level" else {}
+        model.enable_group_offload(onload_device=torch.device("cpu"), offload_device=torch.device("cpu"),
+                                   offload_type=level, **blocks, **options)
+
+    return change
+
+
+def offloaded(change: Changes, make: Callable[[], Model] = flux) -> float:
+    """Before it is parallel, before its first call, and after: programs then do it."""
+    plain, errors = make(), []
+    for when in range(3):
+        model = make()
+        if when == 0:
+            change(model)
+        made = parallel(model)
+        if when == 2:
+            answer(made)
+        if when > 0:
+            change(made)
+        errors += [difference(answer(made), answer(plain)) for _ in range(2)]
+        store = made.runners["forward"].store
+        assert store is not None and store.offload and any(p.is_meta for p in model.parameters())
+        assert len(made.runners["forward"].programs) == 1
+    return max(errors)
+
+
+@row("`enable_group_offload`", "honoured")
+def group_offload() -> float:
+    return max(offloaded(in_groups(level)) for level in ("leaf_level", "block_level"))
+
+
+@row("`enable_group_offload` with weights on a disk", "refused", "on a disk")
+def group_offload_to_disk() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        made = parallel(flux())
+        in_groups("leaf_level", offload_to_disk_path=folder)(made)
+        answer(made)
 
 
 @row("`enable_gradient_checkpointing`", "honoured")

@@ -135,9 +135,9 @@ def _parallelized(model: Any, spec: ShardingSpec, chosen: Sequence[int], timeout
     group = ParallelGroup(spec, chosen, timeout)
     parts = captured_parts(model, spec) if is_pipeline(model) else [model]
     group.control.agree("parallelize", {"spec": str(spec), "model": type(model).__qualname__,
-                                       "what is in the way": str([obstacle(part) for part in parts])})
+                                       "what is in the way": str([obstacle(part, True) for part in parts])})
     for part in parts:
-        check(part)
+        check(part, offloaded=True)
     if is_pipeline(model):
         if weights is not None and not isinstance(weights, Mapping):
             raise XditError("weights of a pipeline are given by component, as in "

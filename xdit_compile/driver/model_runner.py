@@ -7,7 +7,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,12 +17,20 @@ from xdit_compile.driver.checkpoint import Checkpoint
 from xdit_compile.driver.program_source import ProgramSource, Runnable
 from xdit_compile.errors import SpecError, XditError
 from xdit_compile.frontend.caller import check_call, unwatched
+from xdit_compile.frontend.offload_hooks import take_off
 from xdit_compile.ir import host_values
 from xdit_compile.ir.call_arguments import bind_call, named_leaves
 from xdit_compile.ir.mesh import SHARD, position_of
 from xdit_compile.ir.parameter_groups import ParameterGroup, parameter_groups
 from xdit_compile.ir.pytree import flatten
-from xdit_compile.ir.released_parameters import absence, missing_parameters, release_parameters
+from xdit_compile.ir.released_parameters import (
+    absence,
+    arrive,
+    check_whole,
+    missing_parameters,
+    release_parameters,
+    wait_for,
+)
 from xdit_compile.ir.step_inputs import condition, condition_among, timestep_inputs
 from xdit_compile.passes import NOTHING
 from xdit_compile.progress import progress
@@ -92,6 +100,8 @@ class ModelRunner:
         self.replicas = Replicas()
         self.store: ParameterStore | None = None
         """Shares of parameters, once the first program is made that takes some."""
+        self.offloaded = False
+        """Whether offloading of others was taken off, and programs do it in its place, whatever the spec says."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.group.spec.pipefusion_degree == 1:
@@ -121,6 +131,8 @@ class ModelRunner:
                 # A loop that ended on one rank alone would leave ranks waiting for each other.
                 others = {**others, "the model": "other than at the last call" if changed else "as it was"}
             ready = self.programs.get(id(kind))
+            if ready is None and self.take_over():
+                kind, fresh, changed = self._find(bound, named, others)
             samples = _samples(ready, tensors, named)
             fingerprint = self._fingerprint(ready, {n: t for n, t in named.items() if n not in samples}, others)
             # What is new is compared before it runs, all else while it does.
@@ -161,6 +173,29 @@ class ModelRunner:
                 raise absence(self.model, absent, "load the model anew") from error
             raise
         return output_spec.finish((bound.args, bound.kwargs), tensors, results)
+
+    def take_over(self) -> bool:
+        """Take offloading of others off the model, whose programs bring its weights block by block from then on.
+
+        Raises:
+            CaptureError, SpecError: they cannot.
+        """
+        device = take_off(self.model)
+        if device is None:
+            return False
+        check_whole(self.model, "offloaded")
+        if not self.offloaded and self.group.spec.offload == "none" and self.group.rank == 0:
+            log.warning("what offloads %s was taken off; programs do it in its place (offload=block)",
+                        type(self.model).__name__)
+        self.offloaded = True
+        self._under(self.group.spec)
+        self.programs.clear()
+        wait_for(self.model, device)
+        return True
+
+    def _under(self, spec: ShardingSpec) -> ShardingSpec:
+        """What programs are compiled for."""
+        return replace(spec, offload="block") if self.offloaded else spec
 
     def _fingerprint(self, ready: ReadyProgram | None, given: Mapping[str, torch.Tensor],
                      others: Mapping[str, str]) -> Fingerprint:
@@ -298,7 +333,7 @@ class ModelRunner:
             with unwatched():
                 kind = self.source.make(args, kwargs)
                 middle = time.perf_counter()
-                with progress(f"planning {type(self.model).__name__} under {self.group.spec}"):
+                with progress(f"planning {type(self.model).__name__} under {self._under(self.group.spec)}"):
                     compiled, group = self._compiled(kind)
         except Exception as error:
             # Told to the others, who else would wait for this rank's plan. All failing alike, the group lives on.
@@ -309,7 +344,7 @@ class ModelRunner:
         self.group.control.agree("the plan", compiled.digest())
         try:
             with progress(f"getting the weights of {type(self.model).__name__}"):
-                self._get_weights(compiled, group.spec, group.rank)
+                self._get_weights(compiled, self._under(group.spec), group.rank)
         except Exception as error:
             self.group.control.agree("getting ready", {"error": f"{type(error).__name__}: {error}"})
             raise
@@ -338,17 +373,18 @@ class ModelRunner:
         """The program for this rank, and who runs it."""
         group, groups = self.group, self._groups()
         try:
-            return self.source.compiled(kind, group.spec, group.rank, self.stages, groups), group
+            return self.source.compiled(kind, self._under(group.spec), group.rank, self.stages, groups), group
         except SpecError:
             if group.subgroup is None:
                 raise
-        return self.source.compiled(kind, group.subgroup.spec, group.subgroup.rank, self.stages, groups), group.subgroup
+        group = group.subgroup
+        return self.source.compiled(kind, self._under(group.spec), group.rank, self.stages, groups), group
 
     def _groups(self) -> Sequence[ParameterGroup]:
         """Of the model's parameters, where they come block by block: found once, so that all programs share them."""
         if self.store is not None:
             return tuple(self.store.groups.values())
-        return parameter_groups(self.model) if self.group.spec.parts else ()
+        return parameter_groups(self.model) if self._under(self.group.spec).parts else ()
 
     def _get_weights(self, compiled: Runnable, spec: ShardingSpec, rank: int) -> None:
         """Read those that this rank needs and was not given.
@@ -367,6 +403,8 @@ class ModelRunner:
                 self.store = ParameterStore(compiled.groups, position_of(rank, spec)[SHARD], spec.shard_degree,
                                             spec.offload != "none")
             self.store.take(self.model, compiled.shares, self.weights.spans if self.weights else None, device)
+            if self.offloaded:
+                arrive(self.model)
 
     def _executor(self, compiled: Runnable, group: ParallelGroup) -> Executor | StageExecutor | SteppingExecutor:
         """What runs the program here. All ranks come to it together."""

@@ -26,6 +26,9 @@ from xdit_compile.ir.released_parameters import check_whole, device_of_model, mo
 from xdit_compile.runtime.execution.parameter_store import ParameterStore
 from xdit_compile.runtime.parallel_group import ParallelGroup
 
+GROUPS = "enable_group_offload"
+"""A method of diffusers' models: weights wait on the host until a module of a group is called."""
+
 
 class Parallel:
     """Marks a parallel model. ``runners`` holds, by the name of the method they serve, its programs."""
@@ -61,12 +64,25 @@ def parallel_model(model: nn.Module, runners: Mapping[str, ModelRunner]) -> Any:
         members["device"] = property(device_of_model)
     members["_apply"] = moved(type(model))
     members |= edits(type(model), functools.partial(_shares, list(runners.values())))
+    if hasattr(model, GROUPS):
+        members[GROUPS] = _in_groups(getattr(type(model), GROUPS), list(runners.values()))
     return instance_of_subclass(model, Parallel, {**members, "runners": dict(runners)}, vars(model))
 
 
 def _shares(runners: Sequence[ModelRunner]) -> tuple[ParameterStore, ParallelGroup] | None:
     """What this rank has of the parameters, and with whom; None as long as it has all."""
     return next(((r.store, r.group) for r in runners if r.store is not None), None)
+
+
+def _in_groups(method: Callable[..., None], runners: Sequence[ModelRunner]) -> Callable[..., None]:
+    """Offloading by groups of a parallel model, which its runners take over at the next call."""
+    @functools.wraps(method)
+    def enable(self: Any, *args: Any, **kwargs: Any) -> None:
+        if not any(r.store is not None and r.store.offload for r in runners):  # else it is on
+            check_whole(self, "offloaded by groups of modules")
+            method(self, *args, **kwargs)
+
+    return enable
 
 
 def instance_of_subclass(original: Any, mixin: type, members: Mapping[str, Any], state: dict[str, Any]) -> Any:
@@ -154,8 +170,11 @@ class Method:
     What is assigned to it, as wrappers and hooks do, is called in its place, and is expected to call it.
     """
 
-    def __init__(self, name: str, original: Callable[..., Any], function: Callable[..., Any]) -> None:
+    def __init__(self, name: str, original: Callable[..., Any], function: Callable[..., Any],
+                 take_over: Callable[[], bool] = lambda: False) -> None:
         self.name, self.function, self.reached, self.said = name, function, 0, False
+        self.take_over = take_over
+        """Does what something that was put here is there for, and takes that off; whether there was anything."""
         self._put: Callable[..., Any] | None = None
 
         # A function, because Dynamo looks for its file.
@@ -189,12 +208,16 @@ class Method:
 
     def _through(self, model: Any, value: Callable[..., Any]) -> Callable[..., Any]:
         """``value``, and a warning if it does not come to the parallel method."""
-        known = False
+        known = over = False
 
         @functools.wraps(value)
         def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal known
-            before = self.reached
+            nonlocal known, over
+            before, put = self.reached, self._put
+            if over or (not known and (over := self.take_over())):
+                # What was here before, or, under what was put here later, the parallel method.
+                return (MethodType(self._call, model) if self._put is put else self.__get__(model, type(model)))(
+                    *args, **kwargs)
             result = value(*args, **kwargs)
             if not known and self.reached == before:
                 warnings.warn(f"the {self.name} that was put on this parallel {type(model).__name__} does not call the "
@@ -215,7 +238,7 @@ def _method(model: nn.Module, name: str, runner: ModelRunner) -> Method:
             hook.pre_forward(self)
         return runner(*args, **kwargs)
 
-    return Method(name, getattr(model, name), method)
+    return Method(name, getattr(model, name), method, getattr(runner, "take_over", lambda: False))
 
 
 def moved(cls: Any) -> Callable[..., Any]:

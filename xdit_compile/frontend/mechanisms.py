@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from xdit_compile.errors import CaptureError
+from xdit_compile.frontend.offload_hooks import is_offloading
 from xdit_compile.ir.containers import CONSTANTS
 from xdit_compile.ir.given_up import kind_of
 from xdit_compile.ir.packed_tensors import is_packed, parts
@@ -31,23 +32,35 @@ COMPILED = "has no effect in a parallel model, which compiles its own programs: 
 """What is said of torch.compile."""
 
 
-def check(model: nn.Module) -> None:
-    """Refuse what a program of ``model`` would pass over in silence.
+def check(model: nn.Module, offloaded: bool = False) -> None:
+    """Refuse what a program of ``model`` would pass over in silence; ``offloaded`` is told by `obstacle`.
 
     Raises:
         CaptureError: naming the mechanism, the module it is on, and what to do.
     """
-    if found := obstacle(model):
+    if found := obstacle(model, offloaded):
         raise CaptureError(f"{type(model).__name__} cannot run in parallel as it is: {found}")
 
 
-def obstacle(model: nn.Module) -> str | None:
-    """What is in the way, if anything."""
+def obstacle(model: nn.Module, offloaded: bool = False) -> str | None:
+    """What is in the way, if anything.
+
+    Args:
+        offloaded: whether offloading may be there, because it will be taken off before a program is made.
+    """
     # Of a method other than forward, the model's own forward is no part.
     uncalled = getattr(model, "uncalled", ())
     looks = ((look, path, module) for path, module in model.named_modules()
-             for look in (_LOOKS if path in uncalled else (*_LOOKS, *_HOOKS)))
+             for look in (_LOOKS if path in uncalled else (*_LOOKS, *_HOOKS))
+             if not (offloaded and look in _HOOKS and _is_offloaded(module)))
     return next((found for look, path, module in looks if (found := look(module, path))), None)
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether all hooks on it are there for offloading."""
+    held = vars(module)
+    hooks = [*getattr(held.get("_diffusers_hook"), "hooks", {}).values(), *filter(None, [held.get("_hf_hook")])]
+    return bool(hooks) and all(map(is_offloading, hooks))
 
 
 def unwrapped(model: Any) -> Any:
@@ -119,7 +132,7 @@ def _device_hooks(module: nn.Module, path: str) -> str | None:
     if hook is None or "forward" not in vars(module):
         return None
     return (f"the hook {_name(type(hook))} around the forward of {_at(path)} moves or casts weights when the module is "
-            "called, as sequential offloading and device maps do; inside of a program no module is. Remove the hook "
+            "called, as device maps do; inside of a program no module is. Remove the hook "
             "first (accelerate.hooks.remove_hook_from_module(model, recurse=True)). Then offload the parallel model or "
             "pipeline as a whole (enable_model_cpu_offload), give offload=block in the spec, which brings weights to "
             "the device block by block, or shard=N or pipefusion=N, which spread them over devices")
@@ -138,7 +151,7 @@ def _registered_hooks(module: nn.Module, path: str) -> str | None:
         # One that only casts weights, or changes arguments, is captured with the module.
         if _overrides(hook, "pre_forward") and (held := _held_beside_constants(hook)):
             return (f"the hook {name!r} ({_name(type(hook))}) on {_at(path)} acts before the module is called, and "
-                    f"holds {held}, as group offloading and diffusers' own context parallelism do: they move weights "
+                    f"holds {held}, as diffusers' own context parallelism and offloading do: they move weights "
                     "or shares of tensors between devices when a module is called, and inside of a program none is. "
                     "Leave it out. In its place give offload=block in the spec, which keeps weights on the CPU and "
                     "brings them to the device block by block; shard=N or pipefusion=N, which spread them over "

@@ -68,7 +68,7 @@ def as_fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
 def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
     if isinstance(tensor, FakeTensor):
         return tensor
-    if tensor.is_meta:
+    if tensor.is_meta or device_of(tensor) != tensor.device:
         with mode:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device_of(tensor))
     # Whoever notes down what the model asks PyTorch for is not told of this: before 2.13 it would be.

@@ -19,9 +19,9 @@ LOOK = attrgetter("_version", "dtype", _HOME)
 
 
 def device_of(tensor: torch.Tensor) -> torch.device:
-    """Where a tensor is, or was before it was given up. Models that began on the meta device count as CPU models: their
-    programs serve once the weights are there."""
-    return getattr(tensor, _HOME, torch.device("cpu")) if tensor.is_meta else tensor.device
+    """Where a tensor is, or was before it was given up, or waits to be brought to. Models that began on the meta device
+    count as CPU models: their programs serve once the weights are there."""
+    return getattr(tensor, _HOME, torch.device("cpu") if tensor.is_meta else tensor.device)
 
 
 def release_parameters(model: nn.Module, within: Collection[str], names: Collection[str]) -> None:
@@ -80,6 +80,26 @@ def _gone(tensor: torch.Tensor) -> torch.Tensor:
         made = GivenUp(gone, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else gone
     setattr(made, _HOME, device_of(tensor))
     return made
+
+
+def wait_for(model: nn.Module, device: torch.device) -> None:
+    """Parameters of ``model``, on the host, count as on ``device``, where programs bring them. Buffers go there."""
+    for store, leaf, _ in _held(model):
+        if isinstance(tensor := store[leaf], nn.Parameter):
+            for known in (tensor, *(parts(tensor).values() if is_packed(tensor) else ())):
+                setattr(known, _HOME, device)
+        elif tensor.device != device:
+            store[leaf] = tensor.to(device)
+
+
+def arrive(model: nn.Module) -> None:
+    """Bring parameters of ``model`` that wait, and were not given up, to where they count as."""
+    one: dict[int, nn.Parameter] = {}
+    for store, leaf, _ in _held(model):
+        tensor = store[leaf]
+        if isinstance(tensor, nn.Parameter) and not tensor.is_meta and device_of(tensor) != tensor.device:
+            made = nn.Parameter(tensor.detach().to(device_of(tensor)), requires_grad=tensor.requires_grad)
+            store[leaf] = one.setdefault(id(tensor), made)
 
 
 def absent(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
