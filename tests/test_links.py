@@ -35,8 +35,9 @@ def test_two_machines_give_the_answer_of_one_device_and_wait_for_their_link(mach
     # Half of what each holds of queries, keys, values and results goes to the other: no loop can be faster than that.
     calls, tokens = links.CALLS * scale.steps, (scale.side // PATCH) ** 2
     sent = calls * scale.layers * tokens / 2 * scale.width * 4 / 2 * 4
-    assert ulysses.seconds > 0.7 * sent * 8 / bits_per_second(rate)
-    assert cfg.seconds < ulysses.seconds and cfg.predicted < ulysses.predicted
+    assert min(ulysses.measured) > 0.7 * sent * 8 / bits_per_second(rate)
+    # The fastest loop, because a busy machine stops one for seconds.
+    assert min(cfg.measured) < min(ulysses.measured) and cfg.predicted < ulysses.predicted
 
 
 @pytest.mark.whole
