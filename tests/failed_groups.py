@@ -25,7 +25,7 @@ def failing(way: str) -> tuple[str, float]:
     """What rank 0 is told where rank 1 does not come along, and how far another model is from plain PyTorch."""
     entry, spec = displaced.MODELS["dit"], SPECS[way]
     inputs = entry.case.inputs(1, False)
-    group = xdit_compile.parallelize(cases.made(entry.case), spec, ranks=[0, 1], timeout=60)
+    group = xdit_compile.parallelize(cases.made(entry.case), spec, ranks=[0, 1], timeout=15)
     pipefusion_runs.materialize(pipefusion_runs.loop(group, entry, inputs, 2))
     try:
         failed(way, group, inputs)

@@ -42,9 +42,9 @@ WHOLE = ("nf4", "fp4")
 
 
 def drawn() -> list[Any]:
-    """All pairs of families and main kinds, of which a quick run takes every third; other kinds on one model."""
+    """All pairs of families and main kinds, of which a quick run takes every fifth; other kinds on one model."""
     pairs = [(f, k) for f in FAMILIES for k in MAIN]
-    return [pytest.param(*pair, marks=() if i % 3 == 0 else pytest.mark.whole) for i, pair in enumerate(pairs)] + [
+    return [pytest.param(*pair, marks=() if i % 5 == 0 else pytest.mark.whole) for i, pair in enumerate(pairs)] + [
         ("dit", k) if k in ("q4_0", "fp8", "nf4") else whole("dit", k) for k in quantized.KINDS if k not in MAIN]
 
 

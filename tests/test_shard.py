@@ -137,7 +137,7 @@ def check_order(ranks: list[Program]) -> None:
                 assert begun[number + 2] > at, "more than one block ahead"
 
 
-QUICK = {(n, SPECS[i % 2]) for i, n in enumerate(zoo.BASIC) if i % 9 == 0} | {("flux", SPECS[1]), ("dit", SPECS[0])}
+QUICK = {(n, SPECS[i % 2]) for i, n in enumerate(zoo.BASIC) if i % 14 == 0} | {("flux", SPECS[1]), ("dit", SPECS[0])}
 
 
 @pytest.mark.parametrize(("name", "spec"), [
@@ -155,7 +155,7 @@ def test_shares_give_the_same_bits(name: str, spec: str) -> None:
         assert all(map(equal, a, b))
 
 
-@pytest.mark.parametrize("seed", [*range(12), *(whole(s) for s in range(12, 200))])
+@pytest.mark.parametrize("seed", [*range(6), *(whole(s) for s in range(6, 200))])
 def test_random_models_give_the_same_bits(seed: int) -> None:
     _, model, arguments = random_models.drawn(seed)
     args = call_arguments(model, arguments)
@@ -188,7 +188,7 @@ def test_what_is_read_again_far_away_comes_again() -> None:
 
 
 @pytest.mark.parametrize(("name", "spec"), [
-    ("dit", "ulysses=2,shard=2"), ("flux", "ulysses=2,shard=2,offload=block"), ("wan", "offload=block"),
+    ("dit", "ulysses=2,shard=2"), ("flux", "ulysses=2,shard=2,offload=block"), whole("wan", "offload=block"),
     ("dit", "pipefusion=2,ulysses=2,patches=2,shard=2"), whole("dit", "cfg=2,ulysses=2,shard=2"),
     whole("flux", "ulysses=2,ring=2,shard=4"), whole("wan", "pipefusion=2,ulysses=2,warmup=all,shard=2,offload=block"),
     whole("dit", "ulysses=2,shard=2,backend=inductor"), *(whole(name, "ulysses=2,shard=2") for name in (

@@ -25,8 +25,8 @@ def test_names_are_not_used_twice() -> None:
 
 
 def chosen() -> list[Any]:
-    """All pairs, of which a quick run takes one for every fifth class that is not run on real processes anyway."""
-    quick = {(n, SPECS[i // 5 % len(SPECS)]) for i, n in enumerate(zoo.BASIC) if n not in QUICK and i % 5 == 0}
+    """All pairs, of which a quick run takes one for every seventh class that is not run on real processes anyway."""
+    quick = {(n, SPECS[i // 7 % len(SPECS)]) for i, n in enumerate(zoo.BASIC) if n not in QUICK and i % 7 == 0}
     return [pytest.param(n, s, id=f"{n}-{s}", marks=[] if (n, s) in quick else pytest.mark.whole)
             for n in zoo.CASES for s in SPECS]  # fmt: skip
 
