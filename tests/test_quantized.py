@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import artifact_runs
 import emulation
 import pytest
 import quantized
@@ -251,6 +252,17 @@ def test_artifacts_hold_what_is_packed(kind: str, tmp_path: Path) -> None:
     assert max(map(difference, answer(loaded, inputs), expected)) < TOLERANCE
     held = sum(p.numel() * p.element_size() for p in named_parts(dict(model.named_parameters())).values())
     assert sum(f.stat().st_size for f in (tmp_path / "model.xdit").glob("*.safetensors")) < 1.3 * held
+
+
+@pytest.mark.parametrize(("kind", "spec"), [
+    ("q8_0", "tensor=2"), whole("int8", "tensor=2"), whole("int8", "ulysses=2,shard=2"),
+    whole("q8_0", "ulysses=2,shard=2"), whole("layerwise", "tensor=2"), whole("fp8", "ulysses=2,shard=2")])
+def test_ranks_load_their_shares_of_what_is_packed(pool: Pool, tmp_path: Path, kind: str, spec: str) -> None:
+    model, inputs = changed("dit", kind), zoo.CASES["dit"].inputs(1, False)
+    expected = answer(model, inputs)
+    path = xdit_compile.export(model, spec, inputs, tmp_path / "model.xdit", weights="included")
+    for found in pool.run(artifact_runs.called, str(path), inputs, ranks=range(2), timeout=120):
+        assert difference(found, *expected) < TOLERANCE
 
 
 def test_explain_counts_what_is_packed() -> None:
