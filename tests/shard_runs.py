@@ -99,6 +99,7 @@ def refused(name: str, spec: str) -> dict[str, str]:
         attempt("pickled", lambda model, _: pickle.dumps(list(model.parameters())))
         attempt("replaced", replace)
         attempt("wrapped", wrapped)
+        attempt("a part moved", lambda model, _: model.transformer_blocks[0].to("cpu"))
         attempt("cast", lambda model, _: model.to(torch.bfloat16))
     return said
 

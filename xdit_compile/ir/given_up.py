@@ -25,6 +25,14 @@ class GivenUp(nn.Parameter):
                             "before the first call, or parallelize the model anew")
         torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
 
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        if device is not None and device.type != "meta":
+            raise XditError(f"this rank has given up the values of a parameter of shape {tuple(self.shape)}, for a "
+                            f"share of it or to another stage or rank: there is nothing to bring to {device}. Move the "
+                            "model as a whole, and switch offloading by parts on before the first call")
+        return super().to(*args, **kwargs)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise XditError(f"this rank has given up the values of a parameter of shape {tuple(self.shape)}, which cannot "
                         "be saved: save the model before its first call")
