@@ -11,8 +11,8 @@ from xdit_compile.errors import SpecError
 from xdit_compile.spec import ShardingSpec
 
 EXACT = 1e-5
-SPECS = {"dit": ["ulysses=2,backend=inductor", "cfg=2,ulysses=2"], "pixart_alpha": ["ring=2"], "sd3": ["ulysses=2,keep=off"],
-         "flux": ["ulysses=2,ring=2"], "wan": ["ulysses=2"]}
+SPECS = {"dit": ["ulysses=2,backend=inductor", "cfg=2,ulysses=2"], "pixart_alpha": ["ring=2"],
+         "sd3": ["ulysses=2,keep=off"], "flux": ["ulysses=2,ring=2"], "wan": ["ulysses=2"]}
 
 
 @pytest.mark.parametrize("name", list(SPECS))

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from xdit_compile.errors import CaptureError
 from xdit_compile.frontend.offload_hooks import take_off
 from xdit_compile.frontend.tracing import as_fake
-from xdit_compile.ir.released_parameters import arrive, device_of, device_of_model, wait_for
+from xdit_compile.ir.released_parameters import arrive, device_of, device_of_model, moving, wait_for
 
 AWAY = torch.device("meta")
 """Stands for a device that this machine may not have."""
@@ -38,6 +38,15 @@ def test_parameters_that_wait_count_as_where_they_go() -> None:
         assert as_fake(model[0].weight, mode).device == AWAY
     arrive(model)
     assert all(p.device == AWAY for p in model.parameters()) and model[2].weight is model[0].weight
+
+
+def test_parameters_that_came_or_were_moved_count_as_where_they_are() -> None:
+    here = torch.device("cpu")
+    for settle in (arrive, lambda m: m._apply(moving(lambda t: t))):
+        model = nn.Linear(4, 4)
+        wait_for(model, here if settle is arrive else AWAY)
+        settle(model)
+        assert all(device_of(p) == here and not vars(p) for p in model.parameters())
 
 
 def test_hooks_of_two_devices_are_refused() -> None:

@@ -131,8 +131,8 @@ class ModelRunner:
                 # A loop that ended on one rank alone would leave ranks waiting for each other.
                 others = {**others, "the model": "other than at the last call" if changed else "as it was"}
             ready = self.programs.get(id(kind))
-            if ready is None and self.take_over():
-                kind, fresh, changed = self._find(bound, named, others)
+            if ready is None:
+                self.take_over()
             samples = _samples(ready, tensors, named)
             fingerprint = self._fingerprint(ready, {n: t for n, t in named.items() if n not in samples}, others)
             # What is new is compared before it runs, all else while it does.
@@ -188,7 +188,7 @@ class ModelRunner:
             log.warning("what offloads %s was taken off; programs do it in its place (offload=block)",
                         type(self.model).__name__)
         self.offloaded = True
-        self._under(self.group.spec)
+        self._under(self.group.spec)  # says if that does not go together
         self.programs.clear()
         wait_for(self.model, device)
         return True

@@ -64,7 +64,7 @@ def parallel_model(model: nn.Module, runners: Mapping[str, ModelRunner]) -> Any:
         members["device"] = property(device_of_model)
     members["_apply"] = moved(type(model))
     members |= edits(type(model), functools.partial(_shares, list(runners.values())))
-    if hasattr(model, GROUPS):
+    if hasattr(type(model), GROUPS):
         members[GROUPS] = _in_groups(getattr(type(model), GROUPS), list(runners.values()))
     return instance_of_subclass(model, Parallel, {**members, "runners": dict(runners)}, vars(model))
 

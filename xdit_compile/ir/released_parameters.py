@@ -94,12 +94,24 @@ def wait_for(model: nn.Module, device: torch.device) -> None:
 
 def arrive(model: nn.Module) -> None:
     """Bring parameters of ``model`` that wait, and were not given up, to where they count as."""
-    one: dict[int, nn.Parameter] = {}
+    one: dict[int, torch.Tensor] = {}
     for store, leaf, _ in _held(model):
         tensor = store[leaf]
-        if isinstance(tensor, nn.Parameter) and not tensor.is_meta and device_of(tensor) != tensor.device:
-            made = nn.Parameter(tensor.detach().to(device_of(tensor)), requires_grad=tensor.requires_grad)
-            store[leaf] = one.setdefault(id(tensor), made)
+        if isinstance(tensor, nn.Parameter) and not tensor.is_meta and hasattr(tensor, _HOME):
+            if id(tensor) not in one:
+                home = device_of(tensor)
+                one[id(tensor)] = tensor if home == tensor.device else nn.Parameter(
+                    tensor.detach().to(home), requires_grad=tensor.requires_grad)
+            store[leaf] = one[id(tensor)]
+    for tensor in one.values():
+        _forget_home(tensor)
+
+
+def _forget_home(tensor: torch.Tensor) -> None:
+    """Of one that is where it counts as, so that nothing stale is believed when it is moved."""
+    for known in (tensor, *(parts(tensor).values() if is_packed(tensor) else ())):
+        if hasattr(known, _HOME) and not known.is_meta:
+            delattr(known, _HOME)
 
 
 def absent(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
@@ -186,6 +198,7 @@ def moving(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.
     be."""
     def move(tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_meta or not hasattr(tensor, _HOME):
+            _forget_home(tensor)  # of one that waits: it is moved now
             return function(tensor)
         like = function(torch.empty(0, dtype=tensor.dtype, device=getattr(tensor, _HOME)))
         made = tensor.detach().to(like.dtype)
