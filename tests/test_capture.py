@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError, dataclass, fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -226,6 +228,55 @@ def test_flex_attention_is_what_it_means(name: str) -> None:
     torch.testing.assert_close(run(program, model, q, k, v).double(), expected, rtol=1e-5, atol=1e-5)
     targets = {str(n.target) for n in program.main.graph.nodes}
     assert ("aten.scaled_dot_product_attention.default" in targets) == (score_mod is None)
+
+
+def _of_pairs(table: Tensor) -> Any:
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return score + table[q, k]
+
+    return score_mod
+
+
+def _frames(table: Tensor) -> Any:
+    frame = torch.cat([torch.zeros(3), torch.ones(4)]) + table[0, 0] * 0
+
+    def allowed(q: Tensor, k: Tensor) -> Tensor:
+        return frame[q] >= frame[k]
+
+    return lambda b, h, q, k: allowed(q, k)
+
+
+CLOSED_OVER: dict[str, Callable[[Tensor], tuple[Any, Any]]] = {
+    "an argument": lambda table: (_of_pairs(table), None),
+    "made in forward, through another function": lambda table: (None, _frames(table)),
+    "through a partial": lambda table: (None, partial(lambda near, b, h, q, k: near(b, h, q, k), _frames(table))),
+    "both, one of them twice": lambda table: (
+        _of_pairs(table), lambda b, h, q, k: (table[q, k] > -1) & (table[k, q] > -1) | (q == k)),
+}
+"""Score and mask functions, and what they close over, of a tensor that the model is called with."""
+
+
+@pytest.mark.parametrize("name", CLOSED_OVER)
+def test_flex_attention_closes_over_tensors(name: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = torch.randn(3, 2, 4, 7, 16, generator=generator)
+
+    def forward(model: nn.Module, q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        score_mod, mask_mod = CLOSED_OVER[name](table)
+        blocks = mask_mod and create_block_mask(mask_mod, None, None, 7, 7, device="cpu", _compile=False)
+        return flex_attention(q, k, v, score_mod=score_mod, block_mask=blocks)  # type: ignore[return-value]
+
+    model = Function(forward)
+    program = capture(model, (q, k, v, torch.randn(7, 7, generator=generator)))
+    for _ in range(2):
+        table = torch.randn(7, 7, generator=generator)
+        score_mod, mask_mod = CLOSED_OVER[name](table)
+        scores = q.double() @ k.double().transpose(-1, -2) / 4
+        b, h, m, n = torch.meshgrid(*map(torch.arange, (2, 4, 7, 7)), indexing="ij")
+        scores = score_mod(scores, b, h, m, n) if score_mod else scores
+        scores = scores.masked_fill(~mask_mod(b, h, m, n), -torch.inf) if mask_mod else scores
+        torch.testing.assert_close(run(program, model, q, k, v, table).double(), scores.softmax(-1) @ v.double(),
+                                   rtol=1e-5, atol=1e-5)
 
 
 class Experts(nn.Module):

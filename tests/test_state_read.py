@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -276,3 +278,30 @@ def test_what_is_of_a_class_of_its_own_is_no_constant(cls: type) -> None:
     except TypeError:  # such that have no heirs
         return
     assert not constants(own())
+
+
+def test_a_module_that_forward_imports_is_watched_but_not_what_its_import_does(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "imported_by_forward.py").write_text(
+        "import secrets\n\nNAME = secrets.randbelow(10)\nFACTOR = 2.0\n\n\ndef scaled(x):\n    return x * FACTOR\n\n\n"
+        "def drawn():\n    return secrets.randbelow(10)\n\n\nTABLE = scaled(FACTOR)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    class Importing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            import imported_by_forward
+
+            return imported_by_forward.scaled(x) + imported_by_forward.TABLE
+
+    model, x = Importing(), torch.ones(3)
+    program = captured(model, (x,), {})
+    assert find(model, (x,), {}) is program
+    module = sys.modules["imported_by_forward"]
+    for name in ("FACTOR", "TABLE"):
+        monkeypatch.setattr(module, name, 3.0)
+        assert find(model, (x,), {}) is None
+        captured(model, (x,), {})
+    # What only the import ran, and forward does now, is read now.
+    monkeypatch.setattr(Importing, "forward", lambda self, x: x * module.drawn())
+    with pytest.raises(XditError, match="randbelow"):
+        capture(model, (x,))

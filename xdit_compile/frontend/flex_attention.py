@@ -6,13 +6,53 @@ evaluated for all of them, and blocks of a block mask only say where not to look
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 FLEX = torch.ops.higher_order.flex_attention
+
+
+def lifted(function: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
+    """A function of the operator, and the tensors that it closes over, which the result takes after its own arguments:
+    the operator knows of no others."""
+    cells = [cell for cell in _cells(function, set()) if isinstance(cell.cell_contents, Tensor)]
+
+    def call(*args: Any) -> Any:
+        own, given = args[: len(args) - len(cells)], args[len(args) - len(cells) :]
+        before = [cell.cell_contents for cell in cells]
+        try:
+            for cell, tensor in zip(cells, given, strict=True):
+                cell.cell_contents = tensor
+            return function(*own)
+        finally:
+            for cell, tensor in zip(cells, before, strict=True):
+                cell.cell_contents = tensor
+
+    return (call, tuple(cell.cell_contents for cell in cells)) if cells else (function, ())
+
+
+def _cells(function: Any, seen: set[int]) -> Iterator[CellType]:
+    """The variables that a function closes over, and those of functions among them, that have a value."""
+    if isinstance(function, partial):
+        for inner in (function.func, *function.args, *function.keywords.values()):
+            yield from _cells(inner, seen)
+    elif isinstance(function, MethodType):
+        yield from _cells(function.__func__, seen)
+    elif isinstance(function, FunctionType):
+        for cell in function.__closure__ or ():
+            try:
+                held = cell.cell_contents
+            except ValueError:  # not yet
+                continue
+            if id(cell) not in seen:
+                seen.add(id(cell))
+                yield cell
+                yield from _cells(held, seen)
 
 
 def is_plain(score_mod: fx.GraphModule) -> bool:

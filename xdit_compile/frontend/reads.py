@@ -166,7 +166,8 @@ class Reads:
 
         def tell(frame: FrameType, event: Any, arg: Any) -> Any:
             code = frame.f_code
-            if id(code) not in self._seen:
+            # What a module does while it is imported is done once, whatever is called later.
+            if id(code) not in self._seen and _imports(frame) == imports:
                 self._seen[id(code)] = code
                 if is_followed(frame.f_globals.get("__name__")):
                     self.codes[id(code)] = Ran(code, frame.f_globals)
@@ -181,7 +182,7 @@ class Reads:
             return partial(told, answer) if answer is not None else None
 
         outside = _Outside(self.written, self.valued, self.looks, self.made)
-        on = True
+        on, imports = True, _imports(sys._getframe())
         sys.settrace(tell)
         try:
             with outside:
@@ -294,6 +295,15 @@ class _Outside(TorchFunctionMode):
             return result
         finally:
             sys.settrace(tell)
+
+
+def _imports(frame: FrameType | None) -> int:
+    """How many modules' own code is under way."""
+    count = 0
+    while frame is not None:
+        count += frame.f_code.co_name == "<module>"
+        frame = frame.f_back
+    return count
 
 
 def line_of(frame: FrameType | None) -> str:

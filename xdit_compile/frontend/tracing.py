@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from xdit_compile.errors import CaptureError
 from xdit_compile.frontend.composite_operators import composites_kept
+from xdit_compile.frontend.flex_attention import FLEX, lifted
 from xdit_compile.frontend.looks import check_dress, dress, original_of
 from xdit_compile.frontend.stand_ins import stand_in
 from xdit_compile.ir.packed_tensors import is_packed, named_parts, whole_name
@@ -187,7 +188,8 @@ class _Respelled(TorchFunctionMode):
 
     Autocast casts the operands of the matrix product inside einsum; kept whole, einsum would hide that. Filling a
     diagonal in place goes through a strided view, which cannot be made functional; filling a mask can. A choice among
-    the kernels of one operator is no part of a graph.
+    the kernels of one operator is no part of a graph. Tensors that functions given to ``flex_attention`` close over are
+    not seen by who makes them functional.
     """
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -213,6 +215,10 @@ class _Respelled(TorchFunctionMode):
                 return torch.einsum(equation, *parts)
         if func is torch.nn.functional.scaled_dot_product_attention:
             _check_kernels()
+        if func is FLEX:
+            q, k, v, score_mod, (*blocks, mask_mod), scale, options, scored, masked = args
+            (score_mod, more), (mask_mod, others) = lifted(score_mod), lifted(mask_mod)
+            args = q, k, v, score_mod, (*blocks, mask_mod), scale, options, (*scored, *more), (*masked, *others)
         # Around operators alone: what the model is told of libraries is what they are set to.
         with _NoBackend():
             return func(*args, **(kwargs or {}))
