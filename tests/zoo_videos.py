@@ -566,6 +566,7 @@ CASES: dict[str, Case] = {
             partial(_kandinsky5, False, True),
             partial(_kandinsky5_inputs, condition=False, nabla=True),
             4,
+            1e-4,  # the last bit of its inputs alone changes its own results by 5e-5
         ),
         Case("allegro", _allegro, _allegro_inputs, 4),
         Case("allegro_nomask", _allegro, partial(_allegro_inputs, mask=False), 4),
