@@ -33,7 +33,8 @@ captured on the meta device, batch 1, and planned for {degrees} ranks; nothing o
 CLASSES = """\
 One row for each class of model.
 
-- *exact*: cases whose difference is within their tolerance, which is 1e-5 unless the model rounds to bfloat16 inside.
+- *exact*: cases whose difference is within their tolerance, which is 1e-5 unless the model rounds to bfloat16 inside,
+  or answers another last bit of its inputs with more than that.
 - *largest error*: largest difference over largest value, the worst of all cases.
 - *attention*: how it is distributed under the two specs; *as it is* where every rank attends for itself.
 - *tensor*: the same with weights shared out, the worst of all specs; *not shared* where no cut of a weight saves work.
@@ -93,8 +94,8 @@ PyTorch: the largest difference over the largest value under
 or *not shared*, where no cut of a weight saves work, or there are too few blocks for stages. *bits*: under how many of
 {shard} results have the bits of the same spec without shares, of those that fit.
 
-{cases} cases, {exact} exact (within 1e-5, unless the model rounds to bfloat16 inside); weights are shared out in
-{cut}.
+{cases} cases, {exact} exact (within 1e-5, unless the model rounds to bfloat16 inside, as SANA-WM does, or answers another
+last bit of its inputs with more than that, as Kandinsky 5 does); weights are shared out in {cut}.
 """
 
 
