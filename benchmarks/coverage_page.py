@@ -94,8 +94,8 @@ PyTorch: the largest difference over the largest value under
 or *not shared*, where no cut of a weight saves work, or there are too few blocks for stages. *bits*: under how many of
 {shard} results have the bits of the same spec without shares, of those that fit.
 
-{cases} cases, {exact} exact (within 1e-5, unless the model rounds to bfloat16 inside, as SANA-WM does, or answers another
-last bit of its inputs with more than that, as Kandinsky 5 does); weights are shared out in {cut}.
+{cases} cases, {exact} exact (within 1e-5, unless the model rounds to bfloat16 inside, as SANA-WM does, or answers
+another last bit of its inputs with more than that, as Kandinsky 5 does); weights are shared out in {cut}.
 """
 
 
