@@ -11,7 +11,7 @@ from emulation import difference
 import xdit_compile
 from xdit_compile.runtime.deferred.deferred_tensor import materialize
 
-KINDS = ("leaf_level", "block_level", "sequential")
+KINDS = ("leaf_level", "block_level", "sequential", "beside other hooks")
 
 
 def change(model: Any, kind: str) -> None:
@@ -19,6 +19,9 @@ def change(model: Any, kind: str) -> None:
         from accelerate import cpu_offload
 
         cpu_offload(model, torch.device("cpu"))
+    elif kind == "beside other hooks":
+        model.enable_layerwise_casting(storage_dtype=torch.float32, compute_dtype=torch.float32)
+        mechanisms.in_groups("leaf_level")(model)
     else:
         mechanisms.in_groups(kind)(model)
 

@@ -26,7 +26,6 @@ from xdit_compile.ir.pytree import flatten
 from xdit_compile.ir.released_parameters import (
     absence,
     arrive,
-    check_whole,
     missing_parameters,
     release_parameters,
     wait_for,
@@ -183,7 +182,6 @@ class ModelRunner:
         device = take_off(self.model)
         if device is None:
             return False
-        check_whole(self.model, "offloaded")
         if not self.offloaded and self.group.spec.offload == "none" and self.group.rank == 0:
             log.warning("what offloads %s was taken off; programs do it in its place (offload=block)",
                         type(self.model).__name__)

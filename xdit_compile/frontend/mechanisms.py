@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,17 +51,10 @@ def obstacle(model: nn.Module, offloaded: bool = False) -> str | None:
     """
     # Of a method other than forward, the model's own forward is no part.
     uncalled = getattr(model, "uncalled", ())
+    hooks = [partial(look, offloaded=offloaded) for look in (_device_hooks, _registered_hooks)]
     looks = ((look, path, module) for path, module in model.named_modules()
-             for look in (_LOOKS if path in uncalled else (*_LOOKS, *_HOOKS))
-             if not (offloaded and look in _HOOKS and _is_offloaded(module)))
+             for look in (_LOOKS if path in uncalled else (*_LOOKS, *hooks)))
     return next((found for look, path, module in looks if (found := look(module, path))), None)
-
-
-def _is_offloaded(module: nn.Module) -> bool:
-    """Whether all hooks on it are there for offloading."""
-    held = vars(module)
-    hooks = [*getattr(held.get("_diffusers_hook"), "hooks", {}).values(), *filter(None, [held.get("_hf_hook")])]
-    return bool(hooks) and all(map(is_offloading, hooks))
 
 
 def unwrapped(model: Any) -> Any:
@@ -125,11 +119,11 @@ def _unreadable(tensor: torch.Tensor, is_state: bool) -> str | None:
     return None
 
 
-def _device_hooks(module: nn.Module, path: str) -> str | None:
+def _device_hooks(module: nn.Module, path: str, offloaded: bool) -> str | None:
     """Accelerate's, around a forward on the object: they move weights when the module is called. Those put around the
     parallel forward itself run at each call."""
     hook = vars(module).get("_hf_hook")
-    if hook is None or "forward" not in vars(module):
+    if hook is None or "forward" not in vars(module) or (offloaded and is_offloading(hook)):
         return None
     return (f"the hook {_name(type(hook))} around the forward of {_at(path)} moves or casts weights when the module is "
             "called, as device maps do; inside of a program no module is. Remove the hook "
@@ -138,12 +132,14 @@ def _device_hooks(module: nn.Module, path: str) -> str | None:
             "the device block by block, or shard=N or pipefusion=N, which spread them over devices")
 
 
-def _registered_hooks(module: nn.Module, path: str) -> str | None:
+def _registered_hooks(module: nn.Module, path: str, offloaded: bool) -> str | None:
     """Diffusers' registry. A hook that replaces what forward computes, and keeps nothing, is captured with it."""
     registry = vars(module).get("_diffusers_hook")
     if registry is None or (not path and "forward" not in vars(module)):
         return None
     for name, hook in getattr(registry, "hooks", {}).items():
+        if offloaded and is_offloading(hook):
+            continue
         if getattr(hook, "_is_stateful", False):
             return (f"the hook {name!r} ({_name(type(hook))}) on {_at(path)} keeps values from step to step, as caches "
                     "of steps do; a program would repeat its first step. Take it off (model.disable_cache()); in its "
@@ -173,7 +169,6 @@ def _overrides(hook: Any, name: str) -> bool:
 
 
 _LOOKS = (_wrapper, _call, _tensors)
-_HOOKS = (_device_hooks, _registered_hooks)
 
 
 def _instance(value: Any, module: str, name: str) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from xdit_compile.errors import CaptureError
+from xdit_compile.ir.released_parameters import check_whole
 
 DIFFUSERS, ACCELERATE = "diffusers.hooks.group_offloading", "accelerate.hooks"
 """Where they come from: without these modules, there are none."""
@@ -39,7 +40,7 @@ def take_off(model: nn.Module) -> torch.device | None:
         The device that they were brought to; None if there were no such hooks.
 
     Raises:
-        CaptureError: they were brought to several devices, or wait on a disk.
+        CaptureError: they were brought to several devices, or wait on a disk. XditError: some were given up.
     """
     found = list(_offloading(model))
     devices = {torch.device(device) for _, _, hook in found for device in _devices(hook)}
@@ -55,6 +56,7 @@ def take_off(model: nn.Module) -> torch.device | None:
                                "reads none there in between. Leave offload_to_disk_path out; or make the model on the "
                                "meta device and give weights=FOLDER and offload=block, with shard=N for less of the "
                                "host's memory")
+    check_whole(model, "offloaded")  # before anything is taken off
     for _, module, hook in found:
         registry: Any = vars(module).get("_diffusers_hook")
         for name in [n for n, h in getattr(registry, "hooks", {}).items() if h is hook]:
