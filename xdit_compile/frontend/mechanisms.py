@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -168,7 +169,7 @@ def _overrides(hook: Any, name: str) -> bool:
     return len(defined) > 0 and defined[0] is not defined[-1]
 
 
-_LOOKS = (_wrapper, _call, _tensors)
+_LOOKS: tuple[Callable[[nn.Module, str], str | None], ...] = (_wrapper, _call, _tensors)
 
 
 def _instance(value: Any, module: str, name: str) -> bool:
