@@ -52,9 +52,9 @@ def obstacle(model: nn.Module, offloaded: bool = False) -> str | None:
     """
     # Of a method other than forward, the model's own forward is no part.
     uncalled = getattr(model, "uncalled", ())
-    hooks = [partial(look, offloaded=offloaded) for look in (_device_hooks, _registered_hooks)]
+    hooks: list[_Look] = [partial(look, offloaded=offloaded) for look in (_device_hooks, _registered_hooks)]
     looks = ((look, path, module) for path, module in model.named_modules()
-             for look in (_LOOKS if path in uncalled else (*_LOOKS, *hooks)))
+             for look in [*_LOOKS, *([] if path in uncalled else hooks)])
     return next((found for look, path, module in looks if (found := look(module, path))), None)
 
 
@@ -169,7 +169,10 @@ def _overrides(hook: Any, name: str) -> bool:
     return len(defined) > 0 and defined[0] is not defined[-1]
 
 
-_LOOKS: tuple[Callable[[nn.Module, str], str | None], ...] = (_wrapper, _call, _tensors)
+_Look = Callable[[nn.Module, str], str | None]
+"""Says of a module and its path what is in the way."""
+
+_LOOKS: tuple[_Look, ...] = (_wrapper, _call, _tensors)
 
 
 def _instance(value: Any, module: str, name: str) -> bool:
