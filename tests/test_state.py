@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
-import itertools
+import operator
 import random
+import sys
 import weakref
 from collections import OrderedDict, UserDict
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from xdit_compile.driver.compile_call import compile_program
 from xdit_compile.frontend.model_state import DEPTH, describe
 from xdit_compile.frontend.objects import MISSING
 from xdit_compile.frontend.program_cache import captured
-from xdit_compile.frontend.state_watch import LookedInto, Watch
+from xdit_compile.frontend.state_watch import LookedInto, Watch, _Dictionaries
 from xdit_compile.runtime.execution.executor import Executor
 from xdit_compile.spec import ShardingSpec
 
@@ -134,13 +135,17 @@ def watched(rng: random.Random) -> tuple[Watch, list[Callable[[], None]]]:
     """A watch of some places, and edits of what it watches, or of nothing of it."""
     things, edits = [Thing() for _ in range(rng.randint(1, 3))], list[Callable[[], None]]()
     into = LookedInto([])
-    for thing, name in itertools.product(things, "abc"):
-        if rng.random() < 0.8:
-            setattr(thing, name, Thing())
-            edits += [partial(setattr, thing, name, Thing()), partial(delattr, thing, name)]
-        into.getters.append(partial(getattr, thing, name, MISSING))
-        if hasattr(thing, name) and rng.random() < 0.5:
-            into.getters.append(partial(getattr, thing, "__dict__"))
+    for thing in things:
+        for name in "abc":
+            if rng.random() < 0.8:
+                setattr(thing, name, Thing())
+                edits += [partial(setattr, thing, name, Thing()), partial(delattr, thing, name)]
+            into.getters.append(partial(getattr, thing, name, MISSING))
+            if hasattr(thing, name) and rng.random() < 0.5:
+                into.getters.append(partial(getattr, thing, "__dict__"))
+        thing.kept = thing.other = None
+        into.states.append((operator.itemgetter("kept", "other"), vars(thing)))
+        edits += [partial(setattr, thing, rng.choice(["kept", "other"]), Thing()), partial(delattr, thing, "kept")]
     for kind in (dict, OrderedDict, UserDict):
         held = kind({i: Thing() for i in range(rng.randint(0, 3))})
         into.mappings[id(held)] = held
@@ -165,3 +170,21 @@ def test_a_watch_tells_any_edit_and_no_other(seed: int) -> None:
         assert watch.holds() and watch.holds(fresh=rng.random() < 0.5)
         edits[number]()
         assert not watch.holds(fresh=True), edits[number]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="Python itself counts what is written into dictionaries")
+def test_dictionaries_are_looked_at_after_a_write_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever it was written into, and though others ask in between."""
+    looks = list[object]()
+    hold = _Dictionaries.hold
+    monkeypatch.setattr(_Dictionaries, "hold", lambda self: looks.append(self) or hold(self))
+    watches = [watched(random.Random(seed))[0] for seed in range(3)]
+    space, counted = {"a": Thing(), "b": Thing()}, LookedInto([])
+    counted.names[id(space)] = space, {"a": None}
+    watches.append(Watch(counted))
+    for _ in range(3):
+        for _ in range(3):
+            assert all(w.holds() for w in watches)
+        assert len(looks) == len(watches)
+        looks.clear()
+        space["b"] = Thing()

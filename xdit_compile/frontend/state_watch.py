@@ -2,8 +2,9 @@
 
 At each call of a program some thousand dictionaries could be other than they were. Python counts what is written into a
 dictionary (PEP 509; where it does no more, PyTorch's own guards watch it instead), so that only those that were written
-into are looked at again: at the identities of what is in them. PyTorch does not count what is written through
-``.data``: large values of tensors are compared where a loop begins.
+into are looked at again: at the identities of what is in them. Where PyTorch does the counting, one look tells that
+nothing was written into any of them. PyTorch does not count what is written through ``.data``: large values of tensors
+are compared where a loop begins.
 """
 
 from __future__ import annotations
@@ -34,6 +35,31 @@ SMALL = 1 << 14
 """Bytes of an array, or of a tensor on the CPU, that are compared at each call; larger ones at a loop's first step."""
 
 Get = Callable[[Any], tuple[Any, ...]]
+
+
+class _Writes:
+    """What tells that nothing was written into any dictionary whose version was ever asked for.
+
+    From Python 3.12 on, versions come from a counter of PyTorch's own, which goes up by one when a dictionary is first
+    asked for its version and with each write into one that was. A new dictionary's version follows the last new one's
+    if nothing was written in between. Before, Python counts writes into all dictionaries, and nothing can be told.
+    """
+
+    def __init__(self) -> None:
+        self._last = 0
+        self._mark = object()
+
+    def mark(self) -> object:
+        """Another object after a write, and after what only may be one."""
+        version = dict_version({})
+        if version != self._last + 1:
+            # Not a number: of two threads that count up at once, one could give back an earlier one.
+            self._mark = object()
+        self._last = version
+        return self._mark
+
+
+_writes = _Writes()
 
 
 @dataclass
@@ -68,8 +94,13 @@ class Watch:
         self._held: list[Any] = []
         mappings = [*{id(m): m for m in into.mappings.values()}.values()]
         # Most of a module's dictionaries are empty. Whether they still are is asked faster than how often they were
-        # written into.
+        # written into; that they are asked for a version counts writes into them.
         self._empty = [m for m in mappings if not m]
+        self._uncounted = [m for m in self._empty if not isinstance(m, dict)]
+        for m in self._empty:
+            if isinstance(m, dict):
+                dict_version(m)
+        self._unwritten: object = None
         self._dicts = _Dictionaries([*((d, get) for get, d in into.states),
                                      *((m, None) for m in mappings if m and type(m) is dict),
                                      *((d, _picks([*names])) for d, names in into.names.values())])
@@ -131,9 +162,18 @@ class Watch:
             with plain():
                 if any((t := ref()) is None or values(t) != before for ref, before in self._small):
                     return False
-        return self._modules_hold() and self._own.hold() and self._dicts.hold() and not any(self._empty) and (
+        return self._modules_hold() and self._own.hold() and self._dictionaries_hold() and (
             # Both end in the same mark, so that none is longer. A list of the identities would be new memory.
             all(map(operator.eq, map(id, self._all()), self._ids))) and self._small_memory() == self._bytes
+
+    def _dictionaries_hold(self) -> bool:
+        mark = _writes.mark()
+        if mark is self._unwritten:
+            return not any(self._uncounted)
+        if not self._dicts.hold() or any(self._empty):
+            return False
+        self._unwritten = mark
+        return True
 
     def has_tensors_of(self, other: Watch) -> bool:
         """Whether parameters and buffers are the same objects as those that ``other`` watched."""
