@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import operator
 import weakref
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -94,11 +94,11 @@ class Watch:
         self._held: list[Any] = []
         mappings = [*{id(m): m for m in into.mappings.values()}.values()]
         # Most of a module's dictionaries are empty. Whether they still are is asked faster than how often they were
-        # written into; that they are asked for a version counts writes into them.
+        # written into. Asking once has writes counted, but one: what ``update`` puts into an empty plain dictionary.
         self._empty = [m for m in mappings if not m]
-        self._uncounted = [m for m in self._empty if not isinstance(m, dict)]
+        self._uncounted = [m for m in self._empty if type(m) is not OrderedDict]
         for m in self._empty:
-            if isinstance(m, dict):
+            if type(m) is OrderedDict:
                 dict_version(m)
         self._unwritten: object = None
         self._dicts = _Dictionaries([*((d, get) for get, d in into.states),
