@@ -3,6 +3,7 @@
     python benchmarks/weights.py
     python benchmarks/weights.py --rounds 9 --tokens 4096 --json weights.json
     python benchmarks/weights.py --patience 600  # on a machine that has other work now and then
+    python benchmarks/weights.py --pairs 1 --tokens 16384 --double 1 --single 3     # shares alone, a long sequence
 
 `ulysses=2,shard=2` against `ulysses=2` on two processes, `offload=block` against nothing on one while the other waits,
 and `tensor=2` and `ulysses=2` on two against nothing on one, in turns. "Speed" is the median over rounds of how much
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,20 +35,21 @@ PAIRS = (("ulysses=2", "ulysses=2,shard=2"), ("ulysses=1", "offload=block"), ("u
 
 
 @torch.no_grad()
-def run(size: flux.Size, rounds: int, patience: int) -> dict[str, list[dict[str, float]]]:
+def run(size: flux.Size, pairs: Sequence[tuple[str, str]], rounds: int,
+        patience: int) -> dict[str, list[dict[str, float]]]:
     """What each spec took in each round, the same on both ranks."""
     given, forwards, results = flux.inputs(size), dict[str, Any](), dict[str, Any]()
     taken: dict[str, list[dict[str, float]]] = {}
-    for spec in dict.fromkeys(spec for pair in PAIRS for spec in pair):
+    for spec in dict.fromkeys(spec for pair in pairs for spec in pair):
         alone = ShardingSpec.parse(spec).world_size == 1
         if not alone or dist.get_rank() == 0:
             forwards[spec] = parallelize(flux.model(size), spec, ranks=[0] if alone else [0, 1])
             (results[spec],) = forwards[spec](**given)
         dist.barrier()
-    for plain, other in PAIRS[:2]:
+    for plain, other in pairs[:2]:
         assert other not in results or torch.equal(results[plain], results[other])
     for number in range(rounds):
-        for turn, pair in enumerate(PAIRS):
+        for turn, pair in enumerate(pairs):
             for spec in pair if number % 2 else pair[::-1]:
                 work = partial(forwards[spec], **given) if spec in forwards else None
                 taken.setdefault(f"{turn} {spec}", []).append(time_undisturbed(work, patience)._asdict())
@@ -56,14 +59,15 @@ def run(size: flux.Size, rounds: int, patience: int) -> dict[str, list[dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("hidden", 512), ("double", 2), ("single", 6), ("tokens", 4096), ("text", 128),
-                          ("rounds", 5), ("patience", 0)):
+                          ("rounds", 5), ("patience", 0), ("pairs", len(PAIRS))):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args()
     size = flux.Size(options.tokens, options.text, options.hidden, options.double, options.single)
-    taken = launch(run, size, options.rounds, options.patience, world_size=2, device="cpu")[0]
+    pairs = PAIRS[:options.pairs]
+    taken = launch(run, size, pairs, options.rounds, options.patience, world_size=2, device="cpu")[0]
     made = Table("spec", "seconds", "speed", "by CPU", "others' share of the machine")
-    for turn, (plain, other) in enumerate(PAIRS):
+    for turn, (plain, other) in enumerate(pairs):
         for spec in (plain, other):
             before, now = taken[f"{turn} {plain}"], taken[f"{turn} {spec}"]
             ratios = [[a[key] / b[key] for a, b in zip(before, now, strict=True)] for key in ("seconds", "cpu_seconds")]
