@@ -189,13 +189,15 @@ def _is_item(node: fx.Node) -> bool:
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether the result looks at the memory of the first argument. Operators such as reshape say only that
-    they may; PyTorch's fake kernels know for these strides."""
+    """Whether the result looks at the memory of the first argument. Operators that are made of others, such as reshape,
+    say only that they may; PyTorch's fake kernels know for these strides."""
     if node.target in WAITS:
         return True
     schema = getattr(node.target, "_schema", None)
     if schema is None or not any(r.alias_info for r in schema.returns):
         return False
+    if not node.target.has_kernel_for_dispatch_key("CompositeImplicitAutograd"):  # type: ignore[union-attr]
+        return True
     operands: Any = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     args, kwargs = operands
     with args[0].fake_mode, torch.no_grad():
