@@ -110,6 +110,8 @@ def test_spelled_otherwise_it_is_the_same(op: Any, args: tuple[Any, ...]) -> Non
         node.meta["val"] = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, node.meta["val"])
     main = canonicalize(captured).main
     assert not main.graph.find_nodes(op="call_function", target=op) or find_rule(op)
+    values = torch.utils._pytree.tree_leaves([n.meta["val"] for n in main.graph.nodes if n.op == "call_function"])
+    assert all(isinstance(v, torch._subclasses.FakeTensor) for v in values)  # none was computed
     torch.testing.assert_close(main(*tensors), captured.main(*tensors))
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import fx
+from torch._guards import detect_fake_mode
 
 
 class Editor:
@@ -20,7 +22,9 @@ class Editor:
             made = self.graph.call_function(target, args, kwargs)
         made.meta = {k: v for k, v in self.node.meta.items() if k in ("nn_module_stack", "stack_trace")}
         args, kwargs = fx.map_arg((args, kwargs), val)
-        with torch.no_grad():
+        # What makes a tensor of nothing is told by no argument that it is to be a fake one.
+        mode = detect_fake_mode((self.node.meta["val"], args, kwargs))
+        with mode or nullcontext(), torch.no_grad():
             made.meta["val"] = target(*args, **kwargs)
         return made
 
