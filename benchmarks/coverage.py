@@ -2,7 +2,7 @@
 
 Every case of the tests is compared with plain PyTorch on real processes, in float32 and, one case of each model,
 in bfloat16; every published size of the examples is planned for 2, 4 and 8 ranks without running it. All of it
-takes about an hour and a half. With --json it can be interrupted and goes on where it was.
+takes two cores about four hours. With --json it can be interrupted and goes on where it was.
 
     python benchmarks/coverage.py --output docs/coverage.md
     python benchmarks/coverage.py --cases dit flux --published dit_xl_512
@@ -174,7 +174,7 @@ def _options() -> Any:
     parser.add_argument(
         "--sharing",
         action="store_true",
-        help="all cases (or those named) under tensor and shard, and nothing else: an hour and a half",
+        help="all cases (or those named) under tensor and shard, and nothing else: two hours of two cores",
     )
     options = parser.parse_args()
     if options.sharing:
