@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
 
 Forward = Callable[..., tuple[Tensor]]
 
@@ -130,14 +131,14 @@ class Builder:
         self._untouched = _tables()
         self._left: dict[str, Tables] = {}
 
-    def build(self, contestant: Contestant) -> Forward:
-        """The contestant's forward on a copy of the model that shares its weights.
+    def build(self, contestant: Contestant) -> tuple[Forward, nn.Module]:
+        """The contestant's forward on a copy of the model that shares its weights, and what it made of the copy.
 
         Raises:
             Absent: its package is not installed.
         """
         if contestant.build is None:
-            return self.model  # type: ignore[return-value]
+            return self.model, self.model  # type: ignore[return-value]
         shared = {id(t): t for t in chain(self.model.parameters(), self.model.buffers())}
         with _swapped(self._left.get(contestant.library, self._untouched)):
             made = contestant.build(copy.deepcopy(self.model, shared), self.world_size)
@@ -149,7 +150,14 @@ class Builder:
             # diffusers and cache-dit return before their last all-gather is done.
             return (output.wait(),) if isinstance(output, AsyncCollectiveTensor) else (output,)
 
-        return forward
+        return forward, made
+
+
+def held(made: nn.Module) -> int:
+    """Parameters on this rank, once it has been called."""
+    if hasattr(made, "runners"):  # ours, which keeps them elsewhere where ranks have shares
+        return sum(t.numel() for t in made.runners["forward"].store.values())
+    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in made.parameters())
 
 
 Tables = list[tuple[Any, dict[str, Any]]]

@@ -15,7 +15,7 @@ divided by it, "in pairs" the median of the ratios within each round (slow drift
 best" the ratio of the fastest rounds. "CPU s" are the seconds of CPU time that all ranks
 together use for one forward, "by CPU" how many times as fast it would be if nothing else counted: a figure
 that other work on the machine hardly disturbs, though it leaves out every wait. Bytes are those that one rank
-gives to others in one forward, FLOPs those of one rank.
+gives to others in one forward, FLOPs and parameters those of one rank.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ def summary(name: str, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "first_call_seconds": max(r["first_call"] for r in working),
         "max_difference": max(r["error"] for r in working),
         "flops_per_rank": max(r["flops"] for r in working),
+        "parameters_per_rank": max(r["parameters"] for r in working),
         "collectives": working[0]["collectives"],
         "bytes_per_rank": max(r["bytes"] for r in working),
         "control_bytes_per_rank": max(r["control_bytes"] for r in working),
@@ -121,6 +122,7 @@ def show(
         "by CPU",
         "max difference",
         "GFLOP per rank",
+        "M parameters",
         "collectives",
         "MB sent per rank",
     ):
@@ -140,6 +142,7 @@ def show(
             f"{f['times_as_fast_by_cpu']:.2f}",
             f"{f['max_difference']:.1e}",
             f"{f['flops_per_rank'] / 1e9:.2f}",
+            f"{f['parameters_per_rank'] / 1e6:.2f}",
             str(sum(f["collectives"].values())),
             f"{f['bytes_per_rank'] / 1e6:.2f}",
         )

@@ -11,7 +11,7 @@ from typing import Any
 import flux
 import torch
 import torch.distributed as dist
-from contestants import CONTESTANTS, Absent, Builder, Contestant, Forward
+from contestants import CONTESTANTS, Absent, Builder, Contestant, Forward, held
 from timing import time_undisturbed
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode, sdpa_flop_count
@@ -45,6 +45,7 @@ class Result:
     first_call: float = 0.0
     error: float = 0.0
     flops: int = 0
+    parameters: int = 0
     collectives: dict[str, int] = field(default_factory=dict)
     bytes: int = 0
     control_bytes: int = 0
@@ -87,10 +88,11 @@ def _build(
     forward = None
     try:
         start = time.perf_counter()
-        forward = builder.build(contestant)
-        (made,) = forward(**inputs)
+        forward, made = builder.build(contestant)
+        (output,) = forward(**inputs)
         result.first_call = time.perf_counter() - start
-        result.error = (made - reference).abs().max().item()
+        result.error = (output - reference).abs().max().item()
+        result.parameters = held(made)
         # Compiled code cannot be looked into: what is counted is the program that was compiled.
         flops = FlopCounterMode(display=False, custom_mapping=FORMULAS)
         with torch.compiler.set_stance("force_eager"), counting() as traffic, LocalFlops(flops):

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import pytest
 from pool import Pool
 
-
 SLOW = 90.0  # seconds of one test worth a line
 
 

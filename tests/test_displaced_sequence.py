@@ -5,19 +5,21 @@ from __future__ import annotations
 import displaced_runs
 import pytest
 import torch
+from marks import whole
 from pool import Pool
 
 from xdit_compile.errors import SpecError
 from xdit_compile.spec import ShardingSpec
 
 EXACT = 1e-5
-SPECS = {"dit": ["ulysses=2,backend=inductor", "cfg=2,ulysses=2"], "pixart_alpha": ["ring=2"],
-         "sd3": ["ulysses=2,keep=off"], "flux": ["ulysses=2,ring=2"], "wan": ["ulysses=2"]}
+SPECS = {"dit": ["cfg=2,ulysses=2"], "pixart_alpha": ["ring=2"], "sd3": ["ulysses=2,keep=off"],
+         "flux": ["ulysses=2,ring=2"], "wan": ["ulysses=2"]}
+COMPILED = {"dit": ["ulysses=2,backend=inductor"]}
 
 
-@pytest.mark.parametrize("name", list(SPECS))
-def test_numbers_of_the_method(pool: Pool, name: str) -> None:
-    specs = [f"{s},displaced=yes" for s in SPECS[name]]
+@pytest.mark.parametrize(("name", "specs"), [*SPECS.items(), *(whole(*item) for item in COMPILED.items())])
+def test_numbers_of_the_method(pool: Pool, name: str, specs: list[str]) -> None:
+    specs = [f"{s},displaced=yes" for s in specs]
     world = max(ShardingSpec.parse(s).world_size for s in specs)
     seen = pool.run(displaced_runs.errors, name, specs, ranks=range(world), timeout=300)
     for spec in specs:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import zoo
 from cases import made
+from marks import whole
 from pool import Pool
 
 import xdit_compile
@@ -261,7 +262,7 @@ def test_slow_links_and_fast_links_have_other_plans() -> None:
 
 
 @pytest.mark.parametrize(("name", "world", "bandwidth"), [
-    ("flux", 4, 1e7), ("flux", 4, 1e11), ("sana", 4, 1e8), pytest.param("sd3", 6, 1e9, marks=pytest.mark.whole)])
+    whole("flux", 4, 1e7), ("flux", 4, 1e11), ("sana", 4, 1e8), whole("sd3", 6, 1e9)])
 def test_the_pick_is_that_of_counting_all(name: str, world: int, bandwidth: float) -> None:
     planner = planner_of(name, 2)
     here = simple(world, bandwidth=bandwidth, latency=2e-5, launch=3e-5, rates={"float32": Rates(1e11, 1e11)})

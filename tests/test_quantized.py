@@ -45,8 +45,10 @@ WHOLE = ("nf4", "fp4")
 def drawn() -> list[Any]:
     """All pairs of families and main kinds, of which a quick run takes every fifth; other kinds on one model."""
     pairs = [(f, k) for f in FAMILIES for k in MAIN]
-    return [pytest.param(*pair, marks=() if i % 5 == 0 else pytest.mark.whole) for i, pair in enumerate(pairs)] + [
-        ("dit", k) if k in ("q4_0", "fp8", "nf4") else whole("dit", k) for k in quantized.KINDS if k not in MAIN]
+    others = [k for k in quantized.KINDS if k not in MAIN]
+    quick = {*pairs[::5], *(("dit", k) for k in ("q4_0", "fp8", "nf4"))}
+    return [pytest.param(*pair, marks=() if pair in quick else pytest.mark.whole)
+            for pair in (*pairs, *(("dit", k) for k in others))]
 
 
 def answer(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
@@ -91,8 +93,10 @@ def tolerance(name: str, kind: str) -> float:
     return 3 * found
 
 
-@pytest.mark.parametrize(("name", "kind"), [("flux", "int8"), ("sd3", "layerwise"), ("pixart_alpha", "int8")])
-@pytest.mark.parametrize("spec", ["tensor=2", "shard=2,ulysses=2", "offload=block"])
+@pytest.mark.parametrize(("name", "kind", "spec"), [
+    (name, kind, spec) if i == j else whole(name, kind, spec)
+    for i, (name, kind) in enumerate([("flux", "int8"), ("sd3", "layerwise"), ("pixart_alpha", "int8")])
+    for j, spec in enumerate(["tensor=2", "shard=2,ulysses=2", "offload=block"])])
 def test_weights_in_parts(name: str, kind: str, spec: str) -> None:
     found = emulation.together(*captured(name, kind), spec)
     assert found.error <= TOLERANCE and found.work < 1.25
@@ -173,14 +177,14 @@ def test_ranks_together_give_the_numbers_of_one(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), [
-    p for p in drawn() if getattr(p, "values", p)[1] not in WHOLE])
+    whole(*p.values) if "int8_dynamic" in p.values else p for p in drawn() if {*WHOLE}.isdisjoint(p.values)])
 def test_stages_give_the_numbers_of_one(name: str, kind: str) -> None:
     found = stagewise.emulate(zoo.CASES[name], 1, True, "pipefusion=2,patches=2", quantized.KINDS[kind])
     limit = tolerance(name, kind)
     assert found.exact <= limit and found.patched <= limit
 
 
-@pytest.mark.parametrize("kind", ["int8", "layerwise", "q4_0", whole("fp8")])
+@pytest.mark.parametrize("kind", ["layerwise", "q4_0", whole("int8"), whole("fp8")])
 def test_unpacked_weights_are_not_kept(kind: str) -> None:
     """Neither from step to step, nor by a stage from patch to patch: there would be more of them than packed ones."""
     model, _, _, program = captured("flux", kind)

@@ -155,7 +155,7 @@ def test_shares_give_the_same_bits(name: str, spec: str) -> None:
         assert all(map(equal, a, b))
 
 
-@pytest.mark.parametrize("seed", [*range(6), *(whole(s) for s in range(6, 200))])
+@pytest.mark.parametrize("seed", [s if s in (0, 3, 5) else whole(s) for s in range(200)])
 def test_random_models_give_the_same_bits(seed: int) -> None:
     _, model, arguments = random_models.drawn(seed)
     args = call_arguments(model, arguments)

@@ -97,13 +97,11 @@ def _same(results: list[Any]) -> Any:
     return results[0]
 
 
-GUIDED = {"ulysses=2": ["first_block"], "ring=2,keep=off": ["teacache"],
-          "ulysses=2,backend=inductor": ["first_block"]}
+GUIDED = {"ulysses=2": ["first_block"], "ring=2,keep=off": ["teacache"]}
+COMPILED = {f"{ranks}=2,backend=inductor": list(step_cache_runs.CACHES) for ranks in ("ulysses", "ring")}
 
 
-@pytest.mark.parametrize("specs", [
-    GUIDED, pytest.param({"ulysses=2,backend=inductor": ["teacache", "taylor", "interval"],
-                          "ring=2,backend=inductor": list(step_cache_runs.CACHES)}, marks=pytest.mark.whole)])
+@pytest.mark.parametrize("specs", [GUIDED, whole(COMPILED)], ids=["as they are", "compiled"])
 def test_conditions_have_their_own(pool: Pool, specs: dict[str, list[str]]) -> None:
     """Real ranks, a model that is called twice in each step, loops that follow each other. Compilers are at work while
     the first step is under way, and Python imports."""

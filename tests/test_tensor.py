@@ -252,6 +252,7 @@ def test_ranks_read_their_parts_of_files(pool: Pool, tmp_path: Path) -> None:
         assert found["read"] <= 0.8 * found["all"]
 
 
+@pytest.mark.whole  # as those of `shard` in `test_shard.py`
 def test_edits_after_the_first_call_are_refused(pool: Pool) -> None:
     for said in pool.run(shard_runs.refused, "dit", "tensor=2", ranks=range(2)):
         assert {"state_dict", "load_state_dict", "written into", "written through .data", "replaced", "cast"} <= {*said}

@@ -119,7 +119,8 @@ def compiled_lost(form: str) -> tuple[float, float]:
     return ((compiled - exact).norm() / exact.norm()).item(), ((eager - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize("form", ["fp8", pytest.param("int8", marks=pytest.mark.whole)])
+@pytest.mark.whole
+@pytest.mark.parametrize("form", ["fp8", "int8"])
 def test_compiled(pool: Pool, form: str) -> None:
     for compiled, eager in pool.run(compiled_lost, form, ranks=range(2), timeout=300):
         assert 0 < compiled < 1.1 * eager < 0.02
