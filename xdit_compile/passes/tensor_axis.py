@@ -31,6 +31,10 @@ TRAFFIC_WEIGHT = 2.0
 that blocks are cut, since who asks for this axis pays two sums of all features for each; so high that embeddings of
 tokens, whose weights are next to nothing, are not."""
 
+OUTSIDE_WEIGHT = 0.5
+"""Of cuts outside of blocks, once found: bytes over those that blocks send for this axis. A block has about as large a
+share of operations and parameters as of these bytes; an embedding of a long text, or the last layer, much less."""
+
 WORTH = 1e-7
 """By how much of all there is a cut must lower what a rank has to do and to hold."""
 
@@ -83,6 +87,7 @@ class _Measured:
     """What a choice of cuts comes to, and how it lays out weights that it leaves whole."""
 
     score: float
+    sent: int
     wanted: LaidOut
 
     @property
@@ -91,7 +96,7 @@ class _Measured:
         return {i for i, wants in self.wanted.items() if (layout := _agreed(wants)) and len(layout.dims) > 1}
 
 
-_NOTHING = _Measured(0.0, {})
+_NOTHING = _Measured(0.0, 0, {})
 
 
 class _Search:
@@ -143,10 +148,10 @@ class _Search:
         def measure(choice: Mapping[int, Layout]) -> _Measured:
             layouts = tuple(choice.get(i, layout) for i, layout in enumerate(given))
             _, _, cost, wanted = self._interpreter(self.base).function(name, layouts)
-            return _Measured(len(calls) * self._score(cost, sizes, choice, wanted), wanted)
+            return _Measured(len(calls) * self._score(cost, sizes, choice, wanted), cost.sent, wanted)
 
         fixed = {i for i in range(len(calls[0].args)) if all(call.args[i] in self.constants for call in calls)}
-        return self._chosen(list(_candidates(graph, own, fixed)), measure, graph)
+        return self._chosen(list(_candidates(graph, own, fixed)), measure, graph)[1]
 
     def _of_main(self, known: Seeds) -> Seeds:
         """The cuts of weights outside of block functions."""
@@ -159,18 +164,24 @@ class _Search:
         def measure(choice: Mapping[int, Layout]) -> _Measured:
             named = {holders[i].name: layout for i, layout in choice.items()}
             found = self._interpreter({**self.base, **known, **named}).main()
-            return _Measured(self._score(found.cost, sizes, choice, found.wanted), found.wanted)
+            return _Measured(self._score(found.cost, sizes, choice, found.wanted), found.cost.sent, found.wanted)
 
         fixed = {i for i, n in enumerate(holders) if n in self.constants}
-        chosen = self._chosen(list(_candidates(graph, own, fixed)), measure, graph)
+        best, chosen = self._chosen(list(_candidates(graph, own, fixed)), measure, graph)
+        by_blocks = measure({}).sent - self.whole.sent
+        for place in [*chosen] if by_blocks > 0 else ():
+            more = OUTSIDE_WEIGHT / by_blocks - TRAFFIC_WEIGHT / max(self.whole.moved, 1)
+            found = measure(fewer := {i: layout for i, layout in chosen.items() if i != place})
+            if found.score + more * found.sent < best.score + more * best.sent:
+                best, chosen = found, fewer
         return {holders[i].name: layout for i, layout in chosen.items()}
 
     def _chosen(self, candidates: Sequence[_Candidate], measure: Callable[[Mapping[int, Layout]], _Measured],
-                graph: fx.Graph) -> dict[int, Layout]:
+                graph: fx.Graph) -> tuple[_Measured, dict[int, Layout]]:
         """The cuts of least score, of two ways to find them."""
         start = measure({}) if candidates else _NOTHING
         tried = [self._descended(candidates, measure, graph, start, wary) for wary in (False, True)]
-        return min(tried, key=lambda t: t[0].score)[1]
+        return min(tried, key=lambda t: t[0].score)
 
     def _descended(self, candidates: Sequence[_Candidate], measure: Callable[[Mapping[int, Layout]], _Measured],
                    graph: fx.Graph, best: _Measured, wary: bool) -> tuple[_Measured, dict[int, Layout]]:
