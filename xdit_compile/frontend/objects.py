@@ -17,6 +17,7 @@ from types import (
     BuiltinFunctionType,
     CellType,
     CodeType,
+    FrameType,
     FunctionType,
     GeneratorType,
     GetSetDescriptorType,
@@ -246,6 +247,13 @@ def is_stream(value: Any) -> bool:
 def package(name: str | None) -> str:
     """The first part of a module's name."""
     return (name or "").partition(".")[0]
+
+
+def line_of(frame: FrameType | None) -> str:
+    """``file.py:123`` of the innermost frame that is not PyTorch's own."""
+    while frame is not None and package(frame.f_globals.get("__name__")) in ("torch", "xdit_compile"):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}" if frame else ""
 
 
 STDLIB = frozenset(sys.stdlib_module_names) - {"__main__"}

@@ -31,9 +31,10 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.overrides import TorchFunctionMode
 
 from xdit_compile.errors import CaptureError
+from xdit_compile.frontend.borrowed_memory import BorrowedMemory
 from xdit_compile.frontend.concrete_values import READS, writes
 from xdit_compile.frontend.looks import STANDING_IN, Looks
-from xdit_compile.frontend.objects import MISSING, is_library, package
+from xdit_compile.frontend.objects import MISSING, is_library, line_of, package
 
 Chain = tuple[str, ...]
 """A global's name, and names of attributes that are read of it: ``("F", "silu")``."""
@@ -195,6 +196,7 @@ class Reads:
             sys.settrace(before)
         if outside.refused:
             raise outside.refused[0]
+        outside.borrowed.check()
 
     def names(self) -> set[str]:
         """Of attributes, in the code of models."""
@@ -267,6 +269,7 @@ class _Outside(TorchFunctionMode):
     valued: list[weakref.ref[Tensor]]
     looks: Looks
     made: list[weakref.ref[Tensor]]
+    borrowed: BorrowedMemory = field(default_factory=BorrowedMemory)
     refused: list[Exception] = field(default_factory=list)
     """What only tracing raises. The model may catch it, and go on as it would not on one device."""
 
@@ -283,8 +286,9 @@ class _Outside(TorchFunctionMode):
                 self.written.append((args[0], line_of(sys._getframe(1))))
             if func in READS:
                 self.valued.extend(weakref.ref(t) for t in args if type(t) in _REAL)
-            said = self.looks.answer(func, args, kwargs or {})
-            result = func(*args, **(kwargs or {})) if said is MISSING else said
+            args, kwargs = self.borrowed.seen(func, args, kwargs or {})
+            said = self.looks.answer(func, args, kwargs)
+            result = func(*args, **kwargs) if said is MISSING else said
         except Exception as error:
             if isinstance(error, _REFUSALS) or (func in _UNKNOWN and any(isinstance(t, STANDING_IN) for t in args)):
                 self.refused.append(error)
@@ -304,13 +308,6 @@ def _imports(frame: FrameType | None) -> int:
         count += frame.f_code.co_name == "<module>"
         frame = frame.f_back
     return count
-
-
-def line_of(frame: FrameType | None) -> str:
-    """``file.py:123`` of the innermost frame that is not PyTorch's own."""
-    while frame is not None and package(frame.f_globals.get("__name__")) in ("torch", "xdit_compile"):
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}" if frame else ""
 
 
 def resolve(ran: Ran, chain: Chain) -> tuple[Any, str, Any]:
