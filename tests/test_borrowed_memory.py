@@ -1,4 +1,4 @@
-"""Arrays of numpy that forward writes into between uses: the numbers of plain PyTorch, or a refusal that names a line."""
+"""Arrays that forward writes into between uses: the numbers of plain PyTorch, or a refusal that names a line."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class Steps(nn.Module):
     def __init__(self, steps: Sequence[Step], size: int) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.steps, self.array, self.linear = list(steps), np.zeros(size, dtype=np.float32), nn.Linear(size, size) if size < 9 else nn.Identity()
+        self.steps, self.array = list(steps), np.zeros(size, dtype=np.float32)
+        self.layer = nn.Linear(size, size) if size < 9 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         made = torch.zeros(())
@@ -48,7 +49,7 @@ class Steps(nn.Module):
             elif what == "make":
                 made = WAYS[value](self.array)
             else:
-                x = self.linear(x) + made
+                x = self.layer(x) + made
         return x
 
 
