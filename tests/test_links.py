@@ -30,7 +30,7 @@ def machines() -> int:
 
 def test_two_machines_give_the_answer_of_one_device_and_wait_for_their_link(machines: int) -> None:
     """The script itself compares each spec with the plain model on one device, on both machines."""
-    rate, scale = "20mbit", links.QUICK
+    rate, scale = "5mbit", links.QUICK
     ulysses, cfg = links.run(machines, [rate], ["ulysses=2", "cfg=2"], scale, patience=300)
     # Half of what each holds of queries, keys, values and results goes to the other: no loop can be faster than that.
     calls, tokens = links.CALLS * scale.steps, (scale.side // PATCH) ** 2
