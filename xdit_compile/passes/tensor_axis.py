@@ -32,8 +32,8 @@ that blocks are cut, since who asks for this axis pays two sums of all features 
 tokens, whose weights are next to nothing, are not."""
 
 OUTSIDE_WEIGHT = 0.5
-"""Of cuts outside of blocks, once found: bytes over those that blocks send for this axis. A block has about as large a
-share of operations and parameters as of these bytes; an embedding of a long text, or the last layer, much less."""
+"""Of cuts outside of blocks, once found: bytes over all that blocks send. A block has about as large a share of
+operations and parameters as of these bytes; an embedding of a long text, or the last layer, much less."""
 
 WORTH = 1e-7
 """By how much of all there is a cut must lower what a rank has to do and to hold."""
@@ -168,8 +168,8 @@ class _Search:
 
         fixed = {i for i, n in enumerate(holders) if n in self.constants}
         best, chosen = self._chosen(list(_candidates(graph, own, fixed)), measure, graph)
-        by_blocks = measure({}).sent - self.whole.sent
-        for place in [*chosen] if by_blocks > 0 else ():
+        by_blocks = measure({}).sent if known else 0
+        for place in [*chosen] if by_blocks else ():
             more = OUTSIDE_WEIGHT / by_blocks - TRAFFIC_WEIGHT / max(self.whole.moved, 1)
             found = measure(fewer := {i: layout for i, layout in chosen.items() if i != place})
             if found.score + more * found.sent < best.score + more * best.sent:
