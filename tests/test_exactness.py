@@ -89,7 +89,7 @@ def test_compiled_by_inductor(pool: Pool, name: str, spec: str) -> None:
     assert_exact(run(pool, name, 1, True, [spec], backend="inductor"))
 
 
-@pytest.mark.parametrize("name", ["dit", "flux", "wan"])
+@pytest.mark.parametrize("name", ["dit", whole("flux"), whole("wan")])
 def test_bfloat16_differs_no_more_than_bfloat16_makes(pool: Pool, name: str) -> None:
     specs = ["ulysses=2", "ring=2"]
     for seen in pool.run(exactness.differences_in_bfloat16, name, specs, ranks=range(2), timeout=240):

@@ -97,6 +97,7 @@ def test_bars_on_one_rank_only(pool: Pool, folders: str) -> None:  # noqa: F811
     assert "100%" in first and second == ""
 
 
+@pytest.mark.whole
 def test_offloading(pool: Pool, folders: str) -> None:  # noqa: F811
     assert max(act(pool, habits.offloaded, "sd3", folders)) <= EXACT
 
@@ -128,6 +129,7 @@ def test_autoencoders_shared_out(pool: Pool, folders: str, name: str, spec: str)
     assert max(act(pool, habits.decoded, name, folders, spec)) <= EXACT
 
 
+@pytest.mark.whole
 def test_pictures_are_encoded_together(pool: Pool, folders: str) -> None:  # noqa: F811
     assert max(act(pool, habits.decoded, "sd3_image", folders, "cfg=2,vae=2")) <= EXACT
 
@@ -150,6 +152,7 @@ def test_encoders_cut_over_ranks(pool: Pool, folders: str, name: str) -> None:  
         assert all("the first call" in text for text in found["said"]) and len(found["said"]) == 2
 
 
+@pytest.mark.whole
 def test_encoders_on_the_meta_device_read_shares(pool: Pool, folders: str) -> None:  # noqa: F811
     for same, held, whole_of in act(pool, habits.cut_from_files, "flux_true", folders):
         assert same and held <= 0.6 * whole_of

@@ -184,7 +184,7 @@ def test_stages_give_the_numbers_of_one(name: str, kind: str) -> None:
     assert found.exact <= limit and found.patched <= limit
 
 
-@pytest.mark.parametrize("kind", ["layerwise", "q4_0", whole("int8"), whole("fp8")])
+@pytest.mark.parametrize("kind", ["q4_0", whole("layerwise"), whole("int8"), whole("fp8")])
 def test_unpacked_weights_are_not_kept(kind: str) -> None:
     """Neither from step to step, nor by a stage from patch to patch: there would be more of them than packed ones."""
     model, _, _, program = captured("flux", kind)
@@ -285,8 +285,8 @@ def test_inductor_compiles_it(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "spec"), [
-    ("int8", "ulysses=2"), ("layerwise", "pipefusion=2,patches=2,warmup=all"), ("q8_0", "pipefusion=2,warmup=all"),
-    ("int8", "ulysses=2,shard=2"), ("q8_0", "tensor=2"), whole("q4_0", "data=2,shard=2,offload=block"),
+    ("int8", "ulysses=2,shard=2"), ("q8_0", "tensor=2"), ("layerwise", "pipefusion=2,patches=2,warmup=all"),
+    whole("int8", "ulysses=2"), whole("q8_0", "pipefusion=2,warmup=all"), whole("q4_0", "data=2,shard=2,offload=block"),
     whole("fp8", "ulysses=2,shard=2"), whole("nf4", "ulysses=2,shard=2"),
     whole("nf4", "ulysses=2,shard=2,offload=block"),
     whole("int8", "tensor=2"), whole("int8_dynamic", "tensor=2,offload=block"), whole("layerwise", "ulysses=2,shard=2"),

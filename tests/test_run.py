@@ -215,6 +215,7 @@ def test_two_processes_that_the_command_starts(root: Path, capsys: pytest.Captur
     torch.testing.assert_close(load_file(said["files"][0])["images"], expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.whole  # as the script in `test_from_xdit.py`
 def test_a_command_line_of_xdit_under_torchrun(root: Path, tmp_path: Path) -> None:
     folder = pipelines.folder("sd3", root)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "xdit_compile.cli", "run",

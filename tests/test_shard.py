@@ -189,7 +189,7 @@ def test_what_is_read_again_far_away_comes_again() -> None:
 
 @pytest.mark.parametrize(("name", "spec"), [
     ("dit", "ulysses=2,shard=2"), ("flux", "ulysses=2,shard=2,offload=block"), whole("wan", "offload=block"),
-    ("dit", "pipefusion=2,ulysses=2,patches=2,shard=2"), whole("dit", "cfg=2,ulysses=2,shard=2"),
+    whole("dit", "pipefusion=2,ulysses=2,patches=2,shard=2"), whole("dit", "cfg=2,ulysses=2,shard=2"),
     whole("flux", "ulysses=2,ring=2,shard=4"), whole("wan", "pipefusion=2,ulysses=2,warmup=all,shard=2,offload=block"),
     whole("dit", "ulysses=2,shard=2,backend=inductor"), *(whole(name, "ulysses=2,shard=2") for name in (
         "sd3", "pixart_alpha", "hunyuan_dit", "cogvideox", "mochi", "ltx", "hunyuan_video", "qwen_image", "latte"))])

@@ -33,7 +33,7 @@ def exported(folder: Path, name: str, spec: str, **options: Any) -> Path:
 
 
 @pytest.mark.parametrize(("name", "spec"), [
-    ("dit", "ulysses=2,shard=2"), ("dit", "pipefusion=2,ulysses=2,warmup=all,shard=2"),
+    ("dit", "ulysses=2,shard=2"), whole("dit", "pipefusion=2,ulysses=2,warmup=all,shard=2"),
     whole("dit", "cfg=2,ulysses=2,shard=2,offload=block"), whole("flux", "ulysses=2,ring=2,shard=4"),
     whole("wan", "offload=block")])
 def test_shares_give_the_same_bits(pool: Pool, tmp_path: Path, name: str, spec: str) -> None:

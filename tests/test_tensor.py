@@ -231,7 +231,7 @@ def test_a_model_without_weights_to_share_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("name", "spec"), [
-    ("flux", "tensor=2"), ("wan", "tensor=2"), ("sd3", "tensor=2,pipefusion=2,warmup=all"),
+    ("flux", "tensor=2"), ("wan", "tensor=2"), whole("sd3", "tensor=2,pipefusion=2,warmup=all"),
     ("pixart_alpha", "tensor=2,ulysses=2,shard=2"), whole("hunyuan_dit", "tensor=3"), whole("cogvideox", "tensor=2"),
     whole("mochi", "tensor=2,ring=2"), whole("ltx", "tensor=2"), whole("hunyuan_video", "tensor=2,cfg=2"),
     whole("qwen_image", "tensor=2,offload=block"), whole("latte", "tensor=2"), whole("dit", "tensor=4")])
