@@ -233,3 +233,25 @@ def test_queries_that_attend_to_whole_keys_are_said_to(dim: int) -> None:
     local, _ = local_program(replace(program, spec=ShardingSpec(ulysses_degree=2)), layouts, 0)
     assert [n.text for n in local.notes if n.kind == "attention"] == (
         ["local: queries [6/2] attend to whole keys [6]"] if dim == 2 else [])
+
+
+def test_what_a_plan_says_of_the_wire() -> None:
+    dim = Dim.even(12, 2, SEQUENCE)
+    plain = AttentionPlan(dim, dim, 4, 2, 4, 4, 1, 4, 2, 1)
+    assert str(plain) == "ulysses: queries [12/2], keys [12/2], heads 4 over 2 key heads cut 2/2"
+    assert str(replace(plain, wire="fp8", wire_keys="int8")) == f"{plain}; fp8 on the wire, keys int8"
+
+
+@pytest.mark.parametrize(("shape", "expanded"), [((12, 12), False), ((1, 1, 1, 12, 12), False), ((3, 1, 12, 12), True)])
+def test_a_mask_is_made_larger_where_leading_dimensions_need_it_alone(shape: tuple[int, ...], expanded: bool) -> None:
+    """Of attention in five dimensions, two of which become the batch."""
+    q, k, v = (torch.randn(2, 3, 4, 12, 8) for _ in range(3))
+    mask = torch.randn(shape)
+    program, _ = program_of(SDPA, (q, k, v, mask))
+    layouts = [Layout.replicated(x.shape).replace(3, Dim.even(12, 2)) for x in (q, k, v)] + [Layout.replicated(shape)]
+    program = replace(program, spec=ShardingSpec(ulysses_degree=2))
+    local, _ = local_program(program, layouts, 0)
+    grown = [n for n in local.main.graph.find_nodes(op="call_function", target=torch.ops.aten.expand.default)
+             if n.meta["val"].ndim == 5]
+    assert bool(grown) is expanded
+    assert_exact(SDPA, (q, k, v, mask), layouts, program.spec)

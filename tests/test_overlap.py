@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import random
 
+import emulation
 import lockstep
+import pytest
 import torch
+import zoo
+from cases import made
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_rules import program_of
 from torch import fx
 
+from xdit_compile.frontend.capture import capture
+from xdit_compile.ir.call_arguments import call_arguments
 from xdit_compile.ir.mesh import group_name
-from xdit_compile.ir.program import is_collective
-from xdit_compile.passes.overlap_communication import overlap
+from xdit_compile.ir.program import ARRIVAL, brings_parameters, is_collective
+from xdit_compile.passes.overlap_communication import WAITS, overlap
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
@@ -115,3 +121,23 @@ def test_random_programs_mean_the_same(seed: int) -> None:
     expected, found = (lockstep.run([p.main] * 2, inputs) for p in (before, after))
     for a, b in zip(expected, found, strict=True):
         assert torch.equal(a[0], b[0])
+
+
+@pytest.mark.parametrize("spec", ["ulysses=2,shard=2", "offload=block"])
+def test_parameters_come_one_block_ahead(spec: str) -> None:
+    """When those of the block before are here, and those of the block before that were read."""
+    model = made(zoo.CASES["dit"])
+    arguments = call_arguments(model, zoo.CASES["dit"].inputs(1, False))
+    with torch.no_grad():
+        ranks, _ = emulation.on_ranks(model, arguments, capture(model, *arguments), spec)
+    for program in ranks:
+        nodes = [n for n in program.main.graph.nodes if n.op != "output"]
+        place = {n: i for i, n in enumerate(nodes)}
+        waits = {n.meta[ARRIVAL]: place[n] for n in nodes if brings_parameters(n) and n.target in WAITS}
+        begun = {n.meta[ARRIVAL]: place[n] for n in reversed(nodes) if brings_parameters(n)}
+        read = {number: max((place[n] for n in nodes if not brings_parameters(n) and number in {
+            i.meta[ARRIVAL] for i in n.all_input_nodes if brings_parameters(i)}), default=-1) for number in begun}
+        assert len(begun) > 3 and waits.keys() == begun.keys()
+        for number, at in begun.items():
+            assert at > waits.get(number - 1, -1)
+            assert at > read.get(number - 2, -1)

@@ -123,7 +123,7 @@ def extremes(s, x, *, dim=None, keepdim=False):
 
 
 def _varied(r):
-    return r.tensor(2, 6, 4), r.pick([-1], [1], [0, 1], None), {"correction": r.pick(None, 0, 1), "keepdim": r.pick(
+    return r.tensor(2, 6, 4), r.pick([-1], [1], [0, 1], None), {"correction": r.pick(None, 0, 1, 5), "keepdim": r.pick(
         False, True)}
 
 
