@@ -22,6 +22,10 @@ from xdit_compile.passes.sharded_value import Value
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
 
+TRUSTING = frozenset({aten._int_mm.default})
+"""Operators that believe the stride of a dimension of size one, which may be anything, also of what is contiguous, and
+read other memory then (torch 2.13, on the CPU)."""
+
 
 class Emitter:
     """Builds one local graph. Every node gets ``meta``: its fake value, the module path and source of the global
@@ -76,6 +80,9 @@ class Emitter:
             how = (aten.contiguous.default, {}) if args[0].meta["val"].numel() else (
                 aten.clone.default, {"memory_format": torch.contiguous_format})
             args = (self.call(how[0], args[0], **how[1]), *args[1:])
+        if target in TRUSTING:
+            args = tuple(self.call(aten.clone.default, a, memory_format=torch.contiguous_format)
+                         if isinstance(a, fx.Node) and 1 in a.meta["val"].shape else a for a in args)
         given = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         with self.mode, torch.no_grad():
             val = target(*given[0], **given[1])
