@@ -112,7 +112,7 @@ def test_model_whose_ranks_gave_up_its_weights(pool: Pool, root: str, spec: str,
     """Weights that are added are on every rank; those that there were are edited block by block."""
     seen = driven(pool, drive_model, "sd3", root, spec, steps)
     assert_exact(seen)
-    assert {s.step for s in seen[1:] if s.moved <= MOVED} == {("delete", "b"), ("unfuse",)} & {*steps}
+    assert [s.step for s in seen[1:] if s.moved <= MOVED] == [s for s in steps if s in (("delete", "b"), ("unfuse",))]
     # Weights that are edited need no new program.
     assert next(s.captures for s in seen if s.step == ("edit", "a")) == 0
 
