@@ -106,8 +106,8 @@ ALL: list[Step] = [*SOME[:2], ("set", "a", [0.5]), ("load", "b", 2), ("set", "ab
 
 
 @pytest.mark.parametrize(("spec", "steps"), [
-    ("tensor=2", SOME), whole("tensor=2", ALL), whole("ulysses=2,shard=2", ALL),
-    whole("ulysses=2,shard=2,offload=block", ALL)])
+    ("tensor=2", SOME), ("pipefusion=2,warmup=all", SOME), *(whole(spec, ALL) for spec in (
+        "tensor=2", "pipefusion=2,warmup=all", "ulysses=2,shard=2", "ulysses=2,shard=2,offload=block"))])
 def test_model_whose_ranks_gave_up_its_weights(pool: Pool, root: str, spec: str, steps: list[Step]) -> None:
     """Weights that are added are on every rank; those that there were are edited block by block."""
     seen = driven(pool, drive_model, "sd3", root, spec, steps)

@@ -1,5 +1,6 @@
-"""Edits of a parallel model whose parameters this rank has given up but for its shares: adapters that are loaded find
-something of the right shape in their places, and what is done to all modules finds the values, block by block."""
+"""Edits of a parallel model whose parameters this rank has given up but for its shares, or its stage: adapters that are
+loaded find something of the right shape in their places, and what is done to all modules finds the values, block by
+block; those of other stages are their ranks' affair."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from torch import nn
 from xdit_compile.ir.layout import TENSOR
 from xdit_compile.ir.mesh import SHARD
 from xdit_compile.ir.parameter_groups import is_block
-from xdit_compile.ir.released_parameters import device_of
+from xdit_compile.ir.released_parameters import device_of, given_up
 from xdit_compile.runtime.execution.parameter_store import ParameterStore, swapped
 from xdit_compile.runtime.execution.whole_parameters import WholeParameters
 from xdit_compile.runtime.parallel_group import ParallelGroup
@@ -41,20 +42,20 @@ def _loading(method: Callable[..., Any], holder: Holder) -> Callable[..., Any]:
     @functools.wraps(method)
     def load(self: Any, *args: Any, **kwargs: Any) -> Any:
         held = holder()
-        if held is None:
-            return method(self, *args, **kwargs)
-        with _shapes(self, held[0]):
-            return method(self, *args, **kwargs)
+        if left := held[0].left if held else given_up(self):
+            with _shapes(self, left):
+                return method(self, *args, **kwargs)
+        return method(self, *args, **kwargs)
 
     return load
 
 
 @contextmanager
-def _shapes(model: nn.Module, store: ParameterStore) -> Iterator[None]:
+def _shapes(model: nn.Module, left: Sequence[torch.Tensor]) -> Iterator[None]:
     """Within, parameters that were given up look as if they were there. They take no memory, cannot be written into,
     and who computes with them gets no numbers."""
     table = {id(t): nn.Parameter(torch.full((), _nothing(t.dtype), dtype=t.dtype, device=device_of(t)).expand(t.shape),
-                                 requires_grad=False) for t in store.left}
+                                 requires_grad=False) for t in left}
     with swapped(model, table):
         yield
 
@@ -68,7 +69,7 @@ def _applying(method: Callable[..., Any], holder: Holder) -> Callable[..., Any]:
     def apply(self: Any, function: Callable[[nn.Module], None]) -> Any:
         held = holder()
         if held is None:
-            return method(self, function)
+            return _with_stand_ins(self, function) if given_up(self) else method(self, function)
         store, group = held
         store.check(self)
         group.control.agree("apply", {"function": getattr(function, "__qualname__", type(function).__qualname__)})
@@ -79,6 +80,29 @@ def _applying(method: Callable[..., Any], holder: Holder) -> Callable[..., Any]:
         return self
 
     return apply
+
+
+def _with_stand_ins(model: nn.Module, function: Callable[[nn.Module], None]) -> Any:
+    """Call ``function`` with each module of a model of which other stages have parts, those inside of others first. It
+    finds zeros in the place of what other ranks have, which see to that themselves."""
+    blocks = [m for path, m in model.named_modules() if is_block(path) and not any(map(is_block, _above(path)))]
+    for block in blocks:
+        made = {id(t): nn.Parameter(torch.zeros(t.shape, dtype=t.dtype, device=device_of(t)), requires_grad=False)
+                for t in given_up(block)}
+        with swapped(model, made):
+            block.apply(function)
+    done = {id(m) for block in blocks for m in block.modules()}
+    for module in _inner_first(model):
+        if id(module) not in done:
+            done.add(id(module))
+            function(module)
+    return model
+
+
+def _above(path: str) -> Iterator[str]:
+    """Of the modules that hold the one at ``path``."""
+    while path := path.rpartition(".")[0]:
+        yield path
 
 
 def _block_by_block(model: nn.Module, function: Callable[[nn.Module], None], store: ParameterStore,

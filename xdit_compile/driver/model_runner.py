@@ -421,9 +421,11 @@ class ModelRunner:
             executor.check_groups(group.process_groups.all())
             return executor
         group.communicator.connect([(e.source, e.target) for e in stage.edges if e.name != RESULT])
-        self.stages |= {path: i for i, paths in enumerate(stage.blocks) for path in paths}
+        new = {path: i for i, paths in enumerate(stage.blocks) for path in paths if path not in self.stages}
+        self.stages |= new
         self.used |= compiled.parameters
-        release_parameters(self.model, [path for path, i in self.stages.items() if i != group.stage], self.used)
+        # Adapters that came later stay on every rank, where they are edited.
+        release_parameters(self.model, [path for path, i in new.items() if i != group.stage], self.used)
         return StageExecutor(stage, self.model, group.communicator, self.group.counts, shares, state)
 
 

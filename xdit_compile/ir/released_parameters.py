@@ -82,6 +82,13 @@ def _gone(tensor: torch.Tensor) -> torch.Tensor:
     return made
 
 
+def given_up(module: nn.Module) -> list[torch.Tensor]:
+    """Its parameters and buffers, and parts of packed ones, that were."""
+    held = (t for store, leaf, _ in _held(module) for t in (parts(store[leaf]).values() if is_packed(store[leaf]) else (
+        store[leaf],)))
+    return [t for t in held if t.is_meta and hasattr(t, _HOME)]
+
+
 def wait_for(model: nn.Module, device: torch.device) -> None:
     """Parameters of ``model``, on the host, count as on ``device``, where programs bring them. Buffers go there."""
     for store, leaf, _ in _held(model):
