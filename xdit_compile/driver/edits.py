@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -86,17 +86,17 @@ def _with_stand_ins(model: nn.Module, function: Callable[[nn.Module], None]) -> 
     """Call ``function`` with each module of a model of which other stages have parts, those inside of others first. It
     finds zeros in the place of what other ranks have, which see to that themselves."""
     blocks = [m for path, m in model.named_modules() if is_block(path) and not any(map(is_block, _above(path)))]
-    for block in blocks:
-        made = {id(t): nn.Parameter(torch.zeros(t.shape, dtype=t.dtype, device=device_of(t)), requires_grad=False)
-                for t in given_up(block)}
-        with swapped(model, made):
-            block.apply(function)
-    done = {id(m) for block in blocks for m in block.modules()}
-    for module in _inner_first(model):
-        if id(module) not in done:
-            done.add(id(module))
-            function(module)
+    _apply(model, function, [(block, _zeros_in(model, block)) for block in blocks], nullcontext())
     return model
+
+
+@contextmanager
+def _zeros_in(model: nn.Module, block: nn.Module) -> Iterator[None]:
+    """Within, what the block lacks is there, as zeros."""
+    made = {id(t): nn.Parameter(torch.zeros(t.shape, dtype=t.dtype, device=device_of(t)), requires_grad=False)
+            for t in given_up(block)}
+    with swapped(model, made):
+        yield
 
 
 def _above(path: str) -> Iterator[str]:
@@ -114,13 +114,20 @@ def _block_by_block(model: nn.Module, function: Callable[[nn.Module], None], sto
         path = store.groups[name].path
         blocks.setdefault(path if is_block(path) else "", []).append(name)
     outside = blocks.pop("", [])
+    _apply(model, function, [(model.get_submodule(path), _present(model, names, store, whole))
+                             for path, names in blocks.items()], _present(model, outside, store, whole))
+
+
+def _apply(model: nn.Module, function: Callable[[nn.Module], None],
+           blocks: Sequence[tuple[nn.Module, AbstractContextManager[None]]],
+           outside: AbstractContextManager[None]) -> None:
+    """Call ``function`` with the modules of each block within what goes with it, and with all others."""
     done: set[int] = set()
-    for path, names in blocks.items():
-        block = model.get_submodule(path)
-        with _present(model, names, store, whole):
+    for block, within in blocks:
+        with within:
             block.apply(function)
         done |= set(map(id, block.modules()))
-    with _present(model, outside, store, whole):
+    with outside:
         for module in _inner_first(model):
             if id(module) not in done:
                 done.add(id(module))
