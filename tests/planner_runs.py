@@ -37,13 +37,14 @@ def refused(spec: str) -> str:
     return "nothing"
 
 
-def pipeline(name: str, root: str, spec: str) -> dict[str, Any]:
+def pipeline(name: str, root: str, spec: str, output_type: str = "") -> dict[str, Any]:
     """A pipeline under ``spec``, called twice with one generator each: differences to the plain one."""
+    given = {"output_type": output_type} if output_type else {}
     case = pipelines.PIPELINES[name]
     folder = Path(root) / name
-    plain = pipelines.run(pipelines.load(folder), case)
+    plain = pipelines.run(pipelines.load(folder), case, **given)
     parallel = xdit_compile.parallelize(pipelines.load(folder), spec, ranks=range(2))
     kind = type(parallel).__name__
-    results = [pipelines.run(parallel, case) for _ in range(2)]
+    results = [pipelines.run(parallel, case, **given) for _ in range(2)]
     return {"error": max(float((r - plain).abs().max() / plain.abs().max()) for r in results), "kind": kind,
-            "spec": str(parallel.parallel_group.spec)}
+            "spec": str(parallel.parallel_group.spec), "vae": parallel.parallel_group.spec.vae_degree}

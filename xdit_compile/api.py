@@ -95,7 +95,9 @@ def parallelize(model: Any, spec: str | dict | ShardingSpec | Auto, *, ranks: Se
             seen = observed()
             batch = batch_of(seen.model, seen.args, seen.kwargs)
             question = auto.question(here, len(chosen), batch, seen.steps, seen.calls)
-            return replace(choose(seen.model, seen.args, seen.kwargs, question).best.spec, vae_degree=auto.vae)
+            decoding = seen.decoding if not auto.vae else None
+            spec = choose(seen.model, seen.args, seen.kwargs, question, decoding)
+            return replace(spec, vae_degree=auto.vae) if auto.vae else spec
 
         return agreed_choice(auto, group, plan)
 
@@ -104,7 +106,7 @@ def parallelize(model: Any, spec: str | dict | ShardingSpec | Auto, *, ranks: Se
             model, spec, chosen, timeout, check_inputs, dump, weights))
 
     def make(args: Any, kwargs: Mapping[str, Any]) -> ModelRunner:
-        spec = chosen_for(lambda: Observed(model, args, kwargs, 1, 0))
+        spec = chosen_for(lambda: Observed(model, args, kwargs, 1, 0, None))
         return _parallelized(model, spec, chosen, timeout, check_inputs, dump, weights).runners["forward"]
 
     return parallel_model(model, {"forward": AutoRunner(make)})  # type: ignore[dict-item]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,6 +19,15 @@ from xdit_compile.ir.containers import CONSTANTS
 
 Inputs = Mapping[str, Any] | Sequence[Any]
 """Keyword arguments by name, or positional arguments in order."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A module, and what it is called with."""
+
+    module: nn.Module
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
 
 
 def bind_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 from xdit_compile.driver.parallel_model import instance_of_subclass
 from xdit_compile.errors import XditError
-from xdit_compile.ir.call_arguments import bind_call, named_leaves
+from xdit_compile.frontend.method_module import as_module
+from xdit_compile.ir.call_arguments import Call, bind_call, named_leaves
 from xdit_compile.ir.step_inputs import timestep_inputs
 from xdit_compile.pipelines.components import Role, role_of
 from xdit_compile.pipelines.parallel_pipeline import CALLBACKS
@@ -22,18 +24,25 @@ from xdit_compile.spec import ShardingSpec
 
 TERMS = 4
 """Calls of one step at most: the terms of guidance."""
+_COMPILED = "_compiled_call_impl"
+"""Where ``nn.Module.compile`` puts what is called in the place of ``forward``."""
 
 
 @dataclass(frozen=True)
 class Observed:
-    """The first call that a pipeline makes of the model that runs at each step: how often in a step, and how many
-    steps there are; 0 where that is not known."""
+    """The first call that a pipeline makes of the model that runs at each step.
+
+    Attributes:
+        calls: how often in a step; steps: how many there are; 0 where that is not known.
+        decoding: what it gives its autoencoder in the end; None if it has none, or does not come to it.
+    """
 
     model: nn.Module
     args: Any
     kwargs: Mapping[str, Any]
     calls: int
     steps: int
+    decoding: Call | None
 
 
 class AutoPipeline:
@@ -57,8 +66,9 @@ def auto_pipeline(pipe: Any, choose: Callable[[Callable[[], Observed]], Sharding
 
 
 def observed(pipe: Any, args: Any, kwargs: Mapping[str, Any]) -> Observed:
-    """What ``pipe``, called like this, calls its denoiser with. It is run until its second step begins, or, where
-    weights are not there yet, its first; random numbers are as before.
+    """What ``pipe``, called like this, calls its denoiser with, and its autoencoder. One step is run; in all later ones
+    a model gives what it gave for arguments of such shapes. Where weights are not there yet, none is. Random numbers
+    are as before.
 
     Raises:
         XditError: it does not call a denoiser.
@@ -69,34 +79,91 @@ def observed(pipe: Any, args: Any, kwargs: Mapping[str, Any]) -> Observed:
     for name in CALLBACKS:
         if name in bound.arguments:
             bound.arguments[name] = None
-    seen: list[tuple[nn.Module, Any, Any, str]] = []
+    first = _FirstStep()
+    with ExitStack() as stack:
+        for module in pipe.components.values():
+            if isinstance(module, nn.Module) and role_of(module) is Role.DENOISER:
+                stack.enter_context(_instead(module, "forward", first.call(module)))
+            elif isinstance(module, nn.Module) and role_of(module) is Role.AUTOENCODER:
+                stack.enter_context(_instead(module, "decode", first.decode(module)))
+        stack.enter_context(_random_as_before(bound.arguments))
+        stack.enter_context(_no_bar(pipe))
+        stack.enter_context(torch.no_grad())
+        try:
+            type(pipe).__call__(*bound.args, **bound.kwargs)
+        except _SeenEnough:
+            pass
+        except Exception:
+            if not first.ended:  # later steps, whose values mean nothing, may be too much for it
+                raise
+    if not first.calls:
+        raise XditError(f"{type(pipe).__name__} makes no call of a model that runs at each step, so that auto has "
+                        "nothing to plan; write the spec yourself")
+    model, given, named_given, _ = first.calls[0]
+    return Observed(model, given, named_given, len(first.calls), steps if isinstance(steps, int) else 0,
+                    first.decoding)
 
-    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if seen and module is not seen[0][0]:
+
+class _FirstStep:
+    """Calls that models get in the first step of a loop, and what they give, which they give again in later ones.
+
+    Attributes:
+        calls: of the model that is called first, each with its time; ended: whether there is a second step.
+        decoding: what comes after the loop.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[nn.Module, Any, Any, str]] = []
+        self.ended = False
+        self.decoding: Call | None = None
+
+    def call(self, module: nn.Module) -> Callable[..., Any]:
+        """In the place of the module's forward."""
+        forward, results = module.forward, dict[Hashable, Any]()
+
+        @functools.wraps(forward)  # signature and all
+        def called(*args: Any, **kwargs: Any) -> Any:
+            self._note(module, args, kwargs)
+            looks = tuple((a.shape, a.dtype) for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor))
+            if not self.ended or looks not in results:
+                results[looks] = forward(*args, **kwargs)
+            return results[looks]
+
+        return called
+
+    def decode(self, module: nn.Module) -> Callable[..., Any]:
+        """In the place of an autoencoder's."""
+        @functools.wraps(cast(Callable[..., Any], module.decode))
+        def decoded(*args: Any, **kwargs: Any) -> Any:
+            self.decoding = Call(as_module(module, "decode"), args, kwargs)
+            raise _SeenEnough
+
+        return decoded
+
+    def _note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.ended or (self.calls and module is not self.calls[0][0]):
             return
         named, _ = named_leaves(bind_call(module, args, kwargs))
         time = str([t.flatten()[:1].tolist() for n, t in named.items() if n in timestep_inputs(named)])
-        if seen and (time != seen[0][3] or len(seen) == TERMS):
-            raise _SeenEnough
-        seen.append((module, args, dict(kwargs), time))
+        if self.calls and (time != self.calls[0][3] or len(self.calls) == TERMS):
+            self.ended = True
+            return
+        self.calls.append((module, args, dict(kwargs), time))
         if any(p.is_meta for p in module.parameters()):
             raise _SeenEnough
 
-    denoisers = [m for m in pipe.components.values() if isinstance(m, nn.Module) and role_of(m) is Role.DENOISER]
-    hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in denoisers]
+
+@contextmanager
+def _instead(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """A module with another method for a while, which ``torch.compile`` does not hide."""
+    state, before = vars(module), {n: vars(module)[n] for n in (name, _COMPILED) if n in vars(module)}
+    state[name] = method
+    state.pop(_COMPILED, None)
     try:
-        with _random_as_before(bound.arguments), _no_bar(pipe), torch.no_grad():
-            type(pipe).__call__(*bound.args, **bound.kwargs)
-    except _SeenEnough:
-        pass
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
-    if not seen:
-        raise XditError(f"{type(pipe).__name__} makes no call of a model that runs at each step, so that auto has "
-                        "nothing to plan; write the spec yourself")
-    model, given, named_given, _ = seen[0]
-    return Observed(model, given, named_given, len(seen), steps if isinstance(steps, int) else 0)
+        state.pop(name)
+        state.update(before)
 
 
 @contextmanager

@@ -15,13 +15,13 @@ from torch import nn
 
 from xdit_compile.errors import SpecError
 from xdit_compile.frontend.program_cache import captured
-from xdit_compile.ir.call_arguments import bind_call, named_leaves
+from xdit_compile.ir.call_arguments import Call, bind_call, named_leaves
 from xdit_compile.ir.parameter_groups import parameter_groups
 from xdit_compile.ir.step_inputs import timestep_inputs
+from xdit_compile.planner.autoencoder import shared_decoding
 from xdit_compile.planner.costs import Loop
 from xdit_compile.planner.machine import Machine, machine, read
 from xdit_compile.planner.plan import GOALS, Planner, Question
-from xdit_compile.planner.plan_report import Plan
 from xdit_compile.spec import DEGREES, SHORT, ShardingSpec, pairs_of
 
 FILE = "XDIT_COMPILE_MACHINE"
@@ -38,7 +38,7 @@ class Auto:
     Attributes:
         goal, exact: as of a ``Question``; memory: bytes of a device, if said; machine: a file or the name of a shipped
             one, if said; world: how many devices, if said; steps, calls: of the loop, if said.
-        vae: ranks that share a pipeline's autoencoder; base: the other words that are not for the planner.
+        vae: ranks that share a pipeline's autoencoder, if said; base: the other words that are not for the planner.
     """
 
     goal: str = "latency"
@@ -48,7 +48,7 @@ class Auto:
     world: int = 0
     steps: int = 0
     calls: int = 0
-    vae: int = 1
+    vae: int = 0
     base: ShardingSpec = field(default_factory=ShardingSpec)
 
     @staticmethod
@@ -137,8 +137,10 @@ def machine_file() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "xdit_compile" / "machine.toml"
 
 
-def choose(model: nn.Module, args: Any, kwargs: Mapping[str, Any], question: Question) -> Plan:
-    """The plan for one call of ``model``; says in one line what it chose and why.
+def choose(model: nn.Module, args: Any, kwargs: Mapping[str, Any], question: Question,
+           decoding: Call | None = None) -> ShardingSpec:
+    """The spec for one call of ``model``, and for what comes after the loop in a pipeline; says in one line what it
+    chose and why.
 
     Raises:
         SpecError: there is no spec for it.
@@ -146,8 +148,9 @@ def choose(model: nn.Module, args: Any, kwargs: Mapping[str, Any], question: Que
     bound = bind_call(model, args, kwargs)
     planner = Planner(captured(model, bound.args, bound.kwargs), parameter_groups(model), type(model).__name__)
     plan = planner.plan(question)
-    print(plan.line(), file=sys.stderr)
-    return plan
+    shared = shared_decoding(decoding, question) if decoding else None
+    print("; ".join([plan.line(), *([shared.line()] if shared else [])]), file=sys.stderr)
+    return replace(plan.best.spec, vae_degree=shared.degree if shared else 1)
 
 
 def resolved(spec: object, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> ShardingSpec:
@@ -164,7 +167,7 @@ def resolved(spec: object, model: nn.Module, args: Any, kwargs: Mapping[str, Any
         raise SpecError("auto has to know the machine where no processes are running: name one, as in "
                         "auto,machine=8xNAME, or run xdit-compile calibrate, which writes the file of this one")
     question = auto.question(here, auto.world or here.world_size, batch_of(model, args, kwargs))
-    return choose(model, args, kwargs, question).best.spec
+    return choose(model, args, kwargs, question)
 
 
 def batch_of(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> int:

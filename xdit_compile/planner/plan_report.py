@@ -97,11 +97,12 @@ class Plan:
     def line(self) -> str:
         """What was chosen and why, in one line."""
         first, *others = self.options
-        text = f"auto: {first.spec} for {self.model} on {self.machine}: {_time(first.cost)} {self._unit}"
+        text = f"auto: {first.spec} for {self.model} on {self.machine}: {duration(first.cost)} {self._unit}"
         if first.approximate:
             text += ", approximate after its exact steps"
         if others:
-            text += f"; next {others[0].spec}, {_time(others[0].cost)}: {difference(first.seconds, others[0].seconds)}"
+            more = difference(first.seconds, others[0].seconds)
+            text += f"; next {others[0].spec}, {duration(others[0].cost)}: {more}"
         return text
 
     @property
@@ -118,7 +119,7 @@ class Plan:
         made = table("Specs, the best first", "spec", ">seconds", ">a step", ">memory", "where the time goes", "")
         for option in (*self.options, *sorted(self.estimated, key=lambda o: o.cost))[:SHOWN]:
             marks = [*(["approximate"] if option.approximate else []), *([] if option.checked else ["estimated"])]
-            made.add_row(str(option.spec), f"{option.cost:.3g}", _time(option.seconds.total / self.steps),
+            made.add_row(str(option.spec), f"{option.cost:.3g}", duration(option.seconds.total / self.steps),
                          size(option.memory), _parts(option.seconds), ", ".join(marks))
         return made
 
@@ -140,7 +141,7 @@ class Plan:
         for other in self.options[1:2]:
             yield (f"Next: {other.spec}, {ratio(other, best)}: {difference(best.seconds, other.seconds)}.")
         gain = best.seconds.total - self.with_faster
-        yield (f"With links of {self.faster:g} times the bandwidth it would take {_time(self.with_faster)}, "
+        yield (f"With links of {self.faster:g} times the bandwidth it would take {duration(self.with_faster)}, "
                f"{gain / best.seconds.total:.0%} less.")
         if self.folklore is not None and self.folklore.spec != best.spec:
             yield (f"Guidance first, then Ulysses ({self.folklore.spec}): {ratio(self.folklore, best)}: "
@@ -157,7 +158,7 @@ def difference(best: Seconds, other: Seconds) -> str:
     """What another choice has more of, in words: the largest two."""
     mine, theirs = best.parts(), other.parts()
     more = sorted(((theirs.get(n, 0.0) - mine.get(n, 0.0), n) for n in mine.keys() | theirs.keys()), reverse=True)
-    said = [f"{_time(s)} more of {n}" for s, n in more[:2] if s > 0.01 * best.total]
+    said = [f"{duration(s)} more of {n}" for s, n in more[:2] if s > 0.01 * best.total]
     return ", ".join(said) or "no part of it differs by a hundredth"
 
 
@@ -165,5 +166,6 @@ def _parts(seconds: Seconds) -> str:
     return ", ".join(f"{name} {s / seconds.total:.0%}" for name, s in list(seconds.parts().items())[:3])
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """For people."""
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
