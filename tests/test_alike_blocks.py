@@ -462,3 +462,38 @@ def test_what_was_made_inside_is_taken_for_nothing_around(inside: int, around: i
     model, x = Stack(leaves, holding(int), None, takes).requires_grad_(False).eval(), torch.randn(2, 4)
     with torch.no_grad():
         torch.testing.assert_close(run(capture(model, (x,)), model, x), model(x))
+
+
+class Given(nn.Module):
+    """Blocks that are given numbers in a tensor, which the model makes for each of them."""
+
+    def __init__(self, use: Callable[[Tensor, Tensor], Tensor], numbers: tuple[int, ...]) -> None:
+        super().__init__()
+        self.numbers = numbers
+        self.blocks = nn.ModuleList(GivenOne(use) for _ in numbers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, block in zip(self.numbers, self.blocks, strict=True):
+            x = block(x, torch.tensor([1, number]))
+        return x
+
+
+class GivenOne(nn.Module):
+    def __init__(self, use: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.use = nn.Linear(4, 4), nn.Linear(4, 4), use
+
+    def forward(self, x: Tensor, numbers: Tensor) -> Tensor:
+        return x + self.use(self.second(self.first(x).tanh()), numbers)
+
+
+@pytest.mark.parametrize("numbers", [(2, 2, 2), (2, 3, 2), (2, 3, 1)])
+@pytest.mark.parametrize(("use", "reads"), [(lambda x, n: x * n.max(), False),
+                                            (lambda x, n: x.roll(int(n.max()), -1), True)])
+def test_values_that_blocks_do_not_read_make_no_two_kinds(use: Any, reads: bool, numbers: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model, x = Given(use, numbers).requires_grad_(False).eval(), torch.randn(2, 4)
+    with torch.no_grad():
+        program = capture(model, (x,))
+        assert reads or program.calls() == {"main": 1, "blocks": 3}
+        torch.testing.assert_close(run(program, model, x), model(x))

@@ -18,8 +18,8 @@ aten = torch.ops.aten
 Step = Callable[[Tensor], Tensor]
 
 
-def shifted(x: Tensor, dim: int = -1, over: int = -1, keep: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
-    e = (x - keep(x).amax(dim, keepdim=True)).exp()
+def shifted(x: Tensor, dim: int = -1, over: int = -1, keep: Step = lambda x: x, weigh: Step = torch.exp) -> Tensor:
+    e = weigh(x - keep(x).amax(dim, keepdim=True))
     return e / e.sum(over, keepdim=True)
 
 
@@ -41,6 +41,7 @@ SOFTMAXES: dict[str, tuple[Step, bool]] = {
     "written": (shifted, True), "written_by_place": (lambda s: shifted(s, s.ndim - 1, s.ndim - 1), True),
     "over_queries": (lambda s: s.softmax(-2), False), "summed_otherwise": (lambda s: shifted(s, -1, -2), False),
     "another_maximum": (lambda s: shifted(s, keep=lambda x: 2 * x), False),
+    "another_function": (lambda s: shifted(s, weigh=torch.sigmoid), False),
     "largest_of_all_rows": (lambda s: shifted(s, -2), False)}
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import gc
 import operator
 import random
+import re
 import sys
 import weakref
 from collections import OrderedDict, UserDict
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -127,6 +131,20 @@ def test_what_lies_deep_is_followed(depth: int) -> None:
     assert describe(m).value != before
 
 
+@pytest.mark.parametrize(("one", "other"), [
+    (re.compile("a"), re.compile("b")), (re.match("a", "ab"), re.match("b", "ba")), (range(3), range(4)),
+    (slice(1), slice(2)), (datetime.timedelta(1), datetime.timedelta(2)), (Decimal("1.0"), Decimal("1.00")),
+    (Fraction(1, 2), Fraction(1, 3)), (operator.itemgetter(0), operator.itemgetter(1)), (super(bool, True), None),
+    (bytearray(b"a"), bytearray(b"b")), (np.dtype("f4"), np.dtype("f8")), (np.float32(1), np.float64(1))])
+def test_what_is_written_in_c_counts_by_what_it_holds(one: object, other: object) -> None:
+    m = model()
+    m.held = one
+    before = describe(m).value
+    assert describe(m).value == before
+    m.held = other
+    assert describe(m).value != before
+
+
 class Thing:
     """Any object."""
 
@@ -156,9 +174,12 @@ def watched(rng: random.Random) -> tuple[Watch, list[Callable[[], None]]]:
     into.names[id(space)] = space, dict.fromkeys(chosen)
     array = np.zeros(rng.choice([1, 1 << 15]))
     into.memory.append(array)
+    tensor, other = (torch.zeros(rng.choice([1, 1 << 15])) for _ in range(2))
+    into.foreign[id(tensor)] = tensor
     edits += [items.pop, items.clear, partial(items.append, 1), partial(items.__setitem__, 0, Thing()),
               *(partial(space.__setitem__, n, Thing()) for n in chosen), partial(space.pop, chosen[0]),
-              partial(array.fill, 2.0)]
+              partial(array.fill, 2.0), partial(tensor.fill_, 2.0), partial(tensor.data.fill_, 2.0),
+              partial(tensor.set_, other)]
     return Watch(into), edits
 
 

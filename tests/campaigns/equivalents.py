@@ -113,4 +113,16 @@ EQUIVALENTS: dict[tuple[str, str, str], str] = {
      "flat = tensor[torch.unravel_index(torch.arange(0, count, count // PROBE), tensor.shape)]",
      "flat = tensor[torch.unravel_index(torch.arange( 1, count, count // PROBE), tensor.shape)]"):
         "another sample of the elements is as good",
+    ("passes/interpreter.py",
+     'if self.sizes[TENSOR] > 1 and "parted" not in self.interpreter.program.facts and id(value) not in self._inputs:',
+     'if self.sizes[TENSOR] > 0 and "parted" not in self.interpreter.program.facts and id(value) not in self._inputs:'):
+        "a single tensor rank cuts nothing",
+    ("passes/spelling.py",
+     "n == 1 or a == b for n, a, b in zip(size, stride, dense.stride(), strict=True)):",
+     "n <= 1 or a == b for n, a, b in zip(size, stride, dense.stride(), strict=True)):"):
+        "of a tensor with an empty dimension nothing is looked up",
+    ("frontend/operator_log.py",
+     "if len(self.entries) > number and back is not None and not self.recorded:",
+     "if len(self.entries) > number and back is not None or not self.recorded:"):
+        "under a number stands what its last call says, which is the one that is entered",
 }
