@@ -103,3 +103,37 @@ def test_each_way(way: str, size: int) -> None:
     steps = [("write", 1.0), ("make", way), ("use", None), ("write", 5.0), ("make", way), ("use", None)]
     assert answers(steps, size) is (way in COPYING)
     assert answers(steps[:3], size)
+
+
+class Buffered(nn.Module):
+    """A buffer in the memory of an array, into which forward writes where it is told to."""
+
+    def __init__(self, size: int, make: Callable[[Any], Tensor], writes: Sequence[float]) -> None:
+        super().__init__()
+        self.array, self.writes = np.full(size, 2.0, dtype=np.float32), list(writes)
+        self.register_buffer("table", make(self.array))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for value in self.writes:
+            self.array[:] = value
+            x = x * 2 + self.table
+        return x + self.table
+
+
+@pytest.mark.parametrize("make", [torch.from_numpy, torch.as_tensor, lambda a: torch.from_numpy(a)[:], torch.tensor,
+                                  lambda a: nn.Buffer(torch.from_numpy(a))])
+@pytest.mark.parametrize("size", [2, 20_000])
+@pytest.mark.parametrize("writes", [[], [2.0], [1.0], [1.0, 2.0]])
+def test_a_buffer_of_an_array_that_forward_writes(make: Any, size: int, writes: list[float]) -> None:
+    """Large ones are looked at in the end alone: what is written into them and taken back is not seen."""
+    if size > 2 and len(writes) > 1:
+        return
+    torch.manual_seed(0)
+    x = torch.randn(3, size)
+    with torch.no_grad():
+        expected = Buffered(size, make, writes).eval()(x)
+        parallel = xdit_compile.parallelize(Buffered(size, make, writes).eval(), "ulysses=1")
+        try:
+            assert torch.allclose(parallel(x), expected, atol=1e-5)
+        except CaptureError as error:
+            assert "the buffer table" in str(error) and make is not torch.tensor and {*writes} - {2.0}

@@ -7,6 +7,7 @@ copied at once; all others have to hold what they held when they became tensors,
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from xdit_compile.errors import CaptureError
 from xdit_compile.frontend.concrete_values import plain
@@ -38,6 +39,11 @@ class _Borrowed:
 
     def changed(self) -> bool:
         return _content(self.memory) != self.before
+
+
+def borrowed_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Those of a model's buffers whose memory belongs to something else, an array or a file."""
+    return {name: b for name, b in model.named_buffers() if _borrowed(b) is not None}
 
 
 class BorrowedMemory:
@@ -64,9 +70,14 @@ class BorrowedMemory:
                     self._note(part)
         return args, kwargs
 
-    def _note(self, value: Any) -> None:
+    def hold(self, buffers: Mapping[str, Tensor]) -> None:
+        """These are borrowed from the beginning."""
+        for name, buffer in buffers.items():
+            self._note(buffer, f"as the buffer {name}")
+
+    def _note(self, value: Any, where: str = "") -> None:
         if (memory := _borrowed(value)) is not None:
-            found = _Borrowed(memory, _content(memory), line_of(sys._getframe()))
+            found = _Borrowed(memory, _content(memory), where or line_of(sys._getframe()))
             (self._small if memory.nbytes <= _SMALL else self._large).append(found)
 
     def check(self) -> None:
@@ -92,7 +103,7 @@ def _borrowed(value: Any) -> Tensor | np.ndarray | None:
     """The memory of ``value`` that it has in common with others."""
     if isinstance(value, np.ndarray):
         return None if value.dtype.hasobject else value
-    if type(value) is Tensor:
+    if type(value) in (Tensor, nn.Buffer):
         with plain(), suppress(NotImplementedError):  # those of vmap have no memory
             outside = value.device.type == "cpu" and not torch._is_functional_tensor(value)
             return value if outside and not value.untyped_storage().resizable() else None
@@ -104,7 +115,8 @@ def _borrowed(value: Any) -> Tensor | np.ndarray | None:
 
 
 def _content(memory: Tensor | np.ndarray) -> bytes:
-    if isinstance(memory, np.ndarray):
-        return memory.tobytes()
-    with plain():
-        return memory.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    if isinstance(memory, Tensor):
+        with plain():
+            memory = memory.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memory.tobytes() if memory.nbytes <= _SMALL else hashlib.sha1(
+        np.ascontiguousarray(memory), usedforsecurity=False).digest()

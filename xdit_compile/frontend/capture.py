@@ -28,6 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from xdit_compile.errors import CaptureError
+from xdit_compile.frontend.borrowed_memory import borrowed_buffers
 from xdit_compile.frontend.caller import autocast_as, undisturbed
 from xdit_compile.frontend.casts import casts_noted
 from xdit_compile.frontend.concrete_values import ConcreteValueMode, Value, of_inputs
@@ -176,7 +177,8 @@ class _Capture:
         self.mode = detect_fake_mode([*self.tensors, *model.parameters()]) or FakeTensorMode(allow_non_fake_inputs=True)
         self.known = ConcreteValueMode(self.tensors, model)
         self.before = Before()
-        self.reads = Reads(first=self.before.note_frame, looks=Looks.at(model, self.tensors))
+        self.reads = Reads(first=self.before.note_frame, looks=Looks.at(model, self.tensors),
+                           borrowed=borrowed_buffers(model))
         self.changed: dict[Key, Change] = {}
         self.exchanged: set[str] = set()
         self.tables: dict[Key, Any] = {}

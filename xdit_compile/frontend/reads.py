@@ -11,7 +11,7 @@ import builtins
 import dis
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -153,6 +153,8 @@ class Reads:
     looks: Looks = field(default_factory=Looks, repr=False)
     made: list[weakref.ref[Tensor]] = field(default_factory=list, repr=False)
     """Tensors of traces that code was given."""
+    borrowed: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    """Buffers of the model in memory that is not PyTorch's."""
 
     def include(self, function: FunctionType) -> None:
         """As if ``function`` had run: what it made may have been remembered."""
@@ -183,6 +185,7 @@ class Reads:
             return partial(told, answer) if answer is not None else None
 
         outside = _Outside(self.written, self.valued, self.looks, self.made)
+        outside.borrowed.hold(self.borrowed)
         on, imports = True, _imports(sys._getframe())
         sys.settrace(tell)
         try:
