@@ -119,4 +119,4 @@ def _content(memory: Tensor | np.ndarray) -> bytes:
         with plain():
             memory = memory.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
     return memory.tobytes() if memory.nbytes <= _SMALL else hashlib.sha1(
-        np.ascontiguousarray(memory), usedforsecurity=False).digest()
+        np.ascontiguousarray(memory).data, usedforsecurity=False).digest()
