@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from xdit_compile.frontend.capture import capture
 from xdit_compile.ir.layout import BATCH, SEQUENCE, Dim, Layout, concatenate
+from xdit_compile.ir.mesh import RING, ULYSSES
 from xdit_compile.ir.program import Program, is_collective
 from xdit_compile.passes import localize, plan
 from xdit_compile.passes.attention_plan import AttentionPlan
@@ -255,3 +256,11 @@ def test_a_mask_is_made_larger_where_leading_dimensions_need_it_alone(shape: tup
              if n.meta["val"].ndim == 5]
     assert bool(grown) is expanded
     assert_exact(SDPA, (q, k, v, mask), layouts, program.spec)
+
+
+@pytest.mark.parametrize(("ulysses", "ring", "axes"), [(2, 1, {ULYSSES}), (1, 2, {RING}), (2, 2, {ULYSSES, RING})])
+def test_nothing_goes_along_an_axis_of_one(ulysses: int, ring: int, axes: set[str]) -> None:
+    dim = Dim.even(12, ulysses * ring, SEQUENCE)
+    plan = AttentionPlan(dim, dim, 4, 4, 8, 8, 1, 4, ulysses, ring)
+    found = plan.traffic({ULYSSES: 0, RING: 0})
+    assert {axis for (_, _, axis), number in found.items() if number} == axes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import operator
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -705,6 +706,16 @@ def test_no_row_is_sent_that_is_not_read(op: Any) -> None:
             assert sum(sum(n.args[1]) for n in got) == sum(not c <= r < d for r in read), (seed, args[1:], cut, rank)
             tried += 1
     assert tried > 10
+
+
+@pytest.mark.parametrize(("order", "parts"), [(2.0, True), (1.0, True), (0.5, True), (math.inf, True), (0.0, False)])
+def test_a_norm_is_put_together_of_norms(order: float, parts: bool) -> None:
+    """But a count is not: there all rows are gathered."""
+    program, (x,) = program_of(aten.linalg_vector_norm.default, (torch.randn(8, 64), order, [0]))
+    layout = Layout.replicated(x.shape).replace(0, Dim.even(8, 2))
+    local, _ = local_program(replace(program, spec=ShardingSpec(ulysses_degree=2)), [layout], 0)
+    got = [n.meta["val"].numel() for n in local.main.graph.nodes if is_collective(n) and n.target is not WAIT]
+    assert got and (max(got) <= 2 * 64) is parts
 
 
 @pytest.mark.parametrize("seed", range(24))

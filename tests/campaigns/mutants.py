@@ -64,7 +64,7 @@ TARGETS = {
     "xdit_compile/passes/rules/*.py": ["tests/test_rules.py"],
     "xdit_compile/passes/shard.py": ["tests/test_rules.py", "tests/test_seeds.py", "tests/test_batch.py"],
     "xdit_compile/passes/emitter.py": ["tests/test_strides.py", "tests/test_rules.py"],
-    "xdit_compile/passes/interpreter.py": ["tests/test_rules.py", "tests/test_seeds.py"],
+    "xdit_compile/passes/interpreter.py": ["tests/test_rules.py", "tests/test_seeds.py", "tests/test_explain.py"],
     "xdit_compile/passes/sharded_value.py": ["tests/test_rules.py", "tests/test_seeds.py"],
     "xdit_compile/passes/token_axis.py": ["tests/test_seeds.py", "tests/test_exactness.py", "tests/test_explain.py"],
     "xdit_compile/passes/batch_axis.py": ["tests/test_seeds.py", "tests/test_batch.py"],
