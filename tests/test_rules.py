@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import operator
 import math
+import operator
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping
