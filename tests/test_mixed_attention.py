@@ -264,3 +264,31 @@ def test_nothing_goes_along_an_axis_of_one(ulysses: int, ring: int, axes: set[st
     plan = AttentionPlan(dim, dim, 4, 4, 8, 8, 1, 4, ulysses, ring)
     found = plan.traffic({ULYSSES: 0, RING: 0})
     assert {axis for (_, _, axis), number in found.items() if number} == axes
+
+
+class Bare(nn.Module):
+    """A single head without a batch: queries, keys and values of two dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.q, self.k, self.v, self.out = (nn.Linear(*size) for size in (
+            (5, 16), (16, 8), (16, 8), (16, 8), (8, 5)))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = self.enter(x)
+        return self.out(F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x), mask))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("spec", ["ring=2", "ring=3"])
+def test_attention_without_heads(spec: str, masked: bool) -> None:
+    torch.manual_seed(0)
+    model = Bare().requires_grad_(False).eval()
+    tensors = [torch.randn(19, 5), torch.rand(19, 19) > 0.3 if masked else None]
+    with torch.no_grad():
+        whole, seeds = plan(capture(model, tensors), ShardingSpec.parse(spec))
+        ranks = [localize(whole, seeds, rank) for rank in range(whole.spec.world_size)]
+        given = [t for t in tensors if t is not None]
+        results = lockstep.run([r.main for r in ranks], [held(model, r, given) for r in ranks])
+        assert all(difference(found, model(*tensors)) < EXACT for (found,) in results)
+        assert any(n.kind == "attention" for n in ranks[0].notes)

@@ -153,6 +153,15 @@ def test_what_is_counted_without_programs_is_what_programs_do(name: str, spec: s
     assert found.exact(parsed) == WorkCounter(found.captured).exact(parsed), "what is remembered changes nothing"
 
 
+def test_of_each_stage_the_rank_with_most_to_do_is_counted() -> None:
+    """Four heads of three ranks: the first has two of them."""
+    for patches in (1, 2):
+        staged = counter("flux").exact(ShardingSpec(pipefusion_degree=2, ulysses_degree=3, num_patches=patches))
+        assert isinstance(staged, Staged)
+        first, second = ({unit: work.attention for unit, work in units.items()} for units in staged.units)
+        assert first == second
+
+
 def test_nothing_is_sent_that_every_rank_has() -> None:
     """Joined tokens that were cut as one, and the same cut as text and image, are laid out alike."""
     for spec in ("tensor=2,ulysses=2", "tensor=2,ring=2"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import math
@@ -19,6 +20,7 @@ import pytest
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from xdit_compile.errors import PlanError
 from xdit_compile.ir.layout import (
@@ -199,7 +201,8 @@ def combined(i: int, layout: Layout, rank: int, positions: list[dict[str, int]],
     return sum(held[1:], held[0])
 
 
-def assert_exact(op: Any, args: tuple[Any, ...], layouts: list[Layout], spec: ShardingSpec) -> None:
+def assert_exact(op: Any, args: tuple[Any, ...], layouts: list[Layout], spec: ShardingSpec,
+                 apart: float = 1e-6) -> None:
     program, tensors = program_of(op, args)
     program = replace(program, spec=spec)
     locals_ = [local_program(program, layouts, rank) for rank in range(spec.world_size)]
@@ -213,7 +216,7 @@ def assert_exact(op: Any, args: tuple[Any, ...], layouts: list[Layout], spec: Sh
         assert all(lays[i] == layout for _, lays in locals_)
         for rank, position in enumerate(positions):
             got = combined(i, layout, rank, positions, results)
-            torch.testing.assert_close(got, piece(expected, layout, position), rtol=1e-6, atol=1e-6, equal_nan=True)
+            torch.testing.assert_close(got, piece(expected, layout, position), rtol=apart, atol=apart, equal_nan=True)
 
 
 SPECS = [ShardingSpec(ulysses_degree=u, ring_degree=r, cfg_degree=c, tensor_degree=t) for u, r, c, t in (
@@ -237,7 +240,20 @@ def test_rule_on_pieces_equals_operator_on_whole(op: Any) -> None:
         pieces_once(op, RULES[op].example, seed)
 
 
-def pieces_once(op: Any, example: Callable[[Drawn], tuple[Any, ...]], seed: int) -> None:
+@pytest.mark.parametrize("op", list(RULES), ids=str)
+def test_results_are_of_the_operator_s_own_precision(op: Any) -> None:
+    """Also where a rule computes in a wider one."""
+    def halved(r: Drawn) -> tuple[Any, ...]:
+        return tree_map_only(torch.Tensor, lambda t: t.bfloat16() if t.dtype == torch.float64 else t,
+                             RULES[op].example(r))
+
+    for seed in range(3):
+        with contextlib.suppress(RuntimeError, NotImplementedError):  # some take no such numbers
+            program_of(op, halved(Drawn(random.Random(f"{op} {seed}"))))
+            pieces_once(op, halved, seed, 0.1)
+
+
+def pieces_once(op: Any, example: Callable[[Drawn], tuple[Any, ...]], seed: int, apart: float = 1e-6) -> None:
     rng = random.Random(f"{op} {seed}")
     args, spec = example(Drawn(rng)), SPECS[seed % len(SPECS)]
     tensors, _ = flatten(args)
@@ -246,7 +262,7 @@ def pieces_once(op: Any, example: Callable[[Drawn], tuple[Any, ...]], seed: int)
     layouts = [random_layout(rng, tuple(t.shape), spec, seed // len(tensors) if i == chosen else -1)
                for i, t in enumerate(tensors)]
     try:
-        assert_exact(op, args, layouts, spec)
+        assert_exact(op, args, layouts, spec, apart)
     except Exception as error:
         shown = [tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in args]
         raise AssertionError(f"case {seed}: {spec}, {[str(lay) for lay in layouts]}, {shown}") from error

@@ -125,4 +125,12 @@ EQUIVALENTS: dict[tuple[str, str, str], str] = {
      "if len(self.entries) > number and back is not None and not self.recorded:",
      "if len(self.entries) > number and back is not None or not self.recorded:"):
         "under a number stands what its last call says, which is the one that is entered",
+    ("passes/rules/reduction.py",
+     "within = total([part(rank, 1) for rank in range(ranks)], [1.0 / max(left, 1)] * ranks)",
+     "within = total([part(rank, 1) for rank in range(ranks)], [1.0 / max(left, 0)] * ranks)"):
+        "no group of a group norm is empty",
+    ("passes/rules/convolution.py",
+     "if _of_tensor_ranks(s, inside) and groups == 1:",
+     "if _of_tensor_ranks(s, inside) and groups <= 1:"):
+        "there is at least one group",
 }

@@ -85,7 +85,7 @@ TARGETS = {
     "xdit_compile/passes/overlap_communication.py": ["tests/test_overlap.py"],
     "xdit_compile/passes/hoist.py": ["tests/test_kept.py", "tests/test_displaced.py"],
     "xdit_compile/passes/patch_axis.py": ["tests/test_stages.py", "tests/test_displaced.py"],
-    "xdit_compile/passes/pipefusion.py": ["tests/test_stages.py", "tests/test_displaced.py"],
+    "xdit_compile/passes/pipefusion.py": ["tests/test_stages.py", "tests/test_displaced.py", "tests/test_planner.py"],
     "xdit_compile/passes/stage_partition.py": ["tests/test_stages.py", "tests/test_displaced.py"],
     "xdit_compile/kernels/merging.py": ["tests/test_kernels.py"],
     "xdit_compile/kernels/probe.py": ["tests/test_kernel_probe.py"],
