@@ -16,6 +16,7 @@ import pytest
 import torch
 from test_capture import run
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from xdit_compile.frontend.capture import capture
 
@@ -462,6 +463,31 @@ def test_what_was_made_inside_is_taken_for_nothing_around(inside: int, around: i
     model, x = Stack(leaves, holding(int), None, takes).requires_grad_(False).eval(), torch.randn(2, 4)
     with torch.no_grad():
         torch.testing.assert_close(run(capture(model, (x,)), model, x), model(x))
+
+
+def mixes(block: Any, x: Tensor) -> Tensor:
+    """Hands PyTorch a function, which reads a global."""
+    far = F.triplet_margin_with_distance_loss(x, x.flip(0), x.flip(1), margin=9.0, reduction="none",
+                                              distance_function=lambda a, b: (a - b).abs().sum(-1) * NUMBER)
+    return x * far[:, None]
+
+
+@contextmanager
+def numbered(block: Any, i: int) -> Iterator[None]:
+    global NUMBER
+    NUMBER = 1 + i
+    yield
+    NUMBER = 0
+
+
+@pytest.mark.parametrize("around", [None, numbered])
+def test_functions_that_blocks_hand_to_pytorch(around: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Stack(mixes, nothing, around, at_the_end).requires_grad_(False).eval(), torch.randn(2, 4)
+    with torch.no_grad():
+        program = capture(model, (x,))
+        assert (program.calls() == {"main": 1, "blocks": 3}) is (around is None)
+        torch.testing.assert_close(run(program, model, x), model(x))
 
 
 class Given(nn.Module):

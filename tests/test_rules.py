@@ -734,6 +734,14 @@ def test_a_norm_is_put_together_of_norms(order: float, parts: bool) -> None:
     assert got and (max(got) <= 2 * 64) is parts
 
 
+def test_a_norm_of_groups_is_put_together_of_moments() -> None:
+    program, (x,) = program_of(aten.group_norm.default, (torch.randn(2, 4, 8, 64), 2))
+    layout = Layout.replicated(x.shape).replace(2, Dim.even(8, 2))
+    local, _ = local_program(replace(program, spec=ShardingSpec(ulysses_degree=2)), [layout], 0)
+    got = [n.meta["val"].numel() for n in local.main.graph.nodes if is_collective(n) and n.target is not WAIT]
+    assert got and max(got) <= 2 * 2 * 2
+
+
 @pytest.mark.parametrize("seed", range(24))
 def test_a_sum_over_text_and_image(seed: int) -> None:
     """Of which all hold the text, and each a share of the image."""

@@ -133,4 +133,24 @@ EQUIVALENTS: dict[tuple[str, str, str], str] = {
      "if _of_tensor_ranks(s, inside) and groups == 1:",
      "if _of_tensor_ranks(s, inside) and groups <= 1:"):
         "there is at least one group",
+    ("passes/rules/contraction.py",
+     "weight = s.whole(weight, 0) if weight.dims[0].sharded else weight",
+     "weight = s.whole(weight, 0) if weight.dims[ 1].sharded else weight"):
+        "what is whole stays so, and where a sum is pending the other dimension is cut",
+    ("passes/attention_collectives.py",
+     "same = len({_val(t).shape[3] for t in tensors}) == 1",
+     "same = len({_val(t).shape[3] for t in tensors}) <= 1"):
+        "there is at least one tensor",
+    ("frontend/reads.py",
+     "self.written.append((args[0], line_of(sys._getframe(1))))",
+     "self.written.append((args[0], line_of(sys._getframe( 0))))"):
+        "frames of our own are passed over",
+    ("frontend/results.py",
+     "return node.args[1] if isinstance(node.args[1], fx.Node) else None",
+     "return node.args[1] if isinstance(node.args[ 0], fx.Node) else None"):
+        "what is copied from is a tensor, as what is copied to",
+    ("frontend/reads.py",
+     "looks: Looks = field(default_factory=Looks, repr=False)",
+     "looks: Looks = field(default_factory=Looks, repr=True)"):
+        "what a dataclass shows of itself, which nobody reads",
 }
