@@ -617,22 +617,23 @@ def patches_once(op: Any, rng: random.Random, spec: ShardingSpec) -> None:
 
 
 @pytest.mark.parametrize(("ranks", "text"), [(1, 0), (2, 0), (2, 4)])
-@pytest.mark.parametrize("masked", [False, True])
-def test_attention_of_patches_over_kept_keys_and_values(ranks: int, text: int, masked: bool) -> None:
+@pytest.mark.parametrize(("outer", "masked"), [((2,), False), ((2,), True), ((), False), ((1, 2), False)])
+def test_attention_of_patches_over_kept_keys_and_values(ranks: int, text: int, outer: Any, masked: bool) -> None:
     """As in a model: text of the first patch, then tokens of all."""
     rng = random.Random(ranks)
     spec = ShardingSpec(pipefusion_degree=2, num_patches=3, ulysses_degree=ranks)
     image = Dim.patched([0, 4, 6, 10], ranks)
     tokens = Dim.of([*([Segment(even_offsets(text, ranks), SEQUENCE, 0)] if text else []), *image.segments])
     draw, n = Drawn(rng), text + 10
-    args = draw.tensor(2, 4, n, 8), draw.tensor(2, 4, n, 8), draw.tensor(2, 4, n, 8), (
-        draw.tensor(2, 1, n, n) if masked else None), 0.0, False
-    layouts = [Layout.replicated(t.shape).replace(2, tokens) for t in args[:3]]
-    layouts += [Layout.replicated((2, 1, n, n))] * masked
+    args = *(draw.tensor(*outer, 4, n, 8) for _ in range(3)), (
+        draw.tensor(*outer, 1, n, n) if masked else None), 0.0, False
+    layouts = [Layout.replicated(t.shape).replace(-2, tokens) for t in args[:3]]
+    layouts += [Layout.replicated((*outer, 1, n, n))] * masked
     op = torch.ops.aten.scaled_dot_product_attention.default
     assert_timely(op, args, layouts, spec, rng)
     made = Times(op, args, layouts, spec)
-    assert [c.shape for c in made.caches[0]] == [(2, 4 // ranks, n, 8)] * 2, "each rank keeps its heads of all tokens"
+    kept = [math.prod(outer) * 4 // ranks * n * 8] * 2
+    assert [c.numel() for c in made.caches[0]] == kept, "each rank keeps its heads of all tokens"
 
 
 def test_nothing_is_exchanged_of_what_is_of_another_patch() -> None:
@@ -724,22 +725,61 @@ def test_no_row_is_sent_that_is_not_read(op: Any) -> None:
     assert tried > 10
 
 
-@pytest.mark.parametrize(("order", "parts"), [(2.0, True), (1.0, True), (0.5, True), (math.inf, True), (0.0, False)])
-def test_a_norm_is_put_together_of_norms(order: float, parts: bool) -> None:
-    """But a count is not: there all rows are gathered."""
-    program, (x,) = program_of(aten.linalg_vector_norm.default, (torch.randn(8, 64), order, [0]))
-    layout = Layout.replicated(x.shape).replace(0, Dim.even(8, 2))
-    local, _ = local_program(replace(program, spec=ShardingSpec(ulysses_degree=2)), [layout], 0)
-    got = [n.meta["val"].numel() for n in local.main.graph.nodes if is_collective(n) and n.target is not WAIT]
-    assert got and (max(got) <= 2 * 64) is parts
+def sent_by(op: Any, args: tuple[Any, ...], cuts: Mapping[int, tuple[int, Dim]], spec: ShardingSpec) -> list[int]:
+    """Numbers that each collective of a rank gives, where tensors are cut along a dimension."""
+    program, tensors = program_of(op, args)
+    layouts = [Layout.replicated(t.shape) for t in tensors]
+    for i, (at, dim) in cuts.items():
+        layouts[i] = layouts[i].replace(at, dim)
+    local, _ = local_program(replace(program, spec=spec), layouts, 0)
+    return [n.meta["val"].numel() for n in local.main.graph.nodes if is_collective(n) and n.target is not WAIT]
 
 
-def test_a_norm_of_groups_is_put_together_of_moments() -> None:
-    program, (x,) = program_of(aten.group_norm.default, (torch.randn(2, 4, 8, 64), 2))
-    layout = Layout.replicated(x.shape).replace(2, Dim.even(8, 2))
-    local, _ = local_program(replace(program, spec=ShardingSpec(ulysses_degree=2)), [layout], 0)
-    got = [n.meta["val"].numel() for n in local.main.graph.nodes if is_collective(n) and n.target is not WAIT]
-    assert got and max(got) <= 2 * 2 * 2
+TWO, TENSORS = ShardingSpec(ulysses_degree=2), ShardingSpec(tensor_degree=2)
+ROWS = Dim.even(8, 2)
+THIN: dict[str, tuple[Any, tuple[Any, ...], int, int]] = {
+    "norm": (aten.linalg_vector_norm.default, (torch.randn(8, 64), 2.0, [0]), 0, 128),
+    "norm of magnitudes": (aten.linalg_vector_norm.default, (torch.randn(8, 64), 1.0, [0]), 0, 128),
+    "norm of small order": (aten.linalg_vector_norm.default, (torch.randn(8, 64), 0.5, [0]), 0, 128),
+    "largest magnitude": (aten.linalg_vector_norm.default, (torch.randn(8, 64), math.inf, [0]), 0, 128),
+    "largest": (aten.amax.default, (torch.randn(8, 64), [0]), 0, 128),
+    "least of all": (aten.min.default, (torch.randn(8, 64),), 0, 2),
+    "any": (aten.any.default, (torch.randn(8, 64) > 0,), 0, 2),
+    "group norm": (aten.group_norm.default, (torch.randn(2, 4, 8, 64), 2), 2, 8),
+    "padding beside": (aten.pad.default, (torch.randn(2, 2, 7, 8), [0, 0, 1, 1], "circular"), 3, 0),
+    "padding": (aten.pad.default, (torch.randn(2, 2, 8, 5), [0, 0, 1, 1], "replicate"), 2, 0)}
+"""Operators over a dimension of eight that two ranks share, where it is, and how many numbers may be sent."""
+
+
+@pytest.mark.parametrize("name", THIN)
+def test_parts_of_a_result_travel_and_not_what_it_is_made_of(name: str) -> None:
+    op, args, at, most = THIN[name]
+    assert max(sent_by(op, args, {0: (at, ROWS)}, TWO), default=0) <= most
+
+
+def test_a_count_has_no_parts() -> None:
+    count = aten.linalg_vector_norm.default, (torch.randn(8, 64), 0.0, [0])
+    assert max(sent_by(*count, {0: (0, ROWS)}, TWO)) == 8 * 64
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_groups_of_heads_stay_where_they_are(held: bool) -> None:
+    """Of tensor ranks each has some query heads, and takes or has the keys and values of their groups."""
+    q, kv = torch.randn(2, 4, 6, 8), [torch.randn(2, 2, 6, 8) for _ in range(2)]
+    args = q, *kv, None, 0.0, False, {"enable_gqa": True}
+    cuts = {0: (1, Dim.even(4, 2, TENSOR))} | ({i: (1, Dim.even(2, 2, TENSOR)) for i in (1, 2)} if held else {})
+    assert sent_by(aten.scaled_dot_product_attention.default, args, cuts, TENSORS) == []
+
+
+def test_a_bias_of_pairs_of_which_a_rank_has_the_rows_has_keys_gathered() -> None:
+    """Whole it would be more than all of them."""
+    tensors = *(torch.randn(1, 4, 32, 8) for _ in range(3)), torch.randn(1, 4, 32, 32)
+    rows, other = Dim.even(32, 2), Dim.of([Segment((0, 20, 32), SEQUENCE)])
+    args, op = (*tensors, 0.0, False), aten.scaled_dot_product_attention.default
+    alike = sent_by(op, args, dict.fromkeys(range(4), (2, rows)), TWO)
+    assert max(alike) <= 2 * tensors[1].numel()
+    cut = {**dict.fromkeys(range(3), (2, rows)), 3: (2, other)}
+    assert max(sent_by(op, args, cut, TWO)) >= tensors[3].numel()
 
 
 @pytest.mark.parametrize("seed", range(24))
