@@ -18,6 +18,7 @@ from test_capture import run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from xdit_compile.frontend.block_fingerprint import fingerprint, telling_apart
 from xdit_compile.frontend.capture import capture
 
 HERE = SimpleNamespace(layer=0, features=[], last=None, calls=0)
@@ -463,6 +464,19 @@ def test_what_was_made_inside_is_taken_for_nothing_around(inside: int, around: i
     model, x = Stack(leaves, holding(int), None, takes).requires_grad_(False).eval(), torch.randn(2, 4)
     with torch.no_grad():
         torch.testing.assert_close(run(capture(model, (x,)), model, x), model(x))
+
+
+def test_what_tells_neighbours_apart() -> None:
+    """Constants that they hold, each by itself; not so what else they hold."""
+    def held(block: Any, i: int) -> None:
+        block.index, block.held = i, "the same"
+
+    blocks = Stack(same, held, None, at_the_end).blocks
+    found = telling_apart(nn.Sequential(blocks))
+    assert found == {(Block, "index")}
+    assert len({fingerprint(b) for b in blocks}) == 3 and len({fingerprint(b, found) for b in blocks}) == 1
+    blocks[1].held = ["another"]
+    assert len({fingerprint(b, found) for b in blocks}) == 2
 
 
 def mixes(block: Any, x: Tensor) -> Tensor:

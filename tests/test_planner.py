@@ -23,6 +23,7 @@ from xdit_compile.errors import SpecError
 from xdit_compile.ir.layout import SEQUENCE, TENSOR, Dim, Layout, Segment
 from xdit_compile.passes import localize, plan
 from xdit_compile.passes.interpreter import FunctionInterpreter, ProgramInterpreter
+from xdit_compile.passes.pipefusion import localize_stage, plan_pipeline, stage_costs
 from xdit_compile.passes.sharded_value import Value
 from xdit_compile.planner.auto import Auto
 from xdit_compile.planner.calibrate import write, written
@@ -151,6 +152,17 @@ def test_what_is_counted_without_programs_is_what_programs_do(name: str, spec: s
     assert sum(x.count for x in work.exchanges if x.nbytes) == pytest.approx(
         sum(c.times for c in costs.collectives if c.size), rel=0.1)
     assert found.exact(parsed) == WorkCounter(found.captured).exact(parsed), "what is remembered changes nothing"
+
+
+@pytest.mark.parametrize("name", ["flux", "dit"])
+@pytest.mark.parametrize("spec", ["pipefusion=2,ulysses=2,patches=1", "pipefusion=2,ulysses=2,tensor=2,patches=2"])
+def test_what_is_counted_of_stages_is_what_their_programs_do(name: str, spec: str) -> None:
+    pipeline = plan_pipeline(counter(name).captured, ShardingSpec.parse(spec))
+    for stage, (once, units) in enumerate(stage_costs(pipeline)):
+        local = localize_stage(pipeline, stage * ShardingSpec.parse(spec).ranks_per_stage)
+        for cost, program in [(once, local.once), *((c, local.units[unit]) for unit, c in units.items())]:
+            wanted, sent = costs_of(program), sum(n for (what, *_), n in cost.traffic.items() if what == "bytes")
+            assert (cost.flops, sent) == (wanted.flops, wanted.sent)
 
 
 def test_of_each_stage_the_rank_with_most_to_do_is_counted() -> None:

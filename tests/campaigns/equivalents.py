@@ -153,4 +153,8 @@ EQUIVALENTS: dict[tuple[str, str, str], str] = {
      "looks: Looks = field(default_factory=Looks, repr=False)",
      "looks: Looks = field(default_factory=Looks, repr=True)"):
         "what a dataclass shows of itself, which nobody reads",
+    ("passes/rules/convolution.py",
+     "if x.ndim != n + 2:",
+     "if x.ndim < n + 2:"):
+        "PyTorch takes no more dimensions",
 }
