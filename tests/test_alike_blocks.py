@@ -486,6 +486,34 @@ def mixes(block: Any, x: Tensor) -> Tensor:
     return x * far[:, None]
 
 
+class Far:
+    """A function of distance with nothing that can be looked into."""
+
+    __slots__ = ("gain",)
+
+    def __init__(self, gain: float) -> None:
+        self.gain = gain
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).abs().sum(-1) * self.gain
+
+
+FAR = [Far(1.0), Far(2.0), Far(3.0)]
+
+
+def mixes_by(block: Any, x: Tensor) -> Tensor:
+    """Hands PyTorch an object."""
+    far = F.triplet_margin_with_distance_loss(x, x.flip(0), x.flip(1), margin=9.0, reduction="none",
+                                              distance_function=FAR[max(NUMBER - 1, 0)])
+    return x * far[:, None]
+
+
+def takes_a_part(block: Any, x: Tensor) -> Tensor:
+    """Attributes of a tensor that are tensors, which another block takes another of."""
+    both = torch.complex(x, 2 * x)
+    return both.imag if NUMBER == 2 else both.real
+
+
 @contextmanager
 def numbered(block: Any, i: int) -> Iterator[None]:
     global NUMBER
@@ -495,9 +523,10 @@ def numbered(block: Any, i: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("around", [None, numbered])
-def test_functions_that_blocks_hand_to_pytorch(around: Any) -> None:
+@pytest.mark.parametrize("use", [mixes, mixes_by, takes_a_part])
+def test_what_blocks_hand_to_pytorch_and_ask_it_for(use: Any, around: Any) -> None:
     torch.manual_seed(0)
-    model, x = Stack(mixes, nothing, around, at_the_end).requires_grad_(False).eval(), torch.randn(2, 4)
+    model, x = Stack(use, nothing, around, at_the_end).requires_grad_(False).eval(), torch.randn(2, 4)
     with torch.no_grad():
         program = capture(model, (x,))
         assert (program.calls() == {"main": 1, "blocks": 3}) is (around is None)

@@ -82,7 +82,8 @@ CALLS: list[tuple[Any, tuple[Any, ...]]] = [
     (aten.var.dim, (torch.randn(2, 6, 4), [-1], False, True)), (aten.conv1d.padding, (
         torch.randn(2, 4, 9), torch.randn(4, 4, 3), None, [1], "same")),
     (aten.pad_sequence.default, ([torch.randn(5, 3), torch.randn(2, 3)], True, 0.5)),
-    (aten.pad.default, (torch.randn(2, 6), [1, 2], "constant", 0.5)),
+    (aten.pad.default, (torch.randn(2, 6), [1, 2], "constant", 0.5)), (aten.pad.default, (torch.randn(2, 6), [1, 2])),
+    *((aten.pad.default, (torch.randn(2, 6), [1, 2], how)) for how in ("constant", "reflect", "replicate", "circular")),
     (aten.kron.default, (torch.randn(3, 4), torch.randn(2, 2))),
     (aten.inner.default, (torch.randn(2, 3), torch.randn(4, 3))),
     (aten.tensordot.default, (torch.randn(2, 3, 4), torch.randn(3, 4, 5), [1, 2], [0, 1])),

@@ -681,6 +681,7 @@ def test_rules_have_the_defaults_of_their_operators() -> None:
     (torch.ops.aten.conv2d.default, ((1, 4, 8, 6), (8, 4, 2, 2), None, [2, 2]), (5, 3), 1),
     (torch.ops.aten.conv2d.default, ((1, 4, 8, 6), (8, 4, 3, 3), None, [1, 1], [1, 1]), (4, 4), 1),
     (torch.ops.aten.conv2d.default, ((1, 4, 8, 6), (8, 4, 1, 1)), (5, 3), 0),
+    (torch.ops.aten.conv2d.default, ((1, 4, 8, 6), (8, 4, 1, 1), None, [2, 2]), (4, 4), 0),
     (torch.ops.aten.avg_pool2d.default, ((1, 4, 8, 6), [4, 2]), (4, 4), 0),
     (torch.ops.aten.max_pool2d.default, ((1, 4, 8, 6), [2, 2], [2, 2]), (6, 2), 0)], ids=str)
 def test_windows_send_only_what_others_need(op: Any, args: Any, pieces: tuple[int, int], exchanges: int) -> None:
@@ -760,6 +761,17 @@ def test_parts_of_a_result_travel_and_not_what_it_is_made_of(name: str) -> None:
 def test_a_count_has_no_parts() -> None:
     count = aten.linalg_vector_norm.default, (torch.randn(8, 64), 0.0, [0])
     assert max(sent_by(*count, {0: (0, ROWS)}, TWO)) == 8 * 64
+
+
+def test_of_two_cuts_what_differs_travels() -> None:
+    other = Dim.of([Segment((0, 5, 8), SEQUENCE)])
+    pair = torch.randn(8, 64), torch.randn(8, 64)
+    assert max(sent_by(aten.add.Tensor, pair, {0: (0, ROWS), 1: (0, other)}, TWO)) <= 2 * 64
+
+
+def test_features_and_columns_that_are_cut_alike_stay_so() -> None:
+    cuts = {0: (1, Dim.even(8, 2, TENSOR)), 1: (1, Dim.even(8, 2, TENSOR))}
+    assert sent_by(aten.linear.default, (torch.randn(6, 8), torch.randn(4, 8)), cuts, TENSORS) == []
 
 
 @pytest.mark.parametrize("held", [True, False])

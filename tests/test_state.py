@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from xdit_compile.driver.compile_call import compile_program
 from xdit_compile.frontend.model_state import DEPTH, describe
@@ -143,6 +144,17 @@ def test_what_is_written_in_c_counts_by_what_it_holds(one: object, other: object
     assert describe(m).value == before
     m.held = other
     assert describe(m).value != before
+
+
+def test_a_tensor_made_of_others_can_be_swapped_while_it_is_watched() -> None:
+    def made() -> nn.Parameter:
+        return nn.Parameter(TwoTensor(torch.ones(4, 4), torch.zeros(4, 4)), requires_grad=False)
+
+    m = nn.Linear(4, 4)
+    m.weight = made()
+    watch = describe(m).watch
+    assert watch.holds()
+    torch.utils.swap_tensors(m.weight, made())
 
 
 class Thing:

@@ -157,4 +157,12 @@ EQUIVALENTS: dict[tuple[str, str, str], str] = {
      "if x.ndim != n + 2:",
      "if x.ndim < n + 2:"):
         "PyTorch takes no more dimensions",
+    ("passes/fuse_attention.py",
+     'elif scores.kwargs.get("beta", 1) != 0:',
+     'elif scores.kwargs.get("beta", 2) != 0:'):
+        "where it is not given it is not zero",
+    ("passes/interpreter.py",
+     "holder = None",
+     "holder = 0"):
+        "where no program is made nobody looks at its nodes",
 }
