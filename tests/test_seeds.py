@@ -15,6 +15,8 @@ from xdit_compile import explain
 from xdit_compile.errors import SpecError
 from xdit_compile.frontend.capture import capture
 from xdit_compile.ir.pytree import flatten
+from xdit_compile.passes import localize, plan
+from xdit_compile.spec import ShardingSpec
 
 D = 64
 
@@ -214,3 +216,23 @@ def test_positions_are_no_batch(turned: str, spec: str) -> None:
     args = torch.randn(2, 48, 16), torch.rand(48, 3)
     assert explain(model, spec, args).work_ratio < 1.05
     assert exact(model, spec, *args)
+
+
+class Halves(nn.Module):
+    """A block that gives features of which tensor ranks have computed some each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.norm = nn.Linear(16, 32), nn.LayerNorm(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wide(self.norm(x)).relu()[..., :16] * 2
+
+
+def test_alike_blocks_stay_alike_where_features_are_shared() -> None:
+    model = nn.Sequential(nn.Linear(5, 16), *(Halves() for _ in range(3)), nn.Linear(16, 5)).requires_grad_(False)
+    with torch.no_grad():
+        captured = capture(model.eval(), (torch.randn(2, 12, 5),))
+        local = localize(*plan(captured, ShardingSpec(tensor_degree=2)), 0)
+    assert [*captured.calls().values()] == [*local.calls().values()] == [1, 3]
+    assert any(n.kind == "collective" for n in local.notes)
