@@ -58,9 +58,9 @@ class Combination:
         return "-".join([f"py{self.python.replace('.', '')}", *others])
 
 
-COMBINATIONS = (Combination("3.10"), Combination("3.11"), Combination("3.12"), Combination("3.13"),
+COMBINATIONS = (Combination("3.11"), Combination("3.12"), Combination("3.13"), Combination("3.11", torch="2.14.1"),
                 Combination("3.11", torch="2.12.0"), Combination("3.11", torch="2.11.0"),
-                Combination("3.10", torch="2.11.0"), Combination("3.13", torch="2.11.0"))
+                Combination("3.13", torch="2.11.0"))
 
 
 def environment(combination: Combination) -> Path:
