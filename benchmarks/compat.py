@@ -6,8 +6,8 @@ holds them.
 
     python benchmarks/compat.py --list
     python benchmarks/compat.py                                   # all combinations, about an hour each
-    python benchmarks/compat.py --only py311-torch2.11 --quick
-    python benchmarks/compat.py --only py311-torch2.11 --python /some/environment/bin/python    # one that is there
+    python benchmarks/compat.py --only py311-torch2.11.0 --quick
+    python benchmarks/compat.py --only py311-torch2.11.0 --python /some/environment/bin/python    # one that is there
 
 Where PyTorch has no build for CPUs, one for CUDA runs on a CPU too. A combination needs its ``pythonX.Y`` on the path.
 """

@@ -12,6 +12,23 @@ from cases import made
 
 import xdit_compile
 
+TOML = """
+name = "two"
+devices = 2
+[device]
+memory_gb = 8
+element_wise_gb_per_s = 100
+launch_us = 5
+collective_us = 20
+[rates.float32]
+products_tflops = 10
+attention_tflops = 5
+[[links]]
+latency_us = 10
+gb_per_s = 1.0
+"""
+"""The file of a machine of two devices."""
+
 
 def chosen(name: str, spec: str) -> dict[str, Any]:
     """A model under ``spec``: its difference to the plain one, and what was chosen."""

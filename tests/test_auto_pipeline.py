@@ -24,21 +24,6 @@ from xdit_compile.planner.plan import Question
 QUICK = ("dit", "sd3_skip", "flux_true", "wan")
 LATENT = ("mochi",)
 """Pipelines of which the autoencoder in the tests does not go with the means of latents that they take off."""
-TOML = """
-name = "two"
-devices = 2
-[device]
-memory_gb = 8
-element_wise_gb_per_s = 100
-launch_us = 1
-collective_us = 1
-[rates.float32]
-products_tflops = 0.01
-attention_tflops = 0.01
-[[links]]
-latency_us = 1
-gb_per_s = {speed}
-"""
 
 
 def looks(args: Any, kwargs: Any) -> Any:
@@ -102,7 +87,8 @@ def test_what_cannot_be_captured_is_left_whole() -> None:
 
 @pytest.mark.parametrize(("speed", "degree"), [(1000, 2), (1e-6, 1)])
 def test_auto_chooses_how_many_share_the_autoencoder(pool: Pool, tmp_path: Path, speed: float, degree: int) -> None:
-    (tmp_path / "two.toml").write_text(TOML.format(speed=speed))
+    slow = planner_runs.TOML.replace("products_tflops = 10", "products_tflops = 0.001")
+    (tmp_path / "two.toml").write_text(slow.replace("gb_per_s = 1.0", f"gb_per_s = {speed}"))
     pipelines.folder("sd3", tmp_path)
     found = pool.run(planner_runs.pipeline, "sd3", str(tmp_path), f"auto,machine={tmp_path}/two.toml", "np",
                      ranks=range(2), timeout=240)

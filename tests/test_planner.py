@@ -15,6 +15,7 @@ import torch
 import zoo
 from cases import made
 from marks import whole
+from planner_runs import TOML
 from pool import Pool
 
 import xdit_compile
@@ -34,22 +35,6 @@ from xdit_compile.planner.plan import Planner, Question
 from xdit_compile.planner.work import Staged, Work, WorkCounter
 from xdit_compile.report.costs import costs_of
 from xdit_compile.spec import ShardingSpec
-
-TOML = """
-name = "two"
-devices = 2
-[device]
-memory_gb = 8
-element_wise_gb_per_s = 100
-launch_us = 5
-collective_us = 20
-[rates.float32]
-products_tflops = 10
-attention_tflops = 5
-[[links]]
-latency_us = 10
-gb_per_s = 1.0
-"""
 
 
 def simple(devices: int = 4, bandwidth: float = 1e9, latency: float = 0.0, **changes: object) -> Machine:

@@ -19,7 +19,7 @@ from xdit_compile.driver.parallel_model import Parallel, parallel_model
 from xdit_compile.errors import SpecError, XditError
 from xdit_compile.frontend.mechanisms import check, obstacle, unwrapped
 from xdit_compile.frontend.program_cache import captured
-from xdit_compile.ir.call_arguments import Inputs, call_arguments
+from xdit_compile.ir.call_arguments import Call, Inputs, call_arguments
 from xdit_compile.ir.program import Program
 from xdit_compile.pipelines.auto_pipeline import AutoPipeline, Observed, auto_pipeline
 from xdit_compile.pipelines.parallel_pipeline import ParallelPipeline, captured_parts, is_pipeline, parallel_pipeline
@@ -93,10 +93,8 @@ def parallelize(model: Any, spec: str | dict | ShardingSpec | Auto, *, ranks: Se
     def chosen_for(observed: Callable[[], Observed]) -> ShardingSpec:
         def plan(here: Machine) -> ShardingSpec:
             seen = observed()
-            batch = batch_of(seen.model, seen.args, seen.kwargs)
-            question = auto.question(here, len(chosen), batch, seen.steps, seen.calls)
-            decoding = seen.decoding if not auto.vae else None
-            spec = choose(seen.model, seen.args, seen.kwargs, question, decoding)
+            question = auto.question(here, len(chosen), batch_of(seen.call), seen.steps, seen.calls)
+            spec = choose(seen.call, question, None if auto.vae else seen.decoding)
             return replace(spec, vae_degree=auto.vae) if auto.vae else spec
 
         return agreed_choice(auto, group, plan)
@@ -106,7 +104,7 @@ def parallelize(model: Any, spec: str | dict | ShardingSpec | Auto, *, ranks: Se
             model, spec, chosen, timeout, check_inputs, dump, weights))
 
     def make(args: Any, kwargs: Mapping[str, Any]) -> ModelRunner:
-        spec = chosen_for(lambda: Observed(model, args, kwargs, 1, 0, None))
+        spec = chosen_for(lambda: Observed(Call(model, args, kwargs), 1, 0, None))
         return _parallelized(model, spec, chosen, timeout, check_inputs, dump, weights).runners["forward"]
 
     return parallel_model(model, {"forward": AutoRunner(make)})  # type: ignore[dict-item]

@@ -9,7 +9,7 @@ from torch import nn
 
 from xdit_compile.errors import SpecError
 from xdit_compile.frontend.program_cache import captured
-from xdit_compile.ir.call_arguments import Inputs, call_arguments
+from xdit_compile.ir.call_arguments import Call, Inputs, call_arguments
 from xdit_compile.ir.parameter_groups import parameter_groups
 from xdit_compile.planner.auto import batch_of, bytes_of, machine_file
 from xdit_compile.planner.costs import Loop
@@ -80,7 +80,7 @@ def plan(options: argparse.Namespace, target: Callable[[], tuple[nn.Module, Inpu
     args, kwargs = call_arguments(model, inputs)
     planner = Planner(captured(model, args, kwargs), parameter_groups(model), type(model).__name__)
     question = Question(
-        here, options.world or here.world_size, Loop(options.steps, options.calls, batch_of(model, args, kwargs)),
+        here, options.world or here.world_size, Loop(options.steps, options.calls, batch_of(Call(model, args, kwargs))),
         options.goal, options.exact, None if options.device_memory is None else bytes_of(options.device_memory),
         ShardingSpec.parse(options.base))
     made = planner.plan(question, progress)

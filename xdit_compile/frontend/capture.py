@@ -81,7 +81,7 @@ class _Call:
             self._known.stand(self.module, self._path)
             args, kwargs = self.inputs.build(tensors)
             # Forward alone: hooks of the module itself run around the call, wherever that is made.
-            with self._reads.recording(), self.log:
+            with self._reads.recording(whole=not self._path), self.log:
                 result = self.module.forward(*args, **kwargs)
         left = (args, kwargs) if differ((args, kwargs), tensors, self.inputs) else None
         if left and self.inputs.kept:

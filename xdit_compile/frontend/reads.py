@@ -163,8 +163,10 @@ class Reads:
             self.codes.setdefault(id(function.__code__), Ran(function.__code__, function.__globals__))
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Within: calls are recorded, of this thread. A debugger that is at work is told of them too."""
+    def recording(self, whole: bool = True) -> Iterator[None]:
+        """Within: calls are recorded, of this thread. A debugger that is at work is told of them too.
+
+        ``whole``: whether the model runs, and not a block by itself that has run inside of it before."""
         before = sys.gettrace()
 
         def tell(frame: FrameType, event: Any, arg: Any) -> Any:
@@ -185,7 +187,8 @@ class Reads:
             return partial(told, answer) if answer is not None else None
 
         outside = _Outside(self.written, self.valued, self.looks, self.made)
-        outside.borrowed.hold(self.borrowed)
+        if whole:
+            outside.borrowed.hold(self.borrowed)
         on, imports = True, _imports(sys._getframe())
         sys.settrace(tell)
         try:

@@ -29,6 +29,10 @@ class Call:
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
 
+    def bound(self) -> inspect.BoundArguments:
+        """As ``bind_call``."""
+        return bind_call(self.module, self.args, self.kwargs)
+
 
 def bind_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
     """The arguments as the signature of forward orders them, without ``self``: the one way programs are kept by.

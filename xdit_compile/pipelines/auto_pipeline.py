@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from xdit_compile.pipelines.components import Role, role_of
 from xdit_compile.pipelines.parallel_pipeline import CALLBACKS
 from xdit_compile.spec import ShardingSpec
 
+log = logging.getLogger(__name__)
+
 TERMS = 4
 """Calls of one step at most: the terms of guidance."""
 _COMPILED = "_compiled_call_impl"
@@ -37,9 +40,7 @@ class Observed:
         decoding: what it gives its autoencoder in the end; None if it has none, or does not come to it.
     """
 
-    model: nn.Module
-    args: Any
-    kwargs: Mapping[str, Any]
+    call: Call
     calls: int
     steps: int
     decoding: Call | None
@@ -93,29 +94,30 @@ def observed(pipe: Any, args: Any, kwargs: Mapping[str, Any]) -> Observed:
             type(pipe).__call__(*bound.args, **bound.kwargs)
         except _SeenEnough:
             pass
-        except Exception:
-            if not first.ended:  # later steps, whose values mean nothing, may be too much for it
+        except Exception as error:
+            if not first.ended:
                 raise
+            # Of later steps, whose values mean nothing. What it gives its autoencoder is not known then.
+            log.info("%s did not come to its autoencoder by results of one step: %s", type(pipe).__name__, error)
     if not first.calls:
         raise XditError(f"{type(pipe).__name__} makes no call of a model that runs at each step, so that auto has "
                         "nothing to plan; write the spec yourself")
-    model, given, named_given, _ = first.calls[0]
-    return Observed(model, given, named_given, len(first.calls), steps if isinstance(steps, int) else 0,
-                    first.decoding)
+    return Observed(first.calls[0], len(first.calls), steps if isinstance(steps, int) else 0, first.decoding)
 
 
 class _FirstStep:
     """Calls that models get in the first step of a loop, and what they give, which they give again in later ones.
 
     Attributes:
-        calls: of the model that is called first, each with its time; ended: whether there is a second step.
+        calls: of the model that is called first; ended: whether there is a second step.
         decoding: what comes after the loop.
     """
 
     def __init__(self) -> None:
-        self.calls: list[tuple[nn.Module, Any, Any, str]] = []
+        self.calls: list[Call] = []
         self.ended = False
         self.decoding: Call | None = None
+        self._time = ""
 
     def call(self, module: nn.Module) -> Callable[..., Any]:
         """In the place of the module's forward."""
@@ -141,14 +143,15 @@ class _FirstStep:
         return decoded
 
     def _note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.ended or (self.calls and module is not self.calls[0][0]):
+        if self.ended or (self.calls and module is not self.calls[0].module):
             return
         named, _ = named_leaves(bind_call(module, args, kwargs))
         time = str([t.flatten()[:1].tolist() for n, t in named.items() if n in timestep_inputs(named)])
-        if self.calls and (time != self.calls[0][3] or len(self.calls) == TERMS):
+        if self.calls and (time != self._time or len(self.calls) == TERMS):
             self.ended = True
             return
-        self.calls.append((module, args, dict(kwargs), time))
+        self._time = time
+        self.calls.append(Call(module, args, dict(kwargs)))
         if any(p.is_meta for p in module.parameters()):
             raise _SeenEnough
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from xdit_compile.errors import SpecError
 from xdit_compile.frontend.program_cache import captured
-from xdit_compile.ir.call_arguments import Call, bind_call, named_leaves
+from xdit_compile.ir.call_arguments import Call, named_leaves
 from xdit_compile.ir.parameter_groups import parameter_groups
 from xdit_compile.ir.step_inputs import timestep_inputs
 from xdit_compile.planner.autoencoder import shared_decoding
@@ -137,15 +137,14 @@ def machine_file() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "xdit_compile" / "machine.toml"
 
 
-def choose(model: nn.Module, args: Any, kwargs: Mapping[str, Any], question: Question,
-           decoding: Call | None = None) -> ShardingSpec:
-    """The spec for one call of ``model``, and for what comes after the loop in a pipeline; says in one line what it
+def choose(call: Call, question: Question, decoding: Call | None = None) -> ShardingSpec:
+    """The spec for one call of a model, and for what comes after the loop in a pipeline; says in one line what it
     chose and why.
 
     Raises:
         SpecError: there is no spec for it.
     """
-    bound = bind_call(model, args, kwargs)
+    model, bound = call.module, call.bound()
     planner = Planner(captured(model, bound.args, bound.kwargs), parameter_groups(model), type(model).__name__)
     plan = planner.plan(question)
     shared = shared_decoding(decoding, question) if decoding else None
@@ -166,13 +165,13 @@ def resolved(spec: object, model: nn.Module, args: Any, kwargs: Mapping[str, Any
     if here is None:
         raise SpecError("auto has to know the machine where no processes are running: name one, as in "
                         "auto,machine=8xNAME, or run xdit-compile calibrate, which writes the file of this one")
-    question = auto.question(here, auto.world or here.world_size, batch_of(model, args, kwargs))
-    return choose(model, args, kwargs, question)
+    call = Call(model, args, kwargs)
+    return choose(call, auto.question(here, auto.world or here.world_size, batch_of(call)))
 
 
-def batch_of(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> int:
+def batch_of(call: Call) -> int:
     """How many samples a call has: the first dimension of its sample."""
-    named, _ = named_leaves(bind_call(model, args, kwargs))
+    named, _ = named_leaves(call.bound())
     times = timestep_inputs(named)
     return next((t.shape[0] for n, t in named.items() if t.ndim > 2 and n not in times), 1)
 

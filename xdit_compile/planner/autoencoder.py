@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from xdit_compile.errors import XditError
 from xdit_compile.frontend.program_cache import captured
-from xdit_compile.ir.call_arguments import Call, bind_call
+from xdit_compile.ir.call_arguments import Call
 from xdit_compile.planner.candidates import divisors, estimated_memory
 from xdit_compile.planner.costs import forward_seconds
 from xdit_compile.planner.plan import Question
@@ -41,7 +41,7 @@ class SharedDecoding:
 def shared_decoding(call: Call, question: Question) -> SharedDecoding:
     """The best degree for one call of an autoencoder, by what ranks do and send, as ``Planner`` counts it."""
     try:
-        bound = bind_call(call.module, call.args, call.kwargs)
+        bound = call.bound()
         counter = WorkCounter(captured(call.module, bound.args, bound.kwargs))
     except XditError:
         return SharedDecoding(1, {})
