@@ -22,8 +22,8 @@ from tempfile import TemporaryFile
 
 UNLIMITED = "unlimited"
 PORT = 29500
-_BURST = 0.004
-"""Seconds' worth of bytes that a link may send at once; less than that and the kernel's timer cannot keep its rate."""
+_BURST = 0.001
+"""Seconds' worth of bytes that a link may send at once, after it was idle; with less it does not reach its rate."""
 
 _numbers = itertools.count()
 

@@ -107,7 +107,8 @@ def forward_seconds(work: Work, whole: Whole, spec: ShardingSpec, machine: Machi
     """One forward, or one unit of a stage."""
     rates = machine.rates_of(whole.dtype)
     left = machine.compiled if spec.backend != "eager" else 1.0
-    products, attention = work.products / rates.products, work.attention / rates.attention
+    products = work.products / rates.products + work.packed / machine.packing
+    attention = work.attention / rates.attention
     rest = (work.moved * left + work.weights) / machine.moved + work.functions / machine.functions
     links: dict[str, float] = defaultdict(float)
     for x in work.exchanges:

@@ -82,6 +82,8 @@ class Machine:
         collective: seconds of the host per collective.
         host_copy: bytes per second from the host's memory to one device.
         functions: values per second of exp, tanh, gelu and the like, which on CPUs take longer than memory does.
+        packing: bytes per second of weights that are put in order before they are multiplied, as CPUs do in each
+            product (Goto and van de Geijn, 2008); infinite where that is hidden.
         links: how ranks talk, the narrowest placement first.
     """
 
@@ -99,6 +101,7 @@ class Machine:
     links: tuple[Link, ...]
     nodes: int = 1
     functions: float = math.inf
+    packing: float = math.inf
 
     @property
     def world_size(self) -> int:
@@ -204,6 +207,7 @@ def read(path: Path) -> Machine:
         overlap=device.number("overlap", 0.0, least=0), collective=device.number("collective_us", least=0) / 1e6,
         host_copy=device.number("host_copy_gb_per_s", 10.0) * 1e9,
         functions=device.number("functions_g_per_s", 0.0, least=0) * 1e9 or math.inf,
+        packing=device.number("packing_gb_per_s", 0.0, least=0) * 1e9 or math.inf,
         links=tuple(_link(t) for t in data.tables("links")))
     if not made.rates:
         raise SpecError(f"{path}: [rates] is empty; it says for a dtype, as [rates.bfloat16], how fast products are")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
+from torch import fx
 
 from xdit_compile.driver.compile_stage import stage_edges
 from xdit_compile.errors import SpecError
@@ -63,6 +64,7 @@ class Work:
         products, attention: operations.
         moved: bytes that all other work reads and writes; functions: values of exp, tanh, gelu and the like in it.
         weights: bytes of weights that are read for few rows of features each: embeddings of time, modulations.
+        packed: bytes of all weights that are multiplied with, as often as they are.
         launches: operators that start something on the device.
         exchanges: what goes over links.
         stale: bytes of keys and values that are kept for later patches.
@@ -76,6 +78,7 @@ class Work:
     exchanges: tuple[Exchange, ...] = ()
     stale: int = 0
     functions: float = 0
+    packed: float = 0
 
     @property
     def flops(self) -> float:
@@ -90,7 +93,7 @@ class Work:
         """So much of it."""
         return replace(self, products=self.products * factor, attention=self.attention * factor,
                        moved=self.moved * factor, weights=self.weights * factor, launches=self.launches * factor,
-                       functions=self.functions * factor,
+                       functions=self.functions * factor, packed=self.packed * factor,
                        exchanges=tuple(replace(x, count=x.count * factor, nbytes=x.nbytes * factor)
                                        for x in self.exchanges))
 
@@ -178,12 +181,13 @@ class WorkCounter:
         result = self.whole.arguments // spec.batch_degree
         edges += [Edge(stages - 1, 0, (result // spec.patches,) * spec.patches, result, RESULT)]
         units = {p: work.times(most / spec.patches) for p in range(spec.patches)} | {WHOLE: work.times(most)}
-        # Each patch starts as many operators as all of them together.
+        # Each patch starts as many operators, and multiplies with as many weights, as all of them together.
         whole = units[WHOLE]
         packing = (work.launches - self.whole.work.launches) * most
-        units = {unit: replace(u, weights=0, launches=self.whole.work.launches / stages + packing, exchanges=tuple(
-            replace(x, count=w.count) for x, w in zip(u.exchanges, whole.exchanges, strict=True)))
-            for unit, u in units.items()}
+        units = {unit: replace(u, weights=0, launches=self.whole.work.launches / stages + packing, packed=whole.packed,
+                               exchanges=tuple(replace(x, count=w.count) for x, w in
+                                               zip(u.exchanges, whole.exchanges, strict=True)))
+                 for unit, u in units.items()}
         return Staged((Work(weights=work.weights * most),) * stages, (units,) * stages, tuple(edges))
 
     @cached_property
@@ -209,9 +213,13 @@ class WorkCounter:
         assert spec is not None
         share = self.whole.work.weights / spec.tensor_degree / spec.pipefusion_degree
         once, units = [], []
-        for apart, patches in stage_costs(pipeline):
-            once.append(replace(self._work(apart, spec), weights=share))
-            units.append({unit: replace(self._work(cost, spec), weights=0.0) for unit, cost in patches.items()})
+        stages = stage_costs(pipeline)
+        flops = sum(patches[WHOLE].flops for _, patches in stages)
+        for apart, patches in stages:
+            packed = self.whole.work.packed / spec.tensor_degree * patches[WHOLE].flops / max(flops, 1)
+            once.append(replace(self._work(apart, spec), weights=share, packed=0.0))
+            units.append({unit: replace(self._work(cost, spec), weights=0.0, packed=packed)
+                          for unit, cost in patches.items()})
         # Each patch starts as many operators as all of them together, and packs what it sends.
         others = self.whole.work.launches * (1 - 1 / spec.pipefusion_degree)
         units = [{unit: replace(w, launches=w.launches - others) for unit, w in u.items()} for u in units]
@@ -229,7 +237,7 @@ class WorkCounter:
         started = sum((MERGING if x.kind == "ring" else PACKING) * x.count for x in exchanges)
         return Work(cost.flops - cost.attention_flops, cost.attention_flops, whole.work.moved * share + packed,
                     whole.work.weights / spec.tensor_degree, whole.work.launches + started, exchanges, cost.stale_bytes,
-                    whole.work.functions * share)
+                    whole.work.functions * share, whole.work.packed / spec.tensor_degree)
 
 
 def _walk(program: Program, seeds: Seeds, spec: ShardingSpec, ranks: Collection[int] = ()) -> Cost:
@@ -246,7 +254,7 @@ def _tokens_among(seeds: Seeds) -> Seeds:
 
 
 def _whole(program: Program, walked: int) -> Whole:
-    calls, moved, weights, launches, functions = program.calls(), 0, 0, 0.0, 0
+    calls, moved, weights, launches, functions, packed = program.calls(), 0, 0, 0.0, 0, 0
     flops: Counter[str] = Counter()
     dtypes: Counter[torch.dtype] = Counter()
     for name, module in program.functions():
@@ -261,6 +269,7 @@ def _whole(program: Program, walked: int) -> Whole:
             if cost:
                 flops["attention" if node.target is ATTENTION else "products"] += cost * times
                 dtypes[node.meta["val"].dtype] += cost * times
+                packed += times * sum(size_of(a.meta["val"]) for a in _multiplied(node))
                 rows = node.meta["val"].numel() // max(node.meta["val"].shape[-1], 1)
                 if node.target is not ATTENTION and rows < FEW:
                     weights += times * sum(size_of(n.meta["val"]) for n in node.all_input_nodes)
@@ -272,8 +281,17 @@ def _whole(program: Program, walked: int) -> Whole:
     held = {what.name: size_of(n.meta["val"]) for n, what in holders if what.kind == "parameter"}
     given = sum(size_of(n.meta["val"]) for n, what in holders if what.kind == "argument")
     dtype = max(dtypes, key=dtypes.__getitem__, default=torch.float32)
-    return Whole(Work(flops["products"], flops["attention"], moved, weights, launches, functions=functions), walked,
+    return Whole(Work(flops["products"], flops["attention"], moved, weights, launches, functions=functions,
+                      packed=packed), walked,
                  str(dtype).removeprefix("torch."), sum(held.values()), peak_activations(program), given)
+
+
+def _multiplied(node: fx.Node) -> Iterator[fx.Node]:
+    """The weights of a product, by what its operator calls them; one of a whole batch has none."""
+    for argument, given in zip(node.target._schema.arguments, node.args, strict=False):  # type: ignore[union-attr]
+        named = argument.name == "weight" or (argument.name == "mat2" and node.target is not torch.ops.aten.bmm.default)
+        if named and isinstance(given, fx.Node):
+            yield given
 
 
 def size_of(value: Any) -> int:

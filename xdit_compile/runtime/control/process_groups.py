@@ -18,11 +18,13 @@ from torch.distributed.distributed_c10d import _new_process_group_helper, _world
 from xdit_compile.ir.layout import BATCH, SEQUENCE, TENSOR
 from xdit_compile.ir.mesh import RING, SHARD, ULYSSES, axis_sizes, group_name, members
 from xdit_compile.runtime.control.control_plane import ControlPlane
+from xdit_compile.runtime.control.full_duplex import full_duplex
 from xdit_compile.runtime.control.group_cache import cached
 from xdit_compile.runtime.control.store import own_connection
 from xdit_compile.spec import ShardingSpec
 
-_bound: dict[str, ProcessGroup] = {}
+_bound: dict[str, tuple[ProcessGroup, ProcessGroup]] = {}
+"""What a name means, and what graphs talk over, which the registry does not keep alive."""
 
 
 class ProcessGroups:
@@ -42,11 +44,12 @@ class ProcessGroups:
     def bind(self) -> tuple[ProcessGroup, ...]:
         """Let the logical names mean these groups, which are returned."""
         for name, group in self._groups.items():
-            if _bound.get(name) is not group:
-                if name in _bound:
-                    _unregister_process_group(cast(Any, name))
-                _register_process_group(cast(Any, name), group)
-                _bound[name] = group
+            if name in _bound and _bound[name][0] is group:
+                continue
+            if name in _bound:
+                _unregister_process_group(cast(Any, name))
+            _bound[name] = group, full_duplex(group)
+            _register_process_group(cast(Any, name), _bound[name][1])
         return tuple(self._groups.values())
 
     def along(self, axis: str) -> ProcessGroup | None:

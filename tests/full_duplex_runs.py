@@ -1,0 +1,73 @@
+"""What ranks do in the tests of exchanges in both directions at once; run as a script, on machines with slow links."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+
+import xdit_compile
+from xdit_compile.runtime.control.full_duplex import full_duplex
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.bool, torch.complex64)
+
+
+def block(seed: int, source: int, target: int, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """What ``source`` sends to ``target``: known to everybody."""
+    generator = torch.Generator().manual_seed(1000 * seed + 10 * source + target)
+    return (torch.rand(rows, width, generator=generator) * 100).to(dtype)
+
+
+def exchanged(seed: int, ranks: int) -> bool:
+    """Whether each rank gets what is for it, of any number of rows, some of them none, in two exchanges at once."""
+    draw = random.Random(seed)
+    members = sorted(draw.sample(range(ranks), draw.randint(2, ranks)))
+    dtype, width, equal = draw.choice(DTYPES), draw.randint(1, 40), draw.random() < 0.3
+    rows = {(s, t): 3 if equal else draw.choice((0, 1, 7, 3000)) for s in members for t in members}
+    group = dist.new_group(members)
+    me = dist.get_rank()
+    if me not in members:
+        return True
+    both, works, wanted = full_duplex(group), [], []
+    for one in (seed, seed + 1):
+        given = torch.cat([block(one, me, t, rows[me, t], width, dtype) for t in members])
+        wanted.append(torch.cat([block(one, s, me, rows[s, me], width, dtype) for s in members]))
+        output = torch.empty_like(wanted[-1])
+        sizes = ([], []) if equal else ([rows[s, me] for s in members], [rows[me, t] for t in members])
+        works.append((both.alltoall_base(output, given, *sizes), output))
+    for work, _ in works:
+        work.wait()
+    same = all(torch.equal(w.view(torch.uint8), o.view(torch.uint8))
+               for w, (_, o) in zip(wanted, works, strict=True))
+    total = collectives.all_reduce(torch.ones(3) * me, "sum", both)
+    held = collectives.all_gather_tensor(torch.ones(2) * me, 0, both)
+    dist.destroy_process_group(group)
+    return same and total.tolist() == [sum(members)] * 3 and held.tolist() == [float(m) for m in members for _ in "ab"]
+
+
+def late(job: Path) -> None:
+    """Ranks exchange so many bytes, the second comes late; writes how long it then takes."""
+    nbytes, times = json.loads(job.read_text())
+    xdit_compile.init_from_env()
+    group = full_duplex(dist.new_group([0, 1]))
+    x, found = torch.zeros(2 * nbytes, dtype=torch.uint8), []
+    for _ in range(times):
+        dist.barrier()
+        time.sleep(0.1 * dist.get_rank())
+        start = time.perf_counter()
+        group.alltoall_base(torch.empty_like(x), x, [], []).wait()
+        found.append(time.perf_counter() - start)
+    if dist.get_rank() == 1:
+        job.with_suffix(".found").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    late(Path(sys.argv[1]))
