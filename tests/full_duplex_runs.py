@@ -51,6 +51,19 @@ def exchanged(seed: int, ranks: int) -> bool:
     return same and total.tolist() == [sum(members)] * 3 and held.tolist() == [float(m) for m in members for _ in "ab"]
 
 
+def busy(times: int) -> bool:
+    """Whether many collectives of all kinds, one after the other, come to an end."""
+    group = dist.new_group(list(range(dist.get_world_size())))
+    both, ranks = full_duplex(group), group.size()
+    for _ in range(times):
+        total = collectives.all_reduce(torch.ones(8, 3).reshape(4, 6) * 1.0, "sum", both)
+        held = collectives.all_gather_tensor(torch.ones(4, 6).reshape(3, 8) * 2.0, 0, both)
+        sent = collectives.all_to_all_single(held + 1.0, None, None, both)
+    dist.barrier(group=group)
+    dist.destroy_process_group(group)
+    return bool((total == ranks).all() and (sent == 3.0).all())
+
+
 def late(job: Path) -> None:
     """Ranks exchange so many bytes, the second comes late; writes how long it then takes."""
     nbytes, times = json.loads(job.read_text())

@@ -20,6 +20,11 @@ def test_everybody_gets_what_is_for_him(pool: Pool, seed: int) -> None:
     assert pool.run(full_duplex_runs.exchanged, seed, 4) == [True] * 4
 
 
+def test_many_collectives_come_to_an_end(pool: Pool) -> None:
+    """Threads of gloo let go of tensors, which takes Python's lock, while the next collective starts."""
+    assert pool.run(full_duplex_runs.busy, 400, timeout=60) == [True] * 4
+
+
 def test_who_comes_late_does_not_wait_for_one_direction_after_the_other(tmp_path: Path) -> None:
     """Which takes twice as long: gloo's own all-to-all does in about half of all cases."""
     job, nbytes, rate, times = tmp_path / "job.json", 250_000, "20mbit", 6

@@ -7,7 +7,7 @@ half of all cases. Here ranks first say that they are ready.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,13 @@ from torch.distributed import ProcessGroup, Work
 
 TAG = 1
 """Of the messages, which nobody else sends on these groups."""
+
+
+COLLECTIVES = tuple(name for name in (
+    "allgather", "allgather_into_tensor_coalesced", "all_gather_single", "all_gather_single_coalesced", "allreduce",
+    "allreduce_coalesced", "barrier", "broadcast", "gather", "reduce", "reduce_scatter", "reduce_scatter_single",
+    "reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced", "scatter") if hasattr(ProcessGroup, name))
+"""What else a group does, by the names of this version of PyTorch."""
 
 
 class FullDuplexGroup(ProcessGroup):
@@ -41,6 +48,20 @@ class FullDuplexGroup(ProcessGroup):
                   for peer in ((me + i) % ranks for i in range(1, ranks)) if blocks[peer].numel()]
         parts[me].copy_(blocks[me])
         return _All(works, (output, given))
+
+
+def _as_ever(name: str) -> Callable[..., Work]:
+    """A collective that ``group`` does. Not inherited: PyTorch would hold Python's lock (the GIL) while it asks the
+    group for its own, whose thread holds that and may want Python's to let go of tensors of an earlier collective."""
+    def collective(self: FullDuplexGroup, *arguments: Any) -> Work:
+        found: Work = getattr(self._group, name)(*arguments)
+        return found
+
+    return collective
+
+
+for _name in COLLECTIVES:
+    setattr(FullDuplexGroup, _name, _as_ever(_name))
 
 
 class _All(Work):
