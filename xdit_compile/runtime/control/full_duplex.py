@@ -52,10 +52,11 @@ class FullDuplexGroup(ProcessGroup):
 
 def _as_ever(name: str) -> Callable[..., Work]:
     """A collective that ``group`` does. Not inherited: PyTorch would hold Python's lock (the GIL) while it asks the
-    group for its own, whose thread holds that and may want Python's to let go of tensors of an earlier collective."""
+    group for its own, whose thread holds that and may want Python's to let go of tensors of an earlier collective. And
+    a compiled function that waits holds Python's lock too (pytorch/pytorch issue 197516), which a wait in Python gives
+    up."""
     def collective(self: FullDuplexGroup, *arguments: Any) -> Work:
-        found: Work = getattr(self._group, name)(*arguments)
-        return found
+        return _All((getattr(self._group, name)(*arguments),), ())
 
     return collective
 
