@@ -4,7 +4,7 @@ Two to four network namespaces, joined by links of a chosen rate, are machines o
 mid-size model on them over gloo, and compares it with one device. For each rate the machines are measured as
 `xdit-compile calibrate` does, each spec is predicted from that and timed, in one run. Needs root, ip and tc.
 
-    python benchmarks/links.py                # ten rates, two machines: about half an hour on quiet cores
+    python benchmarks/links.py --output docs/links.md      # ten rates, two machines: a quarter of an hour
     python benchmarks/links.py --machines 4 --rates 50mbit 1gbit
     python benchmarks/links.py --quick        # a small model, two rates: a minute
     python benchmarks/links.py --rates 20mbit --json a.json
@@ -180,6 +180,19 @@ def predicted(found: Sequence[Found], scale: Scale) -> list[Found]:
     return made
 
 
+HEAD = """\
+# The planner against machines with links of a chosen speed
+
+    python benchmarks/links.py --output docs/links.md      # as root
+
+Two network namespaces, each a machine of one thread, joined by a link that lets through so much in each direction. At
+each rate the machines are measured as `xdit-compile calibrate` does, and a DiT (width 384, 8 layers, 576 tokens, fp32)
+denoises for four steps with guidance in two calls, under each spec: seconds of the loop by the plan, and the median of
+three. Every spec's samples were compared with those of one device. An error below zero: it takes longer than planned.
+
+"""
+
+
 def page(found: Sequence[Found]) -> tuple[str, bool]:
     """A table, and whether the planner's promise is kept."""
     lines = ["| links | spec | predicted | measured | error | |", "|---:|---|---:|---:|---:|---|"]
@@ -213,7 +226,10 @@ def main() -> int:
     else:
         found = run(options.machines, options.rates or rates, options.specs or SPECS[options.machines], scale)
     text, good = page(found)
-    print(text)
+    if options.output:
+        options.output.write_text(HEAD + text + "\n")
+    else:
+        print(text)
     if options.json:
         options.json.write_text(json.dumps([asdict(f) for f in found], indent=2) + "\n")
     return 0 if good else 1
@@ -226,6 +242,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rates", nargs="+", metavar="RATE", help="in tc's words, or unlimited (default: ten)")
     parser.add_argument("--specs", nargs="+", metavar="SPEC", help="default: one of each method, and mixes")
     parser.add_argument("--quick", action="store_true", help="a small model and two rates")
+    parser.add_argument("--output", type=Path, help="the page (default: the table is printed)")
     parser.add_argument("--json", type=Path, help="all figures")
     parser.add_argument("--measured", type=Path, nargs="+", metavar="FILE", help="figures of earlier runs")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)

@@ -25,6 +25,10 @@ PORT = 29500
 _BURST = 0.001
 """Seconds' worth of bytes that a link may send at once, after it was idle; with less it does not reach its rate."""
 
+_QUEUED = 0.2, 4 << 20
+"""Seconds' worth of bytes that wait for a link, and how many at least: so many that none are dropped, which would make
+TCP slower than the link, and not always equally."""
+
 _numbers = itertools.count()
 
 
@@ -88,9 +92,10 @@ class Network:
             with suppress(Unavailable):
                 _call("tc", "-n", namespace, "qdisc", "del", "dev", device, "root")
             if rate != UNLIMITED:
-                burst = max(int(bits_per_second(rate) / 8 * _BURST), 16_384)
+                each = bits_per_second(rate) / 8
+                burst, queue = max(int(each * _BURST), 16_384), max(int(each * _QUEUED[0]), _QUEUED[1])
                 _call("tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "tbf", "rate", rate,
-                      "burst", f"{burst}b", "latency", "200ms")
+                      "burst", f"{burst}b", "limit", f"{queue}b")
 
     def torchrun(self, command: Sequence[str], patience: float) -> None:
         """One process of ``command`` on each machine, started by torchrun. Raises ``Failed`` with what they said."""

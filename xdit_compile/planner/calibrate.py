@@ -25,8 +25,9 @@ from xdit_compile.runtime.control.full_duplex import full_duplex
 
 Progress = Callable[[str], None]
 
-SIZES = (4_096, 1_048_576)
-"""Bytes that a rank sends in the two measurements of a link: next to nothing, and much."""
+LITTLE, MUCH = 4_096, {"cpu": 524_288, "cuda": 67_108_864}
+"""Bytes that a rank sends in the two measurements of a link: next to nothing, and, by the kind of device, as much as in
+a model that is run there."""
 
 USABLE = 0.92
 """Of a device's memory; CUDA, NCCL and the allocator take the rest."""
@@ -93,8 +94,9 @@ def _links(world: int, local: int, device: DeviceRates) -> Iterator[Link]:
         groups = [dist.new_group(list(range(first, first + span))) for first in range(0, world, span)]
         mine = full_duplex(groups[dist.get_rank() // span])
         for pattern, ring in (("any", False), ("ring", True)):
-            latency, much = (device.seconds_after_work(_exchange(mine, nbytes, ring, device.place)) for nbytes in SIZES)
-            bandwidth = (SIZES[1] - SIZES[0]) / max(much - latency, 1e-9)
+            sizes = LITTLE, MUCH[device.place.type]
+            latency, much = (device.seconds_after_work(_exchange(mine, nbytes, ring, device.place)) for nbytes in sizes)
+            bandwidth = (sizes[1] - sizes[0]) / max(much - latency, 1e-9)
             yield Link(0 if span == world else span, 0, pattern, latency, bandwidth)
         for group in groups:
             if group is not None and group is not dist.GroupMember.NON_GROUP_MEMBER:

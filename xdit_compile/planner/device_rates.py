@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import cached_property
 from statistics import mean
 
 import torch
@@ -13,10 +14,10 @@ import torch.distributed as dist
 
 from xdit_compile.planner.work import VIEW
 
-SPENT = 0.25
-"""Seconds that each measurement goes on for at least."""
+SPENT, LONG = 0.25, 1.0
+"""Seconds that each measurement goes on for at least; and one of a difference, which needs more."""
 
-LEAST, MOST = 3, 256
+LEAST, MOST = 8, 256
 """Times that a thing is measured."""
 
 KEPT = 24 << 20
@@ -119,8 +120,8 @@ class DeviceRates:
             for _ in range(started):
                 then(x)
 
-        alone = self.seconds(nothing) if large.numel() else 0.0
-        return max(self.seconds(block) - alone, 0.0) / (started + VIEW * views)
+        alone = self.seconds(nothing, LONG) if large.numel() else 0.0
+        return max(self.seconds(block, LONG) - alone, 0.0) / (started + VIEW * views)
 
     def host_copy(self) -> float:
         """Bytes per second from the host's memory."""
@@ -129,26 +130,36 @@ class DeviceRates:
         x = torch.empty(1 << 26, dtype=torch.uint8, pin_memory=True)
         return x.numel() / self.seconds(lambda: x.to(self.place, non_blocking=True))
 
-    def seconds(self, run: Callable[[], object]) -> float:
+    def seconds(self, run: Callable[[], object], spent: float = SPENT) -> float:
         """What ``run`` takes in the mean, each time on the slowest rank."""
         with torch.no_grad():
             self._once(run)
             found = [self._once(run)]
-            times = min(max(SPENT / max(self.slowest(found)[0], 1e-6), LEAST), MOST)
+            times = min(max(spent / max(self.slowest(found)[0], 1e-6), LEAST), MOST)
             found = [self._once(run) for _ in range(int(times))]
         return mean(self.slowest(found))
 
     def seconds_after_work(self, run: Callable[[], object]) -> float:
         """What ``run`` takes where it follows a product, as an exchange does in a model: ranks come to it at times that
         differ, and not with all in their caches."""
-        x, w = self._random(2 * self._width, self._width), self._random(self._width, self._width)
+        work, alone = self._work
 
         def both() -> None:
-            torch.nn.functional.linear(x, w)
+            work()
             run()
 
-        together = self.seconds(both)
-        return max(together - self.seconds(lambda: torch.nn.functional.linear(x, w)), 0.02 * together)
+        together = self.seconds(both, LONG)
+        return max(together - alone, 0.02 * together)
+
+    @cached_property
+    def _work(self) -> tuple[Callable[[], object], float]:
+        """A product, and what it takes."""
+        x, w = self._random(2 * self._width, self._width), self._random(self._width, self._width)
+
+        def work() -> object:
+            return torch.nn.functional.linear(x, w)
+
+        return work, self.seconds(work, LONG)
 
     def slowest(self, seconds: list[float]) -> list[float]:
         """Of each, the largest of all ranks."""
