@@ -139,8 +139,10 @@ def test_what_is_counted_without_programs_is_what_programs_do(name: str, spec: s
     assert found.exact(parsed) == WorkCounter(found.captured).exact(parsed), "what is remembered changes nothing"
 
 
-@pytest.mark.parametrize("name", ["flux", "hunyuan_dit"])
-@pytest.mark.parametrize("spec", ["pipefusion=2,ulysses=2,patches=1", "pipefusion=2,ulysses=2,tensor=2,patches=2"])
+@pytest.mark.parametrize(("name", "spec"), [
+    *((name, f"pipefusion=2,ulysses=2,{rest}") for name in ("flux", "hunyuan_dit")
+      for rest in ("patches=1", "tensor=2,patches=2")),
+    *((name, f"pipefusion=2,patches={n}") for name, n in (("flux", 4), ("sana", 7), ("hunyuan_dit", 5)))])
 def test_what_is_counted_of_stages_is_what_their_programs_do(name: str, spec: str) -> None:
     pipeline = plan_pipeline(counter(name).captured, ShardingSpec.parse(spec))
     for stage, (once, units) in enumerate(stage_costs(pipeline)):

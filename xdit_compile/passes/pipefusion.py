@@ -141,16 +141,26 @@ def stage_costs(pipeline: Pipeline) -> list[tuple[Cost, Mapping[int, Cost]]]:
     spec = pipeline.whole.spec
     assert spec is not None
     sizes, found = axis_sizes(spec), []
-    times = [EVERY, *range(spec.patches)] if spec.patches > 1 else [EVERY]
+    alike = {EVERY: EVERY, **(_alike(pipeline.seeds, spec) if spec.patches > 1 else {})}
     for index, stage in enumerate(pipeline.stages):
         position = position_of(index * spec.ranks_per_stage, spec)
         given = _given(stage, pipeline.samples, pipeline.layouts)
         once = ProgramInterpreter(stage.once, pipeline.once_seeds, {**position, PATCH: EVERY}, sizes).main(
             leave=_leave(stage, once=True))
-        units = {patch: ProgramInterpreter(stage.body, pipeline.seeds, {**position, PATCH: patch}, sizes).main(
-            given, _leave(stage)).cost for patch in times}
-        found.append((once.cost, units))
+        walked = {patch: ProgramInterpreter(stage.body, pipeline.seeds, {**position, PATCH: patch}, sizes).main(
+            given, _leave(stage)).cost for patch in set(alike.values())}
+        found.append((once.cost, {patch: walked[one] for patch, one in alike.items()}))
     return found
+
+
+def _alike(seeds: Seeds, spec: ShardingSpec) -> dict[int, int]:
+    """For each patch the first that costs as much: where every rank has as much of it, and of the patches beside it."""
+    cut = [layout for layout in seeds.values() if any(PATCH in d.axes for d in layout.dims)]
+    ranks = [position_of(r, spec) for r in range(spec.ranks_per_stage)]
+    shapes = [None, *([layout.local_shape({**here, PATCH: patch}) for layout in cut for here in ranks]
+                      for patch in range(spec.patches)), None]
+    around = [shapes[patch:patch + 3] for patch in range(spec.patches)]
+    return {patch: around.index(mine) for patch, mine in enumerate(around)}
 
 
 def _kept(program: Program) -> tuple[object, ...]:
