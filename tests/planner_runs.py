@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pipelines
@@ -11,6 +13,7 @@ import zoo
 from cases import made
 
 import xdit_compile
+from xdit_compile.planner.calibrate import measure, written
 
 TOML = """
 name = "two"
@@ -28,6 +31,17 @@ latency_us = 10
 gb_per_s = 1.0
 """
 """The file of a machine of two devices."""
+
+
+def measured() -> tuple[str, float]:
+    """This machine's file, and what a product takes, for which it has a rate: the same on all ranks at once."""
+    toml = written(measure())
+    x, w, found = torch.randn(512, 512), torch.randn(512, 512), []
+    for _ in range(40):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, w)
+        found.append(time.perf_counter() - start)
+    return toml, median(found)
 
 
 def chosen(name: str, spec: str) -> dict[str, Any]:

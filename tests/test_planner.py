@@ -34,6 +34,7 @@ from xdit_compile.planner.machine import FOLDER, Link, Machine, Rates, machine, 
 from xdit_compile.planner.plan import Planner, Question
 from xdit_compile.planner.work import Staged, Work, WorkCounter
 from xdit_compile.report.costs import costs_of
+from xdit_compile.runtime.pipefusion.schedule import WHOLE
 from xdit_compile.spec import ShardingSpec
 
 
@@ -120,6 +121,20 @@ def test_a_machine_is_written_as_it_is_read(tmp_path: Path) -> None:
     assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep" / "a.toml"]
 
 
+def test_a_machine_is_measured_alike_on_all_ranks(pool: Pool, tmp_path: Path) -> None:
+    made = pool.run(planner_runs.measured, timeout=240)
+    (toml, seconds), ranks = made[0], len(made)
+    (tmp_path / "here.toml").write_text(toml)
+    found = read(tmp_path / "here.toml")
+    assert {other for other, _ in made} == {toml} and found.world_size == ranks
+    product = 2 * 512**3 / found.rates["float32"].products + 4 * 512**2 / found.packing
+    assert 1 / 40 < product / seconds < 40, "a busy machine is slower at times"
+    assert found.moved > 1e8 and found.functions > 1e7 and 0 <= found.launch < 1e-2
+    for pattern in ("all_to_all", "ring"):
+        link = found.link(range(ranks), pattern)
+        assert 0 < link.latency < 1 and link.bandwidth > 1e6
+
+
 # Counts
 
 
@@ -183,6 +198,33 @@ def test_functions_that_take_a_processor_long_are_counted_by_their_values() -> N
     assert isinstance(work, Work) and 0 < work.functions < work.moved
     slow = simple(functions=1e3)
     assert loop_seconds(work, found.whole, spec, slow, Loop(1)).total == pytest.approx(work.functions / 1e3, rel=1e-3)
+
+
+def test_weights_are_packed_for_each_product_however_few_rows_it_has() -> None:
+    case, packed = zoo.CASES["dit"], 0
+
+    def count(module: torch.nn.Module, *_: object) -> None:
+        nonlocal packed
+        packed += module.weight.nbytes  # type: ignore[operator]
+
+    model = made(case)
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            module.register_forward_hook(count)
+    model(**case.inputs(1, False))
+    found, slow = counter("dit"), simple(packing=1e3)
+    assert packed == found.whole.work.packed
+    for text, share in (("ulysses=1", 1.0), ("ulysses=4", 1.0), ("tensor=4", 0.25)):
+        spec = ShardingSpec.parse(text)
+        seconds = loop_seconds(found.exact(spec), found.whole, spec, slow, Loop(3)).total
+        assert seconds == pytest.approx(3 * share * packed / 1e3, rel=1e-3), text
+    for work in (counter("flux").exact(ShardingSpec(pipefusion_degree=2, num_patches=4)),
+                 counter("flux").quick(ShardingSpec(pipefusion_degree=2, num_patches=4))):
+        assert isinstance(work, Staged)
+        assert all(unit.packed == stage[WHOLE].packed for stage in work.units for unit in stage.values())
+    staged = counter("flux").exact(ShardingSpec(pipefusion_degree=2, num_patches=4))
+    assert isinstance(staged, Staged)
+    assert sum(stage[WHOLE].packed for stage in staged.units) == pytest.approx(counter("flux").whole.work.packed)
 
 
 def test_an_estimate_is_close_to_the_count() -> None:

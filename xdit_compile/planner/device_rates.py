@@ -132,12 +132,13 @@ class DeviceRates:
 
     def seconds(self, run: Callable[[], object], spent: float = SPENT) -> float:
         """What ``run`` takes in the mean, each time on the slowest rank."""
+        found: list[float] = []
         with torch.no_grad():
             self._once(run)
-            found = [self._once(run)]
-            times = min(max(spent / max(self.slowest(found)[0], 1e-6), LEAST), MOST)
-            found = [self._once(run) for _ in range(int(times))]
-        return mean(self.slowest(found))
+            self._once(run)
+            while len(found) < MOST and sum(found) < spent:  # as often on all ranks
+                found += self.slowest([self._once(run) for _ in range(LEAST)])
+        return mean(found)
 
     def seconds_after_work(self, run: Callable[[], object]) -> float:
         """What ``run`` takes where it follows a product, as an exchange does in a model: ranks come to it at times that
