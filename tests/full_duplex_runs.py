@@ -30,10 +30,10 @@ def exchanged(seed: int, ranks: int) -> bool:
     members = sorted(draw.sample(range(ranks), draw.randint(2, ranks)))
     dtype, width, equal = draw.choice(DTYPES), draw.randint(1, 40), draw.random() < 0.3
     rows = {(s, t): 3 if equal else draw.choice((0, 1, 7, 3000)) for s in members for t in members}
-    group = dist.new_group(members)
     me = dist.get_rank()
     if me not in members:
         return True
+    group = dist.new_group(members, use_local_synchronization=True)
     both, works, wanted = full_duplex(group), [], []
     for one in (seed, seed + 1):
         given = torch.cat([block(one, me, t, rows[me, t], width, dtype) for t in members])
@@ -45,20 +45,20 @@ def exchanged(seed: int, ranks: int) -> bool:
         work.wait()
     same = all(torch.equal(w.view(torch.uint8), o.view(torch.uint8))
                for w, (_, o) in zip(wanted, works, strict=True))
-    total = collectives.all_reduce(torch.ones(3) * me, "sum", both)
-    held = collectives.all_gather_tensor(torch.ones(2) * me, 0, both)
+    total = collectives.wait_tensor(collectives.all_reduce(torch.ones(3) * me, "sum", both))
+    held = collectives.wait_tensor(collectives.all_gather_tensor(torch.ones(2) * me, 0, both))
     dist.destroy_process_group(group)
     return same and total.tolist() == [sum(members)] * 3 and held.tolist() == [float(m) for m in members for _ in "ab"]
 
 
 def busy(times: int) -> bool:
     """Whether many collectives of all kinds, one after the other, come to an end."""
-    group = dist.new_group(list(range(dist.get_world_size())))
+    group = dist.new_group(list(range(dist.get_world_size())), use_local_synchronization=True)
     both, ranks = full_duplex(group), group.size()
     for _ in range(times):
-        total = collectives.all_reduce(torch.ones(8, 3).reshape(4, 6) * 1.0, "sum", both)
-        held = collectives.all_gather_tensor(torch.ones(4, 6).reshape(3, 8) * 2.0, 0, both)
-        sent = collectives.all_to_all_single(held + 1.0, None, None, both)
+        total = collectives.wait_tensor(collectives.all_reduce(torch.ones(8, 3).reshape(4, 6) * 1.0, "sum", both))
+        held = collectives.wait_tensor(collectives.all_gather_tensor(torch.ones(4, 6).reshape(3, 8) * 2.0, 0, both))
+        sent = collectives.wait_tensor(collectives.all_to_all_single(held + 1.0, None, None, both))
     dist.barrier(group=group)
     dist.destroy_process_group(group)
     return bool((total == ranks).all() and (sent == 3.0).all())
