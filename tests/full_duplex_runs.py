@@ -6,7 +6,10 @@ import json
 import random
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +17,7 @@ import torch.distributed._functional_collectives as collectives
 
 import xdit_compile
 from xdit_compile.runtime.control.full_duplex import full_duplex
+from xdit_compile.runtime.control.process_groups import make_group
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.bool, torch.complex64)
 
@@ -22,6 +26,12 @@ def block(seed: int, source: int, target: int, rows: int, width: int, dtype: tor
     """What ``source`` sends to ``target``: known to everybody."""
     generator = torch.Generator().manual_seed(1000 * seed + 10 * source + target)
     return (torch.rand(rows, width, generator=generator) * 100).to(dtype)
+
+
+def made(ranks: Iterable[int]) -> dist.ProcessGroup:
+    """A group of some of the pool's workers, which need not have made as many groups before."""
+    control: Any = SimpleNamespace(timeout=60.0, patiently=lambda what, make: make())
+    return make_group("test.full_duplex", tuple(ranks), control)
 
 
 def exchanged(seed: int, ranks: int) -> bool:
@@ -33,7 +43,7 @@ def exchanged(seed: int, ranks: int) -> bool:
     me = dist.get_rank()
     if me not in members:
         return True
-    group = dist.new_group(members, use_local_synchronization=True)
+    group = made(members)
     both, works, wanted = full_duplex(group), [], []
     for one in (seed, seed + 1):
         given = torch.cat([block(one, me, t, rows[me, t], width, dtype) for t in members])
@@ -47,20 +57,17 @@ def exchanged(seed: int, ranks: int) -> bool:
                for w, (_, o) in zip(wanted, works, strict=True))
     total = collectives.wait_tensor(collectives.all_reduce(torch.ones(3) * me, "sum", both))
     held = collectives.wait_tensor(collectives.all_gather_tensor(torch.ones(2) * me, 0, both))
-    dist.destroy_process_group(group)
     return same and total.tolist() == [sum(members)] * 3 and held.tolist() == [float(m) for m in members for _ in "ab"]
 
 
 def busy(times: int) -> bool:
     """Whether many collectives of all kinds, one after the other, come to an end."""
-    group = dist.new_group(list(range(dist.get_world_size())), use_local_synchronization=True)
+    group = made(range(dist.get_world_size()))
     both, ranks = full_duplex(group), group.size()
     for _ in range(times):
         total = collectives.wait_tensor(collectives.all_reduce(torch.ones(8, 3).reshape(4, 6) * 1.0, "sum", both))
         held = collectives.wait_tensor(collectives.all_gather_tensor(torch.ones(4, 6).reshape(3, 8) * 2.0, 0, both))
         sent = collectives.wait_tensor(collectives.all_to_all_single(held + 1.0, None, None, both))
-    dist.barrier(group=group)
-    dist.destroy_process_group(group)
     return bool((total == ranks).all() and (sent == 3.0).all())
 
 
