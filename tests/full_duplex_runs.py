@@ -73,15 +73,22 @@ def busy(times: int) -> bool:
 
 def late(job: Path) -> None:
     """Ranks exchange so many bytes, the second comes late; writes how long it then takes."""
-    nbytes, times = json.loads(job.read_text())
+    kind, nbytes, times = json.loads(job.read_text())
     xdit_compile.init_from_env()
     group = full_duplex(dist.new_group([0, 1]))
-    x, found = torch.zeros(2 * nbytes, dtype=torch.uint8), []
+    x, found = torch.zeros(nbytes, dtype=torch.uint8), []
+    both = torch.cat([x, x])
+
+    def exchange() -> dist.Work:
+        if kind == "all_to_all":
+            return group.alltoall_base(torch.empty_like(both), both, [], [])
+        return group.allgather_into_tensor_coalesced([torch.empty_like(both)], [x])
+
     for _ in range(times):
         dist.barrier()
         time.sleep(0.1 * dist.get_rank())
         start = time.perf_counter()
-        group.alltoall_base(torch.empty_like(x), x, [], []).wait()
+        exchange().wait()
         found.append(time.perf_counter() - start)
     if dist.get_rank() == 1:
         job.with_suffix(".found").write_text(json.dumps(found))

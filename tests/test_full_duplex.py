@@ -25,10 +25,11 @@ def test_many_collectives_come_to_an_end(pool: Pool) -> None:
     assert pool.run(full_duplex_runs.busy, 400, timeout=60) == [True] * 4
 
 
-def test_who_comes_late_does_not_wait_for_one_direction_after_the_other(tmp_path: Path) -> None:
-    """Which takes twice as long: gloo's own all-to-all does in about half of all cases."""
+@pytest.mark.parametrize("kind", ["all_to_all", "all_gather"])
+def test_who_comes_late_does_not_wait_for_one_direction_after_the_other(kind: str, tmp_path: Path) -> None:
+    """Which takes twice as long: gloo's own collectives do in about half of all cases."""
     job, nbytes, rate, times = tmp_path / "job.json", 250_000, "20mbit", 6
-    job.write_text(json.dumps([nbytes, times]))
+    job.write_text(json.dumps([kind, nbytes, times]))
     try:
         with Network(2) as network:
             network.shape(rate)
@@ -37,4 +38,4 @@ def test_who_comes_late_does_not_wait_for_one_direction_after_the_other(tmp_path
         pytest.skip(f"no network namespaces can be made here: {reason}")
     found = sorted(json.loads(job.with_suffix(".found").read_text()))
     once = nbytes * 8 / bits_per_second(rate)
-    assert 0.8 * once < found[0] and found[times // 2] < 1.6 * once, found
+    assert 0.8 * once < found[0] and found[times // 2] < 1.3 * once, found

@@ -1,6 +1,6 @@
-"""All-to-alls over gloo in both directions at once.
+"""All-to-alls and all-gathers over gloo in both directions at once.
 
-gloo's own sends before it receives. A rank that comes later then has its note that it is ready to receive wait behind
+gloo's own send before they receive. A rank that comes later then has its note that it is ready to receive wait behind
 all that it sends, and what its peer sends waits for the note: on slow links an exchange takes twice as long, in about
 half of all cases. Here ranks first say that they are ready.
 """
@@ -19,9 +19,9 @@ TAG = 1
 
 
 COLLECTIVES = tuple(name for name in (
-    "allgather", "allgather_into_tensor_coalesced", "all_gather_single", "all_gather_single_coalesced", "allreduce",
-    "allreduce_coalesced", "barrier", "broadcast", "gather", "reduce", "reduce_scatter", "reduce_scatter_single",
-    "reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced", "scatter") if hasattr(ProcessGroup, name))
+    "allgather", "all_gather_single", "allreduce", "allreduce_coalesced", "barrier", "broadcast", "gather", "reduce",
+    "reduce_scatter", "reduce_scatter_single", "reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced",
+    "scatter") if hasattr(ProcessGroup, name))
 """What else a group does, by the names of this version of PyTorch."""
 
 
@@ -39,15 +39,31 @@ class FullDuplexGroup(ProcessGroup):
             self, output: torch.Tensor, given: torch.Tensor, received: Sequence[int], sent: Sequence[int],
             options: Any = None) -> Work:
         """Blocks of rows go to the ranks in order, ``sent`` rows to each, or equally many; as PyTorch calls it."""
-        me, ranks = self.rank(), self.size()
+        ranks = self.size()
         parts = output.split(list(received)) if received else output.chunk(ranks)
         blocks = given.split(list(sent)) if sent else given.chunk(ranks)
+        return _All(self._exchange(parts, blocks), (output, given))
+
+    def allgather_into_tensor_coalesced(  # type: ignore[override]
+            self, outputs: Sequence[torch.Tensor], given: Sequence[torch.Tensor], options: Any = None) -> Work:
+        """Each of ``outputs`` holds what all ranks have given, one after the other."""
+        ranks = self.size()
+        given = [tensor.contiguous() for tensor in given]
+        works = [work for output, mine in zip(outputs, given, strict=True)
+                 for work in self._exchange(output.view(ranks, *mine.shape).unbind(), [mine] * ranks)]
+        return _All(works, (*outputs, *given))
+
+    all_gather_single_coalesced = allgather_into_tensor_coalesced  # type: ignore[assignment]  # its name since 2.13
+
+    def _exchange(self, parts: Sequence[torch.Tensor], blocks: Sequence[torch.Tensor]) -> list[Work]:
+        """Starts to fill ``parts``, of each rank one, and to send ``blocks``, to each rank one."""
+        me, ranks = self.rank(), self.size()
         works = [self._group.recv([parts[peer]], peer, TAG)
                  for peer in ((me - i) % ranks for i in range(1, ranks)) if parts[peer].numel()]
         works += [self._group.send([blocks[peer]], peer, TAG)
                   for peer in ((me + i) % ranks for i in range(1, ranks)) if blocks[peer].numel()]
         parts[me].copy_(blocks[me])
-        return _All(works, (output, given))
+        return works
 
 
 def _as_ever(name: str) -> Callable[..., Work]:
