@@ -11,9 +11,9 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -25,17 +25,14 @@ from xdit_compile.ir.layout import BATCH, PATCH, SEQUENCE, TENSOR, Dim, Layout, 
 from xdit_compile.ir.program import Note, Program, graph_module, module_of, source_of
 from xdit_compile.ir.stale_cache import update_and_read
 from xdit_compile.passes.attention_plan import AttentionPlan
+from xdit_compile.passes.cost import Cost, CostMemo, LaidOut, Relay, Result, Step, Turned
 from xdit_compile.passes.emitter import Emitter
 from xdit_compile.passes.rules import find_rule
 from xdit_compile.passes.sharded_value import NoRule, Value
 
-Result = Value | tuple[Any, ...] | None
 Leave = Callable[["FunctionInterpreter", int, Value], Value]
 Seeds = Mapping[str, Layout]
 """Where to begin: how values of ``main``, by the names of their nodes, are laid out. Parameters come so."""
-LaidOut = Mapping[int, set[Layout | None]]
-Way = tuple[str, str, str]
-"""``count`` or ``bytes`` of a kind of collective along an axis."""
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 TURNS: Mapping[Any, Callable[..., list[int]]] = MappingProxyType({
@@ -48,47 +45,6 @@ TURNS: Mapping[Any, Callable[..., list[int]]] = MappingProxyType({
 """Operators that turn a weight before it is used, and where each dimension of the result was before."""
 
 
-@dataclass
-class Cost:
-    """What the walk met so far: work and traffic of one rank, and the decisions behind them.
-
-    Attributes:
-        attention_flops: those of ``flops`` that are attention; traffic: collectives and bytes sent, by kind and axis.
-    """
-
-    flops: int = 0
-    attention_flops: int = 0
-    sent: int = 0
-    moved: int = 0
-    stale_bytes: int = 0
-    attentions: int = 0
-    gathers: int = 0
-    notes: list[Note] = field(default_factory=list)
-    cut: set[str] = field(default_factory=set)  # values of main, along all of a dimension
-    results: tuple[Layout, ...] = ()  # of main, as they were computed
-    traffic: Counter[Way] = field(default_factory=Counter)
-
-    def add(self, other: Cost) -> None:
-        self.flops += other.flops
-        self.attention_flops += other.attention_flops
-        self.traffic.update(other.traffic)
-        self.sent += other.sent
-        self.moved += other.moved
-        self.stale_bytes += other.stale_bytes
-        self.attentions += other.attentions
-        self.gathers += other.gathers
-
-
-@dataclass
-class CostMemo:
-    """What walks of one program that only count, for one rank, need do but once: block functions by the layouts of
-    their inputs, and nodes of which nothing is sharded."""
-
-    functions: dict[tuple[str, tuple[Layout, ...]], tuple[str, tuple[Layout, ...], Cost, LaidOut]] = field(
-        default_factory=dict)
-    whole: dict[fx.Node, tuple[Result, Cost]] = field(default_factory=dict)
-
-
 class FunctionInterpreter:
     """Interprets one function of the program for one rank. Rules call its public methods."""
 
@@ -97,9 +53,12 @@ class FunctionInterpreter:
         self.spec, self.position, self.sizes = interpreter.spec, interpreter.position, interpreter.sizes
         self.cost = Cost()
         self.node: fx.Node
-        self._relaid: dict[tuple[int, Layout], Value] = {}
-        self._keep: list[Value] = []
-        self._inputs: dict[int, tuple[int, tuple[int, ...]]] = {}
+        # Who only counts finds again what another walk has made; who emits makes all anew.
+        self._known = interpreter.memo.relaid if emitter is None else {}
+        self._relaid: set[Relay] = set()
+        self._step = Step()
+        self._inputs: dict[int, Turned] = {}
+        self._keep: list[Result] = []
         self.wanted: dict[int, set[Layout | None]] = defaultdict(set)
         """Of each input that is whole, by its number: as what it was laid out over tensor ranks; None: as it was."""
 
@@ -149,8 +108,7 @@ class FunctionInterpreter:
         if old == new:
             return value
         self._wanted(value, layout)
-        key = (id(value), layout)
-        if key not in self._relaid:
+        if (known := self._laid_before(value, layout)) is None:
             if not old.sharded or old in (new.gathered(SEQUENCE), new.gathered(TENSOR)):
                 node = None if self.emitter is None else self.emitter.take(
                     self._node(value), dim, old.places(new.spans(self.position), self.position))
@@ -173,11 +131,24 @@ class FunctionInterpreter:
                 return self.lay(self._apart(value, dim), dim, new)
             else:
                 return self.lay(self.lay(value, dim, Dim.replicated(old.size)), dim, new)
-            if node is not None:
-                node.meta["layout"] = layout
-            self._relaid[key] = Value(node, layout, value.dtype)
-            self._keep.append(value)
-        return self._relaid[key]
+            known = self._laid(value, layout, node)
+        return known
+
+    def _laid_before(self, value: Value, layout: Layout) -> Value | None:
+        key = (id(value), layout)
+        found = key in self._relaid
+        if self.emitter is None:
+            self._step.asked.setdefault(key, found)
+        return self._known[key][1] if found else None
+
+    def _laid(self, value: Value, layout: Layout, node: fx.Node | None) -> Value:
+        """``value`` as ``node`` lays it out."""
+        key = (id(value), layout)
+        if node is not None:
+            node.meta["layout"] = layout
+        self._relaid.add(key)
+        self._step.relaid.append(key)
+        return self._known.setdefault(key, (value, Value(node, layout, value.dtype)))[1]
 
     def _apart(self, value: Value, dim: int) -> Value:
         """``value`` with all of ``dim``, of which segments are shared out along different axes."""
@@ -233,17 +204,13 @@ class FunctionInterpreter:
         if axis is None:
             return value
         layout = Layout(value.dims)
-        key = (id(value), layout)
-        if key not in self._relaid:
+        if (known := self._laid_before(value, layout)) is None:
             size = value.local_bytes(self.position)
             self._traffic("all_reduce", axis, 2 * size * (self.sizes[axis] - 1) // self.sizes[axis],
                           "sum of partial results")
-            node = None if self.emitter is None else self.emitter.all_reduce(self._node(value), axis)
-            if node is not None:
-                node.meta["layout"] = layout
-            self._relaid[key] = Value(node, layout, value.dtype)
-            self._keep.append(value)
-        return self._relaid[key]
+            known = self._laid(value, layout, None if self.emitter is None else self.emitter.all_reduce(
+                self._node(value), axis))
+        return known
 
     def one_of_each(self, value: Value) -> Value:
         """``value`` as it goes into and out of blocks: no sum pending, and, so that one block is as the other, no
@@ -353,13 +320,13 @@ class FunctionInterpreter:
             if node.op == "placeholder":
                 env[node] = next(given)
             else:
-                env[node] = self._interpret(node, env)
+                env[node] = self._remembered(node, env)
             if node.name in seeds:
                 value = env[node]
                 assert isinstance(value, Value)
                 env[node] = self._standing(node, lambda v=value, n=node.name: self._seed(v, seeds[n]))
         if self.function == "main":
-            self.cost.cut = {n.name for n, v in env.items() if isinstance(v, Value) and any(
+            self.cost.cut = {n.name for n, v in env.items() if isinstance(v, Value) and v.sharded and any(
                 d.axes - {BATCH} and all(seg.cut for seg in d.segments) for d in v.dims)}
         return outputs
 
@@ -373,13 +340,37 @@ class FunctionInterpreter:
                 value = self.lay(value, dim, layout.dims[dim])
         return value
 
+    def _remembered(self, node: fx.Node, env: Mapping[fx.Node, Result]) -> Result:
+        """As ``_interpret``, once for all walks that only count and come here with the same values."""
+        if node.target is operator.getitem:
+            return env[node.args[0]][node.args[1]]  # type: ignore[index]
+        if not self.interpreter.walks_again:
+            return self._interpret(node, env)
+        given = tuple(env[n] for n in node.all_input_nodes)
+        key = (node, *map(id, given))
+        known, _ = self.interpreter.memo.steps.get(key, ((), ()))
+        for step in known:
+            if all((relay in self._relaid) is found for relay, found in step.asked.items()):
+                break
+        else:
+            before, self.cost = self.cost, Cost()
+            step = self._step = Step(cost=self.cost)
+            step.result = self._interpret(node, env)
+            self.cost, self._step = before, Step()
+            # What it was given is kept too: no other value gets its identity.
+            self.interpreter.memo.steps[key] = [*known, step], given
+        self.cost.add(step.cost)
+        self._relaid.update(step.relaid)
+        self._inputs.update(step.turned)
+        for index, layout in step.wanted:
+            self.wanted[index].add(layout)
+        return step.result
+
     def _interpret(self, node: fx.Node, env: Mapping[fx.Node, Result]) -> Result:
         args = fx.map_arg(node.args, lambda n: env[n])
         kwargs = fx.map_arg(node.kwargs, lambda n: env[n])
         if node.op == "call_module":
             return self._standing(node, lambda: self._call(node, args))
-        if node.target is operator.getitem:
-            return args[0][args[1]]
         values = [a for a in _leaves((args, kwargs)) if isinstance(a, Value)]
         if not any(v.sharded for v in values):
             self._used(args, kwargs)
@@ -389,7 +380,7 @@ class FunctionInterpreter:
             result = self._standing(node, lambda: self._apply(node, args, kwargs))
         if node.target in TURNS and isinstance(result, Value) and (known := self._inputs.get(id(args[0]))):
             turned = TURNS[node.target](list(range(result.ndim)), *args[1:])
-            self._inputs[id(result)] = known[0], tuple(known[1][i] for i in turned)
+            self._inputs[id(result)] = self._step.turned[id(result)] = known[0], tuple(known[1][i] for i in turned)
             self._keep.append(result)
         return result
 
@@ -398,7 +389,11 @@ class FunctionInterpreter:
         if self.sizes[TENSOR] > 1 and self.node.target not in TURNS:
             for known in (self._inputs.get(id(leaf)) for leaf in _leaves(trees)):
                 if known:
-                    self.wanted[known[0]].add(None)
+                    self._want(known[0], None)
+
+    def _want(self, index: int, layout: Layout | None) -> None:
+        self.wanted[index].add(layout)
+        self._step.wanted.append((index, layout))
 
     def _wanted(self, value: Value, layout: Layout) -> None:
         """Remember that ``value``, if it is an input, is laid out like this."""
@@ -406,7 +401,7 @@ class FunctionInterpreter:
             index, order = known
             axes = {axis for d in layout.dims for axis in d.axes}
             dims = tuple(layout.dims[order.index(i)] for i in range(len(order)))
-            self.wanted[index].add(Layout(dims) if axes == {TENSOR} and not value.sharded else None)
+            self._want(index, Layout(dims) if axes == {TENSOR} and not value.sharded else None)
 
     def _standing(self, node: fx.Node, body: Callable[[], Result]) -> Result:
         if self.emitter is None:
@@ -454,7 +449,8 @@ class FunctionInterpreter:
         self.cost.add(cost)
         for i, wants in wanted.items():
             if known := self._inputs.get(id(args[i])):
-                self.wanted[known[0]] |= wants
+                for layout in wants:
+                    self._want(known[0], layout)
         dtypes = [m.dtype for m in node.meta["val"]]
         if self.emitter is None:
             return tuple(Value(None, lay, t) for lay, t in zip(layouts, dtypes, strict=True))
@@ -524,7 +520,7 @@ class ProgramInterpreter:
         self.caches: dict[str, list[torch.Tensor]] = {}
         self.sent: dict[str, int] = {}
         """How many further results of each function are for the next step."""
-        self.memo = memo or CostMemo()
+        self.memo, self.walks_again = memo or CostMemo(), memo is not None
         self._graphs = dict(program.functions())
 
     def main(self, given: Mapping[str, Layout] = MappingProxyType({}), leave: Leave | None = None) -> Interpretation:
@@ -557,14 +553,17 @@ class ProgramInterpreter:
         graph = self._graphs[name].graph
         emitter = Emitter(self.mode, self.position, self.sizes) if self.mode is not None else None
         interpreter = FunctionInterpreter(self, emitter, local)
-        arguments = []
+        arguments: list[Value] = []
         for node, layout in zip(graph.find_nodes(op="placeholder"), layouts, strict=True):
             example = node.meta["val"]
             holder = None
             if emitter:
                 holder = emitter.placeholder(node.name, example, layout.local_shape(self.position))
                 holder.meta["layout"] = layout
-            arguments.append(Value(holder, layout, example.dtype))
+            value = Value(holder, layout, example.dtype)
+            if emitter is None:
+                value = self.memo.arguments.setdefault((name, len(arguments), layout), value)
+            arguments.append(value)
         outputs = interpreter.run(graph, arguments, seeds)
         # The caller of main expects whole tensors, main takes what a block returns as it is laid out.
         interpreter.cost.results = tuple(v.layout for v in outputs)

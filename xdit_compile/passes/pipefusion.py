@@ -19,8 +19,9 @@ from xdit_compile.ir.program import Program
 from xdit_compile.ir.weights_in_graphs import unpacked
 from xdit_compile.passes import localize, plan_start
 from xdit_compile.passes.batch_axis import merge_seeds
+from xdit_compile.passes.cost import Cost
 from xdit_compile.passes.hoist import hoist
-from xdit_compile.passes.interpreter import Cost, FunctionInterpreter, Leave, ProgramInterpreter, Seeds
+from xdit_compile.passes.interpreter import FunctionInterpreter, Leave, ProgramInterpreter, Seeds
 from xdit_compile.passes.patch_axis import cut_by_patches, patch_seeds
 from xdit_compile.passes.recorded import Known, analysed, count_of_seeds, remembered
 from xdit_compile.passes.sharded_value import Value

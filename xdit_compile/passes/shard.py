@@ -10,7 +10,8 @@ from typing import Any
 from xdit_compile.ir.layout import Layout, Position
 from xdit_compile.ir.mesh import position_of
 from xdit_compile.ir.program import Input, Part, Program
-from xdit_compile.passes.interpreter import Cost, CostMemo, Leave, ProgramInterpreter, Seeds, parameter_layouts
+from xdit_compile.passes.cost import Cost, CostMemo
+from xdit_compile.passes.interpreter import Leave, ProgramInterpreter, Seeds, parameter_layouts
 
 
 def shard(program: Program, seeds: Seeds, position: Position, sizes: Mapping[str, int], mode: Any,

@@ -22,7 +22,8 @@ from xdit_compile.ir.layout import TENSOR, Dim, Layout, concatenate
 from xdit_compile.ir.mesh import position_of
 from xdit_compile.ir.parameter_groups import ParameterGroup
 from xdit_compile.ir.program import Program
-from xdit_compile.passes.interpreter import TURNS, Cost, CostMemo, LaidOut, ProgramInterpreter, Seeds
+from xdit_compile.passes.cost import Cost, CostMemo, LaidOut
+from xdit_compile.passes.interpreter import TURNS, ProgramInterpreter, Seeds
 
 aten = torch.ops.aten
 

@@ -19,7 +19,8 @@ from xdit_compile.ir.flops import FORMULAS
 from xdit_compile.ir.layout import SEQUENCE, Dim, Layout
 from xdit_compile.ir.program import Program, module_of, source_of
 from xdit_compile.passes.batch_axis import merge_seeds
-from xdit_compile.passes.interpreter import Cost, Seeds
+from xdit_compile.passes.cost import Cost
+from xdit_compile.passes.interpreter import Seeds
 from xdit_compile.passes.shard import CostEstimator
 
 aten = torch.ops.aten

@@ -21,7 +21,8 @@ from xdit_compile.ir.mesh import axis_sizes, position_of
 from xdit_compile.ir.program import Program
 from xdit_compile.passes import plan, plan_start
 from xdit_compile.passes.batch_axis import merge_seeds
-from xdit_compile.passes.interpreter import ATTENTION, Cost, ProgramInterpreter, Seeds
+from xdit_compile.passes.cost import Cost
+from xdit_compile.passes.interpreter import ATTENTION, ProgramInterpreter, Seeds
 from xdit_compile.passes.pipefusion import Pipeline, plan_pipeline, stage_costs
 from xdit_compile.passes.recorded import Known
 from xdit_compile.passes.stage_partition import balanced, blocks_in
