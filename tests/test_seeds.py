@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
+import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import zoo
 from emulation import together
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from xdit_compile import explain
 from xdit_compile.errors import SpecError
 from xdit_compile.frontend.capture import capture
+from xdit_compile.ir.layout import SEQUENCE, TENSOR, Dim, Layout
+from xdit_compile.ir.mesh import axis_sizes, position_of
 from xdit_compile.ir.pytree import flatten
-from xdit_compile.passes import localize, plan
+from xdit_compile.passes import localize, plan, plan_start
+from xdit_compile.passes.cost import CostMemo
+from xdit_compile.passes.interpreter import ProgramInterpreter
 from xdit_compile.spec import ShardingSpec
 
 D = 64
@@ -236,3 +243,31 @@ def test_alike_blocks_stay_alike_where_features_are_shared() -> None:
         local = localize(*plan(captured, ShardingSpec(tensor_degree=2)), 0)
     assert [*captured.calls().values()] == [*local.calls().values()] == [1, 3]
     assert any(n.kind == "collective" for n in local.notes)
+
+
+@pytest.mark.parametrize("spec", ["ulysses=3", "ring=2,tensor=2", "ulysses=2,displaced=yes"])
+@pytest.mark.parametrize("name", ["dit", "sd3", "flux", "sana", "window", "uvit"])
+def test_what_walks_find_again_is_what_they_would_count(name: str, spec: str) -> None:
+    """Random choices of seeds, of tokens and weights, one after the other, against walks that remember nothing."""
+    case, draw, memo, parsed = zoo.CASES[name], random.Random(name + spec), CostMemo(), ShardingSpec.parse(spec)
+    canonical, *_ = plan_start(capture(case.build().eval(), (), case.inputs(2, True)), ShardingSpec(), ())
+    program, sizes = replace(canonical, spec=parsed), axis_sizes(parsed)
+    graph = program.main.graph
+    kinds = {n: what.kind for n, what in zip(graph.find_nodes(op="placeholder"), program.inputs, strict=True)}
+    features = [n for n in graph.nodes if isinstance(n.meta.get("val"), Tensor) and n.meta["val"].ndim > 1]
+    values = [n for n in features if kinds.get(n) not in ("parameter", "constant")]
+    weights = [n for n in features if kinds.get(n) == "parameter"]
+
+    def cut(node: fx.Node, axis: str) -> Layout:
+        shape = tuple(node.meta["val"].shape)
+        dim = draw.randrange(len(shape))
+        return Layout.replicated(shape).replace(dim, Dim.even(shape[dim], sizes[axis], axis))
+
+    for _ in range(15):
+        seeds = {n.name: cut(n, SEQUENCE) for n in draw.sample(values, draw.randint(0, 3))}
+        if sizes[TENSOR] > 1:
+            seeds |= {n.name: cut(n, TENSOR) for n in draw.sample(weights, draw.randint(1, 5))}
+        position = position_of(parsed.world_size - 1, parsed)
+        again, fresh = (ProgramInterpreter(program, seeds, position, sizes, memo=m).main() for m in (memo, None))
+        assert again == fresh
+        assert fresh.cost.flops > 0
