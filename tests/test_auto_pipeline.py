@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pipelines
 import planner_runs
 import pytest
@@ -15,11 +16,16 @@ from pool import Pool
 from torch import nn
 
 from xdit_compile.frontend.method_module import as_module
+from xdit_compile.frontend.program_cache import captured
 from xdit_compile.ir.call_arguments import Call
 from xdit_compile.pipelines.auto_pipeline import observed
+from xdit_compile.pipelines.components import Role
+from xdit_compile.planner.auto import batch_of
 from xdit_compile.planner.autoencoder import shared_decoding
-from xdit_compile.planner.machine import Link, Machine, Rates
-from xdit_compile.planner.plan import Question
+from xdit_compile.planner.costs import Loop
+from xdit_compile.planner.device_memory import Beside
+from xdit_compile.planner.machine import Link, Machine, Rates, read
+from xdit_compile.planner.plan import Planner, Question
 
 QUICK = ("dit", "sd3_skip", "flux_true", "wan")
 LATENT = ("mochi",)
@@ -59,6 +65,34 @@ def test_what_is_decoded_is_known_after_one_step_and_nothing_has_changed(
     assert (seen.decoding is None) == (not decoded)
     if seen.decoding is not None:
         assert looks(seen.decoding.args, seen.decoding.kwargs) == decoded[0]
+
+
+def test_what_lies_beside_the_model_is_known(tmp_path: Path) -> None:
+    """Of each component once, by what it is for; what offloading brings when it runs is not there."""
+    pipe = pipelines.load(pipelines.folder("sd3", tmp_path))
+    sizes = {n: sum({t.data_ptr(): t.numel() * t.element_size() for t in (*m.parameters(), *m.buffers())}.values())
+             for n, m in pipe.components.items() if isinstance(m, nn.Module)}
+    arguments = pipelines.PIPELINES["sd3"].call()
+    encoders = [sizes[n] for n in ("text_encoder", "text_encoder_2", "text_encoder_3")]
+    found = observed(pipe, (), arguments).beside
+    assert found.keys() == {Role.ENCODER, Role.AUTOENCODER} and found[Role.AUTOENCODER] == [sizes["vae"]]
+    assert sorted(found[Role.ENCODER]) == sorted(encoders)
+    accelerate.hooks.add_hook_to_module(pipe.text_encoder, accelerate.hooks.ModelHook())
+    assert len(observed(pipe, (), arguments).beside[Role.ENCODER]) == 2
+
+
+def test_auto_shares_out_encoders_where_memory_is_small(pool: Pool, tmp_path: Path) -> None:
+    (tmp_path / "two.toml").write_text(planner_runs.TOML)
+    pipe = pipelines.load(pipelines.folder("pixart_alpha", tmp_path))
+    seen = observed(pipe, (), pipelines.PIPELINES["pixart_alpha"].call())
+    bound, (encoder,) = seen.call.bound(), seen.beside[Role.ENCODER]
+    planner = Planner(captured(seen.call.module, bound.args, bound.kwargs))
+    beside = Beside(0, (encoder,), sum(seen.beside[Role.AUTOENCODER]))
+    loop = Loop(seen.steps, seen.calls, batch_of(seen.call))
+    plenty = planner.plan(Question(read(tmp_path / "two.toml"), 2, loop, exact=True, beside=beside)).best
+    auto = f"auto,machine={tmp_path}/two.toml,device_memory={int(plenty.memory - 0.2 * encoder)}"
+    found = pool.run(planner_runs.pipeline, "pixart_alpha", str(tmp_path), auto, ranks=range(2), timeout=240)
+    assert all("encoders=shard" in f["spec"] and f["error"] <= 1e-4 for f in found)
 
 
 def machine(speed: float, memory: float = 1e12) -> Machine:

@@ -30,6 +30,7 @@ from xdit_compile.planner.auto import Auto
 from xdit_compile.planner.calibrate import write, written
 from xdit_compile.planner.candidates import approximate, candidates
 from xdit_compile.planner.costs import Loop, loop_seconds
+from xdit_compile.planner.device_memory import COMING, Beside
 from xdit_compile.planner.machine import FOLDER, Link, Machine, Rates, machine, networks, read, shipped
 from xdit_compile.planner.plan import Planner, Question
 from xdit_compile.planner.work import Staged, Work, WorkCounter
@@ -333,6 +334,32 @@ def test_memory_that_is_too_small_leads_to_shares_of_weights_or_to_a_refusal() -
     assert all(o.spec.parts or o.spec.pipefusion_degree > 1 for o in (*tight.options, *tight.estimated))
     with pytest.raises(SpecError, match=r"does not fit: a rank takes .*, a device has 1\.00 kB"):
         planner.plan(Question(simple(2), 2, Loop(4), memory=1000))
+
+
+def test_encoders_are_shared_out_before_weights_that_each_step_needs() -> None:
+    planner = Planner(counter("dit").captured)
+    weights = planner.counter.whole.parameters
+    beside = Beside(encoders=(4 * weights, weights), others=weights)
+    question = Question(simple(2), 2, Loop(4), exact=True, beside=beside)
+    many = planner.plan(question)
+    few = planner.plan(replace(question, memory=int(many.best.memory - weights)))
+    assert many.best.spec.encoders == "everywhere" and "exchanges (encoders)" not in many.best.seconds.parts()
+    assert replace(few.best.spec, encoders="everywhere") == many.best.spec and few.best.spec.encoders == "shard"
+    # A rank is sent half of them, once.
+    assert few.best.seconds.total - many.best.seconds.total == pytest.approx(2.5 * weights / 1e9, rel=1e-6)
+    with pytest.raises(SpecError, match=r"a rank takes .*, .* of it other components of the pipeline, a device has"):
+        planner.plan(replace(question, memory=int(1.9 * weights)))
+    said = planner.plan(replace(question, base=ShardingSpec(encoders="spread")))
+    assert said.best.memory - many.best.memory == pytest.approx(-weights)
+
+
+@pytest.mark.parametrize(("spec", "held"), [
+    ("ulysses=4", 7 + 5 + 32), ("ulysses=4,encoders=spread", 7 + 5 + 20), ("tensor=2,ulysses=2", 3.5 + 5 + 32),
+    ("pipefusion=4,encoders=spread", 1.75 + 5 + 20), ("ulysses=4,shard=4", 1.75 + 7 * COMING + 5 + 32),
+    ("ulysses=4,offload=block", 7 * COMING + 5 + 32), ("ulysses=4,encoders=shard", 7 + 5 + 8 + 20 * COMING)])
+def test_what_a_pipeline_keeps_beside_the_model(spec: str, held: float) -> None:
+    beside = Beside(denoisers=7, encoders=(20, 10, 1, 1), others=5)
+    assert beside.on_rank(ShardingSpec.parse(spec)) == pytest.approx(held)
 
 
 def test_ranks_that_plan_alike_choose_alike() -> None:

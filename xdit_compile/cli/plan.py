@@ -82,7 +82,7 @@ def plan(options: argparse.Namespace, target: Callable[[], tuple[nn.Module, Inpu
     question = Question(
         here, options.world or here.world_size, Loop(options.steps, options.calls, batch_of(Call(model, args, kwargs))),
         options.goal, options.exact, None if options.device_memory is None else bytes_of(options.device_memory),
-        ShardingSpec.parse(options.base))
+        base=ShardingSpec.parse(options.base))
     made = planner.plan(question, progress)
     if options.plot:
         draw(planner, question, sized, options.plot)

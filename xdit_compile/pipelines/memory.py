@@ -39,10 +39,10 @@ def memory_of_component(module: nn.Module, device: torch.device) -> RankMemory:
     held = {id(t): t for t in (*module.parameters(), *module.buffers()) if not t.is_meta}
     stores = [holder.store for holder in (*runners.values(), *filter(None, [getattr(module, "shares", None)]))
               if holder.store is not None]
-    here = _nbytes(t for t in held.values() if t.device == device)
-    away = _nbytes(t for t in held.values() if t.device != device)
+    here = nbytes_of(t for t in held.values() if t.device == device)
+    away = nbytes_of(t for t in held.values() if t.device != device)
     for store in stores:
-        shares = _nbytes(store.values())
+        shares = nbytes_of(store.values())
         here, away = (here, away + shares) if store.offload else (here + shares, away)
     said = rank_memory(programs, lasting) if programs else RankMemory()
     return replace(said, weights=here, host=away)
@@ -69,5 +69,6 @@ def _programs(body: Program, invariant: Program | None,
     return [*lasting, *(stage.units.values() if stage else (body,))], lasting
 
 
-def _nbytes(tensors: Iterable[torch.Tensor]) -> int:
+def nbytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of all parts of these, packed ones among them."""
     return sum(p.numel() * p.element_size() for t in tensors for p in parts(t).values())

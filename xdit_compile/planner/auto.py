@@ -20,6 +20,7 @@ from xdit_compile.ir.parameter_groups import parameter_groups
 from xdit_compile.ir.step_inputs import timestep_inputs
 from xdit_compile.planner.autoencoder import shared_decoding
 from xdit_compile.planner.costs import Loop
+from xdit_compile.planner.device_memory import ALONE, Beside
 from xdit_compile.planner.machine import Machine, machine, read
 from xdit_compile.planner.plan import GOALS, Planner, Question
 from xdit_compile.spec import DEGREES, SHORT, ShardingSpec, pairs_of
@@ -113,11 +114,12 @@ class Auto:
         path = machine_file()
         return read(path) if path.is_file() or os.environ.get(FILE) else None
 
-    def question(self, here: Machine, world: int, batch: int, steps: int = 0, calls: int = 0) -> Question:
+    def question(self, here: Machine, world: int, batch: int, steps: int = 0, calls: int = 0,
+                 beside: Beside = ALONE) -> Question:
         """What the planner is asked; what the user said goes before what was seen."""
         sized = here if here.world_size >= world else replace(here, nodes=-(-world // here.devices))
         loop = Loop(self.steps or steps or Loop.steps, self.calls or calls or 1, batch)
-        return Question(sized, world, loop, self.goal, self.exact, self.memory, self.base)
+        return Question(sized, world, loop, self.goal, self.exact, self.memory, beside, self.base)
 
 
 def spec_of(text: str) -> ShardingSpec | Auto:
@@ -147,7 +149,12 @@ def choose(call: Call, question: Question, decoding: Call | None = None) -> Shar
     model, bound = call.module, call.bound()
     planner = Planner(captured(model, bound.args, bound.kwargs), parameter_groups(model), type(model).__name__)
     plan = planner.plan(question)
-    shared = shared_decoding(decoding, question) if decoding else None
+    shared = None
+    if decoding:
+        # It is there while it decodes, and so is all else but the values of a step.
+        own = sum(t.nbytes for t in decoding.module.parameters())
+        left = question.most - planner.resident(plan.best.spec, question) + own
+        shared = shared_decoding(decoding, replace(question, memory=max(int(left), 1)))
     print("; ".join([plan.line(), *([shared.line()] if shared else [])]), file=sys.stderr)
     return replace(plan.best.spec, vae_degree=shared.degree if shared else 1)
 

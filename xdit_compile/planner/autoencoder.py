@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from xdit_compile.errors import XditError
 from xdit_compile.frontend.program_cache import captured
 from xdit_compile.ir.call_arguments import Call
-from xdit_compile.planner.candidates import divisors, estimated_memory
+from xdit_compile.planner.candidates import divisors
 from xdit_compile.planner.costs import forward_seconds
+from xdit_compile.planner.device_memory import estimated_memory
 from xdit_compile.planner.plan import Question
 from xdit_compile.planner.plan_report import duration
 from xdit_compile.planner.work import Work, WorkCounter

@@ -1,22 +1,12 @@
-"""Every spec for so many devices, and whether a device's memory holds what it asks for."""
+"""Every spec for so many devices, and the same with less on each of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from xdit_compile.driver.compile_call import compile_program
-from xdit_compile.driver.compile_stage import staged
-from xdit_compile.ir.parameter_groups import ParameterGroup
-from xdit_compile.ir.program import Program
-from xdit_compile.passes.pipefusion import plan_pipeline
 from xdit_compile.planner.costs import Loop
-from xdit_compile.planner.work import Staged, Whole, Work
-from xdit_compile.report.memory import rank_memory
 from xdit_compile.spec import ALL, ShardingSpec
-
-MARGIN = 1.25
-"""An estimate of memory may be wrong by so much; nearer to what a device has, programs are made to know."""
 
 
 def candidates(base: ShardingSpec, world: int, loop: Loop, exact: bool,
@@ -70,39 +60,14 @@ def approximate(spec: ShardingSpec) -> bool:
     return spec.pipefusion_degree > 1 and spec.patches > 1 and spec.warmup_steps != ALL
 
 
-def smaller(spec: ShardingSpec) -> Iterator[ShardingSpec]:
-    """The same with weights cut over ranks, ever more of them, and at last in the host's memory."""
+def smaller(spec: ShardingSpec, encoders: bool = False) -> Iterator[ShardingSpec]:
+    """The same with a pipeline's ``encoders`` cut over ranks, if it has some, which costs least; with weights cut over
+    ranks, ever more of them; and at last in the host's memory."""
+    if encoders and spec.encoders == "everywhere" and spec.world_size > 1:
+        spec = replace(spec, encoders="shard")
+        yield spec
     if spec.shard_degree > 1 or spec.offload != "none":
         return
     shards = [n for n in divisors(spec.replicas) if n > 1]
     yield from (replace(spec, shard_degree=n) for n in shards)
     yield replace(spec, offload="block", shard_degree=shards[-1] if shards else 1)
-
-
-def estimated_memory(work: Work | Staged, whole: Whole, spec: ShardingSpec) -> float:
-    """Bytes that a rank takes on its device, nearly."""
-    parameters = whole.parameters / spec.tensor_degree / spec.pipefusion_degree / spec.shard_degree
-    if spec.offload != "none":
-        parameters = 0.0
-    if spec.shard_degree > 1 or spec.offload != "none":
-        parameters += whole.parameters / spec.tensor_degree * COMING
-    stale = max((u.stale for us in work.units for u in us.values()), default=0) if isinstance(work, Staged) else 0
-    return parameters + whole.activations / spec.sequence_degree / spec.batch_degree * ROOM + stale + whole.arguments
-
-
-COMING = 0.08
-"""Of all parameters, what two blocks are that are there at a time."""
-
-ROOM = 1.5
-"""Buffers of exchanges, over values that are computed."""
-
-
-def counted_memory(captured: Program, spec: ShardingSpec, groups: Sequence[ParameterGroup]) -> int:
-    """Bytes that a rank takes on its device, from the programs it runs; of stages, that which takes most."""
-    if spec.pipefusion_degree == 1:
-        compiled = compile_program(captured, spec, 0, groups=groups if spec.parts else ())
-        return rank_memory([compiled.body]).device
-    pipeline = plan_pipeline(captured, spec)
-    stages = [staged(pipeline, stage * spec.ranks_per_stage, groups=groups if spec.parts else ())[1]
-              for stage in range(spec.pipefusion_degree)]
-    return max(rank_memory([s.once, *s.units.values()], [s.once]).device for s in stages)

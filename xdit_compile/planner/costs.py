@@ -98,6 +98,16 @@ def loop_seconds(work: Work | Staged, whole: Whole, spec: ShardingSpec, machine:
     return found
 
 
+def encoder_seconds(nbytes: int, spec: ShardingSpec, machine: Machine) -> Seconds:
+    """What it takes until so many bytes of encoders' parameters have come, once in a call of a pipeline. What encoders
+    compute is the same under every spec."""
+    if not nbytes:
+        return Seconds()
+    link = machine.link(range(spec.world_size), "all_gather")
+    return Seconds(links={"encoders": link.latency + nbytes * _crowd(
+        link, list(range(spec.world_size)), "all_gather", machine) / link.bandwidth})
+
+
 def takes_turns(spec: ShardingSpec, loop: Loop) -> bool:
     """Whether groups of guidance take turns in calls, because the batch of one is too small to be cut."""
     return spec.cfg_degree > 1 and loop.batch < spec.batch_degree

@@ -13,15 +13,16 @@ from xdit_compile.frontend.program_cache import captured
 from xdit_compile.ir.call_arguments import Inputs, call_arguments
 from xdit_compile.ir.parameter_groups import ParameterGroup, parameter_groups
 from xdit_compile.ir.program import Program
-from xdit_compile.planner.candidates import (
+from xdit_compile.planner.candidates import approximate, candidates, smaller
+from xdit_compile.planner.costs import Loop, Seconds, encoder_seconds, loop_seconds, takes_turns
+from xdit_compile.planner.device_memory import (
+    ALONE,
     MARGIN,
-    approximate,
-    candidates,
+    Beside,
     counted_memory,
     estimated_memory,
-    smaller,
+    held_parameters,
 )
-from xdit_compile.planner.costs import Loop, Seconds, loop_seconds, takes_turns
 from xdit_compile.planner.machine import Machine
 from xdit_compile.planner.plan_report import Option, Plan, Refused
 from xdit_compile.planner.work import Staged, Work, WorkCounter
@@ -46,7 +47,7 @@ class Question:
 
     Attributes:
         exact: whether specs whose results are approximate are refused; goal: one of GOALS.
-        memory: bytes of a device, where it is not the machine's.
+        memory: bytes of a device, where it is not the machine's; beside: what else a pipeline keeps there.
         base: the words of the spec that are no degrees.
     """
 
@@ -56,6 +57,7 @@ class Question:
     goal: str = "latency"
     exact: bool = False
     memory: int | None = None
+    beside: Beside = ALONE
     base: ShardingSpec = field(default_factory=ShardingSpec)
 
     @property
@@ -158,17 +160,18 @@ class Planner:
         option = self.quick(spec, question)
         if option.memory <= question.most:
             return option
-        for other in smaller(spec):
+        for other in smaller(spec, bool(question.beside.encoders)):
             less = self.quick(other, question)
             if less.memory <= question.most:
                 return less
-        raise SpecError(f"does not fit: a rank takes {size(option.memory)}, a device has {size(question.most)}")
+        raise _too_large(option, question)
 
     def _option(self, spec: ShardingSpec, question: Question,
                 count: Callable[[ShardingSpec], Work | Staged]) -> Option:
         work = count(self._of_one_turn(spec, question.loop))
-        memory = estimated_memory(work, self.counter.whole, spec)
-        seconds = loop_seconds(work, self.counter.whole, spec, question.machine, question.loop)
+        memory = estimated_memory(work, self.counter.whole, spec) + question.beside.on_rank(spec)
+        seconds = loop_seconds(work, self.counter.whole, spec, question.machine, question.loop).plus(
+            encoder_seconds(question.beside.fetched(spec), spec, question.machine))
         data = spec.data_degree if question.goal == "throughput" else 1
         return Option(spec, seconds, seconds.total / data, memory, False, approximate(spec))
 
@@ -183,10 +186,15 @@ class Planner:
         made = replace(self._option(option.spec, question, self._counted), checked=True)
         if question.most / MARGIN < made.memory < question.most * MARGIN:
             spec = self._of_one_turn(option.spec, question.loop)
-            made = replace(made, memory=counted_memory(self.program, spec, self.groups))
+            beside = question.beside.on_rank(option.spec)
+            made = replace(made, memory=counted_memory(self.program, spec, self.groups) + beside)
         if made.memory > question.most:
-            raise SpecError(f"does not fit: a rank takes {size(made.memory)}, a device has {size(question.most)}")
+            raise _too_large(made, question)
         return made
+
+    def resident(self, spec: ShardingSpec, question: Question) -> float:
+        """Bytes that are on a rank's device between calls: parameters, and what else a pipeline keeps there."""
+        return held_parameters(self.counter.whole.parameters, spec) + question.beside.on_rank(spec)
 
     def _counted(self, spec: ShardingSpec) -> Work | Staged:
         if spec not in self._exact:
@@ -212,6 +220,12 @@ def folklore(question: Question) -> Iterable[ShardingSpec]:
     if world % 2 == 0 and (loop.calls > 1 or loop.batch % 2 == 0):
         yield replace(question.base, cfg_degree=2, ulysses_degree=world // 2)
     yield replace(question.base, ulysses_degree=world)
+
+
+def _too_large(option: Option, question: Question) -> SpecError:
+    beside = question.beside.on_rank(option.spec)
+    others = f", {size(beside)} of it other components of the pipeline" if beside else ""
+    return SpecError(f"does not fit: a rank takes {size(option.memory)}{others}, a device has {size(question.most)}")
 
 
 def _refused(spec: ShardingSpec, error: XditError) -> Refused:
