@@ -245,12 +245,22 @@ def test_alike_blocks_stay_alike_where_features_are_shared() -> None:
     assert any(n.kind == "collective" for n in local.notes)
 
 
+class Often(nn.Module):
+    """Values that several operators lay out anew, each if none did before."""
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        both = x[..., None] * y
+        return both, x.cumsum(1), x.softmax(1), both.cumsum(0), both.softmax(2), both.amax(1) @ x, x.cumsum(0)
+
+
 @pytest.mark.parametrize("spec", ["ulysses=3", "ring=2,tensor=2", "ulysses=2,displaced=yes"])
-@pytest.mark.parametrize("name", ["dit", "sd3", "flux", "sana", "window", "uvit"])
+@pytest.mark.parametrize("name", ["often", "dit", "sd3", "flux", "sana", "window", "uvit"])
 def test_what_walks_find_again_is_what_they_would_count(name: str, spec: str) -> None:
     """Random choices of seeds, of tokens and weights, one after the other, against walks that remember nothing."""
-    case, draw, memo, parsed = zoo.CASES[name], random.Random(name + spec), CostMemo(), ShardingSpec.parse(spec)
-    canonical, *_ = plan_start(capture(case.build().eval(), (), case.inputs(2, True)), ShardingSpec(), ())
+    draw, memo, parsed = random.Random(name + spec), CostMemo(), ShardingSpec.parse(spec)
+    model, given = (Often(), {"x": torch.randn(6, 8), "y": torch.randn(6, 8, 6)}) if name == "often" else (
+        zoo.CASES[name].build(), zoo.CASES[name].inputs(2, True))
+    canonical, *_ = plan_start(capture(model.eval(), (), given), ShardingSpec(), ())
     program, sizes = replace(canonical, spec=parsed), axis_sizes(parsed)
     graph = program.main.graph
     kinds = {n: what.kind for n, what in zip(graph.find_nodes(op="placeholder"), program.inputs, strict=True)}
@@ -263,11 +273,11 @@ def test_what_walks_find_again_is_what_they_would_count(name: str, spec: str) ->
         dim = draw.randrange(len(shape))
         return Layout.replicated(shape).replace(dim, Dim.even(shape[dim], sizes[axis], axis))
 
-    for _ in range(15):
+    for _ in range(15 if weights else 60):
         seeds = {n.name: cut(n, SEQUENCE) for n in draw.sample(values, draw.randint(0, 3))}
-        if sizes[TENSOR] > 1:
+        if sizes[TENSOR] > 1 and weights:
             seeds |= {n.name: cut(n, TENSOR) for n in draw.sample(weights, draw.randint(1, 5))}
         position = position_of(parsed.world_size - 1, parsed)
         again, fresh = (ProgramInterpreter(program, seeds, position, sizes, memo=m).main() for m in (memo, None))
         assert again == fresh
-        assert fresh.cost.flops > 0
+        assert fresh.cost.moved > 0
