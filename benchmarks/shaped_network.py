@@ -6,7 +6,7 @@
 
 Each machine is a namespace with a loopback and one link to a switch, a bridge in a namespace of its own; nothing of
 the host's own network is touched. A link lets through so much in each direction (`tc ... tbf`, at both of its ends).
-What was made is removed when the block ends, however it ends.
+What was made is removed when the block ends, with all that still runs there; so it is when the process is told to end.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ import itertools
 import os
 import re
 import shutil
+import signal
 import subprocess
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from tempfile import TemporaryFile
+from typing import NoReturn
 
 UNLIMITED = "unlimited"
 PORT = 29500
@@ -56,6 +59,9 @@ class Network:
         for tool in ("ip", "tc"):
             if shutil.which(tool) is None:
                 raise Unavailable(f"there is no `{tool}` here (Debian's package iproute2)")
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, _end)
+            self._undo.callback(signal.signal, signal.SIGTERM, signal.SIG_DFL)
         try:
             self._make()
         except BaseException:
@@ -70,7 +76,7 @@ class Network:
         switch = self.name
         for namespace in (switch, *self.machines):
             _call("ip", "netns", "add", namespace)
-            self._undo.callback(subprocess.run, ["ip", "netns", "del", namespace], check=False)
+            self._undo.callback(_remove, namespace)
         _call("ip", "-n", switch, "link", "add", "switch", "type", "bridge")
         _call("ip", "-n", switch, "link", "set", "switch", "up")
         for number, machine in enumerate(self.machines):
@@ -118,6 +124,18 @@ class Network:
                 if process.returncode:
                     said[number].seek(0)
                     raise Failed(f"machine {number} of {len(processes)}: {said[number].read().decode()[-4000:]}")
+
+
+def _end(number: int, _: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _remove(namespace: str) -> None:
+    inside = subprocess.run(["ip", "netns", "pids", namespace], check=False, capture_output=True, text=True).stdout
+    for process in inside.split():
+        with suppress(ProcessLookupError):
+            os.kill(int(process), signal.SIGKILL)
+    subprocess.run(["ip", "netns", "del", namespace], check=False)
 
 
 def bits_per_second(rate: str) -> float:

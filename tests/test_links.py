@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +57,35 @@ def test_nothing_is_left_of_a_network_that_ended_in_an_error(machines: int) -> N
         raise RuntimeError("inside")
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     assert network.name not in listed
+
+
+RUN = """
+import os, sys, threading, time
+from shaped_network import Network
+with Network(2) as network:
+    def say():
+        while not os.path.exists(sys.argv[1]):
+            time.sleep(0.1)
+        print(network.name, flush=True)
+    threading.Thread(target=say, daemon=True).start()
+    network.torchrun([sys.executable, sys.argv[2], sys.argv[1]], patience=100)
+"""
+SLEEP = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(1000)"
+
+
+def test_nothing_is_left_of_a_network_whose_process_is_told_to_end(machines: int, tmp_path: Path) -> None:
+    (tmp_path / "run.py").write_text(RUN)
+    (tmp_path / "sleep.py").write_text(SLEEP)
+    command = [sys.executable, *(str(tmp_path / name) for name in ("run.py", "there", "sleep.py"))]
+    around = {**os.environ, "PYTHONPATH": str(BENCHMARKS)}
+    with subprocess.Popen(command, env=around, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        name = running.stdout.readline().strip()
+        running.terminate()
+        assert name.startswith("xdit") and running.wait(30) == 128 + signal.SIGTERM
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    assert name not in listed
+    assert subprocess.run(["pgrep", "-f", str(tmp_path / "sleep.py")], check=False, capture_output=True).returncode == 1
 
 
 @pytest.mark.parametrize("rate", ["fast", "10", "10 mbit", "-1mbit"])
