@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,20 @@ import pipelines
 import planner_runs
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from diffusers.hooks import apply_group_offloading
 from marks import whole
 from pool import Pool
 from torch import nn
 
 from xdit_compile.frontend.method_module import as_module
 from xdit_compile.frontend.program_cache import captured
+from xdit_compile.ir.beside import Beside, EncoderBytes
 from xdit_compile.ir.call_arguments import Call
 from xdit_compile.pipelines.auto_pipeline import observed
-from xdit_compile.pipelines.components import Role
 from xdit_compile.planner.auto import batch_of
 from xdit_compile.planner.autoencoder import shared_decoding
 from xdit_compile.planner.costs import Loop
-from xdit_compile.planner.device_memory import Beside
 from xdit_compile.planner.machine import Link, Machine, Rates, read
 from xdit_compile.planner.plan import Planner, Question
 
@@ -67,30 +69,105 @@ def test_what_is_decoded_is_known_after_one_step_and_nothing_has_changed(
         assert looks(seen.decoding.args, seen.decoding.kwargs) == decoded[0]
 
 
+def hooks_on(pipe: Any) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for c in pipe.components.values()
+               if isinstance(c, nn.Module) for m in c.modules())
+
+
 def test_what_lies_beside_the_model_is_known(tmp_path: Path) -> None:
     """Of each component once, by what it is for; what offloading brings when it runs is not there."""
     pipe = pipelines.load(pipelines.folder("sd3", tmp_path))
     sizes = {n: sum({t.data_ptr(): t.numel() * t.element_size() for t in (*m.parameters(), *m.buffers())}.values())
              for n, m in pipe.components.items() if isinstance(m, nn.Module)}
     arguments = pipelines.PIPELINES["sd3"].call()
-    encoders = [sizes[n] for n in ("text_encoder", "text_encoder_2", "text_encoder_3")]
+    pipe(**arguments)  # transformers puts on hooks of its own
+    hooks = hooks_on(pipe)
     found = observed(pipe, (), arguments).beside
-    assert found.keys() == {Role.ENCODER, Role.AUTOENCODER} and found[Role.AUTOENCODER] == [sizes["vae"]]
-    assert sorted(found[Role.ENCODER]) == sorted(encoders)
-    accelerate.hooks.add_hook_to_module(pipe.text_encoder, accelerate.hooks.ModelHook())
-    assert len(observed(pipe, (), arguments).beside[Role.ENCODER]) == 2
+    assert found.denoisers == 0 and found.others == sizes["vae"]
+    assert sorted(e.nbytes for e in found.encoders) == sorted(
+        sizes[n] for n in ("text_encoder", "text_encoder_2", "text_encoder_3"))
+    # Guidance encodes two prompts; what is shared out are all parameters but for small ones outside of blocks.
+    assert all(e.calls == 2 and 0.7 * e.nbytes < e.cut <= e.nbytes and e.messages % 2 == 0 for e in found.encoders)
+    assert hooks_on(pipe) == hooks
+
+
+class Tables(nn.Module):
+    """An encoder with a table and two blocks, of 400 bytes each but for the table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(100, 10)
+        self.blocks = nn.ModuleList(nn.Linear(10, 10, bias=False) for _ in range(2))
+        self.register_buffer("positions", torch.zeros(5))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Denoiser(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(10, 10)
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return x + self.layer(x)
+
+
+class Asks:
+    """A pipeline that takes from its encoder what ``ask`` does."""
+
+    def __init__(self, ask: Callable[[Tables], torch.Tensor]) -> None:
+        self.encoder, self.other, self.model, self.ask = Tables(), Denoiser(), Denoiser(), ask
+        self.components = {"encoder": self.encoder, "again": self.encoder, "other": self.other, "model": self.model}
+
+    def __call__(self) -> torch.Tensor:
+        return self.model(self.ask(self.encoder), torch.tensor([1]))
+
+
+IDS = torch.arange(4)
+CUT = EncoderBytes(4000 + 800 + 20, 4800, 4096 + 2 * 512, 9, 3)
+"""What comes lies in memory at multiples of 256 bytes."""
+
+
+@pytest.mark.parametrize(("ask", "seen"), [
+    (lambda e: e(IDS) + e(IDS) + e(IDS), CUT), (lambda e: e.table(IDS), EncoderBytes(4820)),
+    (lambda e: e(IDS) + e.table(IDS), EncoderBytes(4820)), (lambda e: torch.randn(4, 10), EncoderBytes(4820))])
+def test_an_encoder_is_shared_out_if_it_is_only_called_as_a_whole(
+        ask: Callable[[Tables], torch.Tensor], seen: EncoderBytes) -> None:
+    pipe = Asks(ask)
+    assert observed(pipe, (), {}).beside == Beside(440, (seen,), 0)
+    pipe.encoder.compile(backend="eager")
+    assert observed(pipe, (), {}).beside == Beside(440, (EncoderBytes(4820),), 0)
+
+
+HOOKS: dict[str, tuple[Callable[[nn.Module], object], bool]] = {
+    "aligned": (lambda m: add_hook_to_module(m, AlignDevicesHook("cpu", io_same_device=True)), True),
+    "sequential": (lambda m: accelerate.cpu_offload(m, torch.device("cpu"), offload_buffers=True), False),
+    "as a whole": (lambda m: accelerate.cpu_offload_with_hook(m, "cpu"), False),
+    "in groups": (lambda m: apply_group_offloading(m, torch.device("cpu"), offload_type="leaf_level"), False)}
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_what_offloading_brings_when_it_runs_is_not_there(name: str) -> None:
+    pipe = Asks(lambda e: e(IDS))
+    put, there = HOOKS[name]
+    put(pipe.encoder)
+    found = observed(pipe, (), {}).beside
+    assert [e.nbytes for e in found.encoders] == ([4820] if there else []) and found.denoisers == 440
 
 
 def test_auto_shares_out_encoders_where_memory_is_small(pool: Pool, tmp_path: Path) -> None:
     (tmp_path / "two.toml").write_text(planner_runs.TOML)
     pipe = pipelines.load(pipelines.folder("pixart_alpha", tmp_path))
     seen = observed(pipe, (), pipelines.PIPELINES["pixart_alpha"].call())
-    bound, (encoder,) = seen.call.bound(), seen.beside[Role.ENCODER]
+    bound, (encoder,) = seen.call.bound(), seen.beside.encoders
     planner = Planner(captured(seen.call.module, bound.args, bound.kwargs))
-    beside = Beside(0, (encoder,), sum(seen.beside[Role.AUTOENCODER]))
     loop = Loop(seen.steps, seen.calls, batch_of(seen.call))
-    plenty = planner.plan(Question(read(tmp_path / "two.toml"), 2, loop, exact=True, beside=beside)).best
-    auto = f"auto,machine={tmp_path}/two.toml,device_memory={int(plenty.memory - 0.2 * encoder)}"
+    plenty = planner.plan(Question(read(tmp_path / "two.toml"), 2, loop, exact=True, beside=seen.beside)).best
+    auto = f"auto,machine={tmp_path}/two.toml,device_memory={int(plenty.memory - 0.2 * encoder.cut)}"
     found = pool.run(planner_runs.pipeline, "pixart_alpha", str(tmp_path), auto, ranks=range(2), timeout=240)
     assert all("encoders=shard" in f["spec"] and f["error"] <= 1e-4 for f in found)
 

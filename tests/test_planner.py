@@ -7,6 +7,7 @@ import functools
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import planner_runs
@@ -14,6 +15,7 @@ import pytest
 import torch
 import zoo
 from cases import made
+from diffusers import DiTTransformer2DModel
 from marks import whole
 from planner_runs import TOML
 from pool import Pool
@@ -21,7 +23,9 @@ from pool import Pool
 import xdit_compile
 from xdit_compile.cli.main import main
 from xdit_compile.errors import SpecError
+from xdit_compile.ir.beside import Beside, EncoderBytes
 from xdit_compile.ir.layout import SEQUENCE, TENSOR, Dim, Layout, Segment
+from xdit_compile.ir.program import Program
 from xdit_compile.passes import localize, plan
 from xdit_compile.passes.interpreter import FunctionInterpreter, ProgramInterpreter
 from xdit_compile.passes.pipefusion import localize_stage, plan_pipeline, stage_costs
@@ -30,7 +34,7 @@ from xdit_compile.planner.auto import Auto
 from xdit_compile.planner.calibrate import write, written
 from xdit_compile.planner.candidates import approximate, candidates
 from xdit_compile.planner.costs import Loop, loop_seconds
-from xdit_compile.planner.device_memory import COMING, Beside
+from xdit_compile.planner.device_memory import COMING, MARGIN, ROOM, beside_coming, beside_held, counted_memory
 from xdit_compile.planner.machine import FOLDER, Link, Machine, Rates, machine, networks, read, shipped
 from xdit_compile.planner.plan import Planner, Question
 from xdit_compile.planner.work import Staged, Work, WorkCounter
@@ -339,27 +343,76 @@ def test_memory_that_is_too_small_leads_to_shares_of_weights_or_to_a_refusal() -
 def test_encoders_are_shared_out_before_weights_that_each_step_needs() -> None:
     planner = Planner(counter("dit").captured)
     weights = planner.counter.whole.parameters
-    beside = Beside(encoders=(4 * weights, weights), others=weights)
+    encoders = (EncoderBytes(4 * weights, 4 * weights, 0, 6, 2), EncoderBytes(weights, weights, 0, 1, 1))
+    beside = Beside(encoders=encoders, others=weights)
     question = Question(simple(2), 2, Loop(4), exact=True, beside=beside)
     many = planner.plan(question)
     few = planner.plan(replace(question, memory=int(many.best.memory - weights)))
     assert many.best.spec.encoders == "everywhere" and "exchanges (encoders)" not in many.best.seconds.parts()
     assert replace(few.best.spec, encoders="everywhere") == many.best.spec and few.best.spec.encoders == "shard"
-    # A rank is sent half of them, once.
-    assert few.best.seconds.total - many.best.seconds.total == pytest.approx(2.5 * weights / 1e9, rel=1e-6)
+    # A rank is sent half of them, of the one in each of two calls.
+    assert few.best.seconds.total - many.best.seconds.total == pytest.approx(4.5 * weights / 1e9, rel=1e-6)
+    less, more = (planner.quick(replace(few.best.spec, encoders=e), question).memory for e in ("shard", "everywhere"))
+    assert less == pytest.approx(more - 2.5 * weights)
     with pytest.raises(SpecError, match=r"a rank takes .*, .* of it other components of the pipeline, a device has"):
         planner.plan(replace(question, memory=int(1.9 * weights)))
     said = planner.plan(replace(question, base=ShardingSpec(encoders="spread")))
-    assert said.best.memory - many.best.memory == pytest.approx(-weights)
+    assert said.best.memory == pytest.approx(many.best.memory - weights)
+    with pytest.raises(SpecError, match="of it other components"):
+        planner.plan(replace(question, beside=beside.uncut(), memory=int(6 * weights)))
+
+
+@functools.cache
+def large_values(batch: int) -> Program:
+    """A model whose values take more than its weights."""
+    with torch.device("meta"):
+        model = DiTTransformer2DModel(num_attention_heads=4, attention_head_dim=8, in_channels=4, num_layers=4,
+                                      sample_size=64, num_embeds_ada_norm=10).eval()
+    return xdit_compile.capture(model, {
+        "hidden_states": torch.empty(batch, 4, 64, 64, device="meta"), "timestep": torch.zeros(batch),
+        "class_labels": torch.ones(batch, dtype=torch.long)})
+
+
+@pytest.mark.parametrize(("spec", "batch", "turn"), [
+    ("ulysses=2", 1, "ulysses=2"), ("cfg=2", 1, ""), ("cfg=2", 2, "cfg=2"), ("cfg=2,ulysses=2", 1, "ulysses=2"),
+    ("cfg=2,data=2", 1, ""), ("cfg=4", 1, ""), ("cfg=2,data=2,ulysses=2", 2, "ulysses=2")])
+def test_memory_is_not_estimated_too_low(spec: str, batch: int, turn: str) -> None:
+    """Also of groups that take turns, each of which makes whole calls."""
+    planner, parsed = Planner(large_values(batch)), ShardingSpec.parse(spec)
+    question = Question(simple(parsed.world_size), parsed.world_size, Loop(4, calls=2, batch=batch), "throughput")
+    found = planner.quick(parsed, question).memory
+    counted = counted_memory(planner.program, ShardingSpec.parse(turn), ())
+    assert counted / MARGIN < found < counted * ROOM
+
+
+@pytest.mark.parametrize(("calls", "encoder"), [(1, 0.0), (2, 0.0), (1, 1.0), (2, 2.0)])
+def test_more_memory_is_never_worse(calls: int, encoder: float) -> None:
+    """From a size on there is a plan, and none that is slower than for a smaller one; all that are proposed fit."""
+    planner = Planner(large_values(1))
+    nbytes = int(encoder * planner.counter.whole.activations)
+    beside = Beside(encoders=(EncoderBytes(nbytes, nbytes, nbytes // 8, 3, 1),) if nbytes else ())
+    question = Question(simple(4, bandwidth=1e8), 4, Loop(4, calls=calls), exact=True, beside=beside)
+    most, costs = planner.plan(question).best.memory, []
+    for share in range(2, 15):
+        limit = int(most * share / 12)
+        with contextlib.suppress(SpecError):
+            best = planner.plan(replace(question, memory=limit)).best
+            assert best.memory <= limit
+            costs.append((share, best.cost))
+    assert [share for share, _ in costs] == [*range(costs[0][0], 15)] and costs[0][0] < 10
+    assert all(b <= a * 1.001 for (_, a), (_, b) in pairwise(costs))
 
 
 @pytest.mark.parametrize(("spec", "held"), [
     ("ulysses=4", 7 + 5 + 32), ("ulysses=4,encoders=spread", 7 + 5 + 20), ("tensor=2,ulysses=2", 3.5 + 5 + 32),
     ("pipefusion=4,encoders=spread", 1.75 + 5 + 20), ("ulysses=4,shard=4", 1.75 + 7 * COMING + 5 + 32),
-    ("ulysses=4,offload=block", 7 * COMING + 5 + 32), ("ulysses=4,encoders=shard", 7 + 5 + 8 + 20 * COMING)])
+    ("ulysses=4,offload=block", 7 * COMING + 5 + 32), ("ulysses=4,encoders=shard", 7 + 5 + 4 + 16 / 4 + 12)])
 def test_what_a_pipeline_keeps_beside_the_model(spec: str, held: float) -> None:
-    beside = Beside(denoisers=7, encoders=(20, 10, 1, 1), others=5)
-    assert beside.on_rank(ShardingSpec.parse(spec)) == pytest.approx(held)
+    """An encoder is shared out but for what cannot be, one not at all: it is never called by itself."""
+    encoders = (EncoderBytes(20, 16, 3, 1, 1), EncoderBytes(10), EncoderBytes(1), EncoderBytes(1))
+    beside = Beside(denoisers=7, encoders=encoders, others=5)
+    assert beside_held(beside, parsed := ShardingSpec.parse(spec)) == pytest.approx(held)
+    assert beside_coming(beside, parsed) == (3 if "encoders=shard" in spec else 0)
 
 
 def test_ranks_that_plan_alike_choose_alike() -> None:

@@ -22,11 +22,9 @@ from xdit_compile.frontend.program_cache import captured
 from xdit_compile.ir.call_arguments import Call, Inputs, call_arguments
 from xdit_compile.ir.program import Program
 from xdit_compile.pipelines.auto_pipeline import AutoPipeline, Observed, auto_pipeline
-from xdit_compile.pipelines.components import Role
 from xdit_compile.pipelines.parallel_pipeline import ParallelPipeline, captured_parts, is_pipeline, parallel_pipeline
 from xdit_compile.planner.agreed_choice import AutoRunner, agreed_choice
 from xdit_compile.planner.auto import Auto, batch_of, choose
-from xdit_compile.planner.device_memory import Beside
 from xdit_compile.planner.machine import Machine
 from xdit_compile.runtime.compilation.regional import compiler_for
 from xdit_compile.runtime.launch import init_from_env
@@ -95,9 +93,7 @@ def parallelize(model: Any, spec: str | dict | ShardingSpec | Auto, *, ranks: Se
     def chosen_for(observed: Callable[[], Observed]) -> ShardingSpec:
         def plan(here: Machine) -> ShardingSpec:
             seen = observed()
-            beside = Beside(sum(seen.beside.get(Role.DENOISER, ())), tuple(seen.beside.get(Role.ENCODER, ())),
-                            sum(seen.beside.get(Role.AUTOENCODER, ())))
-            question = auto.question(here, len(chosen), batch_of(seen.call), seen.steps, seen.calls, beside)
+            question = auto.question(here, len(chosen), batch_of(seen.call), seen.steps, seen.calls, seen.beside)
             spec = choose(seen.call, question, None if auto.vae else seen.decoding)
             return replace(spec, vae_degree=auto.vae) if auto.vae else spec
 

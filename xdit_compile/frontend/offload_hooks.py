@@ -33,6 +33,13 @@ def is_offloading(hook: Any) -> bool:
     return all(isinstance(h, devices.AlignDevicesHook) and (h.offload or h.execution_device is None) for h in inner)
 
 
+def is_brought(model: nn.Module) -> bool:
+    """Whether hooks bring a model's weights to its device only while it, or a part of it, runs."""
+    devices = sys.modules.get(ACCELERATE)
+    as_a_whole = devices is not None and isinstance(vars(model).get("_hf_hook"), devices.CpuOffload)
+    return as_a_whole or any(True for _ in _offloading(model))
+
+
 def take_off(model: nn.Module) -> torch.device | None:
     """Take the hooks of group and sequential offloading off all modules, whose weights are left on the host.
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,11 +17,11 @@ from torch.utils import _pytree as pytree
 from xdit_compile.driver.parallel_model import instance_of_subclass
 from xdit_compile.errors import XditError
 from xdit_compile.frontend.method_module import as_module
+from xdit_compile.ir.beside import ALONE, Beside
 from xdit_compile.ir.call_arguments import Call, bind_call, named_leaves
-from xdit_compile.ir.released_parameters import device_of_model
 from xdit_compile.ir.step_inputs import timestep_inputs
+from xdit_compile.pipelines.beside import EncoderCalls, beside
 from xdit_compile.pipelines.components import Role, role_of
-from xdit_compile.pipelines.memory import nbytes_of
 from xdit_compile.pipelines.parallel_pipeline import CALLBACKS
 from xdit_compile.spec import ShardingSpec
 
@@ -40,14 +40,14 @@ class Observed:
     Attributes:
         calls: how often in a step; steps: how many there are; 0 where that is not known.
         decoding: what it gives its autoencoder in the end; None if it has none, or does not come to it.
-        beside: bytes of each other component that is where the model is, or will be, by what it is for.
+        beside: what other components keep on the device.
     """
 
     call: Call
     calls: int
     steps: int
     decoding: Call | None
-    beside: Mapping[Role, Sequence[int]] = field(default_factory=dict)
+    beside: Beside = ALONE
 
 
 class AutoPipeline:
@@ -84,8 +84,9 @@ def observed(pipe: Any, args: Any, kwargs: Mapping[str, Any]) -> Observed:
     for name in CALLBACKS:
         if name in bound.arguments:
             bound.arguments[name] = None
-    first = _FirstStep()
+    first, encoders = _FirstStep(), EncoderCalls()
     with ExitStack() as stack:
+        stack.enter_context(encoders.watched(m for m in pipe.components.values() if isinstance(m, nn.Module)))
         for module in pipe.components.values():
             if isinstance(module, nn.Module) and role_of(module) is Role.DENOISER:
                 stack.enter_context(_instead(module, "forward", first.call(module)))
@@ -107,17 +108,7 @@ def observed(pipe: Any, args: Any, kwargs: Mapping[str, Any]) -> Observed:
         raise XditError(f"{type(pipe).__name__} makes no call of a model that runs at each step, so that auto has "
                         "nothing to plan; write the spec yourself")
     return Observed(first.calls[0], len(first.calls), steps if isinstance(steps, int) else 0, first.decoding,
-                    _beside(pipe, first.calls[0].module))
-
-
-def _beside(pipe: Any, model: nn.Module) -> dict[Role, list[int]]:
-    """Bytes of components other than ``model``; those that offloading keeps elsewhere until they run are left out."""
-    place, found = device_of_model(model), dict[Role, list[int]]()
-    for module in {id(m): m for m in pipe.components.values() if isinstance(m, nn.Module)}.values():
-        held = [t for t in (*module.parameters(), *module.buffers()) if t.device == place or t.is_meta]
-        if module is not model and held and "_hf_hook" not in vars(module):
-            found.setdefault(role_of(module), []).append(nbytes_of(held))
-    return found
+                    beside(pipe, first.calls[0], encoders))
 
 
 class _FirstStep:

@@ -15,12 +15,12 @@ from torch import nn
 
 from xdit_compile.errors import SpecError
 from xdit_compile.frontend.program_cache import captured
+from xdit_compile.ir.beside import ALONE, Beside
 from xdit_compile.ir.call_arguments import Call, named_leaves
 from xdit_compile.ir.parameter_groups import parameter_groups
 from xdit_compile.ir.step_inputs import timestep_inputs
 from xdit_compile.planner.autoencoder import shared_decoding
 from xdit_compile.planner.costs import Loop
-from xdit_compile.planner.device_memory import ALONE, Beside
 from xdit_compile.planner.machine import Machine, machine, read
 from xdit_compile.planner.plan import GOALS, Planner, Question
 from xdit_compile.spec import DEGREES, SHORT, ShardingSpec, pairs_of
@@ -39,7 +39,8 @@ class Auto:
     Attributes:
         goal, exact: as of a ``Question``; memory: bytes of a device, if said; machine: a file or the name of a shipped
             one, if said; world: how many devices, if said; steps, calls: of the loop, if said.
-        vae: ranks that share a pipeline's autoencoder, if said; base: the other words that are not for the planner.
+        vae: ranks that share a pipeline's autoencoder, if said; encoders: whether it was said where encoders live.
+        base: the other words that are not for the planner.
     """
 
     goal: str = "latency"
@@ -50,6 +51,7 @@ class Auto:
     steps: int = 0
     calls: int = 0
     vae: int = 0
+    encoders: bool = False
     base: ShardingSpec = field(default_factory=ShardingSpec)
 
     @staticmethod
@@ -84,9 +86,9 @@ class Auto:
                 raise SpecError(f"{word} is for auto to choose; leave it out, or write the whole spec yourself")
             else:
                 others[word] = value
-        words = [f.name for f in fields(Auto) if f.name not in ("base",)]
+        words = [f.name for f in fields(Auto) if f.name not in ("base", "encoders")]
         try:
-            return Auto(**given, base=ShardingSpec.parse(others))
+            return Auto(**given, encoders="encoders" in others, base=ShardingSpec.parse(others))
         except SpecError as error:
             raise SpecError(f"{error}; auto also takes {', '.join(words)}") from None
 
@@ -119,7 +121,8 @@ class Auto:
         """What the planner is asked; what the user said goes before what was seen."""
         sized = here if here.world_size >= world else replace(here, nodes=-(-world // here.devices))
         loop = Loop(self.steps or steps or Loop.steps, self.calls or calls or 1, batch)
-        return Question(sized, world, loop, self.goal, self.exact, self.memory, beside, self.base)
+        return Question(sized, world, loop, self.goal, self.exact, self.memory,
+                        beside.uncut() if self.encoders and self.base.encoders == "everywhere" else beside, self.base)
 
 
 def spec_of(text: str) -> ShardingSpec | Auto:
@@ -152,7 +155,7 @@ def choose(call: Call, question: Question, decoding: Call | None = None) -> Shar
     shared = None
     if decoding:
         # It is there while it decodes, and so is all else but the values of a step.
-        own = sum(t.nbytes for t in decoding.module.parameters())
+        own = min(sum(t.nbytes for t in decoding.module.parameters()), question.beside.others)
         left = question.most - planner.resident(plan.best.spec, question) + own
         shared = shared_decoding(decoding, replace(question, memory=max(int(left), 1)))
     print("; ".join([plan.line(), *([shared.line()] if shared else [])]), file=sys.stderr)

@@ -10,7 +10,7 @@ from xdit_compile.frontend.program_cache import captured
 from xdit_compile.ir.call_arguments import Call
 from xdit_compile.planner.candidates import divisors
 from xdit_compile.planner.costs import forward_seconds
-from xdit_compile.planner.device_memory import estimated_memory
+from xdit_compile.planner.device_memory import estimated_values, held_parameters
 from xdit_compile.planner.plan import Question
 from xdit_compile.planner.plan_report import duration
 from xdit_compile.planner.work import Work, WorkCounter
@@ -53,8 +53,9 @@ def shared_decoding(call: Call, question: Question) -> SharedDecoding:
         try:
             work = counter.exact(spec)
             assert isinstance(work, Work)
-            seconds[degree] = forward_seconds(work, counter.whole, spec, question.machine).total
-            memory[degree] = estimated_memory(work, counter.whole, spec)
+            whole = counter.whole
+            seconds[degree] = forward_seconds(work, whole, spec, question.machine).total
+            memory[degree] = held_parameters(whole.parameters, spec) + estimated_values(work, whole, spec)
         except XditError:
             continue
     fitting = [d for d in seconds if memory[d] <= question.most] or [max(seconds, default=1)]

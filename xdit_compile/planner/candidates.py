@@ -66,8 +66,6 @@ def smaller(spec: ShardingSpec, encoders: bool = False) -> Iterator[ShardingSpec
     if encoders and spec.encoders == "everywhere" and spec.world_size > 1:
         spec = replace(spec, encoders="shard")
         yield spec
-    if spec.shard_degree > 1 or spec.offload != "none":
-        return
-    shards = [n for n in divisors(spec.replicas) if n > 1]
-    yield from (replace(spec, shard_degree=n) for n in shards)
-    yield replace(spec, offload="block", shard_degree=shards[-1] if shards else 1)
+    if spec.offload == "none":
+        yield from (replace(spec, shard_degree=n) for n in divisors(spec.replicas) if n > spec.shard_degree)
+        yield from (replace(spec, shard_degree=n, offload="block") for n in reversed(divisors(spec.replicas)))

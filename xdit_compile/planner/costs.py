@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
+from xdit_compile.ir.beside import EncoderBytes
 from xdit_compile.ir.layout import BATCH
 from xdit_compile.ir.mesh import SHARD, members
 from xdit_compile.planner.machine import Link, Machine
@@ -98,14 +99,16 @@ def loop_seconds(work: Work | Staged, whole: Whole, spec: ShardingSpec, machine:
     return found
 
 
-def encoder_seconds(nbytes: int, spec: ShardingSpec, machine: Machine) -> Seconds:
-    """What it takes until so many bytes of encoders' parameters have come, once in a call of a pipeline. What encoders
-    compute is the same under every spec."""
-    if not nbytes:
+def encoder_seconds(encoders: Sequence[EncoderBytes], spec: ShardingSpec, machine: Machine) -> Seconds:
+    """What it takes until encoders' parameters have come, in a call of a pipeline. What encoders compute is the same
+    under every spec."""
+    if spec.encoders != "shard" or not any(e.messages for e in encoders):
         return Seconds()
-    link = machine.link(range(spec.world_size), "all_gather")
-    return Seconds(links={"encoders": link.latency + nbytes * _crowd(
-        link, list(range(spec.world_size)), "all_gather", machine) / link.bandwidth})
+    ranks = list(range(spec.world_size))
+    link = machine.link(ranks, "all_gather")
+    sent = sum(e.cut * e.calls for e in encoders) * (len(ranks) - 1) / len(ranks)
+    return Seconds(links={"encoders": sum(e.messages for e in encoders) * link.latency + sent * _crowd(
+        link, ranks, "all_gather", machine) / link.bandwidth})
 
 
 def takes_turns(spec: ShardingSpec, loop: Loop) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from xdit_compile.driver.compile_call import compile_program
 from xdit_compile.driver.compile_stage import staged
+from xdit_compile.ir.beside import Beside
 from xdit_compile.ir.parameter_groups import ParameterGroup
 from xdit_compile.ir.program import Program
 from xdit_compile.passes.pipefusion import plan_pipeline
@@ -14,8 +14,9 @@ from xdit_compile.planner.work import Staged, Whole, Work
 from xdit_compile.report.memory import rank_memory
 from xdit_compile.spec import ShardingSpec
 
-MARGIN = 1.25
-"""An estimate of memory may be wrong by so much; nearer to what a device has, programs are made to know."""
+MARGIN, STAGED_MARGIN = 1.25, 2.0
+"""An estimate of memory may be wrong by so much; nearer to what a device has, programs are made to know. Stages differ
+in what they hold outside of blocks."""
 
 COMING = 0.08
 """Of all parameters, what two blocks are that are there at a time."""
@@ -24,37 +25,22 @@ ROOM = 1.5
 """Buffers of exchanges, over values that are computed."""
 
 
-@dataclass(frozen=True)
-class Beside:
-    """Bytes of a pipeline's components beside the model that is planned, where they stay on its device.
-
-    Attributes:
-        denoisers: of those that run at each step too, and are shared out as it is; encoders: of each encoder.
-        others: of what every rank holds whole.
-    """
-
-    denoisers: int = 0
-    encoders: tuple[int, ...] = ()
-    others: int = 0
-
-    def on_rank(self, spec: ShardingSpec) -> float:
-        """What a rank holds of them under ``spec``; of ranks that hold different encoders, that which holds most."""
-        held, world = self.encoders, spec.world_size
-        if spec.encoders == "shard":
-            encoders = sum(held) / world + max(held, default=0) * COMING
-        elif spec.encoders == "spread":
-            encoders = max(sum(held[rank::world]) for rank in range(world))
-        else:
-            encoders = sum(held)
-        return held_parameters(self.denoisers, spec) + encoders + self.others
-
-    def fetched(self, spec: ShardingSpec) -> int:
-        """What a rank is sent of encoders' parameters in each call of the pipeline."""
-        return sum(self.encoders) * (spec.world_size - 1) // spec.world_size if spec.encoders == "shard" else 0
+def beside_held(beside: Beside, spec: ShardingSpec) -> float:
+    """What a rank holds of other components at all times; of ranks that hold different encoders, that which holds
+    most."""
+    world, sizes = spec.world_size, [e.nbytes for e in beside.encoders]
+    if spec.encoders == "shard":
+        encoders = sum(e.nbytes - e.cut + e.cut / world for e in beside.encoders)
+    elif spec.encoders == "spread":
+        encoders = max(sum(sizes[rank::world]) for rank in range(world))
+    else:
+        encoders = sum(sizes)
+    return held_parameters(beside.denoisers, spec) + encoders + beside.others
 
 
-ALONE = Beside()
-"""Of a model that is in no pipeline."""
+def beside_coming(beside: Beside, spec: ShardingSpec) -> float:
+    """What is there beside that for a while, when an encoder runs: before the steps, or after them."""
+    return max((e.coming for e in beside.encoders), default=0) if spec.encoders == "shard" else 0
 
 
 def held_parameters(nbytes: float, spec: ShardingSpec) -> float:
@@ -65,11 +51,11 @@ def held_parameters(nbytes: float, spec: ShardingSpec) -> float:
     return held + coming
 
 
-def estimated_memory(work: Work | Staged, whole: Whole, spec: ShardingSpec) -> float:
-    """Bytes that a rank takes on its device for a call, nearly."""
+def estimated_values(work: Work | Staged, whole: Whole, spec: ShardingSpec, groups: int = 1) -> float:
+    """Bytes beside parameters that a rank takes on its device for a call, nearly; ``groups`` cut the batch."""
     stale = max((u.stale for us in work.units for u in us.values()), default=0) if isinstance(work, Staged) else 0
-    values = whole.activations / spec.sequence_degree / spec.batch_degree * ROOM
-    return held_parameters(whole.parameters, spec) + values + stale + whole.arguments
+    room = ROOM if spec.sequence_degree * spec.tensor_degree * spec.pipefusion_degree > 1 else 1.0
+    return whole.activations / spec.sequence_degree / groups * room + stale + whole.arguments
 
 
 def counted_memory(captured: Program, spec: ShardingSpec, groups: Sequence[ParameterGroup]) -> int:

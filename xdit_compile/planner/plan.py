@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from xdit_compile.errors import SpecError, XditError
 from xdit_compile.frontend.program_cache import captured
+from xdit_compile.ir.beside import ALONE, Beside
 from xdit_compile.ir.call_arguments import Inputs, call_arguments
 from xdit_compile.ir.parameter_groups import ParameterGroup, parameter_groups
 from xdit_compile.ir.program import Program
 from xdit_compile.planner.candidates import approximate, candidates, smaller
 from xdit_compile.planner.costs import Loop, Seconds, encoder_seconds, loop_seconds, takes_turns
 from xdit_compile.planner.device_memory import (
-    ALONE,
     MARGIN,
-    Beside,
+    STAGED_MARGIN,
+    beside_coming,
+    beside_held,
     counted_memory,
-    estimated_memory,
+    estimated_values,
     held_parameters,
 )
 from xdit_compile.planner.machine import Machine
@@ -111,6 +114,8 @@ class Planner:
                 found = option if option.checked else self._checked(option, question)
             except XditError as error:
                 refused.append(_refused(option.spec, error))
+                if isinstance(error, _TooLarge) and (less := self._less(option.spec, question)):
+                    tried.append(less)
                 continue
             # It may be slower than it looked; then others come first.
             (options if found.checked and all(found.cost <= least(o) for o in tried) else tried).append(found)
@@ -158,20 +163,27 @@ class Planner:
     def _fitting(self, spec: ShardingSpec, question: Question) -> Option:
         """The option of a spec, or of the same with weights in shares where a device would not hold it."""
         option = self.quick(spec, question)
-        if option.memory <= question.most:
-            return option
-        for other in smaller(spec, bool(question.beside.encoders)):
-            less = self.quick(other, question)
-            if less.memory <= question.most:
-                return less
-        raise _too_large(option, question)
+        found = option if option.memory <= question.most else self._less(spec, question)
+        if found is None:
+            raise _too_large(option, question)
+        return found
+
+    def _less(self, spec: ShardingSpec, question: Question) -> Option | None:
+        """The first of the specs that put less on each device than ``spec`` that fits, as far as an estimate sees."""
+        for other in smaller(spec, any(e.cut for e in question.beside.encoders)):
+            with suppress(XditError):  # where groups take turns, fewer ranks can hold shares
+                less = self.quick(other, question)
+                if less.memory <= question.most:
+                    return less
+        return None
 
     def _option(self, spec: ShardingSpec, question: Question,
                 count: Callable[[ShardingSpec], Work | Staged]) -> Option:
         work = count(self._of_one_turn(spec, question.loop))
-        memory = estimated_memory(work, self.counter.whole, spec) + question.beside.on_rank(spec)
+        values = self._values(work, spec, question)
+        memory = values + self.resident(spec, question) + max(beside_coming(question.beside, spec) - values, 0)
         seconds = loop_seconds(work, self.counter.whole, spec, question.machine, question.loop).plus(
-            encoder_seconds(question.beside.fetched(spec), spec, question.machine))
+            encoder_seconds(question.beside.encoders, spec, question.machine))
         data = spec.data_degree if question.goal == "throughput" else 1
         return Option(spec, seconds, seconds.total / data, memory, False, approximate(spec))
 
@@ -181,20 +193,27 @@ class Planner:
             return replace(spec, cfg_degree=1, data_degree=1, vae_degree=1, encoders="everywhere")
         return spec
 
+    def _values(self, work: Work | Staged, spec: ShardingSpec, question: Question) -> float:
+        turn = self._of_one_turn(spec, question.loop)
+        groups = turn.batch_degree if turn.batch_degree <= question.loop.batch else 1
+        return estimated_values(work, self.counter.whole, spec, groups)
+
     def _checked(self, option: Option, question: Question) -> Option:
         """The same as the passes plan it, with the memory of its programs where that is close."""
         made = replace(self._option(option.spec, question, self._counted), checked=True)
-        if question.most / MARGIN < made.memory < question.most * MARGIN:
+        margin = STAGED_MARGIN if option.spec.pipefusion_degree > 1 else MARGIN
+        if question.most / margin < made.memory < question.most * margin:
             spec = self._of_one_turn(option.spec, question.loop)
-            beside = question.beside.on_rank(option.spec)
-            made = replace(made, memory=counted_memory(self.program, spec, self.groups) + beside)
+            estimate = held_parameters(self.counter.whole.parameters, spec) + self._values(
+                self._counted(spec), option.spec, question)
+            made = replace(made, memory=made.memory - estimate + counted_memory(self.program, spec, self.groups))
         if made.memory > question.most:
             raise _too_large(made, question)
         return made
 
     def resident(self, spec: ShardingSpec, question: Question) -> float:
         """Bytes that are on a rank's device between calls: parameters, and what else a pipeline keeps there."""
-        return held_parameters(self.counter.whole.parameters, spec) + question.beside.on_rank(spec)
+        return held_parameters(self.counter.whole.parameters, spec) + beside_held(question.beside, spec)
 
     def _counted(self, spec: ShardingSpec) -> Work | Staged:
         if spec not in self._exact:
@@ -222,10 +241,14 @@ def folklore(question: Question) -> Iterable[ShardingSpec]:
     yield replace(question.base, ulysses_degree=world)
 
 
-def _too_large(option: Option, question: Question) -> SpecError:
-    beside = question.beside.on_rank(option.spec)
-    others = f", {size(beside)} of it other components of the pipeline" if beside else ""
-    return SpecError(f"does not fit: a rank takes {size(option.memory)}{others}, a device has {size(question.most)}")
+class _TooLarge(SpecError):
+    """What a rank takes is more than a device has."""
+
+
+def _too_large(option: Option, question: Question) -> _TooLarge:
+    held = beside_held(question.beside, option.spec)
+    others = f", {size(held)} of it other components of the pipeline" if held else ""
+    return _TooLarge(f"does not fit: a rank takes {size(option.memory)}{others}, a device has {size(question.most)}")
 
 
 def _refused(spec: ShardingSpec, error: XditError) -> Refused:
