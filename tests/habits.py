@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -355,7 +355,12 @@ def cut(name: str, root: str) -> dict[str, Any]:
     said = []
     encoder = next(iter(encoders.values()))
     held, report = _shares(encoders), [p.what for p in pipe.report().parts]
-    for edit in (encoder.state_dict, lambda: [next(encoder.parameters()).mul_(2), pipelines.run(pipe, case)]):
+    part = next(m for m in encoder.modules() if m is not encoder and any(
+        p is not None and p.is_meta for p in m._parameters.values()))
+    edits: list[Callable[[], Any]] = [
+        encoder.state_dict, lambda: part(torch.zeros(1, 2, dtype=torch.long)),
+        lambda: [next(encoder.parameters()).mul_(2), pipelines.run(pipe, case)]]
+    for edit in edits:
         try:
             with torch.no_grad():
                 edit()

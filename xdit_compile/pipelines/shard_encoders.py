@@ -19,6 +19,7 @@ from torch import nn
 from xdit_compile.driver.checkpoint import Checkpoint
 from xdit_compile.driver.edits import loading
 from xdit_compile.driver.parallel_model import Method, Parallel, instance_of_subclass, moved
+from xdit_compile.errors import XditError
 from xdit_compile.ir.call_arguments import bind_call, named_leaves
 from xdit_compile.ir.carried_types import carried
 from xdit_compile.ir.parameter_groups import groups_of, is_block
@@ -72,6 +73,7 @@ class EncoderShares:
         """Groups of each block, by the block's path."""
         self._order: list[str] = []
         """Blocks as the last call came to them."""
+        self._running = False
 
     def prepare(self) -> None:
         """Keep a share of each group and give up the rest, at the first call; see that nothing has changed, at others.
@@ -109,7 +111,21 @@ class EncoderShares:
         for name, of in store.groups.items():
             if is_block(of.path) and type(self.encoder.get_submodule(of.path)).forward is not nn.Module.forward:
                 self._blocks.setdefault(of.path, []).append(name)
+        for path, module in self.encoder.named_modules():
+            if path and any(p is not None and p.is_meta for p in module._parameters.values()):
+                module.register_forward_pre_hook(functools.partial(self._begins, path))
         self.store = store
+
+    def _begins(self, path: str, *_: Any) -> None:
+        """A part runs that has no parameters of its own while the encoder does not.
+
+        Raises:
+            XditError: it was called by itself.
+        """
+        if not self._running:
+            raise XditError(f"{path} of this {type(self.encoder).__name__} was called by itself, and under "
+                            "encoders=shard its parameters are only there while the encoder runs; leave encoders=shard "
+                            "out, or give encoders=everywhere where auto chose it")
 
     @contextmanager
     def coming(self) -> Iterator[None]:
@@ -124,7 +140,11 @@ class EncoderShares:
             for path in self._blocks:
                 block = self.encoder.get_submodule(path)
                 stack.enter_context(_around(block, functools.partial(self._block, path, arrivals, seen)))
-            yield
+            before, self._running = self._running, True
+            try:
+                yield
+            finally:
+                self._running = before
         self._order = seen
 
     @contextmanager
